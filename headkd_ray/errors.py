@@ -1,0 +1,46 @@
+"""Errors that a user can mend. The doors (``python -m headkd_ray.…``) print them without a traceback and exit with code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend: one or more problems, all found before anything is lost.
+
+    ``problems`` holds one line each; ``str(error)`` is the headline (if any) and the problems, one a line.
+    """
+
+    def __init__(self, problems: str | Iterable[str], headline: str | None = None) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.headline = headline
+        # Exception.args stays rebuildable, so that the error survives pickling between processes (Ray, process pools).
+        super().__init__(self.problems, headline)
+
+    def __str__(self) -> str:
+        lines = self.problems if self.headline is None else [self.headline, *(f"  - {line}" for line in self.problems)]
+        return "\n".join(lines)
+
+
+class DataError(UserError):
+    """The data set (COCO JSON, images, prepared shards) is missing, damaged or contradicts itself."""
+
+
+class JobError(UserError):
+    """The job file has unknown, missing or contradictory keys."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another architecture."""
+
+
+class ClusterError(UserError):
+    """The cluster cannot run what was asked: too few CPUs or GPUs, no address, storage not writable."""
+
+
+class StorageError(UserError):
+    """A storage folder or URI that cannot be used."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: the loss is not finite."""

@@ -1,0 +1,154 @@
+"""What two or more keys of a Job get wrong together, each problem with the key to mend.
+
+The checks read the job through a ``Get``, so that ``load_job`` can run them on a file that has mistakes elsewhere: a check that
+needs a mistaken key is left out, all others run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from headkd_ray.job.job import Job
+from headkd_ray.job.keys import Path
+
+Get = Callable[[str], Any]
+"""Dotted key -> its value; a section is a dict. Raises UnreadableError."""
+
+
+class Problem(NamedTuple):
+    """One mistake in a job."""
+
+    path: Path
+    """The key to mend."""
+    message: str
+
+
+class UnreadableError(Exception):
+    """The key is missing or mistaken itself."""
+
+
+def problems(job: Job) -> list[Problem]:
+    """Everything that the keys of ``job`` get wrong together; empty for a job that can be run."""
+    return problems_in(job.model_dump(), broken=())
+
+
+def problems_in(values: Mapping[str, Any], broken: Collection[Path]) -> list[Problem]:
+    """The same for a job's plain values with defaults filled in, leaving out checks that read a ``broken`` key."""
+
+    def get(key: str) -> Any:
+        path = tuple(key.split("."))
+        if any(bad[: len(path)] == path[: len(bad)] for bad in broken):
+            raise UnreadableError(key)
+        value: Any = values
+        for part in path:
+            if not isinstance(value, Mapping) or part not in value:
+                raise UnreadableError(key)
+            value = value[part]
+        return value
+
+    found: list[Problem] = []
+    for check in CHECKS:
+        try:
+            found.extend(Problem(tuple(key.split(".")), message) for key, message in check(get))
+        except UnreadableError:
+            continue
+    return found
+
+
+Check = Callable[[Get], Iterator[tuple[str, str]]]
+
+
+def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
+    method, teacher = get("method"), get("teacher")
+    needed = method in ("copy_only", "akd", "head", "fitnet")
+    if needed and teacher is None:
+        yield "teacher", f"method {method} needs a teacher; give teacher.checkpoint"
+    if not needed and teacher is not None:
+        yield "teacher", f"method {method} uses no teacher; remove the section (or override teacher=null)"
+
+
+def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
+    method, kind = get("method"), get("student.kind")
+    if method != "supervised" and kind != "retinanet":
+        yield "student.kind", f"method {method} needs a dense student (retinanet), got {kind}"
+
+
+def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
+    if get("method") == "copy_only" and not get("distill.copy_head"):
+        yield "distill.copy_head", "method copy_only copies the teacher's head; use true, or method assist for a fresh one"
+
+
+def _milestones(get: Get) -> Iterator[tuple[str, str]]:
+    milestones = list(get("optim.milestones"))
+    if milestones != sorted(set(milestones)):
+        yield "optim.milestones", f"{milestones} does not ascend"
+    epochs = get("optim.epochs")
+    late = [milestone for milestone in milestones if milestone >= epochs]
+    if late:
+        yield "optim.milestones", f"{late} is not before the end of training (optim.epochs is {epochs})"
+
+
+def _short_sides(get: Get) -> Iterator[tuple[str, str]]:
+    low, high = get("data.short_side")
+    if low > high:
+        yield "data.short_side", f"[{low}, {high}] is not [smallest, largest]"
+    long_side = get("data.long_side")
+    if max(low, high) > long_side:
+        yield "data.short_side", f"{max(low, high)} is above data.long_side ({long_side})"
+
+
+def _eval_short_side(get: Get) -> Iterator[tuple[str, str]]:
+    short_side, long_side = get("data.eval_short_side"), get("data.long_side")
+    if short_side > long_side:
+        yield "data.eval_short_side", f"{short_side} is above data.long_side ({long_side})"
+
+
+def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
+    if get("student.backbone.weights") != "none":
+        return
+    frozen = get("student.backbone.frozen_stages")
+    remedy = "set student.backbone.weights (timm, or a file) or"
+    if frozen > 0:
+        yield "student.backbone.frozen_stages", f"{frozen} would freeze random initial weights; {remedy} frozen_stages: 0"
+    if get("student.backbone.norm_eval"):
+        yield "student.backbone.norm_eval", f"true would keep BatchNorm from learning its statistics; {remedy} norm_eval: false"
+
+
+def _backbone_arguments(get: Get) -> Iterator[tuple[str, str]]:
+    taken = sorted(get("student.backbone.kwargs").keys() & {"pretrained", "features_only", "out_indices"})
+    for name in taken:
+        yield (
+            f"student.backbone.kwargs.{name}",
+            "is set by the detector itself; remove it"
+            + (" (student.backbone.weights chooses the initial weights)" if name == "pretrained" else ""),
+        )
+
+
+def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
+    kind, extra = get("student.kind"), get("student.neck.extra")
+    if kind == "retinanet" and extra == "pool":
+        yield "student.neck.extra", "pool makes no P7; retinanet needs conv_c5 or conv_p5"
+    if kind == "faster_rcnn" and extra != "pool":
+        yield "student.neck.extra", f"faster_rcnn needs pool, got {extra}"
+
+
+def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
+    section = "student.head" if get("student.kind") == "retinanet" else "student.rpn"
+    low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
+    if low > high:
+        yield f"{section}.negative_iou", f"{low} is above positive_iou ({high})"
+
+
+CHECKS: tuple[Check, ...] = (
+    _method_and_teacher,
+    _method_and_student,
+    _copy_only_copies,
+    _milestones,
+    _short_sides,
+    _eval_short_side,
+    _random_weights_must_learn,
+    _backbone_arguments,
+    _pyramid,
+    _iou_thresholds,
+)

@@ -1,0 +1,200 @@
+"""The Job: every key of a job file with its type, unit, default and meaning (the field's docstring).
+
+A Job checks types and ranges of its keys. What keys get wrong together is in ``headkd_ray.job.checks``; ``load_job`` runs both.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from headkd_ray.job.detector import (
+    DetectorSpec,
+    Fraction,
+    RetinaNetSpec,
+    RoIHeadSpec,
+    Spec,
+    Text,
+)
+
+Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet"]
+
+
+class RunSpec(Spec):
+    """What the run is called and where it writes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder under storage. Letters, digits, dot, dash and underscore, a letter or digit first.
+    Starting the same name again resumes it."""
+    storage: Text = "runs"
+    """Folder or URI (file, s3, gs, hdfs) under which the run writes its checkpoints, logs and results.
+    A relative path starts at the command's current folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds the initial weights, the data order, the views and the RoI sampling; 0 to 2^32 - 1."""
+
+
+class DataSpec(Spec):
+    """Prepared shards (python -m headkd_ray.prepare) and how they become batches."""
+
+    train: Text
+    """Folder or URI of the prepared training split. A relative path starts at the command's current folder."""
+    val: Text
+    """Folder or URI of the prepared validation split. A relative path starts at the command's current folder."""
+    batch_size: PositiveInt = 2
+    """Images per worker and forward pass."""
+    short_side: tuple[PositiveInt, PositiveInt] = (640, 800)
+    """Training views: the short side is drawn uniformly from this closed range, in pixels."""
+    long_side: PositiveInt = 1333
+    """Longest side of any view, in pixels; the short side shrinks to respect it."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip of a training view."""
+    eval_short_side: PositiveInt = 800
+    """Short side at evaluation, in pixels; long_side holds here too."""
+    pad: PositiveInt = 32
+    """Batches are zero-padded on the right and bottom to a multiple of this, in pixels."""
+    keep_empty: bool = False
+    """Train on images without ground truth too (paper: false)."""
+    shuffle_window: PositiveInt = 256
+    """Images read together and shuffled among themselves; their row groups are drawn at random from the whole epoch."""
+    views: PositiveInt | None = None
+    """Distinct augmented views per image: epoch e shows view e mod views; null = a new one each epoch."""
+
+
+class TeacherSpec(Spec):
+    """The frozen detector that teaches."""
+
+    checkpoint: Text
+    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file.
+    A relative path starts at the command's current folder."""
+    classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
+
+
+class DistillSpec(Spec):
+    """Loss weights and the assistant."""
+
+    assistant: RoIHeadSpec | None = None
+    """The assistant's RoI head; null = the teacher's architecture (the paper's for method assist). A section given here is
+    complete: keys left out take the paper's values, not the teacher's."""
+    assistant_weight: NonNegativeFloat = 1.0
+    """Weight of the assistant's ground-truth losses."""
+    copy_head: bool = True
+    """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
+    the pyramid's channels included."""
+    akd_weight: NonNegativeFloat = 2.0
+    """Weight of each AKD term, one per fully connected layer of the assistant (methods akd, head)."""
+    ckd_weight: NonNegativeFloat = 2.0
+    """Weight of the CKD term (method head)."""
+    fitnet_weight: NonNegativeFloat = 1.0
+    """Weight of each pyramid level's feature loss (method fitnet)."""
+    warmup_steps: NonNegativeInt = 2000
+    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full."""
+
+
+class OptimSpec(Spec):
+    """SGD and its schedule."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (the paper's), or adamw, which gets micro models without normalisation layers going in a few hundred steps."""
+    lr: PositiveFloat = 0.01
+    """Peak learning rate at a global batch of lr_batch images."""
+    lr_batch: PositiveInt | None = 16
+    """Global batch that lr is meant for. The actual lr scales linearly with the actual global batch, which is
+    cluster.workers (at least 1) x data.batch_size x optim.accumulate. null = no scaling."""
+    momentum: Fraction = 0.9
+    """SGD momentum (adamw: unused)."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """L2 decay on all parameters."""
+    clip_norm: PositiveFloat | None = 20.0
+    """Gradient norm above which gradients are scaled down; null = never."""
+    epochs: PositiveInt = 12
+    """Passes over the training images."""
+    milestones: tuple[PositiveInt, ...] = (8, 11)
+    """Epochs after which the learning rate is multiplied by gamma, ascending and below epochs; [] = never."""
+    gamma: PositiveFloat = 0.1
+    """Factor at each milestone."""
+    warmup_steps: NonNegativeInt = 500
+    """Optimizer steps of linear learning-rate warm-up."""
+    warmup_ratio: Fraction = 0.001
+    """Learning rate at step 0 as a share of the peak."""
+    accumulate: PositiveInt = 1
+    """Forward passes whose gradients are averaged into one optimizer step."""
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay per step of an exponential moving average of the student's weights, which is then what is evaluated and exported;
+    null = no average."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 = autocast on forward passes; weights and losses stay fp32."""
+
+
+class EvalSpec(Spec):
+    """COCO evaluation on data.val."""
+
+    every_epochs: PositiveInt = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    batch_size: PositiveInt = 2
+    """Images per worker and forward pass."""
+
+
+class CheckpointSpec(Spec):
+    """Training state, for resuming."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints within an epoch; null = only at epoch ends."""
+
+
+class LogSpec(Spec):
+    """What a run tells while it goes."""
+
+    every_steps: PositiveInt = 50
+    """Optimizer steps per log line."""
+    tensorboard: bool = True
+    """Also write TensorBoard events."""
+
+
+class ClusterSpec(Spec):
+    """Where it runs."""
+
+    workers: NonNegativeInt = 1
+    """Ray Train workers; 0 = the same loop in this process, without Ray."""
+    address: str | None = None
+    """Ray cluster address (auto, host:port, ray://host:port); null = RAY_ADDRESS, else a cluster in this process."""
+    gpus_per_worker: Fraction | None = None
+    """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that Ray reserves for a worker."""
+    data_cpus: PositiveFloat = 1.0
+    """CPUs left free for each worker's data tasks (decode and augmentation), one CPU a task."""
+    threads_per_worker: PositiveInt | None = None
+    """torch CPU threads of a worker; null = cpus_per_worker (without Ray: torch's own choice)."""
+    max_failures: NonNegativeInt = 3
+    """Worker-group failures after which the run gives up; each one resumes from the last checkpoint."""
+
+
+class Job(Spec):
+    """One training run."""
+
+    run: RunSpec
+    """What the run is called and where it writes."""
+    method: Method
+    """supervised = student (or teacher) from labels alone; assist = with a fresh assistant; copy_only = assistant copied from
+    the teacher, no distillation loss; akd = + assistant distillation; head = + cross distillation; fitnet = feature
+    distillation from a RetinaNet teacher."""
+    data: DataSpec
+    """Prepared shards and how they become batches."""
+    student: DetectorSpec = RetinaNetSpec()
+    """The detector that is trained and exported."""
+    teacher: TeacherSpec | None = None
+    """The teacher; needed by copy_only, akd, head and fitnet, and by these alone; null = none."""
+    distill: DistillSpec = DistillSpec()
+    """Loss weights and the assistant; without effect for method supervised."""
+    optim: OptimSpec = OptimSpec()
+    """Optimizer and schedule."""
+    eval: EvalSpec = EvalSpec()
+    """COCO evaluation on data.val."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    """Training state, for resuming. The last one and the best by AP are kept."""
+    log: LogSpec = LogSpec()
+    """What the run tells while it goes."""
+    cluster: ClusterSpec = ClusterSpec()
+    """Where it runs."""

@@ -1,0 +1,103 @@
+"""What keys a Job has: walking the models for defaults, for paths in error messages and for the nearest key to a misspelt one.
+
+A *path* is the tuple of keys (and list positions) from the top of the job file to a value: ``("optim", "milestones", 0)``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from headkd_ray.job.detector import Spec
+from headkd_ray.job.job import Job
+
+Path = tuple[str | int, ...]
+
+
+def dotted(path: Path) -> str:
+    """``("data", "short_side", 1)`` -> ``data.short_side[1]``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def sections(field: FieldInfo) -> tuple[type[Spec], ...]:
+    """The sections that a key may hold: none for a plain value, several where a ``kind`` chooses."""
+    found = [field.annotation, *get_args(field.annotation)]
+    return tuple(option for option in found if isinstance(option, type) and issubclass(option, Spec))
+
+
+def kind_of(section: type[Spec]) -> str:
+    """The ``kind`` that chooses this section, for example ``retinanet``."""
+    return str(section.model_fields["kind"].default)
+
+
+def section_at(field: FieldInfo, value: Any) -> type[Spec] | None:
+    """The section that ``value`` is written as; for a missing or unknown ``kind`` the one that shares most keys."""
+    options = sections(field)
+    if len(options) < 2:
+        return options[0] if options else None
+    if not isinstance(value, Mapping):
+        return options[0]
+    chosen = [option for option in options if kind_of(option) == value.get("kind")]
+    return chosen[0] if chosen else max(options, key=lambda option: len(option.model_fields.keys() & value.keys()))
+
+
+def with_defaults(model: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` (which may hold mistakes) with the default of every key left out; required keys stay left out."""
+    full: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if name in values:
+            section = section_at(field, values[name])
+            nested = section is not None and isinstance(values[name], Mapping)
+            full[name] = with_defaults(section, values[name]) if section and nested else values[name]
+        elif not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            full[name] = default.model_dump() if isinstance(default, Spec) else default
+    return full
+
+
+def known_paths(model: type[Spec], values: Mapping[str, Any], prefix: Path = ()) -> Iterator[Path]:
+    """Every key that a job like ``values`` may have, sections included."""
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        value = values.get(name)
+        section = section_at(field, value)
+        if section is not None:
+            yield from known_paths(section, value if isinstance(value, Mapping) else {}, (*prefix, name))
+
+
+def field_at(path: Path, values: Mapping[str, Any]) -> FieldInfo | None:
+    """The field that ``path`` names in a job like ``values``; None for an unknown key and inside a list or dict."""
+    model: type[Spec] | None = Job
+    field = None
+    value: Any = values
+    for part in path:
+        field = model.model_fields.get(str(part)) if model is not None else None
+        if field is None:
+            return None
+        value = value.get(part) if isinstance(value, Mapping) else None
+        model = section_at(field, value)
+    return field
+
+
+def nearest(word: object, options: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The option most like ``word``, or None."""
+    found = difflib.get_close_matches(str(word).lower(), list(options), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def nearest_keys(path: Path, known: Iterable[Path], most: int = 3) -> list[str]:
+    """The known keys that an unknown ``path`` probably means; a key of the same section wins a near tie."""
+    section, name = path[:-1], str(path[-1]).lower()
+    scores: dict[str, float] = {}
+    for candidate in known:
+        likeness = difflib.SequenceMatcher(None, name, str(candidate[-1])).ratio() + 0.1 * (candidate[:-1] == section)
+        if likeness >= 0.6:
+            scores[dotted(candidate)] = likeness
+    best = max(scores.values(), default=0.0)
+    return [key for key, score in scores.items() if score == best][:most]

@@ -1,0 +1,179 @@
+"""A job file and the command line's ``key.path=value`` overrides as a checked Job, or one error that lists every mistake."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from headkd_ray.errors import JobError
+from headkd_ray.job.checks import Problem, problems_in
+from headkd_ray.job.job import Job
+from headkd_ray.job.keys import (
+    Path,
+    dotted,
+    kind_of,
+    section_at,
+    sections,
+    with_defaults,
+)
+from headkd_ray.job.messages import none_of, problem_of, show
+from headkd_ray.job.tree import YamlError, parse, position
+
+
+class Origin(NamedTuple):
+    """Where a key was written; sorts by file line, then by override."""
+
+    override: int
+    line: int
+    label: str
+
+
+class Draft(NamedTuple):
+    """A job as written, mistakes included."""
+
+    values: dict[str, Any]
+    origins: dict[Path, Origin]
+    mistakes: list[tuple[Origin, str]]
+    unread: set[Path]
+    """Keys whose value could not be read, which one of the mistakes says."""
+
+
+def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file.
+
+    Relative paths inside a job (``data.train``, ``data.val``, ``teacher.checkpoint``, ``run.storage``,
+    ``student.backbone.weights``) stay as written: they start at the current folder of the command, not at the job file.
+
+    Args:
+        path: the YAML file (YAML 1.2: ``1e-3`` is a number, ``yes`` is text).
+        overrides: ``key.path=value`` each, applied in order; the value is YAML (``null``, ``[8, 11]``, ``1e-3``).
+
+    Raises:
+        JobError: all mistakes of the file and the overrides at once, in the order of the lines.
+    """
+    draft = read_file(path)
+    for number, override in enumerate(overrides, start=1):
+        apply_override(draft, override, number)
+    found, job = check(draft.values, draft.unread)
+    lines = draft.mistakes + [(origin(draft, problem.path), f"{dotted(problem.path)}: {problem.message}") for problem in found]
+    if lines or job is None:
+        raise job_error([f"{where.label}: {message}" for where, message in sorted(lines, key=lambda line: line[0][:2])], path)
+    return job
+
+
+def read_file(path: str | FilePath) -> Draft:
+    """The file's values with the line of every key.
+
+    Raises:
+        JobError: no such file, not a text file, not YAML or not a mapping of keys.
+    """
+    try:
+        content = FilePath(path).read_bytes()
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such file{_similar_file(FilePath(path))}") from None
+    except IsADirectoryError:
+        jobs = sorted(job.name for job in FilePath(path).glob("*.yaml"))
+        raise JobError(f"{path}: is a folder; name a job file" + (f" in it ({', '.join(jobs)})" if jobs else "")) from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode("utf-8-sig")
+        line, column = position(before, len(before))
+        raise JobError(f"{path}:{line}:{column}: not a text file (byte 0x{content[error.start]:02x} is not UTF-8)") from None
+    try:
+        tree = parse(text)
+    except YamlError as error:
+        raise JobError(f"{path}:{error.line}:{error.column}: {error}") from None
+    if tree.value is None:
+        raise JobError(f"{path}:1:1: is empty; a job has at least run, method and data")
+    if not isinstance(tree.value, dict):
+        raise JobError(f"{path}:1:1: is not a mapping of keys (run:, method:, data:, ...)")
+    origins = {key: Origin(0, line, f"{path}:{line}") for key, line in tree.lines.items()}
+    mistakes = [(Origin(0, line, f"{path}:{line}"), f"{dotted(key)}: {message}") for key, line, message in tree.problems]
+    return Draft(tree.value, origins, mistakes, tree.unread)
+
+
+def _similar_file(path: FilePath) -> str:
+    names = [str(job) for job in path.parent.glob("*.yaml")]
+    similar = difflib.get_close_matches(str(path), names, n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def apply_override(draft: Draft, override: str, number: int) -> None:
+    """Put one ``key.path=value`` into the draft; what is wrong with it becomes one of the draft's mistakes."""
+    where = Origin(number, 0, f"override {override}")
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        draft.mistakes.append((where, "write it as key.path=value, for example optim.lr=0.02"))
+        return
+    try:
+        tree = parse(text)
+    except YamlError as error:
+        draft.mistakes.append((where, f"{error}; quote the value: {key}='\"...\"'"))
+        return
+    *parents, last = path = tuple(key.split("."))
+    draft.mistakes.extend((where, message) for _, _, message in tree.problems)
+    draft.unread.update((*path, *inner) for inner in tree.unread)
+    section = draft.values
+    for depth, name in enumerate(parents, start=1):
+        if section.get(name) is None:
+            section[name] = {}
+            draft.origins[path[:depth]] = where
+        if not isinstance(section[name], dict):
+            draft.mistakes.append((where, f"{dotted(path[:depth])} is {show(section[name])} and not a section of keys"))
+            return
+        section = section[name]
+    section[last] = tree.value
+    for old in [old for old in draft.origins if old[: len(path)] == path]:
+        del draft.origins[old]
+    draft.origins[path] = where
+
+
+def origin(draft: Draft, path: Path) -> Origin:
+    """Where a key was written; for one that is missing, its section."""
+    while path not in draft.origins:
+        path = path[:-1]
+    return draft.origins[path]
+
+
+def check(values: Mapping[str, Any], unread: Collection[Path] = ()) -> tuple[list[Problem], Job | None]:
+    """Everything wrong with a job's plain values but for the ``unread`` keys, and the Job if nothing is."""
+    values, found = _with_known_kinds(values)
+    job = None
+    try:
+        # As JSON, because strict JSON takes a list for a tuple but neither "2" nor true for a number.
+        job = Job.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        found += [problem_of(detail, values) for detail in error.errors(include_url=False)]
+    found = [problem for problem in found if problem.path not in unread]
+    found += problems_in(with_defaults(Job, values), broken=[*unread, *(problem.path for problem in found)])
+    return found, None if found else job
+
+
+def _with_known_kinds(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The values with every ``kind`` guessed that is missing or unknown, so that the rest of its section can be checked."""
+    known = dict(values)
+    found: list[Problem] = []
+    for name, field in Job.model_fields.items():
+        kinds = [kind_of(option) for option in sections(field)] if field.discriminator is not None else []
+        section = known.get(name)
+        if kinds and isinstance(section, dict) and section.get("kind") not in kinds:
+            message = none_of(section["kind"], kinds) if "kind" in section else f"missing; one of {', '.join(kinds)}"
+            found.append(Problem((name, "kind"), message))
+            guess = section_at(field, section)
+            known[name] = section | {"kind": kind_of(guess) if guess is not None else kinds[0]}
+    return known, found
+
+
+def job_error(lines: Iterable[str], path: str | FilePath) -> JobError:
+    """One error for all the lines, with a headline if there are several."""
+    lines = list(lines)
+    return JobError(lines, headline=f"{path} has {len(lines)} problems:" if len(lines) > 1 else None)

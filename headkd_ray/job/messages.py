@@ -1,0 +1,140 @@
+"""Pydantic's findings about a job as sentences that a user can act on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from headkd_ray.job.checks import Problem
+from headkd_ray.job.job import Job
+from headkd_ray.job.keys import (
+    Path,
+    dotted,
+    field_at,
+    kind_of,
+    known_paths,
+    nearest,
+    nearest_keys,
+    sections,
+)
+
+Sentence = Callable[[str, Any, Mapping[str, Any]], str]
+"""(what was given, as YAML; the given value; pydantic's bounds) -> what is wrong with it."""
+
+
+def problem_of(error: Mapping[str, Any], values: Mapping[str, Any]) -> Problem:
+    """One of pydantic's errors on a job, whose plain ``values`` help to guess what was meant."""
+    path = plain_path(error["loc"])
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return Problem(path, unknown_key(path, values))
+    if kind == "missing":
+        return Problem(path, missing(path, values))
+    if kind == "literal_error":
+        options = str(context["expected"]).replace(" or ", ", ").split(", ")  # pydantic writes 'a', 'b' or 'c'
+        return Problem(path, none_of(given, [option.strip("'") for option in options]))
+    sentence = SENTENCES.get(kind)
+    return Problem(path, sentence(show(given), given, context) if sentence else f"{show(given)}: {error['msg']}")
+
+
+def plain_path(loc: Iterable[int | str]) -> Path:
+    """Pydantic's location as the user wrote it: without the ``kind`` that it adds where several sections may stand."""
+    path: list[int | str] = []
+    options: tuple[Any, ...] = (Job,)
+    for part in loc:
+        chosen = tuple(option for option in options if len(options) > 1 and kind_of(option) == part)
+        if chosen:
+            options = chosen
+            continue
+        path.append(part)
+        fields = [option.model_fields[part] for option in options if part in option.model_fields]
+        options = sections(fields[0]) if fields else ()
+    return tuple(path)
+
+
+def show(value: Any) -> str:
+    """A value as short YAML."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def unknown_key(path: Path, values: Mapping[str, Any]) -> str:
+    """What to write instead of a key that does not exist."""
+    known = list(known_paths(Job, values))
+    sections = {key[:-1] for key in known}
+    given: Any = values
+    for part in path:
+        given = given[part]
+    # A section was probably meant to be a section, a value to be a value.
+    likely = nearest_keys(path, [key for key in known if isinstance(given, Mapping) == (key in sections)])
+    if likely:
+        return f"unknown key; did you mean {' or '.join(likely)}?"
+    siblings = ", ".join(str(key[-1]) for key in known if key[:-1] == path[:-1])
+    return f"unknown key; {dotted(path[:-1]) or 'a job'} has {siblings}"
+
+
+def missing(path: Path, values: Mapping[str, Any]) -> str:
+    """That a required key is missing, and what it means."""
+    if isinstance(path[-1], int):
+        return "missing; the list needs one more value"
+    field = field_at(path, values)
+    meaning = " ".join((field.description or "").split()) if field is not None else ""
+    return "missing" + (f" ({meaning.split('. ')[0].rstrip('.')})" if meaning else "")
+
+
+def none_of(given: Any, options: list[str]) -> str:
+    """That a value is none of the allowed ones, and which it is most like."""
+    likely = nearest(given, options)
+    return f"{show(given)} is none of {', '.join(options)}" + (f"; did you mean {likely}?" if likely else "")
+
+
+def _whole_number(shown: str, given: Any, _: Mapping[str, Any]) -> str:
+    if isinstance(given, float) and given.is_integer():
+        return f"{shown} must be a whole number; write {int(given)}"
+    return f"{shown} is not a whole number"
+
+
+def _text(shown: str, given: Any, _: Mapping[str, Any]) -> str:
+    if given is None:
+        return "is empty (null); text is expected"
+    if isinstance(given, dict | list):
+        return f"{shown} is not text"
+    return f'{shown} is not text; write it in double quotes: "{shown}"'
+
+
+def _section(shown: str, given: Any, _: Mapping[str, Any]) -> str:
+    return "is empty; give its keys or remove it" if given is None else f"{shown} is not a section (a mapping of keys)"
+
+
+def _bound(words: str, bound: str) -> Sentence:
+    return lambda shown, given, context: f"{shown} must be {words} {str(context[bound]).removesuffix('.0')}"
+
+
+def _pattern(shown: str, given: Any, context: Mapping[str, Any]) -> str:  # run.name is the only key with a pattern
+    return f"{shown} may hold letters, digits, dot, dash and underscore alone, and starts with a letter or digit"
+
+
+SENTENCES: dict[str, Sentence] = {
+    "int_type": _whole_number,
+    "float_type": lambda shown, given, context: f"{shown} is not a number",
+    "bool_type": lambda shown, given, context: f"{shown} is not true or false",
+    "string_type": _text,
+    "string_pattern_mismatch": _pattern,
+    "string_too_short": lambda shown, given, context: "is empty",
+    "finite_number": lambda shown, given, context: f"{shown} is not a finite number",
+    "greater_than": _bound("above", "gt"),
+    "greater_than_equal": _bound("at least", "ge"),
+    "less_than": _bound("below", "lt"),
+    "less_than_equal": _bound("at most", "le"),
+    "tuple_type": lambda shown, given, context: f"{shown} is not a list; write [{shown}]",
+    "too_short": lambda shown, given, context: "the list is empty",
+    "too_long": lambda shown, given, context: (
+        f"{shown} has {context['actual_length']} values; {context['max_length']} are expected"
+    ),
+    "model_type": _section,
+    "dict_type": _section,
+}
+"""For each kind of error that the Job's types can raise."""
