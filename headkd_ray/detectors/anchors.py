@@ -1,0 +1,96 @@
+"""Anchors of a dense head: every cell (level, y, x) of a pyramid holds the same few boxes, scaled with the level's stride."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headkd_ray.job import AnchorSpec
+
+Shape = tuple[int, int]
+
+PAD = 32
+"""An image counts as padded to a multiple of this when anchors are told valid from invalid (mmdet's Pad, size_divisor=32)."""
+
+
+class AnchorGrid(NamedTuple):
+    """All anchors of a batch's pyramid, levels one after another, within a level in the order (y, x, anchor)."""
+
+    boxes: Tensor
+    """(N, 4) float32, pixels of the network input; not clipped."""
+    origin: Tensor
+    """(N, 2) float32: (y, x) x stride of the anchor's cell, in pixels."""
+    counts: tuple[int, ...]
+    """Anchors of each level; their sum is N."""
+    shapes: tuple[Shape, ...]
+    """(H, W) of each level."""
+
+
+class Anchors:
+    """Makes and remembers the anchors of one head.
+
+    Anchor index within a cell: ratio-major, scale-minor (mmdet's and torchvision's order). Without ``rounding`` anchors
+    centre on (x * stride, y * stride), as in mmdet 2.x and later; with it sizes and corners are whole pixels and the strides
+    are image size // feature size, as in torchvision.
+    """
+
+    def __init__(self, spec: AnchorSpec, strides: Sequence[int]) -> None:
+        self.spec = spec
+        self.strides = tuple(strides)
+        self.per_cell = len(spec.ratios) * spec.octave_scales
+        self._memo: dict[tuple[tuple[Shape, ...], torch.device], AnchorGrid] = {}
+
+    def base(self, stride: int) -> Tensor:
+        """(A, 4) float32 anchors of the cell at the origin of a level with this nominal ``stride``."""
+        spec = self.spec
+        sizes = spec.base_scale * stride * 2 ** (torch.arange(spec.octave_scales) / spec.octave_scales)
+        if spec.rounding:
+            sizes = sizes.floor()
+        height_ratios = torch.tensor(spec.ratios).sqrt()
+        widths = (1 / height_ratios[:, None] * sizes).flatten()
+        heights = (height_ratios[:, None] * sizes).flatten()
+        boxes = torch.stack([-widths, -heights, widths, heights], dim=-1) / 2
+        return boxes.round() if spec.rounding else boxes
+
+    def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
+        """The anchors for pyramid levels ``features`` (B, C, H, W), on their device."""
+        shapes = tuple((f.shape[-2], f.shape[-1]) for f in features)
+        key = (shapes, features[0].device)
+        if key not in self._memo:
+            if len(self._memo) >= 16:  # multi-scale training meets a few dozen shapes; the oldest goes
+                del self._memo[next(iter(self._memo))]
+            self._memo[key] = self._make(shapes, features[0].device)
+        return self._memo[key]
+
+    def _make(self, shapes: tuple[Shape, ...], device: torch.device) -> AnchorGrid:
+        image = tuple(side * self.strides[0] for side in shapes[0])  # exact: batches are padded to multiples of the stride
+        boxes, origins = [], []
+        for (height, width), stride in zip(shapes, self.strides, strict=True):
+            step = (image[0] // height, image[1] // width) if self.spec.rounding else (stride, stride)
+            y, x = (torch.arange(n, device=device, dtype=torch.float32) * s for n, s in zip((height, width), step, strict=True))
+            corner = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)[:, :, None].expand(-1, -1, self.per_cell, -1)
+            boxes.append((corner.flip(-1).repeat(1, 1, 1, 2) + self.base(stride).to(device)).reshape(-1, 4))
+            origins.append(corner.reshape(-1, 2))
+        counts = tuple(len(level) for level in boxes)
+        return AnchorGrid(torch.cat(boxes), torch.cat(origins), counts, shapes)
+
+    def cells(self, index: Tensor, level: int, width: int) -> Tensor:
+        """(..., 4) int64 (level, y, x, anchor) of the anchors at position ``index`` (...) of a level ``width`` cells wide."""
+        cell = index // self.per_cell
+        return torch.stack([torch.full_like(index, level), cell // width, cell % width, index % self.per_cell], dim=-1)
+
+
+def padded_extents(sizes: Tensor) -> Tensor:
+    """(B, 2) int64 (h, w) of each image on its own padded to a multiple of 32; ``sizes`` (B, 2) are the unpadded ones."""
+    return (sizes + PAD - 1) // PAD * PAD
+
+
+def valid_anchors(grid: AnchorGrid, extents: Tensor) -> Tensor:
+    """(B, N) bool: anchors whose cell lies within its image's padded extent (B, 2).
+
+    Cell y of a level is valid when y < ceil(h / stride), which is y * stride < h.
+    """
+    return (grid.origin < extents.unsqueeze(1)).all(-1)

@@ -1,0 +1,112 @@
+"""timm backbones, tapped at strides 4, 8, 16 and 32 (C2 to C5)."""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import Any
+
+import timm
+from timm.layers import Format
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from headkd_ray.detectors.widths import mobilenet_v2, set_plain_stem
+from headkd_ray.errors import JobError
+from headkd_ray.job import BackboneSpec
+
+STRIDES = (4, 8, 16, 32)
+"""Pixels a cell of C2 to C5."""
+
+
+class Backbone(nn.Module):
+    """``body`` is timm's own feature extractor with timm's parameter names; this adds taps, freezing and BatchNorm modes."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        """Raises JobError if timm does not know the model or it has no maps at strides 4 to 32."""
+        super().__init__()
+        self.spec = spec
+        self.body: Any = _body(spec)
+        info = self.body.feature_info  # of a whole model (final_conv) it is a plain list, of an extractor a FeatureInfo
+        taps: list[dict[str, Any]] = info if isinstance(info, list) else info.get_dicts()
+        last = {tap["reduction"]: i for i, tap in enumerate(taps)}
+        missing = [s for s in STRIDES if s not in last]
+        if missing:
+            raise JobError(f"backbone.name: {spec.name} has no feature map at stride {missing}; a pyramid needs {STRIDES}")
+        self._taps = [last[s] for s in STRIDES]
+        self.channels: list[int] = [taps[i]["num_chs"] for i in self._taps]
+        if spec.final_conv:
+            self.channels[-1] = self.body.num_features
+        last_frozen = taps[self._taps[spec.frozen_stages - 1]]["module"] if spec.frozen_stages else None
+        self._frozen = _up_to(self.body, last_frozen) if last_frozen else []
+        for module in self._frozen:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and spec.norm_eps is not None:
+                module.eps = spec.norm_eps
+        self.train()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """C2, C3, C4, C5 of normalised images ``x`` (B, 3, H, W): maps (B, channels, H/s, W/s)."""
+        if self.spec.final_conv:
+            final, maps = self.body.forward_intermediates(x)
+            maps[-1] = final
+        else:
+            maps = self.body(x)
+        maps = [maps[i] for i in self._taps]
+        if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        return maps
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As usual, but frozen stages, and with ``norm_eval`` every BatchNorm, stay in eval mode."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen:
+                module.training = False
+            if self.spec.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.training = False
+        return self
+
+
+def _body(spec: BackboneSpec) -> nn.Module:
+    kwargs: dict[str, Any] = dict(spec.kwargs)
+    if spec.leaky_slope is not None:
+        kwargs["act_layer"] = partial(nn.LeakyReLU, negative_slope=spec.leaky_slope)
+    pretrained = spec.weights == "timm"
+    if not timm.is_model(spec.name.split(".")[0]):
+        near = difflib.get_close_matches(spec.name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise JobError(f"backbone.name: timm has no model {spec.name!r}{hint}")
+    try:
+        if spec.name.startswith("mobilenetv2") and {"channels", "layers", "stem_width", "head_width"} & kwargs.keys():
+            return mobilenet_v2(features_only=not spec.final_conv, **kwargs)
+        if spec.final_conv:
+            return timm.create_model(spec.name, pretrained=pretrained, num_classes=0, **kwargs)
+        if spec.name.startswith("resnet") and "stem_width" in kwargs:
+            net: Any = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+            return set_plain_stem(net, kwargs["stem_width"], kwargs.get("act_layer", nn.ReLU))
+        return timm.create_model(spec.name, pretrained=pretrained, features_only=True, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise JobError(f"backbone: timm cannot build {spec.name} with {kwargs}: {error}") from error
+
+
+def _up_to(body: nn.Module, stage: str) -> list[nn.Module]:
+    """Modules of ``body`` up to the end of ``stage``; timm registers modules in the order in which they run."""
+    names = [name for name, _ in body.named_modules()]
+    spelled = (stage, stage.replace(".", "_"))  # some extractors flatten stages.0 to stages_0
+    start = next((n for n in names if n in spelled or n.endswith(tuple(f".{s}" for s in spelled))), None)
+    if start is None:
+        raise JobError(f"backbone.frozen_stages: cannot find stage {stage!r} in this backbone; use 0")
+    end = max(i for i, name in enumerate(names) if name == start or name.startswith(f"{start}."))
+    # A container that also holds later modules is not frozen itself; its early children are.
+    open_containers = {part for name in names[end + 1 :] for part in _parents(name)}
+    return [module for name, module in list(body.named_modules())[: end + 1] if name not in open_containers]
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))]

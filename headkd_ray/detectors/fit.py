@@ -1,0 +1,33 @@
+"""Loading tensors into a module strictly: everything that does not match is said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from headkd_ray.errors import CheckpointError
+
+
+def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
+    """Load ``tensors``, named as in ``module``; CheckpointError listing every missing, unexpected or misshapen tensor.
+
+    ``origin`` maps a name to what it is called in the file, for messages. Only BatchNorm's ``num_batches_tracked`` may be
+    missing: frozen BatchNorms do not have it, and nothing here reads it.
+    """
+    origin = origin or {}
+    own = module.state_dict()
+    problems = [f"missing: {name}" for name in sorted(own.keys() - tensors.keys()) if not name.endswith("num_batches_tracked")]
+    problems += [f"unexpected: {origin.get(name, name)}" for name in sorted(tensors.keys() - own.keys())]
+    problems += [
+        f"shape of {origin.get(name, name)}: {_shape(tensors[name])} in the file, {_shape(own[name])} in the model"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(problems, headline=f"{source}: {len(problems)} tensors do not fit the model")
+    module.load_state_dict({**own, **tensors})
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

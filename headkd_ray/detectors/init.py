@@ -1,0 +1,31 @@
+"""Initial weights of necks and heads; biases start at 0."""
+
+from __future__ import annotations
+
+from torch import nn
+
+Layer = nn.Conv2d | nn.Linear
+
+
+def normal(layer: Layer, std: float) -> None:
+    """Weights N(0, ``std``)."""
+    nn.init.normal_(layer.weight, std=std)
+    zero_bias(layer)
+
+
+def xavier(layer: Layer) -> None:
+    """Xavier uniform weights."""
+    nn.init.xavier_uniform_(layer.weight)
+    zero_bias(layer)
+
+
+def kaiming(layer: Layer) -> None:
+    """Kaiming normal weights for a following ReLU, fan out."""
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    zero_bias(layer)
+
+
+def zero_bias(layer: Layer) -> None:
+    """Bias 0, where there is one."""
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,47 @@
+"""Loss terms as plain sums in float32; normalisers belong to the heads. Every sum over nothing is 0 and has zero gradients."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def focal_loss_sum(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Sigmoid focal loss, summed: -alpha (1-p)^gamma log p for targets, -(1-alpha) p^gamma log(1-p) for the rest.
+
+    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``counted`` (B, N) bool, False = no loss.
+    Every entry first pays the background price; then the one entry a row that is a target is corrected, which saves a
+    one-hot target and a second pass over B x N x C.
+    """
+    logits = logits.float()
+    background = (1 - alpha) * _power(logits.sigmoid(), gamma) * F.softplus(logits)
+    total = background.sum(-1).masked_fill(~counted, 0.0).sum()
+    target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    paid = (1 - alpha) * _power(target.sigmoid(), gamma) * F.softplus(target)
+    owed = alpha * _power((-target).sigmoid(), gamma) * F.softplus(-target)
+    return total + (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0).sum()
+
+
+def _power(value: Tensor, exponent: float) -> Tensor:
+    return value * value if exponent == 2 else value.pow(exponent)
+
+
+def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Sum of |predicted - target| over the rows (...,) that are ``counted``; predicted and target are (..., 4)."""
+    return (predicted.float() - target).abs().sum(-1).masked_fill(~counted, 0.0).sum()
+
+
+def binary_cross_entropy_sum(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Sum of the sigmoid cross entropy of ``logits`` (...) with bool ``target`` (...) where ``counted`` (...)."""
+    price = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    return price.masked_fill(~counted, 0.0).sum()
+
+
+def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
+    """Mean of (student - target)^2 over all elements; 0, not NaN, if there are none. ``target`` gets no gradient."""
+    return F.mse_loss(student.float(), target.detach().float(), reduction="sum") / max(student.numel(), 1)
+
+
+def cross_entropy_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """Softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64, averaged over R; 0 if R = 0."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)

@@ -1,0 +1,72 @@
+"""Which ground-truth box, if any, an anchor or RoI answers for (mmdet's MaxIoUAssigner), for a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors.boxes import pairwise_iou
+
+NEGATIVE = -1
+IGNORED = -2
+
+
+class Truth(NamedTuple):
+    """Ground truth of a batch; G is at least 1, so that nothing below reduces over an empty dimension."""
+
+    boxes: Tensor
+    """(B, G, 4) float32, pixels of the network input."""
+    labels: Tensor
+    """(B, G) int64, 0 to C-1, -1 = padding."""
+    present: Tensor
+    """(B, G) bool, False = padding."""
+
+    @classmethod
+    def of(cls, boxes: Tensor, labels: Tensor) -> Truth:
+        """From padded ``boxes`` (B, G, 4) and ``labels`` (B, G), -1 = padding; G may be 0."""
+        if labels.shape[1] == 0:
+            boxes, labels = boxes.new_zeros(len(boxes), 1, 4), labels.new_full((len(labels), 1), -1)
+        return cls(boxes, labels, labels >= 0)
+
+
+@torch.no_grad()
+def match(
+    boxes: Tensor,
+    truth: Truth,
+    positive_iou: float,
+    negative_iou: float,
+    low_quality_iou: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """(B, N) int64: index of the ground-truth box that each box answers for, NEGATIVE or IGNORED.
+
+    ``boxes`` (N, 4) or (B, N, 4). A box is negative if its best IoU is below ``negative_iou``, positive for its best
+    ground-truth box from ``positive_iou``, else ignored. With ``low_quality_iou`` every ground-truth box also claims all
+    boxes that attain its own best IoU, if that is at least this value; where several claim one box the last wins (mmdet).
+    ``valid`` (B, N): invalid boxes take no part and come out IGNORED.
+    """
+    iou = pairwise_iou(boxes, truth.boxes)
+    takes_part = truth.present.unsqueeze(1)
+    if valid is not None:
+        takes_part = takes_part & valid.unsqueeze(2)
+    iou = iou.masked_fill_(~takes_part, -1.0)
+
+    best, index = iou.max(dim=2)
+    matched = torch.where(best >= positive_iou, index, IGNORED)
+    matched = torch.where(best < negative_iou, NEGATIVE, matched)
+    if low_quality_iou is not None:
+        claim = iou.amax(dim=1, keepdim=True)
+        claims = (iou == claim) & (claim >= low_quality_iou) & takes_part
+        order = torch.arange(1, iou.shape[2] + 1, device=iou.device)
+        last = (claims * order).amax(dim=2) - 1
+        matched = torch.where(last >= 0, last, matched)
+    return matched if valid is None else matched.masked_fill(~valid, IGNORED)
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, N, ...) of ``table`` (B, M, ...) at ``index`` (B, N) int64; negative indices read row 0."""
+    index = index.clamp(min=0)
+    shape = (*index.shape, *table.shape[2:])
+    return table.gather(1, index.reshape(*index.shape, *[1] * (table.dim() - 2)).expand(shape))

@@ -1,0 +1,89 @@
+"""From a dense head's raw maps to proposals that remember the anchor cell they came from; shared by RetinaNet and RPN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors.anchors import Anchors
+from headkd_ray.detectors.boxes import clip, decode, exceeds
+from headkd_ray.detectors.matching import gather_rows
+from headkd_ray.detectors.nms import grouped_nms, pack
+from headkd_ray.job import ProposalSpec
+
+
+class Proposals(NamedTuple):
+    """Proposals of a batch, sorted by score within each image; P is the most any image has."""
+
+    boxes: Tensor
+    """(B, P, 4) float32, pixels of the network input, clipped to the unpadded image."""
+    scores: Tensor
+    """(B, P) float32, 0 = padding."""
+    cells: Tensor
+    """(B, P, 4) int64: level, y, x, anchor of the anchor that produced each; level 0 is the head's finest; -1 = padding."""
+    valid: Tensor
+    """(B, P) bool, False = padding."""
+
+
+class Detections(NamedTuple):
+    """Detections of a batch, sorted by score within each image; N is the most any image has."""
+
+    boxes: Tensor
+    """(B, N, 4) float32, pixels of the network input, clipped to the unpadded image."""
+    scores: Tensor
+    """(B, N) float32, 0 = padding."""
+    labels: Tensor
+    """(B, N) int64, 0 to C-1, -1 = padding."""
+
+
+def flatten_cells(maps: Sequence[Tensor], channels: int) -> list[Tensor]:
+    """Maps (B, A * channels, H, W), anchor-major, as tables (B, H * W * A, channels) in the order (y, x, anchor)."""
+    return [m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps]
+
+
+@torch.no_grad()
+def propose(
+    scores: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Anchors,
+    sizes: Tensor,
+    spec: ProposalSpec,
+    clamp_shrink: bool = True,
+) -> Proposals:
+    """Top anchors of each level by score, decoded, clipped, stripped of degenerate boxes, NMS within each level.
+
+    ``scores`` per level (B, A, H, W) in 0..1; ``deltas`` per level (B, A * 4, H, W); ``sizes`` (B, 2) unpadded (h, w).
+    """
+    grid = anchors.grid(scores)
+    tables, offset = [], 0
+    for level, (score, delta) in enumerate(zip(scores, flatten_cells(deltas, 4), strict=True)):
+        score = score.float().permute(0, 2, 3, 1).flatten(1)
+        top, index = score.topk(min(spec.pre_nms, score.shape[1]), dim=1)
+        boxes = decode(gather_rows(delta, index).float(), grid.boxes[offset + index], clamp_shrink=clamp_shrink)
+        tables.append((boxes, top, anchors.cells(index, level, grid.shapes[level][1])))
+        offset += grid.counts[level]
+    boxes, score, cells = (torch.cat(column, dim=1) for column in zip(*tables, strict=True))
+    boxes = clip(boxes, sizes)
+
+    image, row = exceeds(boxes, spec.min_size).nonzero(as_tuple=True)
+    boxes, score, cells = boxes[image, row], score[image, row], cells[image, row]
+    keep = grouped_nms(boxes, score, image * len(scores) + cells[:, 0], spec.nms_iou)
+    fields = {"boxes": (boxes[keep], 0), "scores": (score[keep], 0), "cells": (cells[keep], -1)}
+    valid, packed = pack(image[keep], len(sizes), spec.post_nms, fields)
+    return Proposals(packed["boxes"], packed["scores"], packed["cells"], valid)
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, batch: int, num_classes: int, iou: float, limit: int
+) -> Detections:
+    """NMS within each class of each image, then the best ``limit`` an image.
+
+    ``boxes`` (M, 4), ``scores`` (M,), ``labels`` (M,) and ``image`` (M,) int64 are candidates in any order.
+    """
+    keep = grouped_nms(boxes, scores, image * num_classes + labels, iou)
+    fields = {"boxes": (boxes[keep], 0), "scores": (scores[keep], 0), "labels": (labels[keep], -1)}
+    _, packed = pack(image[keep], batch, limit, fields)
+    return Detections(packed["boxes"], packed["scores"], packed["labels"])

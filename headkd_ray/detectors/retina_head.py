@@ -1,0 +1,138 @@
+"""RetinaNet's dense head: two conv towers on every pyramid level, focal loss, and proposals for an R-CNN assistant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headkd_ray.detectors import init
+from headkd_ray.detectors.anchors import Anchors, padded_extents, valid_anchors
+from headkd_ray.detectors.boxes import clip, decode, encode, exceeds
+from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
+from headkd_ray.detectors.matching import Truth, gather_rows, match
+from headkd_ray.detectors.proposals import Detections, Proposals, flatten_cells, propose, suppress
+from headkd_ray.job import RetinaHeadSpec
+
+STRIDES = (8, 16, 32, 64, 128)
+"""Pixels a cell of P3 to P7."""
+
+
+class RetinaOutputs(NamedTuple):
+    """What the head says about each level; A anchors a cell, C classes."""
+
+    logits: list[Tensor]
+    """(B, A * C, H, W), anchor-major."""
+    deltas: list[Tensor]
+    """(B, A * 4, H, W), anchor-major, stds 1."""
+    taps: list[Tensor]
+    """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
+
+
+def tower(in_channels: int, channels: int, depth: int) -> nn.Sequential:
+    """``depth`` times 3x3 conv and ReLU."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        # Not in-place: the last output is a tap, and FPN maps feed two towers.
+        layers += [nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def init_dense_head(head: nn.Module, tower_std: float | None) -> None:
+    """Output convs from N(0, 0.01); tower convs from N(0, tower_std), or by He et al. (2015) when it is None."""
+    for name, module in head.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if "tower" not in name:
+                init.normal(module, std=0.01)
+            elif tower_std is None:
+                init.kaiming(module)
+            else:
+                init.normal(module, std=tower_std)
+
+
+class RetinaHead(nn.Module):
+    """Dense head on P3 to P7 with ``num_classes`` sigmoid classes; init and class prior as in ``spec``."""
+
+    def __init__(self, spec: RetinaHeadSpec, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_classes = num_classes
+        self.anchors = Anchors(spec.anchors, STRIDES)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs)
+        self.cls_out = nn.Conv2d(spec.channels, self.anchors.per_cell * num_classes, 3, padding=1)
+        self.box_out = nn.Conv2d(spec.channels, self.anchors.per_cell * 4, 3, padding=1)
+        init_dense_head(self, spec.tower_std)
+        assert self.cls_out.bias is not None
+        nn.init.constant_(self.cls_out.bias, -math.log((1 - spec.prior) / spec.prior))
+
+    def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
+        """``features``: P3 to P7, (B, in_channels, H, W) each."""
+        taps = [self.cls_tower(f) for f in features]
+        return RetinaOutputs([self.cls_out(t) for t in taps], [self.box_out(self.box_tower(f)) for f in features], taps)
+
+    def losses(
+        self, outputs: RetinaOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor, extents: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Focal and L1 loss, each divided by the sum over images of max(1, positives).
+
+        ``sizes`` (B, 2) unpadded (h, w); ``boxes`` (B, G, 4); ``labels`` (B, G), -1 = padding. ``extents`` (B, 2) is how far
+        anchors count in each image; None = its size rounded up to a multiple of 32, whatever the batch is padded to.
+        """
+        grid = self.anchors.grid(outputs.logits)
+        valid = valid_anchors(grid, padded_extents(sizes) if extents is None else extents)
+        truth = Truth.of(boxes, labels)
+        matched = match(grid.boxes, truth, self.spec.positive_iou, self.spec.negative_iou, low_quality_iou=0.0, valid=valid)
+        positive = matched >= 0
+
+        target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
+        # Rows without a match encode their own anchor, so that no log(0) arises where it would be masked anyway.
+        target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
+        target_deltas = encode(target_boxes, grid.boxes)
+
+        logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
+        deltas = torch.cat(flatten_cells(outputs.deltas, 4), dim=1)
+        normaliser = positive.sum(1).clamp(min=1).sum()
+        cls = focal_loss_sum(logits, target_labels, matched >= -1, self.spec.focal_alpha, self.spec.focal_gamma)
+        return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, positive) / normaliser}
+
+    @torch.no_grad()
+    def proposals(self, outputs: RetinaOutputs, sizes: Tensor) -> Proposals:
+        """RoIs for an assistant: the head as an RPN whose score is that of the likeliest class; carries no gradient."""
+        best = [m.unflatten(1, (-1, self.num_classes)).amax(2).float().sigmoid() for m in outputs.logits]
+        return propose(best, outputs.deltas, self.anchors, sizes, self.spec.proposals, self.spec.clamp_shrink)
+
+    @torch.no_grad()
+    def detect(self, outputs: RetinaOutputs, sizes: Tensor) -> Detections:
+        """Detections at test settings; ``sizes`` (B, 2) unpadded (h, w)."""
+        grid = self.anchors.grid(outputs.logits)
+        rules = self.spec.postprocess
+        found, offset = [], 0
+        for logits, deltas, count in zip(
+            flatten_cells(outputs.logits, self.num_classes), flatten_cells(outputs.deltas, 4), grid.counts, strict=True
+        ):
+            # The best K (anchor, class) pairs lie on the best K anchors, so the big sort is over anchors alone.
+            _, anchor = logits.amax(2).topk(min(rules.pre_nms, count), dim=1)
+            pairs = gather_rows(logits, anchor).float().sigmoid().flatten(1)
+            score, pair = pairs.topk(min(rules.pre_nms, pairs.shape[1]), dim=1)
+            anchor = anchor.gather(1, pair // self.num_classes)
+            delta = gather_rows(deltas, anchor).float()
+            boxes = decode(delta, grid.boxes[offset + anchor], clamp_shrink=self.spec.clamp_shrink)
+            found.append((boxes, score, pair % self.num_classes))
+            offset += count
+        boxes, score, label = (torch.cat(column, dim=1) for column in zip(*found, strict=True))
+        boxes = clip(boxes, sizes)
+        image, row = ((score > rules.score) & exceeds(boxes, rules.min_size)).nonzero(as_tuple=True)
+        return suppress(
+            boxes[image, row],
+            score[image, row],
+            label[image, row],
+            image,
+            batch=len(sizes),
+            num_classes=self.num_classes,
+            iou=rules.nms_iou,
+            limit=rules.max_detections,
+        )

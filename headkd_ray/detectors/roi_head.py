@@ -1,0 +1,123 @@
+"""R-CNN box head: RoIAlign, convs and fully connected layers, class and box. Also the architecture of HEAD's assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from headkd_ray.detectors import init
+from headkd_ray.detectors.boxes import ROI_STDS, area, clip, decode, encode, exceeds
+from headkd_ray.detectors.losses import cross_entropy_mean, l1_sum
+from headkd_ray.detectors.proposals import Detections, suppress
+from headkd_ray.detectors.rois import RoIs
+from headkd_ray.job import RoIHeadSpec
+
+
+class RoIOutputs(NamedTuple):
+    """What the head says about R RoIs; C classes."""
+
+    taps: list[Tensor]
+    """(R, fc_channels) each: post-ReLU outputs of the fully connected layers, in order, which AKD and CKD read."""
+    logits: Tensor
+    """(R, C + 1), background last."""
+    deltas: Tensor
+    """(R, C, 4), or (R, 1, 4) if class-agnostic; stds .1 .1 .2 .2."""
+
+
+def roi_levels(rois: Tensor, levels: int, finest_scale: float) -> Tensor:
+    """(R,) int64 pyramid level, 0 = finest, of ``rois`` (R, 4): mmdet's rule, which torchvision's pooler does not follow."""
+    scale = area(rois).clamp(min=0).sqrt()
+    return (scale / finest_scale + 1e-6).log2().floor().clamp(0, levels - 1).long()
+
+
+def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, image: Tensor, spec: RoIHeadSpec) -> Tensor:
+    """(R, C, pool, pool) float32 features of ``rois`` (R, 4), each from the level that fits its size.
+
+    The RoIs are sorted by level once, so that all levels together cost one host-device synchronisation.
+    """
+    level = roi_levels(rois, len(features), spec.finest_scale)
+    order = level.argsort(stable=True)
+    rows = torch.cat([image.to(rois).unsqueeze(1), rois], dim=1)[order]
+    parts = rows.split(level.bincount(minlength=len(features)).tolist())
+    pooled = [
+        roi_align(f.float(), part, spec.pool, 1 / stride, spec.sampling_ratio, spec.aligned)
+        for f, stride, part in zip(features, strides, parts, strict=True)
+    ]
+    return torch.cat(pooled).index_select(0, order.argsort())
+
+
+class RoIHead(nn.Module):
+    """Box head over four pyramid levels with the given ``strides`` (pixels a cell).
+
+    Init: Xavier for the fully connected layers, N(0, .01) for classes, N(0, .001) for boxes.
+    """
+
+    def __init__(self, spec: RoIHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+        self.convs = nn.Sequential(*self._convs(in_channels))
+        width = (spec.conv_channels if spec.convs else in_channels) * spec.pool**2
+        widths = [width] + [spec.fc_channels] * spec.fcs
+        self.fcs = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.cls_out = nn.Linear(spec.fc_channels, num_classes + 1)
+        self.box_out = nn.Linear(spec.fc_channels, 4 if spec.class_agnostic else 4 * num_classes)
+        for module in self.fcs.modules():
+            if isinstance(module, nn.Linear):
+                init.xavier(module)
+        init.normal(self.cls_out, std=0.01)
+        init.normal(self.box_out, std=0.001)
+
+    def _convs(self, in_channels: int) -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        for i in range(self.spec.convs):
+            channels = in_channels if i == 0 else self.spec.conv_channels
+            conv = nn.Conv2d(channels, self.spec.conv_channels, 3, padding=1, bias=not self.spec.conv_norm)
+            init.kaiming(conv)
+            norm = [nn.BatchNorm2d(self.spec.conv_channels)] if self.spec.conv_norm else []
+            layers += [conv, *norm, nn.ReLU(inplace=True)]
+        return layers
+
+    def forward(self, features: Sequence[Tensor], rois: Tensor, image: Tensor) -> RoIOutputs:
+        """Look at ``rois`` (R, 4) of images ``image`` (R,) on the finest ``len(strides)`` of ``features`` (B, C, H, W)."""
+        pooled = pool_rois(features[: len(self.strides)], self.strides, rois, image, self.spec)
+        hidden, taps = self.convs(pooled).flatten(1), []
+        for fc in self.fcs:
+            hidden = fc(hidden).relu()
+            taps.append(hidden)
+        return RoIOutputs(taps, self.cls_out(hidden), self.box_out(hidden).unflatten(1, (-1, 4)))
+
+    def losses(self, outputs: RoIOutputs, rois: RoIs) -> dict[str, Tensor]:
+        """``cls``: cross entropy averaged over all R; ``box``: L1 on the positives' own class, divided by R too."""
+        positive = rois.labels < self.num_classes
+        column = rois.labels.clamp(max=outputs.deltas.shape[1] - 1)
+        deltas = outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
+        box = l1_sum(deltas, encode(rois.targets, rois.boxes, ROI_STDS), positive)
+        return {"cls": cross_entropy_mean(outputs.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
+
+    @torch.no_grad()
+    def detect(self, outputs: RoIOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
+        """Detections at test settings from the head's view of ``rois`` (R, 4) of images ``image`` (R,)."""
+        rules = self.spec.postprocess
+        scores = outputs.logits.float().softmax(-1)[:, :-1]
+        row, label = (scores > rules.score).nonzero(as_tuple=True)
+        column = label if outputs.deltas.shape[1] > 1 else torch.zeros_like(label)
+        boxes = decode(outputs.deltas[row, column].float(), rois[row], ROI_STDS, self.spec.clamp_shrink)
+        boxes = clip(boxes.unsqueeze(1), sizes[image[row]]).squeeze(1)
+        kept = exceeds(boxes, rules.min_size)
+        return suppress(
+            boxes[kept],
+            scores[row, label][kept],
+            label[kept],
+            image[row][kept],
+            batch=len(sizes),
+            num_classes=self.num_classes,
+            iou=rules.nms_iou,
+            limit=rules.max_detections,
+        )

@@ -1,0 +1,89 @@
+"""Region proposal network of Faster R-CNN, on P2 to P6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headkd_ray.detectors.anchors import Anchors, padded_extents, valid_anchors
+from headkd_ray.detectors.boxes import encode
+from headkd_ray.detectors.losses import binary_cross_entropy_sum, l1_sum
+from headkd_ray.detectors.matching import NEGATIVE, Truth, gather_rows, match
+from headkd_ray.detectors.proposals import Proposals, flatten_cells, propose
+from headkd_ray.detectors.retina_head import init_dense_head, tower
+from headkd_ray.detectors.sampling import sample
+from headkd_ray.job import RPNSpec
+
+STRIDES = (4, 8, 16, 32, 64)
+"""Pixels a cell of P2 to P6."""
+
+
+class RPNOutputs(NamedTuple):
+    """What the RPN says about each level; A anchors a cell."""
+
+    logits: list[Tensor]
+    """(B, A, H, W)."""
+    deltas: list[Tensor]
+    """(B, A * 4, H, W), anchor-major, stds 1."""
+
+
+class RPN(nn.Module):
+    """Objectness and box of every anchor; init as in ``spec``."""
+
+    def __init__(self, spec: RPNSpec, channels: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.anchors = Anchors(spec.anchors, STRIDES)
+        self.tower = tower(channels, channels, spec.convs)
+        self.cls_out = nn.Conv2d(channels, self.anchors.per_cell, 1)
+        self.box_out = nn.Conv2d(channels, self.anchors.per_cell * 4, 1)
+        init_dense_head(self, spec.tower_std)
+
+    def forward(self, features: Sequence[Tensor]) -> RPNOutputs:
+        """``features``: P2 to P6, (B, channels, H, W) each."""
+        hidden = [self.tower(f) for f in features]
+        return RPNOutputs([self.cls_out(h) for h in hidden], [self.box_out(h) for h in hidden])
+
+    def losses(
+        self,
+        outputs: RPNOutputs,
+        sizes: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        extents: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Cross entropy and L1 on sampled anchors, each divided by the number of samples in the batch (mmdet).
+
+        Arguments as in :meth:`RetinaHead.losses`; ``generator`` draws the samples.
+        """
+        grid = self.anchors.grid(outputs.logits)
+        valid = valid_anchors(grid, padded_extents(sizes) if extents is None else extents)
+        truth = Truth.of(boxes, labels)
+        low = self.spec.negative_iou
+        matched = match(grid.boxes, truth, self.spec.positive_iou, low, low_quality_iou=low, valid=valid)
+        chosen = sample(matched >= 0, matched == NEGATIVE, self.spec.sampler, generator)
+
+        logits = torch.cat(flatten_cells(outputs.logits, 1), dim=1).squeeze(-1).gather(1, chosen.picked)
+        deltas = gather_rows(torch.cat(flatten_cells(outputs.deltas, 4), dim=1), chosen.picked)
+        matched, anchors = matched.gather(1, chosen.picked), grid.boxes[chosen.picked]
+        positive = (matched >= 0) & chosen.valid
+        target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), anchors)
+
+        # mmdet counts at least one positive and one negative an image.
+        negatives = (chosen.valid & ~positive).sum(1).clamp(min=1).sum()
+        samples = positive.sum(1).clamp(min=1).sum() + negatives
+        return {
+            "loss_rpn_cls": binary_cross_entropy_sum(logits, positive, chosen.valid) / samples,
+            "loss_rpn_box": l1_sum(deltas, encode(target_boxes, anchors), positive) / samples,
+        }
+
+    @torch.no_grad()
+    def proposals(self, outputs: RPNOutputs, sizes: Tensor) -> Proposals:
+        """Proposals by the training rules in train mode, by the test rules otherwise; they carry no gradient."""
+        rules = self.spec.train_proposals if self.training else self.spec.test_proposals
+        scores = [logits.float().sigmoid() for logits in outputs.logits]
+        return propose(scores, outputs.deltas, self.anchors, sizes, rules, self.spec.clamp_shrink)

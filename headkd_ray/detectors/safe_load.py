@@ -1,0 +1,82 @@
+"""Reading other people's weight files: never runs code from them (``weights_only``), and fails with one clear sentence."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from headkd_ray.errors import CheckpointError
+
+
+class _Inert:
+    """Stands in for logging objects inside mmdet 3.x files (mmengine's HistoryBuffer); keeps and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _nothing(*args: object) -> None:
+    """Stands in for the ``getattr`` with which HistoryBuffer pickles its own methods."""
+
+
+def _allowed() -> list[Any]:
+    """What may appear in a file besides tensors and plain Python values: numpy numbers, and inert stand-ins."""
+    multiarray = np.core.multiarray if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core.multiarray  # type: ignore[attr-defined]
+    allowed: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"}]
+    for name in ("_reconstruct", "scalar"):
+        # Files name the module as their own numpy did: numpy.core before 2.0, numpy._core since.
+        allowed += [(getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")]
+    allowed += [(_Inert, "mmengine.logging.history_buffer.HistoryBuffer"), (_Inert, "argparse.Namespace")]
+    return [*allowed, (_nothing, "builtins.getattr")]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a .pth/.pt file (a dict) or the tensors of a .safetensors file, on the CPU.
+
+    Raises CheckpointError if the file is missing, damaged, or holds objects that cannot be read without running code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with torch.serialization.safe_globals(_allowed()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: holds objects that are not loaded, because that could run code: {first}") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable weight file: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def state_dict_of(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by name and the ``meta`` of a file's ``content``, whichever way it is wrapped.
+
+    Known wrappings: none; {"state_dict": ...} (mmdet, mmcls); {"model": ...} (torchvision's reference scripts); a ``module.``
+    prefix (DDP). Raises CheckpointError if there are no tensors.
+    """
+    meta = content.get("meta")
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise CheckpointError(f"{source}: holds no tensors")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state, dict(meta) if isinstance(meta, Mapping) else {}

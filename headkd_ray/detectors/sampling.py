@@ -1,0 +1,45 @@
+"""Random choice of positives and negatives (mmdet's RandomSampler), for a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headkd_ray.job import SamplerSpec
+
+
+class Sample(NamedTuple):
+    """The chosen candidates of each image: positives by index, then negatives by index, then padding."""
+
+    picked: Tensor
+    """(B, S) int64 into the candidates; padding reads 0."""
+    valid: Tensor
+    """(B, S) bool, False = padding."""
+
+
+@torch.no_grad()
+def sample(positive: Tensor, negative: Tensor, spec: SamplerSpec, generator: torch.Generator | None = None) -> Sample:
+    """Draw up to ``spec.size`` candidates an image from the masks ``positive`` and ``negative`` (B, N).
+
+    Positives fill at most ``positive_fraction`` of the size; negatives fill the rest. If there are no more candidates than
+    places all are taken and the result does not depend on ``generator`` (on the masks' device; None = torch's default).
+    """
+    batch, count = positive.shape
+    ticket = torch.rand(batch, count, device=positive.device, generator=generator)
+    rank = torch.arange(min(spec.size, count), device=positive.device)
+
+    quota = min(int(spec.size * spec.positive_fraction), count)
+    drawn, chosen = ticket.masked_fill(~positive, -1.0).topk(quota, dim=1)
+    is_positive = drawn >= 0
+
+    drawn, chosen_negative = ticket.masked_fill(~negative, -1.0).topk(len(rank), dim=1)
+    room = spec.size - is_positive.sum(1, keepdim=True)
+    is_negative = (drawn >= 0) & (rank < room)
+
+    # One sort key puts positives first, each side by index, padding last.
+    key = torch.cat([chosen, chosen_negative + count], dim=1)
+    key = key.masked_fill(~torch.cat([is_positive, is_negative], dim=1), 2 * count).sort(dim=1).values[:, : spec.size]
+    valid = key < 2 * count
+    return Sample((key % max(count, 1)).masked_fill(~valid, 0), valid)

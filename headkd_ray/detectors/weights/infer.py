@@ -1,0 +1,125 @@
+"""A detector's spec from the shapes of its tensors (under our names)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from headkd_ray.errors import CheckpointError
+from headkd_ray.job import BackboneSpec, FPNSpec, RetinaHeadSpec, RoIHeadSpec, RPNSpec
+
+State = Mapping[str, Tensor]
+
+_RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+    ("bottleneck", (3, 8, 36, 3)): "resnet152",
+}
+
+
+def count(state: State, pattern: str) -> int:
+    """How many different numbers stand at the group of ``pattern`` in the names of ``state``."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+def need(state: State, *names: str) -> list[Tensor]:
+    """The named tensors; CheckpointError listing those that are absent."""
+    absent = [name for name in names if name not in state]
+    if absent:
+        headline = "the architecture cannot be read from the tensors"
+        raise CheckpointError([f"missing: {name}" for name in absent], headline=headline)
+    return [state[name] for name in names]
+
+
+def resnet(state: State, prefix: str = "backbone.body.") -> BackboneSpec:
+    """timm's ResNet with the depths and widths of ``state``; stem and first stage frozen, BatchNorm in eval mode (paper)."""
+    kind = "bottleneck" if f"{prefix}layer1.0.conv3.weight" in state else "basic"
+    layers = tuple(count(state, rf"{re.escape(prefix)}layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+    stem, *convs = need(state, f"{prefix}conv1.weight", *(f"{prefix}layer{s}.0.conv2.weight" for s in (1, 2, 3, 4)))
+    channels = [conv.shape[0] for conv in convs]
+    if any(conv.shape[1] != conv.shape[0] for conv in convs):
+        raise CheckpointError("grouped or widened ResNets (ResNeXt, Wide ResNet, Res2Net) are not supported")
+    kwargs: dict[str, Any] = {}
+    if (stem.shape[0], channels) != (64, [64, 128, 256, 512]):
+        kwargs |= {"stem_width": stem.shape[0], "channels": channels}
+    name = _RESNETS.get((kind, layers))
+    if name is None:
+        name = "resnet18" if kind == "basic" else "resnet50"
+        kwargs["layers"] = list(layers)
+    return BackboneSpec(name=name, kwargs=kwargs)
+
+
+def mobilenet_v2(state: State, leaky_slope: float | None, prefix: str = "backbone.body.") -> BackboneSpec:
+    """timm's MobileNetV2 with the widths of ``state``; the rest as in the paper: nothing frozen, BatchNorm trained, final conv."""
+    ends = [f"{prefix}blocks.0.0.conv_pw.weight", *(f"{prefix}blocks.{stage}.0.conv_pwl.weight" for stage in range(1, 7))]
+    stem, head, *convs = need(state, f"{prefix}conv_stem.weight", f"{prefix}conv_head.weight", *ends)
+    widths = {
+        "stem_width": stem.shape[0],
+        "channels": [conv.shape[0] for conv in convs],
+        "layers": [count(state, rf"{re.escape(prefix)}blocks\.{stage}\.(\d+)\.") for stage in range(7)],
+        "head_width": head.shape[0],
+    }
+    usual = {"stem_width": 32, "channels": [16, 24, 32, 64, 96, 160, 320], "layers": [1, 2, 3, 4, 3, 3, 1], "head_width": 1280}
+    return BackboneSpec(
+        name="mobilenetv2_100",
+        kwargs={} if widths == usual else widths,
+        frozen_stages=0,
+        norm_eval=False,
+        leaky_slope=leaky_slope,
+        final_conv=True,
+    )
+
+
+def fpn(state: State) -> FPNSpec:
+    """The neck of ``state``; where a first extra conv could read C5 or P5 (equal widths) it reads C5, as the paper's does."""
+    norm = "neck.lateral.0.1.weight" in state
+    last = count(state, r"neck\.lateral\.(\d+)\.") - 1
+    conv = ".0.weight" if norm else ".weight"
+    (lateral,) = need(state, f"neck.lateral.{last}{conv}")
+    first = state.get("neck.extra.0.weight")
+    if first is None:
+        return FPNSpec(channels=lateral.shape[0], extra="pool", norm=norm)
+    return FPNSpec(channels=lateral.shape[0], extra="conv_c5" if first.shape[1] == lateral.shape[1] else "conv_p5", norm=norm)
+
+
+def retina_head(state: State) -> tuple[RetinaHeadSpec, int]:
+    """The dense head of ``state`` and its number of classes."""
+    cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
+    spec = RetinaHeadSpec(convs=count(state, r"head\.cls_tower\.(\d+)\."), channels=cls_out.shape[1])
+    anchors = len(spec.anchors.ratios) * spec.anchors.octave_scales
+    if box_out.shape[0] != 4 * anchors:
+        raise CheckpointError(f"a dense head with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
+    return spec, cls_out.shape[0] // anchors
+
+
+def rpn(state: State) -> RPNSpec:
+    """The RPN of ``state``."""
+    (box_out,) = need(state, "rpn.box_out.weight")
+    spec = RPNSpec(convs=count(state, r"rpn\.tower\.(\d+)\."))
+    anchors = len(spec.anchors.ratios)
+    if box_out.shape[0] != 4 * anchors:
+        raise CheckpointError(f"an RPN with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
+    return spec
+
+
+def roi_head(state: State, prefix: str, in_channels: int) -> tuple[RoIHeadSpec, int]:
+    """The RoI head of ``state`` under ``prefix`` (``roi.``, ``assistant.``) and its number of classes."""
+    cls_out, box_out, first = need(state, f"{prefix}cls_out.weight", f"{prefix}box_out.weight", f"{prefix}fcs.0.weight")
+    convs = [t.shape[0] for name, t in state.items() if name.startswith(f"{prefix}convs.") and t.dim() == 4]
+    channels = convs[-1] if convs else in_channels
+    num_classes = cls_out.shape[0] - 1
+    spec = RoIHeadSpec(
+        convs=len(convs),
+        conv_channels=channels if convs else 256,
+        conv_norm=any(name.startswith(f"{prefix}convs.") and name.endswith("running_mean") for name in state),
+        fcs=count(state, rf"{re.escape(prefix)}fcs\.(\d+)\."),
+        fc_channels=first.shape[0],
+        pool=max(round((first.shape[1] / channels) ** 0.5), 1),
+        class_agnostic=box_out.shape[0] == 4 and num_classes > 1,
+    )
+    return spec, num_classes

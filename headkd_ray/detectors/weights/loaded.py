@@ -1,0 +1,29 @@
+"""What every checkpoint reader returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from headkd_ray.detectors.faster_rcnn import FasterRCNN
+from headkd_ray.detectors.retinanet import RetinaNet
+from headkd_ray.detectors.roi_head import RoIHead
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """A detector from a file, on the CPU."""
+
+    detector: RetinaNet | FasterRCNN
+    classes: tuple[str, ...] | None
+    """Class names in the order of the outputs; None if the file does not say."""
+    source: str
+    """What the file is: headkd_ray, mmdet, torchvision."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Ours only: what was saved beside the weights (method, sizes, versions, ...)."""
+    assistant: RoIHead | None = None
+    """Official HEAD checkpoints only: the assistant."""
+    adapters: dict[int, nn.Linear] = field(default_factory=dict)
+    """Official HEAD checkpoints only: the adapters by their number (0, 1, ... = AKD on fc1, fc2, ...; the last = CKD)."""

@@ -1,0 +1,50 @@
+"""mmdet's tensor names, turned into ours: a detector's ``backbone. neck. head. rpn. roi.``, HEAD's ``assistant. adapters.``"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from headkd_ray.detectors.backbone_names import mmdet_name
+
+_RETINA = {"cls_convs": "cls_tower", "reg_convs": "box_tower", "retina_cls": "cls_out", "retina_reg": "box_out"}
+_RPN = {"rpn_cls": "cls_out", "rpn_reg": "box_out"}
+_ROI = {"shared_fcs": "fcs", "fc_cls": "cls_out", "fc_reg": "box_out"}
+
+
+def mmdet_names(keys: Iterable[str]) -> dict[str, str]:
+    """{mmdet key: our name}; keys that no supported model has are left out.
+
+    RetinaNet's head is ``bbox_head`` in plain mmdet and ``rpn_head`` in HEAD's two-headed students, whose ``roi_head`` is the
+    assistant; in Faster R-CNN the same two are RPN and RoI head.
+    """
+    keys = list(keys)
+    is_retina = any(".retina_cls." in key for key in keys)
+    laterals = len({key.split(".")[2] for key in keys if key.startswith("neck.lateral_convs.")})
+    named = ((key, _name(key, is_retina, laterals)) for key in keys)
+    return {key: name for key, name in named if name is not None}
+
+
+def _name(key: str, is_retina: bool, laterals: int) -> str | None:
+    room, _, rest = key.partition(".")
+    if room == "backbone":
+        return f"backbone.body.{mmdet_name(rest)}"
+    if match := re.fullmatch(r"neck\.(lateral|fpn)_convs\.(\d+)\.conv\.(weight|bias)", key):
+        kind, number, tensor = match[1], int(match[2]), match[3]
+        if kind == "lateral":
+            return f"neck.lateral.{number}.{tensor}"
+        return f"neck.output.{number}.{tensor}" if number < laterals else f"neck.extra.{number - laterals}.{tensor}"
+    if match := re.fullmatch(r"_distiller\._adapts\.(\d+)\.(weight|bias)", key):
+        return f"adapters.{match[1]}.{match[2]}"
+    if match := re.fullmatch(r"roi_head\.bbox_head\.(\w+?)((?:\.\d+)?\.(?:weight|bias))", key):
+        part = _ROI.get(match[1])
+        return f"{'assistant' if is_retina else 'roi'}.{part}{match[2]}" if part else None
+    if is_retina and (match := re.fullmatch(r"(?:bbox|rpn)_head\.(cls|reg)_convs\.(\d+)\.conv\.(weight|bias)", key)):
+        return f"head.{_RETINA[match[1] + '_convs']}.{2 * int(match[2])}.{match[3]}"  # a ReLU follows each conv
+    if is_retina and (match := re.fullmatch(r"(?:bbox|rpn)_head\.(retina_cls|retina_reg)\.(weight|bias)", key)):
+        return f"head.{_RETINA[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"rpn_head\.rpn_conv\.(?:(\d+)\.conv\.)?(weight|bias)", key):
+        return f"rpn.tower.{2 * int(match[1] or 0)}.{match[2]}"
+    if match := re.fullmatch(r"rpn_head\.(rpn_cls|rpn_reg)\.(weight|bias)", key):
+        return f"rpn.{_RPN[match[1]]}.{match[2]}"
+    return None

@@ -1,0 +1,8 @@
+"""Distillation: the trainee of each method, built on the detectors room."""
+
+from headkd_ray.distill.build import build_trainee
+from headkd_ray.distill.fitnet import FitNet
+from headkd_ray.distill.head import HEAD
+from headkd_ray.distill.trainee import Trainee, warmup
+
+__all__ = ["HEAD", "FitNet", "Trainee", "build_trainee", "warmup"]

@@ -1,0 +1,124 @@
+"""HEAD: a dense student learns through an R-CNN assistant on its own pyramid (Wang et al., ECCV 2022, arXiv 2207.05345).
+
+The student proposes RoIs; the assistant (trained, thrown away after) and the frozen teacher look at the same ones.
+
+    L = L_student + L_assistant + 2 w(t) sum_l MSE(Lin_l(A_l), T_l) + 2 w(t) MSE(Lin_3(S), T_2')
+                    assist, copy_only    akd                         head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors import Detector, Proposals, RetinaNet, RoIHead, RoIs
+from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.retina_head import RetinaOutputs
+from headkd_ray.detectors.roi_head import RoIOutputs
+from headkd_ray.detectors.rois import Candidates, candidates, choose, draw
+from headkd_ray.detectors.sampling import Sample
+from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.trainee import Trainee, warmup
+from headkd_ray.job import DistillSpec
+
+ASSISTANT_STRIDES = (8, 16, 32, 64)
+"""The assistant pools from P3 to P6, one level coarser than the teacher's P2 to P5."""
+
+
+class Trace(NamedTuple):
+    """Everything a step computed on its way to the losses; for inspection."""
+
+    features: list[Tensor]
+    """P3 to P7, (B, channels, H, W)."""
+    outputs: RetinaOutputs
+    proposals: Proposals
+    rois: RoIs
+    assisted: RoIOutputs
+    """The assistant's view of the RoIs; its taps are A_l."""
+    taught: list[Tensor]
+    """T_l (R, width); empty without a teacher."""
+    adapted: list[Tensor]
+    """Lin_l(A_l); empty without AKD."""
+    rows: Tensor | None
+    """S (R', width); None without CKD."""
+
+
+class HEAD(Trainee):
+    """Methods assist (no teacher), copy_only (assistant's weights copied), akd (``akd`` given), head (``ckd`` too)."""
+
+    student: RetinaNet
+
+    def __init__(
+        self,
+        student: RetinaNet,
+        assistant: RoIHead,
+        spec: DistillSpec,
+        teacher: Detector | None = None,
+        akd: AKD | None = None,
+        ckd: CKD | None = None,
+    ) -> None:
+        """``teacher`` is needed by ``akd`` and ``ckd``, and only by them."""
+        super().__init__(student, teacher)
+        self.spec = spec
+        self.assistant = assistant
+        self.akd = akd
+        self.ckd = ckd
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        step: int,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        x = self.student.normalise(images, sizes)
+        teacher_x = self._guest.view(images, sizes, x, self.student) if self._guest else x
+        return self.trace(x, teacher_x, sizes, boxes, labels, step, generator)[0]
+
+    def trace(
+        self,
+        x: Tensor,
+        teacher_x: Tensor,
+        sizes: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        step: int,
+        generator: torch.Generator | None = None,
+        pick: Callable[[Candidates], Sample] | None = None,
+        extents: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Trace]:
+        """One step from normalised images ``x`` (B, 3, H, W) to weighted losses, and all that lies between.
+
+        Arguments as in :meth:`Trainee.forward`; ``pick`` replaces the random choice of RoIs, ``extents`` is
+        :meth:`RetinaHead.losses`'s.
+        """
+        features = self.student.features(x)
+        outputs = self.student.head(features)
+        losses = self.student.head.losses(outputs, sizes, boxes, labels, extents)
+
+        proposals = self.student.head.proposals(outputs, sizes)
+        truth = Truth.of(boxes, labels)
+        pool = candidates(proposals, truth, self.assistant.spec.positive_iou)
+        chosen = pick(pool) if pick else draw(pool, self.assistant.spec.sampler, generator)
+        rois = choose(pool, chosen, truth, self.student.num_classes)
+
+        assisted = self.assistant(features, rois.boxes, rois.image)
+        for name, loss in self.assistant.losses(assisted, rois).items():
+            losses[f"loss_assist_{name}"] = self.spec.assistant_weight * loss
+
+        weight = warmup(step, self.spec.warmup_steps)
+        taught = self._guest.taps(teacher_x, rois.boxes, rois.image) if self._guest and (self.akd or self.ckd) else []
+        adapted = self.akd(assisted.taps) if self.akd else []
+        if self.akd:
+            for i, loss in enumerate(self.akd.losses(adapted, taught), start=1):
+                losses[f"loss_akd_{i}"] = self.spec.akd_weight * weight * loss
+        rows = self.ckd(outputs.taps, rois) if self.ckd else None
+        if self.ckd and rows is not None:
+            losses["loss_ckd"] = self.spec.ckd_weight * weight * self.ckd.loss(rows, taught[-1], rois)
+        return losses, Trace(features, outputs, proposals, rois, assisted, taught, adapted, rows)
