@@ -1,0 +1,105 @@
+"""The batch: what the data room hands to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images, padded on the right and bottom to one (H, W), and their boxes. Treat the tensors as read-only: they may be
+    views of a shared-memory block."""
+
+    images: Tensor
+    """uint8 (B, 3, H, W), RGB, zero-padded."""
+    sizes: Tensor
+    """int64 (B, 2): height and width of each image without the padding, pixels of the network input."""
+    boxes: Tensor
+    """float32 (B, G, 4): x1 y1 x2 y2 in pixels of the network input; rows of zeros as padding. No crowd boxes. G >= 1."""
+    labels: Tensor
+    """int64 (B, G): contiguous classes 0..C-1; -1 as padding."""
+    image_ids: Tensor
+    """int64 (B,): COCO image ids; -1 in an idle batch."""
+    original_sizes: Tensor
+    """int64 (B, 2): height and width of the stored image, pixels."""
+    step: int
+    """Global micro-batch number, counted over all epochs; the same on every rank."""
+    idle: bool = False
+    """This rank has no image left for the step: one blank image, to run with a loss of 0 so that DDP stays in step."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on ``device``; asynchronous when the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """The batch in page-locked memory (needs CUDA)."""
+        return self._map(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that ``stream`` uses the tensors, so that their memory is not reused before it has."""
+        self._map(lambda tensor: (tensor.record_stream(stream), tensor)[1])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as the network sees it, before padding."""
+
+    image: NDArray[np.uint8]
+    """uint8 (3, h, w), RGB."""
+    boxes: NDArray[np.float32]
+    """float32 (n, 4): x1 y1 x2 y2 in pixels of ``image``."""
+    labels: NDArray[np.int64]
+    """int64 (n,)."""
+    image_id: int
+    original_size: tuple[int, int]
+    """Height and width of the stored image."""
+
+
+def collate(examples: Sequence[Example], step: int, pad: int) -> Batch:
+    """Pad ``examples`` (at least one) to one size, a multiple of ``pad`` pixels.
+
+    Written with NumPy: in a prefetch thread each torch copy would start an OpenMP team of its own beside the training's.
+    """
+    count = len(examples)
+    sizes = np.array([example.image.shape[1:] for example in examples], dtype=np.int64)
+    height, width = (-(-int(side) // pad) * pad for side in sizes.max(axis=0))
+    most = max(1, max(len(example.boxes) for example in examples))
+    images = np.zeros((count, 3, height, width), dtype=np.uint8)
+    boxes = np.zeros((count, most, 4), dtype=np.float32)
+    labels = np.full((count, most), -1, dtype=np.int64)
+    for i, example in enumerate(examples):
+        images[i, :, : sizes[i, 0], : sizes[i, 1]] = example.image
+        boxes[i, : len(example.boxes)] = example.boxes
+        labels[i, : len(example.labels)] = example.labels
+    return Batch(
+        images=torch.from_numpy(images),
+        sizes=torch.from_numpy(sizes),
+        boxes=torch.from_numpy(boxes),
+        labels=torch.from_numpy(labels),
+        image_ids=torch.tensor([example.image_id for example in examples], dtype=torch.int64),
+        original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.int64),
+        step=step,
+    )
+
+
+def idle_batch(step: int, side: int, pad: int) -> Batch:
+    """A blank square image of about ``side`` pixels, without boxes, for a rank that has nothing left to do in ``step``."""
+    side = -(-side // pad) * pad
+    nothing = Example(
+        image=np.zeros((3, side, side), dtype=np.uint8),
+        boxes=np.zeros((0, 4), dtype=np.float32),
+        labels=np.zeros(0, dtype=np.int64),
+        image_id=-1,
+        original_size=(side, side),
+    )
+    return replace(collate([nothing], step, pad), idle=True)

@@ -1,0 +1,60 @@
+"""Is an annotation's box usable? Strict by default; mends on request, never silently."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headkd_ray.data.coco import CocoImage
+    from headkd_ray.data.problems import Problems
+
+SLACK = 1.0
+"""Pixels by which a box may leave the image unremarked: annotation tools round. COCO's own files have such boxes.
+Training boxes are clipped to the image, the ground truth for evaluation keeps the JSON's numbers."""
+MIN_SIDE = 0.01
+"""Pixels of a box inside its image below which it counts as having no area: what is left of it could vanish in float32 when
+the image is scaled down."""
+
+NO_AREA = "box without area inside its image; remove the annotation, or run with --fix-boxes to drop all such boxes"
+OUTSIDE = f"box leaves the image by more than {SLACK:g} px; correct it, or run with --fix-boxes to clip all such boxes"
+
+
+class BoxCheck:
+    """Checks boxes one by one, noting problems, or what was fixed."""
+
+    def __init__(self, uri: str, fix: bool, problems: Problems) -> None:
+        self.fixes: list[str] = []
+        self._uri, self._fix, self._problems = uri, fix, problems
+
+    def __call__(self, bbox: Any, area: Any, image: CocoImage, where: str) -> tuple[tuple[float, ...], float] | None:
+        """The box (x, y, width, height) and area to use, or None if the box is dropped or refused."""
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_finite(v) for v in bbox):
+            self._problems.add("'bbox' must be four finite numbers [x, y, width, height]", f"{where}, bbox {bbox!r}")
+            return None
+        if area is not None and (not _is_finite(area) or area < 0):
+            self._problems.add("'area' must be a number >= 0 (leave it out to use width x height)", f"{where}, area {area!r}")
+            return None
+        x, y, width, height = map(float, bbox)
+        left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
+        place = f"{where}, bbox {bbox} in image {image.id} ({image.file_name}, {image.width} x {image.height})"
+        if right - left < MIN_SIDE or bottom - top < MIN_SIDE:
+            if self._fix:
+                self.fixes.append(f"{place}: dropped, no area inside the image")
+            else:
+                self._problems.add(NO_AREA, place)
+            return None
+        if min(x, y) < -SLACK or x + width > image.width + SLACK or y + height > image.height + SLACK:
+            if not self._fix:
+                self._problems.add(OUTSIDE, place)
+                return None
+            clipped = (left, top, right - left, bottom - top)
+            self.fixes.append(f"{place}: clipped to {[round(v, 2) for v in clipped]}")
+            inside = clipped[2] * clipped[3]
+            # A segmentation's area cannot be clipped without the segmentation; it cannot exceed the box's either.
+            return clipped, inside if area is None else min(float(area), inside)
+        return (x, y, width, height), width * height if area is None else float(area)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,31 @@
+"""Randomness that is a function of a key: the same key gives the same numbers in any process, on any machine.
+
+Python's ``hash`` differs between processes and torch's global generator depends on what ran before, so neither can name a view
+or an epoch's order. Only BLAKE2 and Philox's raw stream are used: both are fixed by their specifications, while the
+higher-level methods of ``numpy.random.Generator`` may change between NumPy versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def key_bits(*key: int | str) -> int:
+    """128 uniform bits that belong to ``key``."""
+    text = "/".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def key_integers(count: int, bound: int, *key: int | str) -> list[int]:
+    """``count`` integers in [0, bound), uniform to within 2^-64 of each other, that belong to ``key``."""
+    raw = np.random.Philox(key=key_bits(*key)).random_raw(count)
+    return [(int(value) * bound) >> 64 for value in raw]
+
+
+def key_permutation(count: int, *key: int | str) -> NDArray[np.int64]:
+    """A uniform permutation of range(count), int64 (count,), that belongs to ``key``."""
+    raw = np.random.Philox(key=key_bits(*key)).random_raw(count)
+    return np.argsort(raw, kind="stable").astype(np.int64)

@@ -1,0 +1,310 @@
+"""COCO JSON + image folder -> prepared split.
+
+Images are read, decoded and checked by threads (decoding releases the GIL) and written by one thread in a fixed order, so the
+files are the same bytes whatever the number of workers. A shard gets its final name when it is complete, meta.json comes last:
+after a kill, the same command keeps the finished shards and makes the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headkd_ray.data.coco import CocoSplit, read_coco
+from headkd_ray.data.files import Folder
+from headkd_ray.data.images import decode
+from headkd_ray.data.keyed import key_permutation
+from headkd_ray.data.problems import Problems
+from headkd_ray.data.shards import (
+    ANNOTATIONS,
+    INDEX,
+    INDEX_SCHEMA,
+    META,
+    SHARD_SCHEMA,
+    VERSION,
+    Meta,
+    ShardFile,
+    ShardSet,
+)
+from headkd_ray.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all), in the calling thread."""
+
+
+MISSING = "no such file; check IMAGES_DIR and 'file_name'"
+DAMAGED = "damaged, or not a JPEG, PNG or WebP; replace the file, or remove the image from the JSON"
+WRONG_SIZE = (
+    "stored size differs from the JSON; correct the JSON or the file (EXIF orientation is ignored: boxes must be drawn on the "
+    "stored pixels)"
+)
+
+
+def prepare_split(
+    json_uri: str,
+    images_uri: str,
+    out_uri: str,
+    *,
+    shard_images: int = 512,
+    row_group: int = 16,
+    workers: int | None = None,
+    fix_boxes: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> ShardSet:
+    """Prepare a split; all three places are paths or URIs.
+
+    Args:
+        shard_images: images a shard file.
+        row_group: images a row group, the smallest unit that is read.
+        workers: threads that read and check images; None = one a CPU.
+        fix_boxes: clip or drop unusable boxes instead of refusing the split.
+        overwrite: replace another split, or this one, that is complete in the folder.
+
+    Returns:
+        The split, opened. If the folder holds this very split already, nothing is done.
+
+    Raises:
+        DataError: every problem of the JSON at once; or every problem of the images at once.
+    """
+    split = read_coco(json_uri, fix_boxes=fix_boxes)
+    images, out = Folder.open(images_uri), Folder.open(out_uri)
+    recipe = _recipe(split, shard_images, row_group)
+    if out.size(META) is not None and not overwrite:
+        existing = Meta.from_json(out.read(META), out.named(META))
+        if existing.fingerprint != recipe:
+            raise DataError(
+                f"{out_uri}: holds another prepared split ({existing.images} images, or other options); "
+                "choose another --out, or replace it with --overwrite"
+            )
+        opened = ShardSet.open(out_uri)
+        progress(len(split.images), len(split.images))
+        return opened
+    out.create()
+    out.delete(META)  # From here on the folder is incomplete, and says so.
+    layout = _Layout(split, shard_images, row_group, recipe)
+    shards = _write_shards(layout, images, out, workers or os.cpu_count() or 1, overwrite, progress)
+    for name in set(out.names()) - {shard.name for shard in shards}:
+        if name.startswith("shard-"):
+            out.delete(name)  # of an earlier, unfinished run with other options
+    out.write(INDEX, layout.index())
+    out.write(ANNOTATIONS, json.dumps(split.ground_truth(), separators=(",", ":")).encode())
+    out.write(META, layout.meta(shards).to_json())
+    return ShardSet.open(out_uri)
+
+
+def _recipe(split: CocoSplit, shard_images: int, row_group: int) -> str:
+    return hashlib.sha256(f"{VERSION}/{shard_images}/{row_group}/{split.digest()}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What goes where."""
+
+    split: CocoSplit
+    shard_images: int
+    row_group: int
+    recipe: str
+
+    @property
+    def order(self) -> list[int]:
+        """Images of ``split`` in the order of the shards: mixed once, so that a row group is a random handful."""
+        return key_permutation(len(self.split.images), "prepare").tolist()
+
+    def shards(self) -> list[tuple[str, list[int]]]:
+        """Name and images of each shard."""
+        order = self.order
+        starts = range(0, len(order), self.shard_images)
+        return [(f"shard-{number:05d}.parquet", order[start : start + self.shard_images]) for number, start in enumerate(starts)]
+
+    def rows(self, images: Iterable[int], encoded: Iterable[bytes]) -> pa.Table:
+        """Rows of a shard."""
+        split, rows = self.split, []
+        for image, data in zip(images, encoded, strict=True):
+            record, where = split.images[image], slice(split.first[image], split.first[image + 1])
+            rows.append(
+                {
+                    "image_id": record.id,
+                    "file_name": record.file_name,
+                    "width": record.width,
+                    "height": record.height,
+                    "image": data,
+                    "boxes": split.boxes(image).tolist(),
+                    "labels": split.label[where].tolist(),
+                    "crowd": split.crowd[where].tolist(),
+                    "annotation_ids": split.annotation_id[where].tolist(),
+                    "areas": split.area[where].tolist(),
+                }
+            )
+        return pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
+
+    def index(self) -> bytes:
+        """index.parquet."""
+        split, rows = self.split, []
+        for number, (_, members) in enumerate(self.shards()):
+            for row, image in enumerate(members):
+                record = split.images[image]
+                boxes = int((~split.crowd[split.first[image] : split.first[image + 1]]).sum())
+                rows.append((record.id, record.file_name, record.width, record.height, number, row, boxes))
+        table = pa.Table.from_arrays(
+            [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), INDEX_SCHEMA, strict=True)], schema=INDEX_SCHEMA
+        )
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        return buffer.getvalue()
+
+    def meta(self, shards: list[ShardFile]) -> Meta:
+        """meta.json."""
+        crowds = int(self.split.crowd.sum())
+        return Meta(
+            classes=self.split.classes,
+            category_ids=self.split.category_ids,
+            images=len(self.split.images),
+            boxes=len(self.split.crowd) - crowds,
+            crowds=crowds,
+            row_group=self.row_group,
+            shards=tuple(shards),
+            fingerprint=self.recipe,
+            fixes=self.split.fixes,
+        )
+
+
+def _write_shards(
+    layout: _Layout, images: Folder, out: Folder, workers: int, overwrite: bool, progress: Progress
+) -> list[ShardFile]:
+    problems = Problems()
+    total, done, shards = len(layout.split.images), 0, []
+    with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
+        try:
+            kept = dict(pool.map(lambda shard: (shard[0], None if overwrite else _kept(out, shard[0], layout, len(shard[1]))), layout.shards()))
+            todo = [image for name, members in layout.shards() if kept[name] is None for image in members]
+            checked = _checked(layout.split, todo, images, pool, ahead=4 * workers + layout.row_group)
+            for name, members in layout.shards():
+                if (shard := kept[name]) is None:
+                    advance = partial(_advance, progress, done, total)
+                    shard = _write_shard(name, members, layout, checked, out, problems, advance)
+                if shard is not None:
+                    shards.append(shard)
+                done += len(members)
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    problems.check(f"{images.uri}: images cannot be used:")
+    return shards
+
+
+def _advance(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _write_shard(
+    name: str,
+    members: list[int],
+    layout: _Layout,
+    checked: Iterator[bytes | tuple[str, str]],
+    out: Folder,
+    problems: Problems,
+    advance: Callable[[int], None],
+) -> ShardFile | None:
+    """Write one shard from the next ``len(members)`` entries of ``checked``; None if one of its images has a problem."""
+    schema = SHARD_SCHEMA.with_metadata({"recipe": layout.recipe})
+    sound = True
+    with (
+        out.fs.open_output_stream(out.at(name + ".tmp")) as stream,
+        _Hashing(stream) as sink,
+        pq.ParquetWriter(sink, schema, compression="none", use_dictionary=False, write_statistics=False) as writer,
+    ):
+        for start in range(0, len(members), layout.row_group):
+            group = members[start : start + layout.row_group]
+            encoded: list[bytes] = []
+            for _ in group:
+                match next(checked):
+                    case bytes() as data:
+                        encoded.append(data)
+                    case (kind, where):
+                        problems.add(kind, where)
+                        sound = False
+            if sound:
+                writer.write_table(layout.rows(group, encoded))
+            advance(start + len(group))
+    if not sound:
+        out.delete(name + ".tmp")
+        return None
+    out.publish(name)
+    return ShardFile(name, len(members), sink.size, sink.digest.hexdigest())
+
+
+def _checked(
+    split: CocoSplit, members: list[int], images: Folder, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[bytes | tuple[str, str]]:
+    """Bytes, or (kind, where) of the problem, of each image in order; at most ``ahead`` are held."""
+    coming: deque[Future[bytes | tuple[str, str]]] = deque()
+    for image in members:
+        coming.append(pool.submit(_check, split, image, images))
+        if len(coming) >= ahead:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
+def _check(split: CocoSplit, image: int, images: Folder) -> bytes | tuple[str, str]:
+    record = split.images[image]
+    where = f"{images.named(record.file_name)} (image {record.id})"
+    try:
+        data = images.read(record.file_name)
+    except FileNotFoundError:
+        return MISSING, where
+    except OSError as error:
+        return "cannot be read; check access", f"{where}, {error}"
+    try:
+        height, width = decode(data).shape[1:]
+    except ValueError as error:
+        return DAMAGED, f"{where}, {error}"
+    if (height, width) != (record.height, record.width):
+        return WRONG_SIZE, f"{where}, stored {width} x {height}, JSON {record.width} x {record.height}"
+    return data
+
+
+def _kept(out: Folder, name: str, layout: _Layout, images: int) -> ShardFile | None:
+    """The shard, if an earlier run of the same recipe completed it."""
+    if out.size(name) is None:
+        return None
+    content = out.read(name)
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(content))
+    except (OSError, pa.ArrowInvalid):
+        return None
+    if (metadata.metadata or {}).get(b"recipe") != layout.recipe.encode() or metadata.num_rows != images:
+        return None
+    return ShardFile(name, images, len(content), hashlib.sha256(content).hexdigest())
+
+
+class _Hashing(io.RawIOBase):
+    """Counts and hashes what is written through it."""
+
+    def __init__(self, sink: pa.NativeFile) -> None:
+        self._sink = sink
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._sink.write(view)
+        self.digest.update(view)
+        self.size += view.nbytes
+        return view.nbytes

@@ -1,0 +1,44 @@
+"""Collecting problems, so that all of them are reported at once and a thousand of a kind still fit a screen."""
+
+from __future__ import annotations
+
+from headkd_ray.errors import DataError
+
+SHOWN = 20
+
+
+class Problems:
+    """Problems by kind, in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        """Note one problem.
+
+        Args:
+            kind: what is wrong and how to mend it; the same text for all problems of the kind.
+            where: file and record, and the offending value.
+        """
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        listed = self._kinds.setdefault(kind, [])
+        if len(listed) < SHOWN:
+            listed.append(where)
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def lines(self) -> list[str]:
+        """One line a problem, at most SHOWN of a kind, then how many more there are."""
+        lines = []
+        for kind, listed in self._kinds.items():
+            lines += [f"{where}: {kind}" for where in listed]
+            if self._counts[kind] > len(listed):
+                lines.append(f"… and {self._counts[kind] - len(listed)} more ({self._counts[kind]} in all): {kind}")
+        return lines
+
+    def check(self, headline: str) -> None:
+        """Raise DataError if there is any problem."""
+        if self:
+            raise DataError(self.lines(), headline=headline)

@@ -1,0 +1,255 @@
+"""A prepared split on disk, and its reader.
+
+Layout of the folder::
+
+    shard-00000.parquet ...   images in a fixed random order: encoded bytes untouched, boxes, labels (SHARD_SCHEMA)
+    index.parquet             one small row an image, in the order of the shards (INDEX_SCHEMA)
+    annotations.json          the COCO ground truth without segmentations, for evaluation
+    meta.json                 classes, counts, list of shards; written last: a folder without it is not complete
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from headkd_ray.data.files import Folder
+from headkd_ray.errors import DataError
+
+VERSION = 1
+META, INDEX, ANNOTATIONS = "meta.json", "index.parquet", "annotations.json"
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("file_name", pa.string()),
+        pa.field("width", pa.int32()),  # pixels
+        pa.field("height", pa.int32()),
+        pa.field("image", pa.binary()),  # the file's bytes
+        pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # x1 y1 x2 y2, pixels of the stored image, inside it
+        pa.field("labels", pa.list_(pa.int32())),  # contiguous, 0..C-1
+        pa.field("crowd", pa.list_(pa.bool_())),
+        pa.field("annotation_ids", pa.list_(pa.int64())),
+        pa.field("areas", pa.list_(pa.float32())),  # the JSON's area (of the segmentation, if it had one), square pixels
+    ]
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("file_name", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("shard", pa.int32()),
+        pa.field("row", pa.int32()),  # within the shard
+        pa.field("boxes", pa.int32()),  # number of boxes that are not crowds
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard, as meta.json lists it."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Meta:
+    """meta.json."""
+
+    classes: tuple[str, ...]
+    """Class names; the position is the contiguous label."""
+    category_ids: tuple[int, ...]
+    """COCO category id of each label: sparse, as in the source."""
+    images: int
+    boxes: int
+    """Boxes that are not crowds."""
+    crowds: int
+    row_group: int
+    """Images a row group (fewer at the end of a shard)."""
+    shards: tuple[ShardFile, ...]
+    fingerprint: str
+    """SHA-256 of the annotations and of how they were laid out."""
+    fixes: tuple[str, ...] = ()
+    """What --fix-boxes changed, one line each."""
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return (json.dumps({"format": "headkd_ray shards", "version": VERSION, **asdict(self)}, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, name: str) -> Meta:
+        """Read it back; ``name`` is how errors call the file. Raises DataError."""
+        try:
+            fields: dict[str, Any] = json.loads(content)
+            kind, version = fields.pop("format"), fields.pop("version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{name}: not written by headkd_ray.prepare ({error!r}); prepare the split again") from error
+        if kind != "headkd_ray shards" or not isinstance(version, int) or version > VERSION:
+            raise DataError(f"{name}: format {kind!r} version {version}, this headkd_ray reads up to {VERSION}; upgrade headkd_ray")
+        try:
+            shards = tuple(ShardFile(**shard) for shard in fields.pop("shards"))
+            return cls(shards=shards, **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+        except TypeError as error:
+            raise DataError(f"{name}: damaged ({error}); prepare the split again") from error
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One entry an image, in the order of the shards; NumPy arrays of one length."""
+
+    image_id: NDArray[np.int64]
+    width: NDArray[np.int32]
+    """Pixels."""
+    height: NDArray[np.int32]
+    shard: NDArray[np.int32]
+    """Number of the shard in ``Meta.shards``."""
+    row: NDArray[np.int32]
+    """Row within the shard."""
+    boxes: NDArray[np.int32]
+    """Boxes that are not crowds."""
+    row_group: int
+    """Images a row group."""
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    @cached_property
+    def portrait(self) -> NDArray[np.bool_]:
+        """Taller than wide."""
+        return self.height > self.width
+
+    @cached_property
+    def group(self) -> NDArray[np.int64]:
+        """Number of the row group over all shards: ascending, with gaps."""
+        return self.shard.astype(np.int64) * (int(self.row.max(initial=0)) // self.row_group + 1) + self.row // self.row_group
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One stored image and its boxes."""
+
+    image_id: int
+    image: bytes
+    """Encoded."""
+    boxes: NDArray[np.float32]
+    """float32 (n, 4): x1 y1 x2 y2, pixels of the stored image. No crowds."""
+    labels: NDArray[np.int64]
+    """int64 (n,), contiguous."""
+    size: tuple[int, int]
+    """Stored height and width, pixels."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A prepared split, opened."""
+
+    folder: Folder
+    meta: Meta
+    index: ShardIndex
+
+    @classmethod
+    def open(cls, uri: str) -> ShardSet:
+        """Open the split at ``uri`` (path or URI). Raises DataError if it is missing, incomplete, damaged or of a newer format."""
+        folder = Folder.open(uri)
+        mend = "run: python -m headkd_ray.prepare COCO.json IMAGES_DIR --out " + uri
+        try:
+            meta = Meta.from_json(folder.read(META), folder.named(META))
+            index = _read_index(folder, meta.row_group)
+        except FileNotFoundError as error:
+            state = "is not completely prepared" if folder.names() else "is missing or empty"
+            raise DataError(f"{uri}: the data set {state} (no {META} or {INDEX}); {mend}") from error
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise DataError(f"{uri}: cannot be read ({error}); check access, or {mend} --overwrite") from error
+        problems = []
+        for shard, size in zip(meta.shards, folder.sizes([shard.name for shard in meta.shards]), strict=True):
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes, should have {shard.bytes}"
+                problems.append(f"{folder.named(shard.name)}: {found}; copy it again, or {mend} --overwrite")
+        if len(index) != meta.images:
+            problems.append(f"{folder.named(INDEX)}: {len(index)} rows, {META} counts {meta.images} images; {mend} --overwrite")
+        if problems:
+            raise DataError(problems)
+        return cls(folder, meta, index)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``."""
+        try:
+            return json.loads(self.folder.read(ANNOTATIONS))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder.named(ANNOTATIONS)}: {error}; prepare the split again") from error
+
+    def read_group(self, shard: int, group: int, rows: Sequence[int]) -> list[Sample]:
+        """Samples of one row group of one shard.
+
+        Args:
+            shard: number of the shard.
+            group: number of the row group within it.
+            rows: wanted rows of the shard, all within the group.
+        """
+        columns = ["image_id", "image", "boxes", "labels", "crowd", "height", "width"]
+        name = self.meta.shards[shard].name
+        try:
+            with pq.ParquetFile(self.folder.fs.open_input_file(self.folder.at(name)), pre_buffer=True) as file:
+                table = file.read_row_group(group, columns=columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
+        return [_sample(table, row - group * self.meta.row_group) for row in rows]
+
+
+def _sample(table: pa.Table, row: int) -> Sample:
+    cell = {name: table[name][row] for name in table.column_names}
+    crowd = np.array(cell["crowd"].as_py(), dtype=bool)
+    boxes = np.array(cell["boxes"].as_py(), dtype=np.float32).reshape(-1, 4)
+    labels = np.array(cell["labels"].as_py(), dtype=np.int64)
+    return Sample(
+        image_id=cell["image_id"].as_py(),
+        image=cell["image"].as_py(),
+        boxes=boxes[~crowd],
+        labels=labels[~crowd],
+        size=(cell["height"].as_py(), cell["width"].as_py()),
+    )
+
+
+def _read_index(folder: Folder, row_group: int) -> ShardIndex:
+    table = pq.read_table(pa.BufferReader(folder.read(INDEX)))
+    names = ("image_id", "width", "height", "shard", "row", "boxes")
+    return ShardIndex(**{name: table[name].to_numpy() for name in names}, row_group=row_group)
+
+
+def check_same_classes(classes: Mapping[str, Iterable[str]]) -> None:
+    """Raise one DataError that shows the difference unless all class lists are equal, in names and order.
+
+    Args:
+        classes: who -> class names, for example ``{"data.train": ..., "data.val": ..., "teacher": ...}``; the first is the reference.
+    """
+    lists = {who: tuple(names) for who, names in classes.items()}
+    (reference, expected), *others = lists.items()
+    problems = []
+    for who, names in others:
+        if names == expected:
+            continue
+        missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+        details = [f"{text}: {_listed(found)}" for text, found in ((f"only in {reference}", missing), (f"only in {who}", extra)) if found]
+        if not details:
+            at = next((i for i, pair in enumerate(zip(names, expected, strict=False)) if pair[0] != pair[1]), min(len(names), len(expected)))
+            details = [f"same names in another order or number; they first differ at label {at}: {expected[at : at + 1]} and {names[at : at + 1]}"]
+        problems.append(f"{who} has {len(names)} classes, {reference} has {len(expected)}; {'; '.join(details)}")
+    if problems:
+        raise DataError(problems, headline="Class lists disagree; give all splits the same COCO categories (and the teacher its own data's).")
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    more = f" … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more

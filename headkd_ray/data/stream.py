@@ -1,0 +1,125 @@
+"""From windows to batches: the two steps every stream runs, and the stream of this process.
+
+``load_window`` reads a window's row groups, each once; ``BatchMaker`` decodes, shows and pads the images of one batch. The Ray
+stream (``headkd_ray.cluster.stream``) runs the same two functions, so both give the same batches bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from headkd_ray.data.batch import Batch, Example, collate, idle_batch
+from headkd_ray.data.images import decode
+from headkd_ray.data.plan import Window
+from headkd_ray.data.shards import Sample, ShardSet
+from headkd_ray.data.views import View, apply_view, eval_view, train_view, view_number, view_size
+from headkd_ray.errors import DataError
+from headkd_ray.job import DataSpec
+
+READERS = 8  # row groups read at once: hides a remote filesystem's latency, costs nothing on a local one
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """One batch's undecoded images."""
+
+    epoch: int
+    step: int
+    samples: tuple[Sample, ...]
+    """Empty = idle."""
+
+
+def load_window(shards: ShardSet, window: Window) -> list[PendingBatch]:
+    """Read the window's images, still encoded, in the order of its batches. Raises DataError."""
+    index, rows = shards.index, window.rows
+    wanted: dict[tuple[int, int], list[int]] = {}
+    for row in rows.tolist():
+        wanted.setdefault((int(index.shard[row]), int(index.row[row]) // index.row_group), []).append(row)
+
+    def read(group: tuple[tuple[int, int], list[int]]) -> list[Sample]:
+        (shard, number), members = group
+        return shards.read_group(shard, number, [int(index.row[row]) for row in members])
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="headkd-read") as pool:
+        groups = list(pool.map(read, wanted.items()))
+    by_row = {row: sample for members, group in zip(wanted.values(), groups, strict=True) for row, sample in zip(members, group, strict=True)}
+    return [PendingBatch(window.epoch, batch.step, tuple(by_row[row] for row in batch.rows)) for batch in window.batches]
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Decodes and augments: a function of (image, epoch, seed) alone."""
+
+    spec: DataSpec
+    seed: int
+    train: bool
+    """True: random views of the epoch. False: the evaluation view."""
+
+    def __call__(self, pending: PendingBatch) -> Batch:
+        """One batch. Raises DataError naming the image."""
+        if not pending.samples:
+            return idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
+        return collate([self._example(sample, pending.epoch) for sample in pending.samples], pending.step, self.spec.pad)
+
+    def view(self, image_id: int, epoch: int) -> View:
+        """How ``epoch`` shows the image."""
+        return train_view(image_id, view_number(epoch, self.spec), self.seed, self.spec) if self.train else eval_view(self.spec)
+
+    def pixels(self, pending: PendingBatch) -> int:
+        """Bytes of the batch's images, before padding: known without decoding them."""
+        sizes = (view_size(*sample.size, self.view(sample.image_id, pending.epoch)) for sample in pending.samples)
+        return 3 * sum(height * width for height, width in sizes)
+
+    def _example(self, sample: Sample, epoch: int) -> Example:
+        try:
+            image, boxes = apply_view(decode(sample.image), sample.boxes, self.view(sample.image_id, epoch))
+        except ValueError as error:
+            raise DataError(f"image {sample.image_id} in the prepared shards: {error}; prepare the split again") from error
+        return Example(image, boxes, sample.labels, sample.image_id, sample.size)
+
+
+def read_window(shards: ShardSet, window: Window, maker: BatchMaker) -> Iterator[Batch]:
+    """The window's batches, in order, in this thread."""
+    yield from map(maker, load_window(shards, window))
+
+
+def local_stream(
+    shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, *, threads: int = 2, ahead: int | None = None
+) -> Iterator[Batch]:
+    """Batches of ``windows`` in order, read and decoded ahead by threads of this process.
+
+    Decoding and resizing release the GIL, so threads scale. Close the generator (or exhaust it) to end the threads; an exception
+    of a thread is raised at the batch it belongs to.
+
+    Args:
+        threads: decoding threads.
+        ahead: batches decoded ahead; None = twice ``threads``. Memory: these batches, and the encoded images of two windows.
+    """
+    limit = ahead or 2 * threads
+    reader = ThreadPoolExecutor(1, thread_name_prefix="headkd-window")
+    decoders = ThreadPoolExecutor(threads, thread_name_prefix="headkd-decode")
+    try:
+        batches: deque[Future[Batch]] = deque()
+        for pending in _read_ahead(shards, windows, reader):
+            batches.append(decoders.submit(maker, pending))
+            if len(batches) > limit:
+                yield batches.popleft().result()
+        while batches:
+            yield batches.popleft().result()
+    finally:
+        for pool in (reader, decoders):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_ahead(shards: ShardSet, windows: Iterable[Window], reader: ThreadPoolExecutor) -> Iterator[PendingBatch]:
+    """Undecoded batches in order, one window read ahead."""
+    coming: deque[Future[list[PendingBatch]]] = deque()
+    for window in windows:
+        coming.append(reader.submit(load_window, shards, window))
+        if len(coming) > 1:
+            yield from coming.popleft().result()
+    while coming:
+        yield from coming.popleft().result()

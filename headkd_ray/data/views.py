@@ -1,0 +1,87 @@
+"""Reproducible views: (image id, view number, seed) -> the same pixels and boxes anywhere.
+
+A view is a short side and a flip. Resizing follows the paper's pipeline: the image is scaled by
+min(short / shorter side, long / longer side) and sides are rounded to whole pixels (mmdet's ``Resize(keep_ratio=True)``); boxes
+scale with the *rounded* sides. Interpolation is antialiased bilinear on uint8 (mmdet: OpenCV bilinear without antialiasing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from headkd_ray.data.keyed import key_integers
+from headkd_ray.job import DataSpec
+
+
+@dataclass(frozen=True)
+class View:
+    """How one image is shown."""
+
+    short_side: int
+    """Wanted shorter side, pixels."""
+    long_side: int
+    """Limit of the longer side, pixels; the shorter one gives way."""
+    flip: bool = False
+    """Mirrored left-right."""
+
+
+def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
+    """View ``number`` of an image: short side uniform in ``spec.short_side``, flipped with probability ``spec.flip``."""
+    low, high = spec.short_side
+    resolution = 1 << 32
+    size, coin = key_integers(2, resolution, "view", seed, image_id, number)
+    return View(low + size * (high - low + 1) // resolution, spec.long_side, coin < spec.flip * resolution)
+
+
+def view_number(epoch: int, spec: DataSpec) -> int:
+    """Which view of every image ``epoch`` shows."""
+    return epoch if spec.views is None else epoch % spec.views
+
+
+def eval_view(spec: DataSpec) -> View:
+    """The one view used at evaluation."""
+    return View(spec.eval_short_side, spec.long_side)
+
+
+def view_size(height: int, width: int, view: View) -> tuple[int, int]:
+    """Height and width in pixels of an image of (height, width) under ``view``."""
+    scale = min(view.short_side / min(height, width), view.long_side / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Show ``image`` and its boxes under ``view``.
+
+    Args:
+        image: uint8 (3, H, W).
+        boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of ``image``.
+
+    Returns:
+        uint8 (3, h, w) and float32 (n, 4) in pixels of the view, inside [0, w] x [0, h].
+
+    Raises:
+        ValueError: a box has no area in the view (prepare refuses boxes so small that this could happen).
+    """
+    height, width = image.shape[1:]
+    new_height, new_width = view_size(height, width, view)
+    if (new_height, new_width) != (height, width):
+        # What torchvision's v2 ``resize`` runs, without torchvision's import (see images.py).
+        image = F.interpolate(image[None], size=(new_height, new_width), mode="bilinear", antialias=True, align_corners=False)[0]
+    pixels = image.numpy()
+    scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float64)
+    limit = np.array([new_width, new_height] * 2, dtype=np.float64)
+    shown = np.clip(boxes.astype(np.float64) * scale, 0, limit)
+    if view.flip:
+        pixels = pixels[:, :, ::-1]
+        shown = np.stack([new_width - shown[:, 2], shown[:, 1], new_width - shown[:, 0], shown[:, 3]], axis=1)
+    shown = shown.astype(np.float32)
+    empty = (shown[:, 2] <= shown[:, 0]) | (shown[:, 3] <= shown[:, 1])
+    if empty.any():
+        raise ValueError(f"{int(empty.sum())} boxes without area at {new_width} x {new_height} px: {boxes[empty][:3].tolist()}")
+    return pixels, shown
+

@@ -1,0 +1,84 @@
+"""Prepare a COCO-format split for training or evaluation.
+
+    python -m headkd_ray.prepare instances_train2017.json train2017/ --out data/coco_train
+
+All three places are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec serves). The JSON and every image are checked;
+all problems are reported together. After an interruption the same command continues; finished, it does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.doors import user_errors
+
+SHOWN = 20
+"""Fixes printed; meta.json lists all."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    with user_errors():
+        meta = prepare(
+            options.json,
+            options.images,
+            options.out,
+            shard_images=options.shard_images,
+            row_group=options.row_group,
+            workers=options.workers,
+            fix_boxes=options.fix_boxes,
+            overwrite=options.overwrite,
+        ).meta
+    for line in meta.fixes[:SHOWN]:
+        print(f"fixed: {line}", file=sys.stderr)
+    if len(meta.fixes) > SHOWN:
+        print(f"… {len(meta.fixes)} fixes in all, listed in {options.out}/meta.json", file=sys.stderr)
+    crowds = f" and {meta.crowds} crowds" if meta.crowds else ""
+    print(f"{options.out}: {meta.images} images, {meta.boxes} boxes{crowds}, {len(meta.classes)} classes, {len(meta.shards)} shards")
+    return 0
+
+
+def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> ShardSet:
+    """``data.prepare.prepare_split`` with a progress bar on standard error; ``options`` are passed on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading annotations", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, description="checking and packing images", completed=done, total=total)
+
+        return prepare_split(json_uri, images_uri, out_uri, progress=show, **options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m headkd_ray.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", metavar="COCO.json", help="annotations in COCO's detection format")
+    parser.add_argument("images", metavar="IMAGES_DIR", help="folder that the JSON's file names are relative to")
+    parser.add_argument("--out", required=True, metavar="OUT_DIR", help="folder to write")
+    parser.add_argument("--shard-images", type=_positive, default=512, metavar="N", help="images a shard file (default 512)")
+    parser.add_argument("--row-group", type=_positive, default=16, metavar="N", help="images read together (default 16)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a CPU; more help with remote images)")
+    parser.add_argument("--fix-boxes", action="store_true", help="clip boxes that leave the image, drop those without area, list both")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished split in OUT_DIR")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
