@@ -1,0 +1,1 @@
+"""Ray: the only room that imports it. Train workers, data tasks, resources."""

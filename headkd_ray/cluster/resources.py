@@ -1,0 +1,85 @@
+"""Connect to Ray and check, before anything is started, that the cluster can hold the job: Ray itself would wait for ever."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from headkd_ray.errors import ClusterError
+from headkd_ray.job import ClusterSpec
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job's workers take, as checked against the cluster."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+@contextmanager
+def connected(spec: ClusterSpec) -> Iterator[None]:
+    """Join the cluster of ``spec.address`` or ``RAY_ADDRESS``, or start one on this machine and stop it on leaving.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
+        ray.init(address=spec.address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(spec: ClusterSpec) -> Resources:
+    """Raises ClusterError, saying what was asked and what exists, if the workers and their data tasks do not fit."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    wants_gpu = spec.gpus_per_worker
+    gpus_per_worker = wants_gpu if wants_gpu is not None else float(gpus >= spec.workers > 0)
+
+    problems = []
+    if gpus_per_worker and gpus < spec.workers * gpus_per_worker:
+        problems.append(
+            f"cluster.workers {spec.workers} x cluster.gpus_per_worker {gpus_per_worker:g} = {spec.workers * gpus_per_worker:g} GPUs "
+            f"asked, the cluster has {gpus:g}; lower one of them, or set cluster.gpus_per_worker to 0 to train on CPUs"
+        )
+    wanted = spec.workers * (spec.cpus_per_worker + spec.data_cpus)
+    if cpus < wanted:
+        problems.append(
+            f"cluster.workers {spec.workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus {spec.data_cpus:g}) "
+            f"= {wanted:g} CPUs asked, the cluster has {cpus:g}; lower cluster.workers, or give each less (fractions are allowed)"
+        )
+    elif spec.workers * spec.data_cpus < 1:
+        problems.append(
+            f"cluster.data_cpus {spec.data_cpus:g} x {spec.workers} workers leaves less than the one CPU that a data task takes; raise it"
+        )
+    places = sum(_places(node, spec.cpus_per_worker, gpus_per_worker) for node in nodes)
+    if not problems and places < spec.workers:
+        problems.append(
+            f"cluster.workers {spec.workers}: only {places} find a node with {spec.cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs "
+            f"(nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); ask for less per worker"
+        )
+    if problems:
+        raise ClusterError(problems)
+    return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
+
+
+def _places(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Workers that fit one node."""
+    fits = [node.get(name, 0.0) / each for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
+    return math.floor(min(fits) + 1e-9)

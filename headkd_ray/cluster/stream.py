@@ -1,0 +1,160 @@
+"""A rank's batches through Ray Data: the same windows, the same two functions, the same batches as ``data.stream.local_stream``.
+
+One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once a run. It has two stages,
+each in the order of the windows (``preserve_order``):
+
+1. *read*: one task at a time reads windows and emits chunks of a few batches, images still encoded. It needs no CPU of its own.
+2. *decode*: tasks, in parallel, turn a chunk into batches: pixels in one buffer, the rest pickled.
+
+Decoding by chunk instead of by window is what makes the tasks run in parallel although batches leave in order: a whole window is
+too much to hold while waiting for its turn. A chunk is one Ray block of about CHUNK_BYTES, so a rank holds only a few at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+from ray.exceptions import RayTaskError, UserCodeException
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.plan import Window
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
+from headkd_ray.engine.streams import Decode
+from headkd_ray.errors import UserError
+from headkd_ray.job import ClusterSpec
+
+Row = dict[str, Any]
+TENSORS = tuple(field.name for field in fields(Batch) if field.name not in ("step", "idle"))
+
+CHUNK_BYTES = 16 << 20
+"""Decoded pixels a chunk aims at: at least one batch."""
+CHUNK_IMAGES = 64
+"""Most images a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""
+STORE_BYTES = 512 << 20
+"""Shared memory that one rank's Dataset may plan with; less where the cluster has less."""
+PREFETCH_BLOCKS = 2
+"""Chunks fetched to the worker ahead of the one it is using."""
+WINDOWS_PER_BLOCK = 16
+"""Windows one read task goes through: what is read again if its node is lost."""
+
+
+def decode_on_ray(cluster: ClusterSpec) -> Decode:
+    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank. Needs ``ray.init``."""
+
+    @contextmanager
+    def decode(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> Iterator[Iterator[Batch]]:
+        rows = [{"window": pickle.dumps(window)} for window in windows]
+        if not rows:
+            yield iter(())
+            return
+        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus))
+        try:
+            yield batches
+        finally:
+            batches.close()
+
+    return decode
+
+
+def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float) -> ray.data.Dataset:
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # every row, that is every chunk, is a block of its own: decoded by its own task
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=STORE_BYTES)
+    with DataContext.current(context):
+        dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
+        # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
+        chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
+        return chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Window -> chunks of encoded images."""
+
+    shards: ShardSet
+    maker: BatchMaker
+
+    def __call__(self, row: Row) -> Iterator[Row]:
+        chunk: list[PendingBatch] = []
+        images = size = 0
+        for pending in load_window(self.shards, pickle.loads(row["window"])):
+            cost = self.maker.pixels(pending)
+            if chunk and (images + len(pending.samples) > CHUNK_IMAGES or size + cost > CHUNK_BYTES):
+                yield {"chunk": pickle.dumps(chunk)}
+                chunk, images, size = [], 0, 0
+            chunk.append(pending)
+            images, size = images + len(pending.samples), size + cost
+        yield {"chunk": pickle.dumps(chunk)}
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Chunk -> batches."""
+
+    maker: BatchMaker
+
+    def __call__(self, row: Row) -> Row:
+        torch.set_num_threads(1)  # the task has one CPU
+        return encode([self.maker(pending) for pending in pickle.loads(row["chunk"])])
+
+
+def encode(batches: list[Batch]) -> Row:
+    """Batches as one row: ``head`` bytes (pickled, all but pixels), ``pixels`` bytes (the images of all batches, end to end)."""
+    small = [name for name in TENSORS if name != "images"]
+    heads = [
+        (batch.step, batch.idle, tuple(batch.images.shape), {name: getattr(batch, name).numpy() for name in small}) for batch in batches
+    ]
+    return {"head": pickle.dumps(heads), "pixels": b"".join(batch.images.numpy().data for batch in batches)}
+
+
+def decoded(head: bytes, pixels: pa.Buffer) -> Iterator[Batch]:
+    """The batches of one encoded row; ``images`` are views of ``pixels`` and keep it alive."""
+    end = 0
+    for step, idle, shape, small in pickle.loads(head):
+        start, end = end, end + math.prod(shape)
+        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=start, count=end - start).view(shape)
+        yield Batch(images=images, step=step, idle=idle, **{name: torch.from_numpy(array) for name, array in small.items()})
+
+
+def _batches(dataset: ray.data.Dataset) -> Iterator[Batch]:
+    """Run the dataset; closing the generator ends its tasks."""
+    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost memory bandwidth.
+    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
+    try:
+        for block in blocks:
+            for head, pixels in zip(block["head"], block["pixels"], strict=True):
+                yield from decoded(head.as_py(), pixels.as_buffer())
+    except (RayTaskError, UserCodeException) as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        raise cause from None
+    finally:
+        close = getattr(blocks, "close", None)
+        if close is not None:
+            close()
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """The UserError that a data task raised, out of Ray's wrapping."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None

@@ -1,0 +1,153 @@
+"""A job on Ray Train: one worker process a rank around ``engine.loop.fit``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import train as ray_train
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.queue import Empty, Queue
+
+from headkd_ray.cluster.resources import Resources, check_resources, connected
+from headkd_ray.cluster.stream import decode_on_ray
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE
+from headkd_ray.engine.log import Record, Sink
+from headkd_ray.engine.loop import fit
+from headkd_ray.engine.run import RunLog, finish, run_folder
+from headkd_ray.engine.streams import Streams
+from headkd_ray.engine.world import World
+from headkd_ray.errors import CheckpointError, ClusterError, TrainingError
+from headkd_ray.job import Job
+from headkd_ray.storage import Folder
+
+
+def train_on_ray(job: Job, tell: Sink) -> Record:
+    """Run the job on the cluster; its result record. ``tell`` takes the log records, in this process.
+
+    Raises:
+        ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
+        TrainingError, CheckpointError: as ``fit`` raises them.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # also how long a report may take to be taken: 2 s by default
+    with connected(job.cluster):
+        resources = check_resources(job.cluster)
+        with forwarded(tell) as queue:
+            try:
+                result = _trainer(job, resources, queue).fit()
+            except TrainingFailedError as error:
+                raise ClusterError(f"training failed for good: {_cause(error)}") from error
+    outcome = result.return_value
+    if "error" in outcome:
+        raise outcome["error"]
+    best = max((entry for entry in result.best_checkpoints if _scored(entry)), key=lambda entry: entry[1][SCORE])[0]
+    return finish(run_folder(job), Folder(best.filesystem, best.path), outcome["last"])
+
+
+def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
+    storage = Folder.at(job.run.storage)
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": job.model_dump(mode="json"), "queue": queue},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})},
+        ),
+        run_config=RunConfig(
+            name=job.run.name,
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
+            failure_config=FailureConfig(max_failures=job.cluster.max_failures),
+            # The best by AP, and always the latest. Checkpoints without an evaluation report NaN, which ranks below any number.
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One rank. Errors that every rank meets alike, and a restart would meet again, are returned instead of raised."""
+    job = Job.model_validate(config["job"])
+    torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
+    context = ray_train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_on_ray(job.cluster))
+
+    def open_sink(resumed_step: int) -> Sink:
+        log = RunLog(run_folder(job), resumed_step, job.log.tensorboard)
+
+        def sink(record: Record) -> None:
+            log(record)
+            log.sync()
+            config["queue"].put(record)
+
+        return sink
+
+    try:
+        return {"last": fit(job, world, streams, RayCheckpoints(), open_sink)}
+    except (TrainingError, CheckpointError) as error:
+        return {"error": error}
+
+
+class RayCheckpoints:
+    """Checkpoints through ``ray.train.report``: uploaded in the background, listed by Ray only when complete."""
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        checkpoint = ray_train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
+        ray_train.report(
+            metrics,
+            checkpoint=None if folder is None else ray_train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # deletes ``folder`` when it is uploaded
+        )
+
+
+@contextmanager
+def forwarded(tell: Sink) -> Iterator[Queue]:
+    """A queue whose records are passed to ``tell`` by a thread of this process; on leaving, the rest is passed first."""
+    queue = Queue(actor_options={"num_cpus": 0})
+    done = threading.Event()
+
+    def pump() -> None:
+        while not (done.is_set() and queue.empty()):
+            try:
+                tell(queue.get(timeout=0.5))
+            except Empty:
+                continue
+
+    thread = threading.Thread(target=pump, name="headkd-log", daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        done.set()
+        thread.join(timeout=10)
+        queue.shutdown()
+
+
+def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:
+    checkpoint, _ = entry
+    return (Folder(checkpoint.filesystem, checkpoint.path) / METRICS_FILE).exists()
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """The last line of the first worker's error: what a user can act on."""
+    failures = getattr(error, "worker_failures", None)
+    cause: BaseException = next(iter(failures.values())) if failures else error
+    return str(cause).strip().splitlines()[-1]

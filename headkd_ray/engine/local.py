@@ -1,0 +1,39 @@
+"""``cluster.workers: 0``: the run in this process, without Ray."""
+
+from __future__ import annotations
+
+import torch
+
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.engine.checkpoint import LocalCheckpoints
+from headkd_ray.engine.log import Record, Sink
+from headkd_ray.engine.loop import fit
+from headkd_ray.engine.run import RunLog, finish, run_folder
+from headkd_ray.engine.streams import Streams, decode_here
+from headkd_ray.engine.world import World
+from headkd_ray.job import Job
+
+
+def train_here(job: Job, tell: Sink) -> Record:
+    """Run the job; its result record. ``tell`` takes the log records. Raises as ``fit`` does."""
+    if job.cluster.threads_per_worker is not None:
+        torch.set_num_threads(job.cluster.threads_per_worker)
+    world = World.alone(use_gpu=job.cluster.gpus_per_worker != 0)
+    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
+    folder = run_folder(job)
+    checkpoints = LocalCheckpoints(folder)
+
+    def open_sink(resumed_step: int) -> Sink:
+        log = RunLog(folder, resumed_step, job.log.tensorboard)
+
+        def sink(record: Record) -> None:
+            log(record)
+            log.sync()
+            tell(record)
+
+        return sink
+
+    last = fit(job, world, streams, checkpoints, open_sink)
+    best = checkpoints.best()
+    assert best is not None, "the last epoch is always evaluated"
+    return finish(folder, checkpoints.folder / best, last)

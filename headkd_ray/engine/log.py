@@ -1,0 +1,134 @@
+"""What a run tells: one record a step window, to any number of sinks (JSONL, TensorBoard, the terminal)."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.engine.world import World
+
+Record = dict[str, Any]
+Sink = Callable[[Record], None]
+
+
+class StepWindow:
+    """Averages over the steps since the last record; ``record`` is a collective of all ranks.
+
+    Losses stay on the device until the window closes: reading them every step would stall a GPU.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.reset()
+
+    def reset(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+        self.steps = 0
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """``batches``, with the time spent waiting for them counted."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, values: dict[str, torch.Tensor], batch: Batch) -> None:
+        """One micro-batch: scalar tensors by name."""
+        self.images += 0 if batch.idle else len(batch.images)
+        self.steps += 1
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def record(self) -> Record:
+        """Means over steps and ranks; images/s of all ranks, share of time spent waiting for data, peak memory in MiB."""
+        names = sorted(self.sums)
+        seconds = time.perf_counter() - self.started
+        on_gpu = self.world.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.world.device) / 2**20 if on_gpu else host_peak_mib()
+        own = [self.images / seconds, self.waited / seconds, peak]
+        values = torch.stack([self.sums[name] / self.steps for name in names] + [torch.tensor(v).to(self.world.device) for v in own])
+        means = self.world.mean(values).tolist()
+        rate, wait, memory = means[len(names) :]
+        self.reset()
+        return {
+            "losses": dict(zip(names, means, strict=False)),
+            "images_per_second": rate * self.world.size,
+            "data_wait": wait,
+            "memory_mib": memory,
+        }
+
+
+def host_peak_mib() -> float:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class JsonLines:
+    """Appends records to a file; after a resume, records past the resumed step are dropped first, so each step is there once."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+
+    def __call__(self, record: Record) -> None:
+        self.file.write(json.dumps(_without_nan(record)) + "\n")
+        self.file.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+        return math.inf
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN becomes null: JSON has no NaN, and strict readers refuse it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+class TensorBoard:
+    """Writes every number of a record as a scalar at its step."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def __call__(self, record: Record) -> None:
+        for name, value in _flatten(record):
+            if name not in ("step", "epoch", "steps"):
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()
+
+
+def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat += _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            flat.append((prefix + name, value))
+    return flat
+

@@ -1,0 +1,230 @@
+"""The training program, top to bottom: one process's part of a run, with or without Ray around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import headkd_ray
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.keyed import key_bits
+from headkd_ray.detectors import Detector
+from headkd_ray.detectors.weights.native import save_detector
+from headkd_ray.distill import Trainee, build_trainee
+from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, STUDENT_FOLDER, Checkpoints, load_state, save_state
+from headkd_ray.engine.coco import CocoMetrics
+from headkd_ray.engine.evaluate import evaluate
+from headkd_ray.engine.log import Record, Sink, StepWindow
+from headkd_ray.engine.optim import build_optimizer
+from headkd_ray.engine.streams import Streams
+from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.engine.world import World
+from headkd_ray.errors import CheckpointError, TrainingError
+from headkd_ray.job import Job
+
+
+def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open_sink: Callable[[int], Sink]) -> Record:
+    """Train to the end, or from the latest checkpoint to the end; returns the last evaluation's record. Collective.
+
+    On the CPU a run that was killed and resumed ends with the same weights, bit for bit, as one that was not: batches are a
+    function of (seed, step), and so is every random number drawn in a step.
+
+    Args:
+        open_sink: called on rank 0 with the step that training resumes from (0 = fresh); takes the log records.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        CheckpointError: the checkpoint or the teacher does not fit this job.
+        DataError: a shard cannot be read.
+    """
+    torch.manual_seed(job.run.seed)
+    classes = streams.train_set.meta.classes
+    trainee = build_trainee(job, len(classes), load_teacher(job, classes)).to(world.device)
+    accumulate = job.optim.accumulate
+    steps_per_epoch = streams.micro_batches_per_epoch // accumulate
+    total_steps = steps_per_epoch * job.optim.epochs
+    global_batch = job.data.batch_size * world.size * accumulate
+    optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)
+    state = State(0, steps_per_epoch, trainee, optimizer, scheduler, build_ema(job, trainee.student))
+    with checkpoints.latest() as folder:
+        if folder is not None:
+            state.restore(folder, order_key(world, streams))
+    sink = open_sink(state.step) if world.rank == 0 else _nowhere
+    metrics: Record = {}
+
+    model = DistributedDataParallel(trainee) if world.size > 1 else trainee
+    trainee.train()
+    window = StepWindow(world)
+    with streams.train(first=state.step * accumulate) as stream:
+        batches = window.timed(on_device(stream, world.device))
+        while state.step < total_steps:
+            optimizer.zero_grad(set_to_none=True)
+            for micro in range(accumulate):
+                batch = next(batches)
+                assert batch.step == state.step * accumulate + micro, "the stream lost its place"
+                if isinstance(model, DistributedDataParallel):  # gradients meet once an optimizer step
+                    model.require_backward_grad_sync = micro == accumulate - 1
+                torch.manual_seed(key_bits("step", job.run.seed, batch.step, world.rank) % 2**63)
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
+                    losses = model(batch.images, batch.sizes, batch.boxes, batch.labels, state.step)
+                total = torch.stack(list(losses.values())).sum()
+                (total * (0.0 if batch.idle else 1.0 / accumulate)).backward()
+                window.add({**losses, "total": total}, batch)
+            if job.optim.clip_norm is not None:
+                clip_grad_norm_(trainee.parameters(), job.optim.clip_norm)
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            scheduler.step()
+            if state.ema is not None:
+                state.ema.update_parameters(trainee.student)
+            state.step += 1
+
+            epoch, within_epoch = divmod(state.step, steps_per_epoch)
+            every = job.checkpoint.every_steps
+            checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0)
+            if checkpoint_due or state.step % job.log.every_steps == 0:
+                record = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "lr": lr, **window.record()}
+                check_finite(record)
+                sink(record)
+            if not checkpoint_due:
+                continue
+            scored = None
+            if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
+                scored = validate(job, world, streams, state.student)
+                metrics = {"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()}
+                sink(metrics)
+            keep(state, job, world, streams, checkpoints, scored)
+            window.reset()  # evaluation is not training time
+    return metrics
+
+
+@dataclass
+class State:
+    """What a run has learnt so far: all that a resumed one needs."""
+
+    step: int
+    """Optimizer steps done."""
+    steps_per_epoch: int
+    trainee: Trainee
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: AveragedModel | None
+
+    @property
+    def student(self) -> Detector:
+        """What is evaluated and exported."""
+        return self.trainee.student if self.ema is None else self.ema.module
+
+    def save(self, folder: Path, order: dict[str, Any]) -> None:
+        members = {name: getattr(self, name) for name in ("trainee", "optimizer", "scheduler", "ema")}
+        tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
+        save_state(folder, {"step": self.step, "steps_per_epoch": self.steps_per_epoch, "order": order, **tensors})
+
+    def restore(self, folder: Path, order: dict[str, Any]) -> None:
+        """Load what ``save`` wrote.
+
+        Raises:
+            CheckpointError: damaged, of other data, or of another number of workers (which would change the epoch's order and
+                the schedule's steps).
+        """
+        saved = load_state(folder)
+        changed = [key for key in order if saved["order"][key] != order[key]]
+        if changed:
+            raise CheckpointError(
+                [
+                    f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'][key]!r}, this run has "
+                    f"{order[key]!r}; resume with what it had, or choose another run.name"
+                    for key in changed
+                ]
+            )
+        self.step = saved["step"]
+        self.trainee.load_state_dict(saved["trainee"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+
+
+def order_key(world: World, streams: Streams) -> dict[str, Any]:
+    """What the order of the images depends on besides the job's keys that cannot change in a resumed run."""
+    return {"cluster.workers": world.size, "data.train": streams.train_set.meta.fingerprint}
+
+
+def build_ema(job: Job, student: Detector) -> AveragedModel | None:
+    if job.optim.ema is None:
+        return None
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(job.optim.ema), use_buffers=True)
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on ``device``; on a GPU the next one is copied while the current one is used."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = batch.pin().to(device)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(copies)
+        coming.record_stream(torch.cuda.current_stream(device))
+        ahead = coming
+    if ahead is not None:
+        yield ahead
+
+
+def validate(job: Job, world: World, streams: Streams, student: Detector) -> CocoMetrics:
+    """COCO metrics on the validation split; the same on every rank."""
+    truth = streams.val_set.ground_truth() if world.rank == 0 else None
+    with streams.val() as batches:
+        return evaluate(student, batches, world, truth, streams.val_set.meta.category_ids, job.optim.precision)
+
+
+def check_finite(record: Record) -> None:
+    """Raises TrainingError, on all ranks alike, if the losses (means over ranks) are not finite."""
+    losses = {name: value for name, value in record["losses"].items() if not math.isfinite(value)}
+    if losses:
+        raise TrainingError(
+            f"step {record['step']}: not finite: {losses}; lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps"
+        )
+
+
+def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None) -> None:
+    """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics."""
+    name = f"step_{state.step:08d}"
+    metrics = {SCORE: float("nan") if scored is None else scored.AP, "step": state.step}
+    if world.rank != 0:
+        checkpoints.report(name, metrics, None)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="headkd-checkpoint-"))
+    state.save(folder, order_key(world, streams))
+    meta = {
+        "method": job.method,
+        "run": job.run.name,
+        "step": state.step,
+        "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
+        "category_ids": list(streams.train_set.meta.category_ids),
+        "metrics": None if scored is None else scored.as_dict(),
+        "versions": {"headkd_ray": headkd_ray.__version__, **{package: version(package) for package in ("torch", "torchvision", "timm")}},
+    }
+    save_detector(folder / STUDENT_FOLDER, state.student, streams.train_set.meta.classes, meta)
+    if scored is not None:
+        (folder / METRICS_FILE).write_text(json.dumps({"step": state.step, **scored.as_dict()}))
+    checkpoints.report(name, metrics, folder)
+
+
+def _nowhere(record: Record) -> None:
+    """The log of the ranks that keep none."""

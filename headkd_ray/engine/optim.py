@@ -1,0 +1,39 @@
+"""The paper's SGD and schedule: linear warm-up, step decay, lr linear in the global batch (official ``schedule_1x.py``); or AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from headkd_ray.job import OptimSpec
+
+
+def peak_lr(spec: OptimSpec, global_batch: int) -> float:
+    """Learning rate after warm-up, scaled linearly from ``lr_batch`` to ``global_batch`` images a step."""
+    return spec.lr if spec.lr_batch is None else spec.lr * global_batch / spec.lr_batch
+
+
+def lr_factor(spec: OptimSpec, step: int, steps_per_epoch: int) -> float:
+    """Share of the peak learning rate at optimizer step ``step`` (from 0).
+
+    Warm-up rises linearly from ``warmup_ratio`` and multiplies the decay, as mmcv's ``StepLrUpdaterHook`` does.
+    """
+    decay = spec.gamma ** sum(step >= epoch * steps_per_epoch for epoch in spec.milestones)
+    if step >= spec.warmup_steps:
+        return decay
+    return decay * (1 - (1 - step / spec.warmup_steps) * (1 - spec.warmup_ratio))
+
+
+def build_optimizer(
+    spec: OptimSpec, parameters: Iterable[torch.nn.Parameter], global_batch: int, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer over the parameters that take gradients, and its schedule (``scheduler.step()`` once an optimizer step)."""
+    free = [parameter for parameter in parameters if parameter.requires_grad]
+    lr = peak_lr(spec, global_batch)
+    optimizer: torch.optim.Optimizer
+    if spec.optimizer == "sgd":
+        optimizer = torch.optim.SGD(free, lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(free, lr=lr, weight_decay=spec.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))

@@ -1,0 +1,39 @@
+"""A student on single images: the same view, normalisation and post-processing as in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headkd_ray.data.batch import Example, collate
+from headkd_ray.data.views import apply_view, eval_view
+from headkd_ray.detectors import Detector
+from headkd_ray.engine.evaluate import coco_results
+from headkd_ray.job import DataSpec
+
+
+def view_spec(meta: Mapping[str, Any]) -> DataSpec:
+    """How a checkpoint wants its images at evaluation: what ``meta["data"]`` records, else the paper's sizes."""
+    return DataSpec.model_validate({"train": "", "val": "", **meta.get("data", {})})
+
+
+@torch.inference_mode()
+def detect_images(
+    detector: Detector, images: Sequence[Tensor], spec: DataSpec, category_ids: Sequence[int], device: torch.device
+) -> Iterator[list[dict[str, Any]]]:
+    """COCO results of each image (``image_id`` is its position), best first, boxes xywh in pixels of that image.
+
+    Args:
+        images: uint8 (3, H, W), RGB, any sizes; one is in the network at a time.
+    """
+    detector.eval()
+    for position, image in enumerate(images):
+        shown, _ = apply_view(image, np.zeros((0, 4), np.float32), eval_view(spec))
+        height, width = image.shape[1:]
+        example = Example(shown, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), position, (height, width))
+        batch = collate([example], step=0, pad=spec.pad).to(device)
+        yield coco_results(detector(batch.images, batch.sizes), batch, category_ids)[0]

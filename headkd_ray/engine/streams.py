@@ -1,0 +1,53 @@
+"""This rank's batches of a job; who decodes them (threads here, Ray Data tasks) is given as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.plan import Window, eval_windows, steps_per_epoch, train_rows, train_windows
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.stream import BatchMaker, local_stream
+from headkd_ray.engine.world import World
+from headkd_ray.job import Job
+
+Decode = Callable[[ShardSet, Iterable[Window], BatchMaker], AbstractContextManager[Iterator[Batch]]]
+
+
+def decode_here(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> AbstractContextManager[Iterator[Batch]]:
+    """Decode with threads of this process."""
+    return closing(local_stream(shards, windows, maker))
+
+
+class Streams:
+    """The training and validation batches of one rank."""
+
+    def __init__(self, job: Job, world: World, train: ShardSet, val: ShardSet, decode: Decode) -> None:
+        self.job, self.world, self.train_set, self.val_set, self.decode = job, world, train, val, decode
+        self.rows = train_rows(train.index, job.data.keep_empty)
+        self.micro_batches_per_epoch = steps_per_epoch(len(self.rows), job.data.batch_size, world.size, job.optim.accumulate)
+        """The same for every epoch and rank; a multiple of optim.accumulate."""
+
+    def train(self, first: int) -> AbstractContextManager[Iterator[Batch]]:
+        """Batches of all epochs from micro-batch ``first`` on."""
+        windows = train_windows(
+            self.train_set.index,
+            self.rows,
+            seed=self.job.run.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            batch_size=self.job.data.batch_size,
+            window=self.job.data.shuffle_window,
+            epochs=self.job.optim.epochs,
+            accumulate=self.job.optim.accumulate,
+            start_step=first,
+        )
+        return self.decode(self.train_set, windows, BatchMaker(self.job.data, self.job.run.seed, train=True))
+
+    def val(self) -> AbstractContextManager[Iterator[Batch]]:
+        """This rank's share of the validation images, each once."""
+        windows = eval_windows(
+            self.val_set.index, rank=self.world.rank, world=self.world.size, batch_size=self.job.eval.batch_size
+        )
+        return self.decode(self.val_set, windows, BatchMaker(self.job.data, self.job.run.seed, train=False))

@@ -1,0 +1,48 @@
+"""Who else trains: this process's rank and device, and the few collectives that the loop needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One training process among ``size``; every method with more than one process is a collective of all ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls, use_gpu: bool = True) -> World:
+        """A single process, on the first GPU if it may use one and there is one."""
+        return cls(0, 1, torch.device("cuda", 0) if use_gpu and torch.cuda.is_available() else torch.device("cpu"))
+
+    def gather(self, value: T) -> list[T] | None:
+        """All ranks' picklable values, in rank order, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks of a float tensor on this rank's device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values

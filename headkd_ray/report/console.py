@@ -1,0 +1,59 @@
+"""A run in the terminal: a progress bar where there is a terminal, one line a step window everywhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunConsole:
+    """Takes a run's log records (see ``engine.log``) and shows them; a context manager."""
+
+    def __init__(self, name: str, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.name = name
+        self.task = self.progress.add_task(name, total=None)
+
+    def __enter__(self) -> RunConsole:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self.progress.update(self.task, completed=record["step"], total=record["steps"])
+        self.console.print(f"{self.name}  {line(record)}")
+
+
+def line(record: dict[str, Any]) -> str:
+    """One line for one record."""
+    head = f"step {record['step']}/{record['steps']}  epoch {record['epoch']:.4g}"
+    if "val" in record:
+        metrics = {name: value for name, value in record["val"].items() if name.startswith("AP")}
+        return f"{head}  val  " + "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+    losses = dict(record["losses"])
+    total = losses.pop("total")
+    parts = " ".join(f"{name.removeprefix('loss_')} {value:.3g}" for name, value in losses.items())
+    return (
+        f"{head}  loss {total:.4g} ({parts})  lr {record['lr']:.3g}  {record['images_per_second']:.1f} images/s  "
+        f"data wait {record['data_wait']:.0%}  {record['memory_mib']:.0f} MiB"
+    )
+
+
+def number(value: float | None) -> str:
+    """A metric in percent; a dash where it cannot be computed (None or NaN)."""
+    return "–" if value is None or value != value else f"{value:.1f}"

@@ -1,0 +1,55 @@
+"""Detections drawn on images."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes
+
+
+def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str]) -> Tensor:
+    """Boxes with captions on an image, each class in its own colour.
+
+    Args:
+        image: uint8 (3, H, W), RGB.
+        boxes: float (N, 4), xyxy, pixels of ``image``.
+        labels: int64 (N,).
+        captions: N strings.
+    Returns:
+        uint8 (3, H, W).
+    """
+    if not len(boxes):
+        return image
+    thickness = max(1, round(max(image.shape[-2:]) / 300))
+    return draw_bounding_boxes(image, boxes, labels=list(captions), colors=[colour(i) for i in labels.tolist()], width=thickness)
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """A saturated colour, far from its neighbours': hues step by the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1.0, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: Path, side: int = 256) -> None:
+    """Save a grid of images, a column a title, each scaled to ``side`` pixels, as a picture.
+
+    Args:
+        rows: each as many uint8 (3, H, W) images as there are titles.
+    """
+    gap, header = 6, 24
+    sheet = Image.new("RGB", ((side + gap) * len(titles) + gap, (side + gap) * len(rows) + gap + header), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((gap + column * (side + gap), gap), title, fill="black")
+        for row, images in enumerate(rows):
+            tile = ImageOps.contain(to_pil_image(images[column]), (side, side))
+            sheet.paste(tile, (gap + column * (side + gap), header + gap + row * (side + gap)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+

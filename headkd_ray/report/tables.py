@@ -1,0 +1,48 @@
+"""COCO tables: one row a run, and AP class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from headkd_ray.report.console import number
+
+HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def headline_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """AP, AP50, AP75 and AP by object size, in percent, of each run's metrics (``CocoMetrics.as_dict``)."""
+    table = Table(title="COCO box AP (%)")
+    table.add_column("run")
+    for name in HEADLINE:
+        table.add_column(name, justify="right")
+    for run, metrics in runs.items():
+        table.add_row(run, *(number(metrics[name]) for name in HEADLINE))
+    return table
+
+
+def class_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """AP of each class, a column a run; with two runs or more, the last one's gain over the first."""
+    first, *others = runs
+    table = Table(title="AP by class (%)")
+    table.add_column("class")
+    for run in runs:
+        table.add_column(run, justify="right")
+    if others:
+        table.add_column(f"{others[-1]} − {first}", justify="right")
+    for name, value in runs[first]["per_class"].items():
+        values = [value, *(runs[run]["per_class"][name] for run in others)]
+        known = all(v is not None and v == v for v in (values[0], values[-1]))
+        gain = [f"{values[-1] - values[0]:+.1f}" if known else "–"] if others else []
+        table.add_row(name, *map(number, values), *gain)
+    return table
+
+
+def print_metrics(runs: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print both tables."""
+    console = console or Console()
+    console.print(headline_table(runs))
+    console.print(class_table(runs))

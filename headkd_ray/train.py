@@ -1,0 +1,55 @@
+"""Train a job: ``python -m headkd_ray.train jobs/head.yaml [key.path=value ...]``.
+
+On a laptop: ``python -m headkd_ray.train jobs/small/head.yaml cluster.workers=0``. On a cluster:
+``ray job submit -- python -m headkd_ray.train jobs/head.yaml``. Starting the same run.name again resumes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from headkd_ray.doors import user_errors
+from headkd_ray.engine.local import train_here
+from headkd_ray.engine.log import Record, Sink
+from headkd_ray.engine.preflight import preflight
+from headkd_ray.engine.run import finished, open_run
+from headkd_ray.job import Job, load_job, render_job
+from headkd_ray.report.console import RunConsole
+from headkd_ray.report.tables import print_metrics
+
+
+def train(job: Job, tell: Sink) -> Record:
+    """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before."""
+    preflight(job)
+    folder = open_run(job)
+    result = finished(folder)
+    if result is not None:
+        return result
+    if job.cluster.workers == 0:
+        return train_here(job, tell)
+    from headkd_ray.cluster.train import train_on_ray  # workers: 0 must run where Ray is not installed
+
+    return train_on_ray(job, tell)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m headkd_ray.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
+    parser.add_argument("--print-config", action="store_true", help="print the complete resolved job and exit")
+    options = parser.parse_args(arguments)
+    with user_errors():
+        job = load_job(options.job, options.overrides)
+        if options.print_config:
+            print(render_job(job), end="")
+            return 0
+        with RunConsole(job.run.name) as console:
+            result = train(job, console)
+        print_metrics({job.run.name: result["best"]})
+        print(f"student: {result['student']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Jobs through a real Ray Train: the same weights as without Ray, after a kill -9 too; and errors that do not hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headkd_ray.errors import ClusterError, TrainingError
+from headkd_ray.job import Job
+from headkd_ray.train import train
+from tests.support import MICRO_TEACHER, assert_same_weights, descendants, micro_job, student_weights
+
+ON_RAY = {"workers": 1, "threads_per_worker": 1}
+
+
+def test_ray_and_in_process_runs_end_with_the_same_weights(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    here = train(micro_job(tmp_path, drawn_splits, "here"), lambda record: None)
+    records: list[dict[str, Any]] = []
+    on_ray = train(micro_job(tmp_path, drawn_splits, "on_ray", cluster=ON_RAY), records.append)
+    assert_same_weights(student_weights(here), student_weights(on_ray))
+    assert [r["step"] for r in records if "losses" in r] == list(range(1, records[-1]["step"] + 1))
+    assert on_ray["best"]["per_class"].keys() == here["best"]["per_class"].keys()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    """kill -9 of a worker in the middle of an epoch; two workers also have a BatchNorm buffer and an idle step to get right."""
+    teacher = train(micro_job(tmp_path, drawn_splits, "teacher", student=MICRO_TEACHER, optim={"epochs": 1, "milestones": []}), _quiet)
+
+    def job(name: str) -> Job:
+        return micro_job(
+            tmp_path,
+            drawn_splits,
+            name,
+            method="head",
+            teacher={"checkpoint": teacher["student"]},
+            distill={"warmup_steps": 8},
+            checkpoint={"every_steps": 2},
+            cluster={**ON_RAY, "workers": workers, "cpus_per_worker": 1, "data_cpus": 1},
+        )
+
+    expected = train(job("whole"), _quiet)
+    victim = Killer(job("killed"), at_step=3)
+    result = train(job("killed"), victim)
+    assert victim.killed, "no worker was killed"
+    assert any(record["step"] <= 3 for record in victim.records_after_kill) or victim.records_after_kill
+    assert_same_weights(student_weights(expected), student_weights(result))
+
+
+class Killer:
+    """Takes log records; at a step, kills one worker process of this session with SIGKILL."""
+
+    def __init__(self, job: Job, at_step: int) -> None:
+        self.at_step, self.killed = at_step, 0
+        self.records_after_kill: list[dict[str, Any]] = []
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if self.killed:
+            self.records_after_kill.append(record)
+        elif record["step"] >= self.at_step:
+            (pid, *_) = descendants("ray::RayTrainWorker") or descendants("ray::_RayTrainWorker")
+            os.kill(pid, signal.SIGKILL)
+            self.killed = pid
+
+
+def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    job = micro_job(tmp_path, drawn_splits, cluster={"workers": 64, "gpus_per_worker": 1})
+    started = time.monotonic()
+    with pytest.raises(ClusterError) as caught:
+        train(job, _quiet)
+    assert time.monotonic() - started < 20
+    text = str(caught.value)
+    assert "64" in text and "GPUs asked, the cluster has 0" in text and "CPUs asked, the cluster has" in text
+
+
+def test_a_loss_that_explodes_ends_the_run_at_once(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    job = micro_job(
+        tmp_path, drawn_splits, optim={"lr": 1e30, "lr_batch": None, "clip_norm": None, "warmup_steps": 0}, cluster=ON_RAY
+    )
+    with pytest.raises(TrainingError, match="not finite.*lower optim.lr"):
+        train(job, _quiet)
+
+
+def test_log_threads_end_with_the_run(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    train(micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []}, cluster=ON_RAY), _quiet)
+    assert not [thread for thread in threading.enumerate() if thread.name == "headkd-log"]
+
+
+def _quiet(record: dict[str, Any]) -> None:
+    """A run without a console."""

@@ -1,0 +1,30 @@
+import json
+from pathlib import Path
+
+import torch
+
+from headkd_ray.engine.log import JsonLines, StepWindow
+from headkd_ray.engine.world import World
+
+
+def test_json_lines_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLines(path, resumed_step=0)
+    for step in (10, 20, 30):
+        log({"step": step})
+    log.file.write('{"step": 40, "lo')  # cut off by a kill
+    log.file.close()
+    log = JsonLines(path, resumed_step=20)
+    log({"step": 30, "AP": float("nan")})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 10}, {"step": 20}, {"step": 30, "AP": None}]
+
+
+def test_window_averages_and_starts_anew(batch_of) -> None:
+    window = StepWindow(World(0, 1, torch.device("cpu")))
+    window.add({"loss_cls": torch.tensor(1.0)}, batch_of(2))
+    window.add({"loss_cls": torch.tensor(3.0)}, batch_of(2))
+    record = window.record()
+    assert record["losses"] == {"loss_cls": 2.0} and record["images_per_second"] > 0 and 0 <= record["data_wait"] < 1
+    window.add({"loss_cls": torch.tensor(5.0)}, batch_of(2))
+    assert window.record()["losses"] == {"loss_cls": 5.0}

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from headkd_ray.engine.optim import build_optimizer, lr_factor, peak_lr
+from headkd_ray.job import OptimSpec
+
+
+def test_paper_schedule() -> None:
+    """Linear warm-up over 500 steps from x0.001, x0.1 after epochs 8 and 11 (method.md section 6)."""
+    spec, epoch = OptimSpec(), 7330  # 117266 images / 16
+    assert peak_lr(spec, 16) == pytest.approx(0.01)
+    assert lr_factor(spec, 0, epoch) == pytest.approx(0.001)
+    assert lr_factor(spec, 250, epoch) == pytest.approx(0.001 + 0.999 / 2)
+    assert lr_factor(spec, 500, epoch) == 1
+    assert lr_factor(spec, 8 * epoch - 1, epoch) == 1
+    assert lr_factor(spec, 8 * epoch, epoch) == pytest.approx(0.1)
+    assert lr_factor(spec, 11 * epoch, epoch) == pytest.approx(0.01)
+
+
+def test_lr_scales_with_the_global_batch() -> None:
+    assert peak_lr(OptimSpec(), 4) == pytest.approx(0.0025)
+    assert peak_lr(OptimSpec(lr_batch=None), 4) == 0.01
+
+
+def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
+    free, frozen = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer, scheduler = build_optimizer(OptimSpec(warmup_steps=0), [free, frozen], 16, 10)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+    for _ in range(80):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)

@@ -1,0 +1,83 @@
+"""A run that is killed and started again ends as the one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headkd_ray.engine.local import train_here
+from headkd_ray.errors import CheckpointError, JobError
+from headkd_ray.train import train
+from tests.support import assert_same_weights, micro_job, student_weights
+
+
+def start(job_file: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment)
+
+
+def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    whole = micro_job(tmp_path, drawn_splits, "whole", checkpoint={"every_steps": 3}, optim={"ema": 0.9, "accumulate": 2})
+    killed = whole.model_copy(update={"run": whole.run.model_copy(update={"name": "killed"})})
+    expected = train(whole, lambda record: None)
+
+    job_file = tmp_path / "killed.yaml"
+    job_file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
+    log = tmp_path / "killed" / "log.jsonl"
+    process = start(job_file)
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists(), "killed too late: the run had ended"
+    assert start(job_file).wait() == 0
+
+    result = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert_same_weights(student_weights(expected), student_weights(result))
+    assert result["last"]["val"] == json.loads(json.dumps(expected["last"]["val"])) or result["best"] == expected["best"]
+    steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "losses" in record]
+    assert steps == list(range(1, steps[-1] + 1)), "a step is missing from the log, or there twice"
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
+    first = train(job, lambda record: None)
+    records: list[dict] = []
+    assert train(job, records.append) == first and not records
+
+
+def test_other_keys_under_the_same_name_are_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
+    train(job, lambda record: None)
+    other = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": [], "lr": 0.5})
+    with pytest.raises(JobError, match=r"optim\.lr.*0\.01.*0\.5"):
+        train(other, lambda record: None)
+
+
+def test_best_and_last_checkpoint_stay(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 3, "milestones": []}, eval={"every_epochs": 1})
+    result = train_here(job, lambda record: None)
+    folder = tmp_path / "run" / "checkpoints"
+    listed = json.loads((folder / "checkpoints.json").read_text())
+    assert sorted(entry["name"] for entry in listed) == sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert 1 <= len(listed) <= 2 and listed[-1]["name"].endswith(str(result["last"]["step"]))
+    assert result["best"]["AP"] == max(entry["score"] for entry in listed)
+
+
+def test_a_damaged_training_state_is_named(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
+    train_here(job, lambda record: None)
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/training_state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="unreadable training state"):
+        train_here(job, lambda record: None)

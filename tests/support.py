@@ -1,0 +1,82 @@
+"""What several tests need: a tiny drawn data set, a job on it, and how to find and kill the processes of this session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from headkd_ray.job import Job
+
+MICRO_BACKBONE = {
+    "name": "resnet10t",
+    "kwargs": {"stem_width": 4, "channels": [8, 8, 16, 16]},
+    "frozen_stages": 0,
+    "norm_eval": False,
+}
+MICRO_STUDENT = {
+    "kind": "retinanet",
+    "backbone": MICRO_BACKBONE,
+    "neck": {"channels": 16},
+    "head": {"convs": 1, "channels": 16, "proposals": {"pre_nms": 50, "post_nms": 20}},
+}
+MICRO_TEACHER = {
+    "kind": "faster_rcnn",
+    "backbone": MICRO_BACKBONE,
+    "neck": {"channels": 16, "extra": "pool"},
+    "rpn": {"train_proposals": {"pre_nms": 50, "post_nms": 20}, "test_proposals": {"pre_nms": 50, "post_nms": 20}},
+    "roi": {"fc_channels": 16, "pool": 3, "sampler": {"size": 16}},
+}
+
+
+def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sections: Any) -> Job:
+    """A supervised job that trains in seconds; ``sections`` replace or extend its sections, one level deep."""
+    job: dict[str, Any] = {
+        "run": {"name": name, "storage": str(storage)},
+        "method": "supervised",
+        "data": {**splits, "batch_size": 4, "short_side": [56, 72], "long_side": 96, "eval_short_side": 64, "shuffle_window": 16},
+        "student": MICRO_STUDENT,
+        "optim": {"epochs": 2, "milestones": [1], "warmup_steps": 4, "lr_batch": None},
+        "log": {"every_steps": 1, "tensorboard": False},
+        "eval": {"every_epochs": 2, "batch_size": 8},
+        "cluster": {"workers": 0, "threads_per_worker": 1},
+    }
+    for section, value in sections.items():
+        job[section] = {**job.get(section, {}), **value} if isinstance(value, dict) and "kind" not in value else value
+    return Job.model_validate(job)
+
+
+def student_weights(result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of the student that a run exported."""
+    return load_file(Path(result["student"]) / "model.safetensors")
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal bit for bit."""
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing, f"{len(differing)} of {len(one)} tensors differ, first {differing[:3]}"
+
+
+def descendants(title: str, root: int | None = None) -> list[int]:
+    """Process ids below ``root`` (this process by default) whose command line starts with ``title``."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                continue
+    root = os.getpid() if root is None else root
+
+    def below(pid: int) -> bool:
+        while pid in parents and pid != root:
+            pid = parents[pid]
+        return pid == root
+
+    return [pid for pid, text in titles.items() if text.startswith(title) and pid != root and below(pid)]
