@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.progress import track
 
+from headkd_ray.data.classes import check_same_classes
 from headkd_ray.data.plan import eval_windows
-from headkd_ray.data.shards import ShardSet, check_same_classes
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, local_stream
 from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.doors import user_errors

@@ -2,8 +2,8 @@
 
     python -m headkd_ray.prepare instances_train2017.json train2017/ --out data/coco_train
 
-All three places are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec serves). The JSON and every image are checked;
-all problems are reported together. After an interruption the same command continues; finished, it does nothing.
+All three places are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec serves). The JSON and every image are
+checked; all problems are reported together. After an interruption the same command continues; finished, it does nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fixed: {line}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:
         print(f"… {len(meta.fixes)} fixes in all, listed in {options.out}/meta.json", file=sys.stderr)
-    crowds = f" and {meta.crowds} crowds" if meta.crowds else ""
-    print(f"{options.out}: {meta.images} images, {meta.boxes} boxes{crowds}, {len(meta.classes)} classes, {len(meta.shards)} shards")
+    boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
+    print(f"{options.out}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
     return 0
 
 
@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="OUT_DIR", help="folder to write")
     parser.add_argument("--shard-images", type=_positive, default=512, metavar="N", help="images a shard file (default 512)")
     parser.add_argument("--row-group", type=_positive, default=16, metavar="N", help="images read together (default 16)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a CPU; more help with remote images)")
-    parser.add_argument("--fix-boxes", action="store_true", help="clip boxes that leave the image, drop those without area, list both")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a CPU; remote images: more)")
+    parser.add_argument("--fix-boxes", action="store_true", help="clip or drop unusable boxes, and say which")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split in OUT_DIR")
     return parser
 

@@ -1,13 +1,13 @@
-"""A rank's batches through Ray Data: the same windows, the same two functions, the same batches as ``data.stream.local_stream``.
+"""A rank's batches through Ray Data: same windows, same two functions and same batches as ``data.stream.local_stream``.
 
-One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once a run. It has two stages,
-each in the order of the windows (``preserve_order``):
+One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once a run. It has two
+stages, each in the order of the windows (``preserve_order``):
 
 1. *read*: one task at a time reads windows and emits chunks of a few batches, images still encoded. It needs no CPU of its own.
 2. *decode*: tasks, in parallel, turn a chunk into batches: pixels in one buffer, the rest pickled.
 
-Decoding by chunk instead of by window is what makes the tasks run in parallel although batches leave in order: a whole window is
-too much to hold while waiting for its turn. A chunk is one Ray block of about CHUNK_BYTES, so a rank holds only a few at a time.
+Decoding by chunk instead of by window is what makes the tasks run in parallel although batches leave in order: a whole window
+is too much to hold while waiting for its turn. A chunk is one Ray block of about CHUNK_BYTES; a rank holds a few at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ import torch
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 from ray.exceptions import RayTaskError, UserCodeException
 
-from headkd_ray.data.batch import Batch
+from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
@@ -35,7 +35,6 @@ from headkd_ray.errors import UserError
 from headkd_ray.job import ClusterSpec
 
 Row = dict[str, Any]
-TENSORS = tuple(field.name for field in fields(Batch) if field.name not in ("step", "idle"))
 
 CHUNK_BYTES = 16 << 20
 """Decoded pixels a chunk aims at: at least one batch."""
@@ -113,10 +112,11 @@ class _Decode:
 
 
 def encode(batches: list[Batch]) -> Row:
-    """Batches as one row: ``head`` bytes (pickled, all but pixels), ``pixels`` bytes (the images of all batches, end to end)."""
+    """Batches as one row: ``head`` bytes (pickled, all but pixels), ``pixels`` bytes (images of all batches, end to end)."""
     small = [name for name in TENSORS if name != "images"]
     heads = [
-        (batch.step, batch.idle, tuple(batch.images.shape), {name: getattr(batch, name).numpy() for name in small}) for batch in batches
+        (batch.step, batch.idle, tuple(batch.images.shape), {name: getattr(batch, name).numpy() for name in small})
+        for batch in batches
     ]
     return {"head": pickle.dumps(heads), "pixels": b"".join(batch.images.numpy().data for batch in batches)}
 
@@ -130,9 +130,9 @@ def decoded(head: bytes, pixels: pa.Buffer) -> Iterator[Batch]:
         yield Batch(images=images, step=step, idle=idle, **{name: torch.from_numpy(array) for name, array in small.items()})
 
 
-def _batches(dataset: ray.data.Dataset) -> Iterator[Batch]:
+def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
     """Run the dataset; closing the generator ends its tasks."""
-    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost memory bandwidth.
+    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
     warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
     blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
     try:

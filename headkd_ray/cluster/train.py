@@ -56,7 +56,7 @@ def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
     storage = Folder.at(job.run.storage)
     return TorchTrainer(
         _worker,
-        train_loop_config={"job": job.model_dump(mode="json"), "queue": queue},
+        train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), "queue": queue},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -70,6 +70,25 @@ def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
             # The best by AP, and always the latest. Checkpoints without an evaluation report NaN, which ranks below any number.
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
+    )
+
+
+def with_absolute_paths(job: Job) -> Job:
+    """The job as a worker must read it: workers run in a folder of Ray's, where the driver's relative paths mean nothing."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    backbone = job.student.backbone
+    if Path(backbone.weights).suffix:  # a file, not none or timm
+        backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
+    return job.model_copy(
+        update={
+            "run": job.run.model_copy(update={"storage": absolute(job.run.storage)}),
+            "data": job.data.model_copy(update={"train": absolute(job.data.train), "val": absolute(job.data.val)}),
+            "student": job.student.model_copy(update={"backbone": backbone}),
+            "teacher": job.teacher and job.teacher.model_copy(update={"checkpoint": absolute(job.teacher.checkpoint)}),
+        }
     )
 
 

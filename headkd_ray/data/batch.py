@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+TENSORS = ("images", "sizes", "boxes", "labels", "image_ids", "original_sizes")
+"""Fields of a Batch that are tensors."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors, so that their memory is not reused before it has."""
-        self._map(lambda tensor: (tensor.record_stream(stream), tensor)[1])
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+        return Batch(step=self.step, idle=self.idle, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS}
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class BoxCheck:
         self.fixes: list[str] = []
         self._uri, self._fix, self._problems = uri, fix, problems
 
-    def __call__(self, bbox: Any, area: Any, image: CocoImage, where: str) -> tuple[tuple[float, ...], float] | None:
-        """The box (x, y, width, height) and area to use, or None if the box is dropped or refused."""
+    def __call__(self, bbox: Any, area: Any, image: CocoImage, where: str) -> dict[str, Any] | None:
+        """``bbox`` (x, y, width, height) and ``area`` to use, or None if the box is dropped or refused."""
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_finite(v) for v in bbox):
             self._problems.add("'bbox' must be four finite numbers [x, y, width, height]", f"{where}, bbox {bbox!r}")
             return None
@@ -52,8 +52,8 @@ class BoxCheck:
             self.fixes.append(f"{place}: clipped to {[round(v, 2) for v in clipped]}")
             inside = clipped[2] * clipped[3]
             # A segmentation's area cannot be clipped without the segmentation; it cannot exceed the box's either.
-            return clipped, inside if area is None else min(float(area), inside)
-        return (x, y, width, height), width * height if area is None else float(area)
+            return {"bbox": clipped, "area": inside if area is None else min(float(area), inside)}
+        return {"bbox": (x, y, width, height), "area": width * height if area is None else float(area)}
 
 
 def _is_finite(value: Any) -> bool:

@@ -91,7 +91,7 @@ def read_coco(uri: str, *, fix_boxes: bool = False) -> CocoSplit:
     """Read and check the COCO JSON at ``uri`` (path or URI). The images themselves are not opened.
 
     Args:
-        fix_boxes: clip boxes that leave the image and drop those without area, and list what was done, instead of refusing them.
+        fix_boxes: clip boxes that leave the image and drop those without area, listing what was done, instead of refusing them.
 
     Raises:
         DataError: with every problem found.
@@ -158,12 +158,15 @@ def _images(records: list[Any], uri: str, problems: Problems) -> dict[int, CocoI
         if not isinstance(record, dict) or not _is_int(record.get("id")):
             problems.add("image record without an integer 'id'; every image needs a unique one", where)
             continue
-        name, width, height = (record.get(key) for key in ("file_name", "width", "height"))
+        name: Any = record.get("file_name")
+        width: Any = record.get("width")
+        height: Any = record.get("height")
         if not isinstance(name, str) or not name or name.startswith("/"):
             problems.add("'file_name' must be a path relative to IMAGES_DIR", f"{where}, file_name {name!r}")
             continue
         if not _is_int(width) or not _is_int(height) or width < 1 or height < 1:
-            problems.add("'width' and 'height' must be positive integers, the stored image's pixels", f"{where}, {width!r} x {height!r}")
+            found = f"{where}, {width!r} x {height!r}"
+            problems.add("'width' and 'height' must be positive integers, the stored image's pixels", found)
             continue
         if record["id"] in images:
             other = images[record["id"]].file_name
@@ -181,7 +184,8 @@ def _categories(records: list[Any], uri: str, problems: Problems) -> dict[int, s
         if not isinstance(record, dict) or not _is_int(record.get("id")) or not isinstance(name, str) or not name:
             problems.add("a category needs an integer 'id' and a 'name'", where)
         elif record["id"] in categories:
-            problems.add("duplicate category id; give every category its own", f"{where} ({name!r} and {categories[record['id']]!r})")
+            both = f"{where} ({categories[record['id']]!r} and {name!r})"
+            problems.add("duplicate category id; give every category its own", both)
         elif name in categories.values():
             problems.add("duplicate category name; merge the two categories or rename one", f"{where} ({name!r})")
         else:
@@ -194,38 +198,35 @@ def _categories(records: list[Any], uri: str, problems: Problems) -> dict[int, s
 def _annotations(
     records: list[Any], uri: str, images: dict[int, CocoImage], categories: dict[int, str], boxes: BoxCheck, problems: Problems
 ) -> list[dict[str, Any]]:
-    """Checked annotations: id, image_id, category_id, bbox, area, iscrowd."""
+    """Usable annotations: id, image_id, category_id, bbox, area, iscrowd; meaningless if problems were noted."""
     kept: list[dict[str, Any]] = []
     seen: set[int] = set()
-    known_images = set(images)
     for position, record in enumerate(records):
         where = _where(uri, "annotation", position, record)
         if not isinstance(record, dict) or not _is_int(record.get("id")):
             problems.add("annotation without an integer 'id'; every annotation needs a unique one", where)
             continue
-        id_, image_id, category_id = record["id"], record.get("image_id"), record.get("category_id")
-        if id_ in seen:
+        if record["id"] in seen:
             problems.add("duplicate annotation id; give every annotation its own", where)
             continue
-        seen.add(id_)
-        known = True
-        if not _is_int(image_id) or image_id not in known_images:
-            problems.add("annotation for an unknown image; remove it, or add the image to 'images'", f"{where}, image_id {image_id!r}")
-            known = False
-        if not _is_int(category_id) or category_id not in categories:
-            where_category = f"{where}, category_id {category_id!r}"
-            problems.add("annotation for an unknown category; remove it, or add the category to 'categories'", where_category)
-            known = False
-        crowd = record.get("iscrowd", 0)
+        seen.add(record["id"])
+        crowd: Any = record.get("iscrowd", 0)
         if crowd not in (0, 1):
             problems.add("'iscrowd' must be 0 or 1", f"{where}, iscrowd {crowd!r}")
-            known = False
-        if not known:
+        image_id: Any = record.get("image_id")
+        category_id: Any = record.get("category_id")
+        if not _is_int(category_id) or category_id not in categories:
+            found = f"{where}, category_id {category_id!r}"
+            problems.add("annotation for an unknown category; remove it, or add the category to 'categories'", found)
+        if not _is_int(image_id) or image_id not in images:
+            found = f"{where}, image_id {image_id!r}"
+            problems.add("annotation for an unknown image; remove it, or add the image to 'images'", found)
             continue
         checked = boxes(record.get("bbox"), record.get("area"), images[image_id], where)
         if checked is not None:
-            bbox, area = checked
-            kept.append({"id": id_, "image_id": image_id, "category_id": category_id, "bbox": bbox, "area": area, "iscrowd": bool(crowd)})
+            kept.append(
+                {**checked, "id": record["id"], "image_id": image_id, "category_id": category_id, "iscrowd": crowd == 1}
+            )
     return kept
 
 

@@ -37,6 +37,11 @@ class Folder:
         head, name = posixpath.split(path)
         return cls(fs, head or "/", posixpath.dirname(uri) or "."), name
 
+    @property
+    def remote(self) -> bool:
+        """Not this machine's file system: requests are slow, so few and large ones are better."""
+        return not isinstance(self.fs, pafs.LocalFileSystem)
+
     def at(self, name: str) -> str:
         """Path of ``name`` within the filesystem."""
         return posixpath.join(self.path, name)

@@ -1,7 +1,7 @@
 """Encoded image bytes -> pixels. The one place that decodes, so that prepare checks exactly what training will see.
 
-Pillow, although torchvision decodes too (and the same pixels): importing torchvision takes several seconds, which every data process
-and ``headkd_ray.prepare`` would pay, while Pillow costs 0.1 s and decodes a photo 0.3 ms slower.
+Pillow, although torchvision decodes too (and gives the same pixels): importing torchvision takes several seconds, which every
+data process and ``headkd_ray.prepare`` would pay, while Pillow costs 0.1 s and decodes a photo 0.3 ms slower.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 def decode(data: bytes) -> Tensor:
     """Pixels of a JPEG, PNG or WebP: uint8 (3, H, W), RGB, a view of interleaved memory (H, W, 3).
 
-    Grey, palette and CMYK images become RGB, alpha is dropped, 16-bit PNG keeps its high byte, of an animation the first frame is
-    shown. EXIF orientation is *ignored*: COCO boxes are drawn on the stored pixels (pycocotools' tools do not rotate either).
+    Grey, palette and CMYK images become RGB, alpha is dropped, a 16-bit PNG keeps its high byte, an animation its first frame.
+    EXIF orientation is *ignored*: COCO boxes are drawn on the stored pixels (pycocotools' tools do not rotate either).
 
     Raises:
         ValueError: the bytes are not such an image or are cut off.

@@ -2,13 +2,13 @@
 
 An epoch's order is made in four steps, each a function of its key alone, so that any rank, any restart and any machine agree:
 
-1. The row groups of the shards are shuffled with (seed, epoch) and laid end to end. (Images were mixed over the row groups once,
-   by prepare, so a row group is already a random handful of images.)
+1. The row groups of the shards are shuffled with (seed, epoch) and laid end to end. (Prepare has mixed the images over the row
+   groups once, so a row group is already a random handful of images.)
 2. The sequence of N images is cut into ``world`` contiguous ranges, as equal as possible: each image is on exactly one rank.
 3. A rank's range is cut into windows of about ``data.shuffle_window`` images. A window is read as a whole, its row groups once,
    and its images are shuffled among themselves.
-4. Within a window, images are batched by aspect (landscape or square; portrait). A window holds a multiple of the batch size, so
-   the images left over in the two groups fill at most one batch of mixed aspect, and no image is carried to another window.
+4. Within a window, images are batched by aspect (landscape or square; portrait). A window holds a multiple of the batch size,
+   so the images left over in the two groups fill at most one batch of mixed aspect, and no image is carried to another window.
 
 The number of batches on a rank is therefore ceil(images of the rank / batch size) in *every* epoch, whatever the shuffle. Ranks
 whose range gives one batch less than the longest get one idle step; with gradient accumulation all ranks get up to
@@ -59,7 +59,7 @@ def train_rows(index: ShardIndex, keep_empty: bool) -> Rows:
 
 
 def steps_per_epoch(images: int, batch_size: int, world: int, accumulate: int = 1) -> int:
-    """Micro-batches a rank and epoch, idle ones included: the same for every rank and every epoch; a multiple of ``accumulate``."""
+    """Micro-batches a rank and epoch, idle ones included: the same for all ranks and epochs; a multiple of ``accumulate``."""
     longest_rank = _ceil(images, world)
     return _ceil(_ceil(longest_rank, batch_size), accumulate) * accumulate
 

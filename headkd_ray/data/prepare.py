@@ -126,7 +126,8 @@ class _Layout:
         """Name and images of each shard."""
         order = self.order
         starts = range(0, len(order), self.shard_images)
-        return [(f"shard-{number:05d}.parquet", order[start : start + self.shard_images]) for number, start in enumerate(starts)]
+        parts = [order[start : start + self.shard_images] for start in starts]
+        return [(f"shard-{number:05d}.parquet", part) for number, part in enumerate(parts)]
 
     def rows(self, images: Iterable[int], encoded: Iterable[bytes]) -> pa.Table:
         """Rows of a shard."""
@@ -157,9 +158,9 @@ class _Layout:
                 record = split.images[image]
                 boxes = int((~split.crowd[split.first[image] : split.first[image + 1]]).sum())
                 rows.append((record.id, record.file_name, record.width, record.height, number, row, boxes))
-        table = pa.Table.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), INDEX_SCHEMA, strict=True)], schema=INDEX_SCHEMA
-        )
+        columns = zip(*rows, strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
+        table = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         return buffer.getvalue()
@@ -187,11 +188,12 @@ def _write_shards(
     total, done, shards = len(layout.split.images), 0, []
     with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
         try:
-            kept = dict(pool.map(lambda shard: (shard[0], None if overwrite else _kept(out, shard[0], layout, len(shard[1]))), layout.shards()))
-            todo = [image for name, members in layout.shards() if kept[name] is None for image in members]
+            plan = layout.shards()
+            kept = list(pool.map(lambda shard: None if overwrite else _kept(out, shard[0], layout, len(shard[1])), plan))
+            todo = [image for (_, members), shard in zip(plan, kept, strict=True) if shard is None for image in members]
             checked = _checked(layout.split, todo, images, pool, ahead=4 * workers + layout.row_group)
-            for name, members in layout.shards():
-                if (shard := kept[name]) is None:
+            for (name, members), shard in zip(plan, kept, strict=True):
+                if shard is None:
                     advance = partial(_advance, progress, done, total)
                     shard = _write_shard(name, members, layout, checked, out, problems, advance)
                 if shard is not None:

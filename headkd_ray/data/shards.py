@@ -11,7 +11,7 @@ Layout of the folder::
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -97,10 +97,11 @@ class Meta:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(f"{name}: not written by headkd_ray.prepare ({error!r}); prepare the split again") from error
         if kind != "headkd_ray shards" or not isinstance(version, int) or version > VERSION:
-            raise DataError(f"{name}: format {kind!r} version {version}, this headkd_ray reads up to {VERSION}; upgrade headkd_ray")
+            raise DataError(f"{name}: format {kind!r} version {version}; this headkd_ray reads up to {VERSION}, upgrade it")
         try:
             shards = tuple(ShardFile(**shard) for shard in fields.pop("shards"))
-            return cls(shards=shards, **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+            values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+            return cls(shards=shards, **values)
         except TypeError as error:
             raise DataError(f"{name}: damaged ({error}); prepare the split again") from error
 
@@ -161,7 +162,11 @@ class ShardSet:
 
     @classmethod
     def open(cls, uri: str) -> ShardSet:
-        """Open the split at ``uri`` (path or URI). Raises DataError if it is missing, incomplete, damaged or of a newer format."""
+        """Open the split at ``uri`` (path or URI).
+
+        Raises:
+            DataError: it is missing, not completely prepared, damaged or of a newer format.
+        """
         folder = Folder.open(uri)
         mend = "run: python -m headkd_ray.prepare COCO.json IMAGES_DIR --out " + uri
         try:
@@ -201,8 +206,8 @@ class ShardSet:
         columns = ["image_id", "image", "boxes", "labels", "crowd", "height", "width"]
         name = self.meta.shards[shard].name
         try:
-            with pq.ParquetFile(self.folder.fs.open_input_file(self.folder.at(name)), pre_buffer=True) as file:
-                table = file.read_row_group(group, columns=columns)
+            with pq.ParquetFile(self.folder.fs.open_input_file(self.folder.at(name)), pre_buffer=self.folder.remote) as file:
+                table = file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
         return [_sample(table, row - group * self.meta.row_group) for row in rows]
@@ -223,33 +228,7 @@ def _sample(table: pa.Table, row: int) -> Sample:
 
 
 def _read_index(folder: Folder, row_group: int) -> ShardIndex:
-    table = pq.read_table(pa.BufferReader(folder.read(INDEX)))
+    # No Arrow threads: beside torch's, its CPU pool can abort the process at exit (apache/arrow#34314).
+    table = pq.ParquetFile(pa.BufferReader(folder.read(INDEX))).read(use_threads=False)
     names = ("image_id", "width", "height", "shard", "row", "boxes")
     return ShardIndex(**{name: table[name].to_numpy() for name in names}, row_group=row_group)
-
-
-def check_same_classes(classes: Mapping[str, Iterable[str]]) -> None:
-    """Raise one DataError that shows the difference unless all class lists are equal, in names and order.
-
-    Args:
-        classes: who -> class names, for example ``{"data.train": ..., "data.val": ..., "teacher": ...}``; the first is the reference.
-    """
-    lists = {who: tuple(names) for who, names in classes.items()}
-    (reference, expected), *others = lists.items()
-    problems = []
-    for who, names in others:
-        if names == expected:
-            continue
-        missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
-        details = [f"{text}: {_listed(found)}" for text, found in ((f"only in {reference}", missing), (f"only in {who}", extra)) if found]
-        if not details:
-            at = next((i for i, pair in enumerate(zip(names, expected, strict=False)) if pair[0] != pair[1]), min(len(names), len(expected)))
-            details = [f"same names in another order or number; they first differ at label {at}: {expected[at : at + 1]} and {names[at : at + 1]}"]
-        problems.append(f"{who} has {len(names)} classes, {reference} has {len(expected)}; {'; '.join(details)}")
-    if problems:
-        raise DataError(problems, headline="Class lists disagree; give all splits the same COCO categories (and the teacher its own data's).")
-
-
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    more = f" … and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 from headkd_ray.data.batch import Batch, Example, collate, idle_batch
 from headkd_ray.data.images import decode
@@ -45,7 +46,7 @@ def load_window(shards: ShardSet, window: Window) -> list[PendingBatch]:
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="headkd-read") as pool:
         groups = list(pool.map(read, wanted.items()))
-    by_row = {row: sample for members, group in zip(wanted.values(), groups, strict=True) for row, sample in zip(members, group, strict=True)}
+    by_row = dict(zip(chain.from_iterable(wanted.values()), chain.from_iterable(groups), strict=True))
     return [PendingBatch(window.epoch, batch.step, tuple(by_row[row] for row in batch.rows)) for batch in window.batches]
 
 
@@ -91,8 +92,8 @@ def local_stream(
 ) -> Iterator[Batch]:
     """Batches of ``windows`` in order, read and decoded ahead by threads of this process.
 
-    Decoding and resizing release the GIL, so threads scale. Close the generator (or exhaust it) to end the threads; an exception
-    of a thread is raised at the batch it belongs to.
+    Decoding and resizing release the GIL, so threads scale. Close the generator (or exhaust it) to end the threads; a thread's
+    exception is raised at the batch it belongs to.
 
     Args:
         threads: decoding threads.

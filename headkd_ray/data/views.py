@@ -71,17 +71,16 @@ def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[N
     new_height, new_width = view_size(height, width, view)
     if (new_height, new_width) != (height, width):
         # What torchvision's v2 ``resize`` runs, without torchvision's import (see images.py).
-        image = F.interpolate(image[None], size=(new_height, new_width), mode="bilinear", antialias=True, align_corners=False)[0]
-    pixels = image.numpy()
+        image = F.interpolate(image[None], size=(new_height, new_width), mode="bilinear", antialias=True)[0]
+    pixels: NDArray[np.uint8] = image.numpy()
     scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float64)
     limit = np.array([new_width, new_height] * 2, dtype=np.float64)
-    shown = np.clip(boxes.astype(np.float64) * scale, 0, limit)
+    corners = np.clip(boxes.astype(np.float64) * scale, 0, limit)
     if view.flip:
         pixels = pixels[:, :, ::-1]
-        shown = np.stack([new_width - shown[:, 2], shown[:, 1], new_width - shown[:, 0], shown[:, 3]], axis=1)
-    shown = shown.astype(np.float32)
+        corners = np.stack([new_width - corners[:, 2], corners[:, 1], new_width - corners[:, 0], corners[:, 3]], axis=1)
+    shown: NDArray[np.float32] = corners.astype(np.float32)
     empty = (shown[:, 2] <= shown[:, 0]) | (shown[:, 3] <= shown[:, 1])
     if empty.any():
         raise ValueError(f"{int(empty.sum())} boxes without area at {new_width} x {new_height} px: {boxes[empty][:3].tolist()}")
     return pixels, shown
-

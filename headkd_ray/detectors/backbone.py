@@ -22,12 +22,15 @@ STRIDES = (4, 8, 16, 32)
 class Backbone(nn.Module):
     """``body`` is timm's own feature extractor with timm's parameter names; this adds taps, freezing and BatchNorm modes."""
 
+    body: Any
+    """timm builds a dozen classes of feature extractors; what they share is ``feature_info``."""
+
     def __init__(self, spec: BackboneSpec) -> None:
         """Raises JobError if timm does not know the model or it has no maps at strides 4 to 32."""
         super().__init__()
         self.spec = spec
-        self.body: Any = _body(spec)
-        info = self.body.feature_info  # of a whole model (final_conv) it is a plain list, of an extractor a FeatureInfo
+        self.body = _body(spec)
+        info: Any = self.body.feature_info  # of a whole model (final_conv) it is a plain list, of an extractor a FeatureInfo
         taps: list[dict[str, Any]] = info if isinstance(info, list) else info.get_dicts()
         last = {tap["reduction"]: i for i, tap in enumerate(taps)}
         missing = [s for s in STRIDES if s not in last]
@@ -36,7 +39,7 @@ class Backbone(nn.Module):
         self._taps = [last[s] for s in STRIDES]
         self.channels: list[int] = [taps[i]["num_chs"] for i in self._taps]
         if spec.final_conv:
-            self.channels[-1] = self.body.num_features
+            self.channels[-1] = int(self.body.num_features)
         last_frozen = taps[self._taps[spec.frozen_stages - 1]]["module"] if spec.frozen_stages else None
         self._frozen = _up_to(self.body, last_frozen) if last_frozen else []
         for module in self._frozen:

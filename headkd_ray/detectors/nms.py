@@ -55,9 +55,7 @@ def _nms_call(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, single:
     return nms(boxes + ((groups - groups[0]) * span).unsqueeze(1), scores.double(), iou)
 
 
-def pack(
-    image: Tensor, batch: int, limit: int, fields: Mapping[str, tuple[Tensor, float]]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def pack(image: Tensor, batch: int, limit: int, fields: Mapping[str, tuple[Tensor, float]]) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn rows sorted by score into padded per-image tables.
 
     ``image`` (M,) int64 says whose row it is; ``fields`` maps a name to (rows (M, ...), padding value). Returns the mask

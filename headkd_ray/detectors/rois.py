@@ -88,4 +88,3 @@ def flatten(proposals: Proposals) -> tuple[Tensor, Tensor]:
     """Boxes (R, 4) and image indices (R,) of the real ``proposals``, in order."""
     image, row = proposals.valid.nonzero(as_tuple=True)
     return proposals.boxes[image, row], image
-

@@ -10,8 +10,8 @@ from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 from timm.models.resnet import ResNet, make_blocks
 from torch import nn
 
-_MOBILENET_V2 = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6))
-"""Channels, blocks, stride and expansion of MobileNetV2's seven stages."""
+_MOBILENET_V2 = ("ds_s1", "ir_s2_e6", "ir_s2_e6", "ir_s2_e6", "ir_s1_e6", "ir_s2_e6", "ir_s1_e6")
+"""Block type, stride and expansion of MobileNetV2's seven stages, in timm's notation."""
 
 
 def set_plain_stem(net: ResNet, width: int, act_layer: Any = nn.ReLU) -> FeatureListNet:
@@ -36,18 +36,15 @@ def set_plain_stem(net: ResNet, width: int, act_layer: Any = nn.ReLU) -> Feature
 
 def mobilenet_v2(
     features_only: bool,
-    channels: tuple[int, ...] = tuple(c for c, _, _, _ in _MOBILENET_V2),
-    layers: tuple[int, ...] = tuple(n for _, n, _, _ in _MOBILENET_V2),
+    channels: tuple[int, ...] = (16, 24, 32, 64, 96, 160, 320),
+    layers: tuple[int, ...] = (1, 2, 3, 4, 3, 3, 1),
     stem_width: int = 32,
     head_width: int = 1280,
     act_layer: Any = nn.ReLU6,
 ) -> EfficientNet | EfficientNetFeatures:
     """timm's MobileNetV2 with seven stages of ``channels`` and ``layers``, a stem of ``stem_width`` and, unless
     ``features_only``, a final 1x1 conv to ``head_width``. Expansion is 6, in the first stage 1."""
-    plan = [
-        [f"ds_r{n}_k3_s{stride}_c{c}" if expansion == 1 else f"ir_r{n}_k3_s{stride}_e{expansion}_c{c}"]
-        for (_, _, stride, expansion), c, n in zip(_MOBILENET_V2, channels, layers, strict=True)
-    ]
+    plan = [[f"{stage}_k3_r{n}_c{c}"] for stage, c, n in zip(_MOBILENET_V2, channels, layers, strict=True)]
     common: dict[str, Any] = {
         "block_args": decode_arch_def(plan),
         "stem_size": stem_width,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -12,9 +12,9 @@ from headkd_ray.detectors.losses import mean_squared_error
 class AKD(nn.Module):
     """One trained Linear a layer, from the assistant's width to the teacher's."""
 
-    def __init__(self, layers: int, assistant_width: int, teacher_width: int) -> None:
+    def __init__(self, adapters: Iterable[nn.Linear]) -> None:
         super().__init__()
-        self.adapters = nn.ModuleList(nn.Linear(assistant_width, teacher_width) for _ in range(layers))
+        self.adapters = nn.ModuleList(adapters)
 
     def forward(self, taps: Sequence[Tensor]) -> list[Tensor]:
         """The assistant's post-ReLU outputs A_l (R, assistant_width) after their adapters, (R, teacher_width)."""

@@ -39,8 +39,8 @@ def build_trainee(job: Job, num_classes: int, teacher: Detector | None = None) -
     if job.distill.copy_head:
         _copy(teacher.roi, assistant, "distill.assistant")
     width = teacher.spec.roi.fc_channels
-    akd = AKD(spec.fcs, spec.fc_channels, width) if job.method in ("akd", "head") else None
-    ckd = CKD(student.spec.head.channels, width) if job.method == "head" else None
+    akd = AKD(nn.Linear(spec.fc_channels, width) for _ in range(spec.fcs)) if job.method in ("akd", "head") else None
+    ckd = CKD(nn.Linear(student.spec.head.channels, width)) if job.method == "head" else None
     return HEAD(student, assistant, job.distill, teacher if akd else None, akd, ckd)
 
 

@@ -30,9 +30,9 @@ def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
 class CKD(nn.Module):
     """One trained Linear from the width of the student's last classification conv to the teacher's last fc."""
 
-    def __init__(self, student_width: int, teacher_width: int) -> None:
+    def __init__(self, adapter: nn.Linear) -> None:
         super().__init__()
-        self.adapter = nn.Linear(student_width, teacher_width)
+        self.adapter = adapter
 
     def forward(self, taps: Sequence[Tensor], rois: RoIs) -> Tensor:
         """S (R', student_width): the student's ``taps`` at the anchor cells of the ``rois`` that came from one."""

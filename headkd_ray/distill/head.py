@@ -18,8 +18,7 @@ from headkd_ray.detectors import Detector, Proposals, RetinaNet, RoIHead, RoIs
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.retina_head import RetinaOutputs
 from headkd_ray.detectors.roi_head import RoIOutputs
-from headkd_ray.detectors.rois import Candidates, candidates, choose, draw
-from headkd_ray.detectors.sampling import Sample
+from headkd_ray.detectors.rois import candidates, choose, draw
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.trainee import Trainee, warmup
@@ -90,23 +89,19 @@ class HEAD(Trainee):
         labels: Tensor,
         step: int,
         generator: torch.Generator | None = None,
-        pick: Callable[[Candidates], Sample] | None = None,
+        pick: Callable[[Proposals], RoIs] | None = None,
         extents: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Trace]:
         """One step from normalised images ``x`` (B, 3, H, W) to weighted losses, and all that lies between.
 
-        Arguments as in :meth:`Trainee.forward`; ``pick`` replaces the random choice of RoIs, ``extents`` is
-        :meth:`RetinaHead.losses`'s.
+        Arguments as in :meth:`Trainee.forward`; ``pick`` replaces :meth:`sample`, ``extents`` is :meth:`RetinaHead.losses`'s.
         """
         features = self.student.features(x)
         outputs = self.student.head(features)
         losses = self.student.head.losses(outputs, sizes, boxes, labels, extents)
 
         proposals = self.student.head.proposals(outputs, sizes)
-        truth = Truth.of(boxes, labels)
-        pool = candidates(proposals, truth, self.assistant.spec.positive_iou)
-        chosen = pick(pool) if pick else draw(pool, self.assistant.spec.sampler, generator)
-        rois = choose(pool, chosen, truth, self.student.num_classes)
+        rois = pick(proposals) if pick else self.sample(proposals, boxes, labels, generator)
 
         assisted = self.assistant(features, rois.boxes, rois.image)
         for name, loss in self.assistant.losses(assisted, rois).items():
@@ -122,3 +117,9 @@ class HEAD(Trainee):
         if self.ckd and rows is not None:
             losses["loss_ckd"] = self.spec.ckd_weight * weight * self.ckd.loss(rows, taught[-1], rois)
         return losses, Trace(features, outputs, proposals, rois, assisted, taught, adapted, rows)
+
+    def sample(self, proposals: Proposals, boxes: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> RoIs:
+        """The RoIs of one step: ``proposals`` and ground truth, matched and sampled as the assistant's spec says."""
+        truth = Truth.of(boxes, labels)
+        pool = candidates(proposals, truth, self.assistant.spec.positive_iou)
+        return choose(pool, draw(pool, self.assistant.spec.sampler, generator), truth, self.student.num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,7 +34,10 @@ class CocoMetrics:
     """Images evaluated."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON stores it: None where a metric cannot be computed, for JSON has no NaN."""
+        values = asdict(self)
+        values["per_class"] = {name: _known(value) for name, value in self.per_class.items()}
+        return {name: _known(value) for name, value in values.items()}
 
 
 def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int]) -> CocoMetrics:
@@ -70,6 +74,10 @@ def _results(truth: COCO, detections: list[dict[str, Any]]) -> COCO:
     empty.dataset = {**truth.dataset, "annotations": []}
     empty.createIndex()
     return empty
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _mean(precision: np.ndarray) -> float:

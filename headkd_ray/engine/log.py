@@ -90,7 +90,7 @@ class JsonLines:
         self.file = path.open("a")
 
     def __call__(self, record: Record) -> None:
-        self.file.write(json.dumps(_without_nan(record)) + "\n")
+        self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
 
@@ -99,13 +99,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # a line cut off by a kill
         return math.inf
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN becomes null: JSON has no NaN, and strict readers refuse it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class TensorBoard:

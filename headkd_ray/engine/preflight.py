@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from headkd_ray.data.classes import check_same_classes
 from headkd_ray.data.plan import train_rows
-from headkd_ray.data.shards import ShardSet, check_same_classes
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_trainee
 from headkd_ray.engine.run import run_folder
 from headkd_ray.engine.teacher import load_teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headkd_ray.data.shards import check_same_classes
+from headkd_ray.data.classes import check_same_classes
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.errors import CheckpointError

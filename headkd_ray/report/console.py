@@ -55,5 +55,5 @@ def line(record: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A metric in percent; a dash where it cannot be computed (None or NaN)."""
-    return "–" if value is None or value != value else f"{value:.1f}"
+    """A metric in percent; a dash where it cannot be computed."""
+    return "–" if value is None else f"{value:.1f}"

@@ -35,7 +35,7 @@ def class_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(f"{others[-1]} − {first}", justify="right")
     for name, value in runs[first]["per_class"].items():
         values = [value, *(runs[run]["per_class"][name] for run in others)]
-        known = all(v is not None and v == v for v in (values[0], values[-1]))
+        known = values[0] is not None and values[-1] is not None
         gain = [f"{values[-1] - values[0]:+.1f}" if known else "–"] if others else []
         table.add_row(name, *map(number, values), *gain)
     return table

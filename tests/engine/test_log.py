@@ -15,7 +15,7 @@ def test_json_lines_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     log.file.write('{"step": 40, "lo')  # cut off by a kill
     log.file.close()
     log = JsonLines(path, resumed_step=20)
-    log({"step": 30, "AP": float("nan")})
+    log({"step": 30, "AP": None})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 10}, {"step": 20}, {"step": 30, "AP": None}]
 

@@ -55,7 +55,7 @@ def resnet(state: State, prefix: str = "backbone.body.") -> BackboneSpec:
 
 
 def mobilenet_v2(state: State, leaky_slope: float | None, prefix: str = "backbone.body.") -> BackboneSpec:
-    """timm's MobileNetV2 with the widths of ``state``; the rest as in the paper: nothing frozen, BatchNorm trained, final conv."""
+    """timm's MobileNetV2 with the widths of ``state``; else as in the paper: nothing frozen, BatchNorm trained, final conv."""
     ends = [f"{prefix}blocks.0.0.conv_pw.weight", *(f"{prefix}blocks.{stage}.0.conv_pwl.weight" for stage in range(1, 7))]
     stem, head, *convs = need(state, f"{prefix}conv_stem.weight", f"{prefix}conv_head.weight", *ends)
     widths = {

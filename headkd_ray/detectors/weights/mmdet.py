@@ -40,7 +40,7 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
         raise CheckpointError(unknown, headline=f"{source}: {len(unknown)} tensors belong to no supported mmdet model")
     config = _config(meta)
     if "style='caffe'" in config:
-        raise CheckpointError(f"{source}: caffe-style backbone (stride in the 1x1 conv, BGR input); use a style='pytorch' model")
+        raise CheckpointError(f"{source}: caffe-style backbone (stride in the 1x1 conv, BGR input); only pytorch style is read")
 
     ours = {name: state[key] for key, name in names.items()}
     origin = {name: key for key, name in names.items()}

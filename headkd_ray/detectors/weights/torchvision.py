@@ -117,4 +117,3 @@ def _retinanet(ours: Mapping[str, Tensor]) -> tuple[RetinaNetSpec, int]:
     )
     neck = infer.fpn(ours).model_copy(update={"extra": "conv_p5", "relu_before_p7": True})
     return RetinaNetSpec(backbone=_backbone(ours, num_classes), neck=neck, head=head), num_classes
-

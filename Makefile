@@ -1,0 +1,30 @@
+# make quickstart                                                 the whole method on a drawn data set
+# make quickstart TRAIN=train.json VAL=val.json IMAGES=photos     the same on own photos (COCO JSON and image folder)
+# make quickstart ARGS="--out runs/mine optim.epochs=6"           more arguments of python -m headkd_ray.quickstart
+# make test                                                       the tests
+# PYTHON=python3.12 make ...                                      chooses the Python (3.10 to 3.13) for the set-up
+
+PY := .venv/bin/python
+OWN := $(if $(TRAIN),--train "$(TRAIN)") $(if $(VAL),--val "$(VAL)") $(if $(IMAGES),--images "$(IMAGES)")
+
+.PHONY: setup quickstart test lint lock
+
+quickstart: setup
+	$(PY) -m headkd_ray.quickstart $(OWN) $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+setup:
+	@sh setup.sh
+
+lint: setup
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --quiet --check .
+	$(PY) -m mypy --no-error-summary
+
+# Newest versions of all dependencies, for every Python and platform that we run on.
+lock:
+	$(PY) -m uv pip compile --quiet --universal --upgrade --python-version 3.10 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --extra dev pyproject.toml -o requirements.lock
+	@! grep -n "://" requirements.lock

@@ -1,0 +1,106 @@
+"""Steps/s of HEAD at full size, with Ray beside without: ``python bench/head_step.py [--steps 12] [--rounds 2] [--side 320]``.
+
+R18 RetinaNet student, R50 Faster R-CNN teacher (random weights: the arithmetic is the same), 2 images of side x side a step,
+80 classes, on the CPU. Both ways run the same job, in turn, ``rounds`` times; the first steps of each run are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from headkd_ray.cluster.resources import connected
+from headkd_ray.data.prepare import prepare_split
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.job import ClusterSpec, FasterRCNNSpec, Job
+from headkd_ray.train import train
+
+CLASSES = 80
+WARM = 3
+"""Steps at the start of a run that do not count."""
+
+
+def write_split(folder: Path, name: str, images: int, side: int) -> str:
+    """A prepared split of noise images with 8 random boxes each."""
+    rng = np.random.default_rng(0)
+    photos = folder / f"{name}_images"
+    photos.mkdir()
+    annotations = []
+    for i in range(images):
+        pixels = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(photos / f"{i}.jpg")
+        for _ in range(8):
+            w, h = rng.integers(side // 16, side // 2, 2).tolist()
+            x, y = int(rng.integers(0, side - w)), int(rng.integers(0, side - h))
+            box = {"id": len(annotations) + 1, "image_id": i, "category_id": int(rng.integers(1, CLASSES + 1))}
+            annotations.append({**box, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+    coco = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": side, "height": side} for i in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": c, "name": f"class {c}"} for c in range(1, CLASSES + 1)],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(coco))
+    prepare_split(str(folder / f"{name}.json"), str(photos), str(folder / name))
+    return str(folder / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12, help="steps a run, the first ones included")
+    parser.add_argument("--rounds", type=int, default=2, help="runs each way")
+    parser.add_argument("--side", type=int, default=320, help="image side, pixels")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of the training process")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        splits = {"train": write_split(folder, "train", 2 * options.steps, options.side), "val": write_split(folder, "val", 2, options.side)}
+        names = [f"class {c}" for c in range(1, CLASSES + 1)]
+        save_detector(folder / "teacher", build_detector(FasterRCNNSpec(), CLASSES), names)
+
+        def seconds_per_step(name: str, workers: int) -> list[float]:
+            job = Job.model_validate(
+                {
+                    "run": {"name": name, "storage": str(folder / "runs")},
+                    "method": "head",
+                    "data": {**splits, "short_side": [options.side] * 2, "long_side": options.side, "eval_short_side": options.side},
+                    "teacher": {"checkpoint": str(folder / "teacher")},
+                    "optim": {"epochs": 1, "milestones": []},
+                    "log": {"every_steps": 1, "tensorboard": False},
+                    "cluster": {"workers": workers, "gpus_per_worker": 0, "threads_per_worker": options.threads},
+                }
+            )
+            rates: list[float] = []
+
+            def note(record: dict[str, Any]) -> None:
+                if "losses" in record:
+                    rates.append(2 / record["images_per_second"])
+
+            train(job, note)
+            return rates[WARM:]
+
+        measured: dict[str, list[float]] = {"without Ray": [], "with Ray": []}
+        with connected(ClusterSpec()):
+            for turn in range(options.rounds):
+                for way, workers in (("without Ray", 0), ("with Ray", 1)):
+                    started = time.perf_counter()
+                    measured[way] += seconds_per_step(f"{way.replace(' ', '-')}-{turn}", workers)
+                    print(f"round {turn + 1}, {way}: {time.perf_counter() - started:.0f} s in all", flush=True)
+    medians = {way: statistics.median(times) for way, times in measured.items()}
+    for way, times in measured.items():
+        print(f"{way}: median {medians[way]:.3f} s/step = {1 / medians[way]:.3f} steps/s (min {min(times):.3f}, max {max(times):.3f}, n {len(times)})")
+    print(f"ratio of step times, with / without Ray: {medians['with Ray'] / medians['without Ray']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

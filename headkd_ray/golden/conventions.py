@@ -1,0 +1,58 @@
+"""What a golden file leaves open (how images were padded, which RoIs were drawn), settled so that the rest can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors import Proposals, RoIs
+from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.rois import candidates, choose
+from headkd_ray.detectors.sampling import sample
+from headkd_ray.golden.compare import VALUES
+from headkd_ray.golden.file import Golden
+from headkd_ray.job import SamplerSpec
+
+ALL = SamplerSpec(size=1 << 20, positive_fraction=1.0)
+"""A sampler that takes every candidate."""
+
+
+def own_losses(
+    golden: Golden, x: Tensor, names: Mapping[str, str], compute: Callable[[Tensor | None], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], str]:
+    """The dense head's losses, ``compute(extents)``, and a note on how far anchors counted, if that is not the official rule.
+
+    ``extents`` (B, 2) come from the optional array ``pad_sizes``. Without it each image counts as padded by itself (the
+    official rule); only if that misses the file's losses and padding to the batch's shape meets them, the latter holds.
+    """
+    if golden.has("pad_sizes"):
+        return compute(golden.tensor("pad_sizes").long()), "anchors valid as pad_sizes says"
+    wanted = golden.scalars("losses_json")
+
+    def meets(losses: dict[str, Tensor]) -> bool:
+        pairs = [(float(loss.detach()), wanted[names[key]]) for key, loss in losses.items() if names[key] in wanted]
+        return all(abs(ours - theirs) <= VALUES * abs(theirs) for ours, theirs in pairs)
+
+    usual = compute(None)
+    if not meets(usual):
+        batch_wide = torch.tensor(x.shape[-2:]).expand(len(x), 2)
+        other = compute(batch_wide)
+        if meets(other):
+            return other, "anchors valid in the whole batch's shape, not in each image's own padding"
+    return usual, ""
+
+
+def golden_rois(golden: Golden, proposals: Proposals, truth: Truth, num_classes: int, positive_iou: float) -> RoIs:
+    """Our candidates that the file chose, in the official order; all of them, if it names none or one that is not ours."""
+    pool = candidates(proposals, truth, positive_iou)
+    allowed = pool.valid
+    if golden.has("roi_ids"):
+        wanted = {tuple(row) for row in golden.tensor("roi_ids").long().tolist()}
+        named = [[(image, *cell) in wanted for cell in cells] for image, cells in enumerate(pool.cells.tolist())]
+        chosen = torch.tensor(named).reshape(allowed.shape) & allowed
+        if int(chosen.sum()) == len(wanted):
+            allowed = chosen
+    positive = pool.matched >= 0
+    return choose(pool, sample(positive & allowed, ~positive & allowed, ALL), truth, num_classes)

@@ -1,0 +1,110 @@
+"""A golden file: one training step of the official code as an .npz of named arrays, each of which must be accounted for."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headkd_ray.errors import DataError
+
+
+class Golden:
+    """The arrays of one file; remembers which of them have been used."""
+
+    def __init__(self, arrays: dict[str, np.ndarray[Any, Any]], source: str) -> None:
+        self._arrays = arrays
+        self._used: set[str] = set()
+        self.source = source
+
+    @classmethod
+    def open(cls, path: str | Path) -> Golden:
+        """Raises DataError if the file is missing, no .npz, or lacks what a training step needs (all that lacks is listed)."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                golden = cls({key: file[key] for key in file.files}, str(path))
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file") from None
+        except (OSError, ValueError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+            raise DataError(f"{path}: not an .npz of plain arrays: {error}") from error
+        problems = golden._problems()
+        if problems:
+            raise DataError(problems, headline=f"{path}: not a golden file")
+        return golden
+
+    def _problems(self) -> list[str]:
+        problems = [f"{key}: missing" for key in ("images", "image_sizes", "losses_json") if not self.has(key)]
+        if not self.keys(r"student/.+"):
+            problems.append("student/...: no tensors")
+        if problems:
+            return problems
+        images = self._arrays["images"]
+        if images.ndim != 4 or images.shape[1] != 3:
+            return [f"images: shape {images.shape} is not (B, 3, H, W)"]
+        if self._arrays["image_sizes"].shape != (len(images), 2):
+            problems.append(f"image_sizes: shape {self._arrays['image_sizes'].shape} is not ({len(images)}, 2)")
+        for i in range(len(images)):
+            for key, tail in ((f"gt_boxes/{i}", (4,)), (f"gt_labels/{i}", ())):
+                if not self.has(key):
+                    problems.append(f"{key}: missing")
+                elif self._arrays[key].shape[1:] != tail:
+                    problems.append(f"{key}: shape {self._arrays[key].shape}")
+        for key in self.keys(r"\w+_json"):
+            try:
+                if not isinstance(json.loads(str(self._arrays[key])), dict):
+                    problems.append(f"{key}: not a JSON object")
+            except json.JSONDecodeError as error:
+                problems.append(f"{key}: not JSON: {error}")
+        return problems
+
+    def has(self, key: str) -> bool:
+        return key in self._arrays
+
+    def keys(self, pattern: str) -> list[str]:
+        """Keys that match the whole regular expression, in the file's order."""
+        return [key for key in self._arrays if re.fullmatch(pattern, key)]
+
+    def tensor(self, key: str) -> Tensor:
+        """One array as a tensor."""
+        self._used.add(key)
+        return torch.from_numpy(np.array(self._arrays[key]))
+
+    def scalars(self, key: str) -> dict[str, float]:
+        """A JSON object of numbers; empty if the file has none."""
+        if not self.has(key):
+            return {}
+        self._used.add(key)
+        return {str(name): float(value) for name, value in json.loads(str(self._arrays[key])).items()}
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors under ``prefix/``, without it."""
+        return {key.removeprefix(f"{prefix}/"): self.tensor(key) for key in self.keys(f"{prefix}/.+")}
+
+    def per_image(self, prefix: str, batch: int) -> list[Tensor] | None:
+        """``prefix/0``, ``prefix/1``, ... of a batch; None unless all are there."""
+        keys = [f"{prefix}/{i}" for i in range(batch)]
+        return [self.tensor(key) for key in keys] if all(self.has(key) for key in keys) else None
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """Ground truth, padded: boxes (B, G, 4) float32 and labels (B, G) int64, -1 = padding."""
+        batch = len(self._arrays["images"])
+        boxes = self.per_image("gt_boxes", batch) or []
+        labels = self.per_image("gt_labels", batch) or []
+        count = max((len(b) for b in boxes), default=0)
+        padded_boxes, padded_labels = torch.zeros(batch, count, 4), torch.full((batch, count), -1)
+        for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
+            padded_boxes[i, : len(b)], padded_labels[i, : len(b)] = b, label
+        return padded_boxes, padded_labels
+
+    def unused(self) -> list[str]:
+        """Keys that nothing has asked for."""
+        return [key for key in self._arrays if key not in self._used]
+
+    def is_text(self, key: str) -> bool:
+        return self._arrays[key].dtype.kind in "US"

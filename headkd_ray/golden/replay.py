@@ -1,0 +1,193 @@
+"""Doing a golden file's training step again: state dicts through the public mmdet loader, then images to loss and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from headkd_ray.detectors import Detections, FasterRCNN, Proposals, RetinaNet, RoIs
+from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.roi_head import RoIOutputs
+from headkd_ray.detectors.weights import LoadedDetector, load_mmdet
+from headkd_ray.detectors.weights.mmdet_names import mmdet_names
+from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.head import HEAD, Trace
+from headkd_ray.errors import DataError
+from headkd_ray.golden.conventions import ALL, golden_rois, own_losses
+from headkd_ray.golden.file import Golden
+from headkd_ray.job import DistillSpec, ProposalSpec
+
+_RETINA_LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
+_FASTER_LOSSES = {
+    "loss_rpn_cls": "loss_rpn_cls",
+    "loss_rpn_box": "loss_rpn_bbox",
+    "loss_roi_cls": "loss_cls",
+    "loss_roi_box": "loss_bbox",
+}
+_HEAD_LOSSES = {
+    "loss_cls": "loss_cls_rpn",
+    "loss_box": "loss_bbox_rpn",
+    "loss_assist_cls": "loss_cls",
+    "loss_assist_box": "loss_bbox",
+    "loss_akd_1": "loss_mimic_rcnn_aux",
+    "loss_akd_2": "loss_mimic_rcnn",
+    "loss_ckd": "loss_cross",
+}
+
+
+@dataclass
+class Proposed:
+    """The student's proposals and what decides which there are."""
+
+    proposals: Proposals
+    rules: ProposalSpec
+    scores: list[Tensor]
+    """Of all anchors, 0..1, (B, A, H, W) a level."""
+
+
+@dataclass
+class Replay:
+    """Our values of everything a golden file may hold."""
+
+    student: LoadedDetector
+    teacher: LoadedDetector | None
+    losses: dict[str, float] = field(default_factory=dict)
+    """By the official code's names, with ``total``."""
+    padding: str = ""
+    """How far anchors count in a padded image, where that is not the official rule."""
+    gradients: dict[str, float] = field(default_factory=dict)
+    """L2 norm of each parameter's gradient of the total, by mmdet's names."""
+    features: list[Tensor] = field(default_factory=list)
+    proposed: Proposed | None = None
+    rois: RoIs | None = None
+    roi_outputs: RoIOutputs | None = None
+    trace: Trace | None = None
+    ckd_adapted: Tensor | None = None
+    """Lin_3(S)."""
+    evaluations: list[tuple[str, list[Tensor], Detections]] = field(default_factory=list)
+    """Pyramid and detections in eval mode, under each convention that could apply; the first is the plain one."""
+    teacher_features: list[Tensor] = field(default_factory=list)
+    teacher_detections: Detections | None = None
+
+    def evaluate(self, note: str, x: Tensor, sizes: Tensor) -> None:
+        """Add an evaluation of the student as it now is."""
+        detector = self.student.detector.eval()
+        with torch.no_grad():
+            self.evaluations.append((note, detector.features(x), detector.detect(x, sizes)))
+
+
+def replay(golden: Golden) -> Replay:
+    """Load, run, differentiate. Raises CheckpointError or DataError if the state dicts are no model that this project has."""
+    state, teacher_state = golden.state("student"), golden.state("teacher")
+    student = load_mmdet(state, source=f"{golden.source}: student")
+    teacher = load_mmdet(teacher_state, source=f"{golden.source}: teacher") if teacher_state else None
+    run = Replay(student, teacher)
+    detector, trainee = student.detector, _trainee(student, teacher, golden.source)
+    x, sizes = golden.tensor("images"), golden.tensor("image_sizes").long()
+
+    run.evaluate("", x, sizes)
+    detector.train()
+    if trainee is not None:
+        losses = _head_step(run, trainee.train(), golden, x, sizes)
+    elif isinstance(detector, RetinaNet):
+        losses = _retinanet_step(run, detector, golden, x, sizes)
+    else:
+        losses = _faster_rcnn_step(run, detector, golden, x, sizes)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    run.losses = {name: float(loss.detach()) for name, loss in {**losses, "total": total}.items()}
+    run.gradients = _gradient_norms(student, mmdet_names(state))
+
+    if any(isinstance(m, _BatchNorm) and m.training for m in detector.modules()):
+        # Then the official values in eval mode may have been taken after the step had updated the running statistics,
+        # and after a second forward pass in train mode that recorded the pyramid.
+        run.evaluate("after one update of the running statistics", x, sizes)
+        with torch.no_grad():
+            detector.train().features(x)
+        run.evaluate("after two updates of the running statistics", x, sizes)
+    if teacher is not None:
+        with torch.no_grad():
+            run.teacher_features = teacher.detector.eval().features(x)
+        run.teacher_detections = teacher.detector.detect(x, sizes)
+    return run
+
+
+def _trainee(student: LoadedDetector, teacher: LoadedDetector | None, source: str) -> HEAD | None:
+    """HEAD with the loaded parts; None for a plain detector."""
+    if student.assistant is None or not isinstance(student.detector, RetinaNet):
+        return None
+    layers = student.assistant.spec.fcs
+    akd = [a for number, a in student.adapters.items() if number < layers]
+    ckd = [a for number, a in student.adapters.items() if number >= layers]
+    if student.adapters and teacher is None:
+        raise DataError(f"{source}: student/_distiller._adapts.* are there, but no teacher/... to distill from")
+    if len(akd) not in (0, layers) or len(ckd) > 1 or (akd and layers != 2):
+        raise DataError(f"{source}: adapters {sorted(student.adapters)} for {layers} fully connected layers are not HEAD's")
+    return HEAD(
+        student.detector,
+        student.assistant,
+        DistillSpec(),
+        teacher.detector if teacher and student.adapters else None,
+        AKD(akd) if akd else None,
+        CKD(ckd[0]) if ckd else None,
+    )
+
+
+def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    boxes, labels = golden.truth()
+    head, num_classes = trainee.student.head, trainee.student.num_classes
+    step = int(golden.tensor("step")) if golden.has("step") else 0
+
+    def pick(proposals: Proposals) -> RoIs:
+        return golden_rois(golden, proposals, Truth.of(boxes, labels), num_classes, trainee.assistant.spec.positive_iou)
+
+    losses, run.trace = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
+    outputs = run.trace.outputs
+    own, run.padding = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
+    best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
+    run.proposed = Proposed(run.trace.proposals, head.spec.proposals, best)
+    run.features, run.rois, run.roi_outputs = run.trace.features, run.trace.rois, run.trace.assisted
+    if trainee.ckd and run.trace.rows is not None:
+        run.ckd_adapted = trainee.ckd.adapter(run.trace.rows)
+    return {_HEAD_LOSSES[name]: loss for name, loss in {**losses, **own}.items()}
+
+
+def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    boxes, labels = golden.truth()
+    run.features = student.features(x)
+    outputs = student.head(run.features)
+    losses, run.padding = own_losses(
+        golden, x, _RETINA_LOSSES, lambda extents: student.head.losses(outputs, sizes, boxes, labels, extents)
+    )
+    return {_RETINA_LOSSES[name]: loss for name, loss in losses.items()}
+
+
+def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    boxes, labels = golden.truth()
+    run.features = student.features(x)
+    outputs = student.rpn(run.features)
+    student.rpn.spec = student.rpn.spec.model_copy(update={"sampler": ALL})
+    losses, run.padding = own_losses(
+        golden, x, _FASTER_LOSSES, lambda extents: student.rpn.losses(outputs, sizes, boxes, labels, extents=extents)
+    )
+    proposals = student.rpn.proposals(outputs, sizes)
+    scores = [m.sigmoid().detach() for m in outputs.logits]
+    run.proposed = Proposed(proposals, student.rpn.spec.train_proposals, scores)
+    rois = golden_rois(golden, proposals, Truth.of(boxes, labels), student.num_classes, student.roi.spec.positive_iou)
+    run.rois, run.roi_outputs = rois, student.roi(run.features, rois.boxes, rois.image)
+    losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses(run.roi_outputs, rois).items()}
+    return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
+
+
+def _gradient_norms(student: LoadedDetector, names: dict[str, str]) -> dict[str, float]:
+    parameters = dict(student.detector.named_parameters())
+    if student.assistant is not None:
+        parameters |= {f"assistant.{name}": p for name, p in student.assistant.named_parameters()}
+    for number, adapter in student.adapters.items():
+        parameters |= {f"adapters.{number}.{name}": p for name, p in adapter.named_parameters()}
+    gradients = {key: parameters[name].grad for key, name in names.items() if name in parameters}
+    return {key: float(g.norm()) for key, g in gradients.items() if g is not None}

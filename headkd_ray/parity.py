@@ -1,0 +1,52 @@
+"""Exactness against the official code: ``python -m headkd_ray.parity GOLDEN.npz``.
+
+Loads the file's mmdet state dicts through the public loader, does its training step again from images to gradients, and
+prints one row a quantity. Exit code 0: all hold; 1: some do not, or are unknown; 2: the file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from headkd_ray.doors import user_errors
+from headkd_ray.golden.checks import check
+from headkd_ray.golden.compare import Row
+from headkd_ray.golden.file import Golden
+from headkd_ray.golden.replay import replay
+
+
+def compare_file(path: str) -> list[Row]:
+    """Compare every quantity of a golden file. Raises DataError or CheckpointError if it cannot be read."""
+    golden = Golden.open(path)
+    return list(check(golden, replay(golden)))
+
+
+def render(rows: Sequence[Row]) -> Table:
+    """The comparison as a table."""
+    table = Table("quantity", "largest error", "relative", "tolerance", "", "note", title="ours against the official code")
+    for row in rows:
+        verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
+        numbers = [f"{value:.1e}" if value == value else "-" for value in (row.absolute, row.relative, row.tolerance)]
+        table.add_row(row.name, *numbers, verdict, row.note)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m headkd_ray.parity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("golden", help="values of the official code, an .npz file (see tests/golden)")
+    options = parser.parse_args(arguments)
+    with user_errors():
+        rows = compare_file(options.golden)
+    Console().print(render(rows))
+    failed = [row.name for row in rows if not row.passed]
+    print(f"{len(rows) - len(failed)} of {len(rows)} quantities hold" + (f"; not: {', '.join(failed)}" if failed else ""))
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

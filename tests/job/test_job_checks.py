@@ -1,0 +1,119 @@
+"""What keys get wrong together, and the shape of the schema itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from headkd_ray.job import Job, problems
+from headkd_ray.job.detector import Spec
+from headkd_ray.job.keys import dotted, sections
+
+
+def job(**changes: Any) -> Job:
+    """A sound job, with sections replaced."""
+    sound: dict[str, Any] = {
+        "run": {"name": "x"},
+        "method": "head",
+        "data": {"train": "a", "val": "b"},
+        "teacher": {"checkpoint": "t"},
+        "student": {"kind": "retinanet", "backbone": {"weights": "timm"}},
+    }
+    return Job.model_validate(sound | changes)
+
+
+def found(**changes: Any) -> list[tuple[str, str]]:
+    return [(dotted(problem.path), problem.message) for problem in problems(job(**changes))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({"method": "fitnet", "teacher": None}, "teacher", "method fitnet needs a teacher"),
+        ({"method": "assist"}, "teacher", "method assist uses no teacher"),
+        (
+            {"student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}},
+            "student.kind",
+            "method head needs a dense student",
+        ),
+        ({"method": "copy_only", "distill": {"copy_head": False}}, "distill.copy_head", "method copy_only copies"),
+        ({"optim": {"milestones": [8, 8]}}, "optim.milestones", r"[8, 8] does not ascend"),
+        ({"optim": {"milestones": [8, 12]}}, "optim.milestones", r"[12] is not before the end"),
+        (
+            {"data": {"train": "a", "val": "b", "short_side": [800, 640]}},
+            "data.short_side",
+            "[800, 640] is not [smallest, largest]",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "short_side": [9, 2000]}},
+            "data.short_side",
+            "2000 is above data.long_side (1333)",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "eval_short_side": 1334}},
+            "data.eval_short_side",
+            "1334 is above data.long_side (1333)",
+        ),
+        (
+            {"student": {"kind": "retinanet", "backbone": {"norm_eval": False}}},
+            "student.backbone.frozen_stages",
+            "1 would freeze",
+        ),
+        ({"student": {"kind": "retinanet", "backbone": {"frozen_stages": 0}}}, "student.backbone.norm_eval", "true would keep"),
+        (
+            {"student": {"kind": "retinanet", "backbone": {"weights": "timm", "kwargs": {"pretrained": True}}}},
+            "student.backbone.kwargs.pretrained",
+            "is set by the detector itself",
+        ),
+        (
+            {"student": {"kind": "retinanet", "backbone": {"weights": "timm"}, "neck": {"extra": "pool"}}},
+            "student.neck.extra",
+            "pool makes no P7",
+        ),
+        (
+            {"student": {"kind": "retinanet", "backbone": {"weights": "timm"}, "head": {"negative_iou": 0.6}}},
+            "student.head.negative_iou",
+            "0.6 is above positive_iou (0.5)",
+        ),
+    ],
+)
+def test_each_contradiction_alone(changes, key, message):
+    ((found_key, found_message),) = found(**changes)
+    assert found_key == key
+    assert found_message.startswith(message)
+
+
+def test_a_supervised_faster_rcnn_may_not_have_another_pyramid():
+    student = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}, "neck": {"extra": "conv_c5"}}
+    assert found(method="supervised", teacher=None, student=student) == [
+        ("student.neck.extra", "faster_rcnn needs pool, got conv_c5")
+    ]
+    student = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}, "rpn": {"positive_iou": 0.2}}
+    assert found(method="supervised", teacher=None, student=student) == [
+        ("student.rpn.negative_iou", "0.3 is above positive_iou (0.2)")
+    ]
+
+
+def test_sound_jobs_have_no_problems():
+    assert found() == []
+    assert found(method="assist", teacher=None) == []
+    assert found(optim={"milestones": []}) == []
+
+
+def models(model: type[Spec]) -> Iterator[type[Spec]]:
+    yield model
+    for field in model.model_fields.values():
+        for section in sections(field):
+            yield from models(section)
+
+
+@pytest.mark.parametrize("model", sorted(set(models(Job)), key=lambda model: model.__name__), ids=lambda model: model.__name__)
+def test_every_key_is_documented_and_sections_own_their_defaults(model):
+    """A default like ``anchors: AnchorSpec = AnchorSpec(base_scale=8)`` would be lost by a job that names another key of it."""
+    for name, field in model.model_fields.items():
+        assert field.description, f"{model.__name__}.{name} has no docstring"
+        if isinstance(field.default, Spec):
+            assert field.default == type(field.default)(), f"{model.__name__}.{name}: make a subclass with this default"
+            assert type(field.default) in sections(field)
