@@ -59,13 +59,13 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
 
     console.rule("[bold]1/5 data")
     if own is None:
-        console.print("drawing a data set (COCO format, JPEG) ...")
-        drawn = draw_dataset(out / "drawn")
+        with console.status("drawing a data set"):
+            drawn = draw_dataset(out / "drawn")
+        console.print(f"drew a data set (COCO format, JPEG) in {out / 'drawn'}")
         own = (str(drawn.train), str(drawn.val), str(drawn.images))
     splits = {"train": out / "data" / "train", "val": out / "data" / "val"}
     for (name, split), annotations in zip(splits.items(), own[:2], strict=True):
-        prepare(annotations, own[2], str(split))
-        meta = ShardSet.open(str(split)).meta
+        meta = prepare(annotations, own[2], str(split)).meta
         console.print(f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {split}")
 
     results: dict[str, Any] = {}

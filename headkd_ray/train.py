@@ -22,8 +22,7 @@ from headkd_ray.report.tables import print_metrics
 def train(job: Job, tell: Sink) -> Record:
     """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before."""
     preflight(job)
-    folder = open_run(job)
-    result = finished(folder)
+    result = finished(open_run(job))
     if result is not None:
         return result
     if job.cluster.workers == 0:

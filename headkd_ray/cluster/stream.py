@@ -8,6 +8,9 @@ stages, each in the order of the windows (``preserve_order``):
 
 Decoding by chunk instead of by window is what makes the tasks run in parallel although batches leave in order: a whole window
 is too much to hold while waiting for its turn. A chunk is one Ray block of about CHUNK_BYTES; a rank holds a few at a time.
+
+A UserError (a damaged shard) travels as a value in its chunk's place, and is raised at the batch it belongs to, as in the local
+stream: Ray does not carry an exception's cause from a task to the driver.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,6 @@ import pyarrow as pa
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
-from ray.exceptions import RayTaskError, UserCodeException
 
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
@@ -88,16 +90,26 @@ class _Read:
     maker: BatchMaker
 
     def __call__(self, row: Row) -> Iterator[Row]:
+        try:
+            yield from map(_chunk_row, self._chunks(load_window(self.shards, pickle.loads(row["window"]))))
+        except UserError as error:
+            yield {"chunk": b"", "error": pickle.dumps(error)}
+
+    def _chunks(self, window: list[PendingBatch]) -> Iterator[list[PendingBatch]]:
         chunk: list[PendingBatch] = []
         images = size = 0
-        for pending in load_window(self.shards, pickle.loads(row["window"])):
-            cost = self.maker.pixels(pending)
-            if chunk and (images + len(pending.samples) > CHUNK_IMAGES or size + cost > CHUNK_BYTES):
-                yield {"chunk": pickle.dumps(chunk)}
+        for pending in window:
+            more_images, more_size = len(pending.samples), self.maker.pixels(pending)
+            if chunk and (images + more_images > CHUNK_IMAGES or size + more_size > CHUNK_BYTES):
+                yield chunk
                 chunk, images, size = [], 0, 0
             chunk.append(pending)
-            images, size = images + len(pending.samples), size + cost
-        yield {"chunk": pickle.dumps(chunk)}
+            images, size = images + more_images, size + more_size
+        yield chunk
+
+
+def _chunk_row(chunk: list[PendingBatch]) -> Row:
+    return {"chunk": pickle.dumps(chunk), "error": b""}
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,12 @@ class _Decode:
 
     def __call__(self, row: Row) -> Row:
         torch.set_num_threads(1)  # the task has one CPU
-        return encode([self.maker(pending) for pending in pickle.loads(row["chunk"])])
+        if row["error"]:
+            return {"head": b"", "pixels": b"", "error": row["error"]}
+        try:
+            return {**encode([self.maker(pending) for pending in pickle.loads(row["chunk"])]), "error": b""}
+        except UserError as error:
+            return {"head": b"", "pixels": b"", "error": pickle.dumps(error)}
 
 
 def encode(batches: list[Batch]) -> Row:
@@ -134,27 +151,11 @@ def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
     """Run the dataset; closing the generator ends its tasks."""
     # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
     warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
-    try:
+    with closing(
+        iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
+    ) as blocks:
         for block in blocks:
-            for head, pixels in zip(block["head"], block["pixels"], strict=True):
+            for head, pixels, error in zip(block["head"], block["pixels"], block["error"], strict=True):
+                if error.as_py():
+                    raise pickle.loads(error.as_py())
                 yield from decoded(head.as_py(), pixels.as_buffer())
-    except (RayTaskError, UserCodeException) as error:
-        cause = _user_error(error)
-        if cause is None:
-            raise
-        raise cause from None
-    finally:
-        close = getattr(blocks, "close", None)
-        if close is not None:
-            close()
-
-
-def _user_error(error: BaseException) -> UserError | None:
-    """The UserError that a data task raised, out of Ray's wrapping."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return None

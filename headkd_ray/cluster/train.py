@@ -49,11 +49,11 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
     if "error" in outcome:
         raise outcome["error"]
     best = max((entry for entry in result.best_checkpoints if _scored(entry)), key=lambda entry: entry[1][SCORE])[0]
-    return finish(run_folder(job), Folder(best.filesystem, best.path), outcome["last"])
+    return finish(run_folder(job), Folder(best.filesystem, best.path, best.path), outcome["last"])
 
 
 def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
-    storage = Folder.at(job.run.storage)
+    storage = Folder.open(job.run.storage)
     return TorchTrainer(
         _worker,
         train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), "queue": queue},
@@ -65,7 +65,7 @@ def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
         run_config=RunConfig(
             name=job.run.name,
             storage_path=storage.path,
-            storage_filesystem=storage.filesystem,
+            storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
             # The best by AP, and always the latest. Checkpoints without an evaluation report NaN, which ranks below any number.
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
@@ -162,7 +162,7 @@ def forwarded(tell: Sink) -> Iterator[Queue]:
 
 def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:
     checkpoint, _ = entry
-    return (Folder(checkpoint.filesystem, checkpoint.path) / METRICS_FILE).exists()
+    return Folder(checkpoint.filesystem, checkpoint.path, checkpoint.path).has(METRICS_FILE)
 
 
 def _cause(error: TrainingFailedError) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headkd_ray.data.boxes import BoxCheck
-from headkd_ray.data.files import Folder
 from headkd_ray.data.problems import Problems
 from headkd_ray.errors import DataError
+from headkd_ray.storage import Folder
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,11 @@ def read_coco(uri: str, *, fix_boxes: bool = False) -> CocoSplit:
     """
     data = _load(uri)
     problems = Problems()
-    images = _images(data["images"], uri, problems)
+    named: set[int] = set()
+    images = _images(data["images"], uri, named, problems)
     categories = _categories(data["categories"], uri, problems)
     boxes = BoxCheck(uri, fix_boxes, problems)
-    kept = _annotations(data["annotations"], uri, images, categories, boxes, problems)
+    kept = _annotations(data["annotations"], uri, images, named, categories, boxes, problems)
     if not images:
         problems.add("the split has no images; check that this is the right JSON", uri)
     elif not any(not record["iscrowd"] for record in kept) and not problems:
@@ -126,7 +127,7 @@ def read_coco(uri: str, *, fix_boxes: bool = False) -> CocoSplit:
 
 
 def _load(uri: str) -> dict[str, list[Any]]:
-    folder, name = Folder.of_file(uri)
+    folder, name = Folder.of_file(uri, DataError)
     try:
         # Segmentations are most of COCO's JSON and are not needed: dropping them while parsing bounds the memory.
         data = json.loads(folder.read(name), object_hook=_without_segmentation)
@@ -151,13 +152,15 @@ def _without_segmentation(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _images(records: list[Any], uri: str, problems: Problems) -> dict[int, CocoImage]:
+def _images(records: list[Any], uri: str, named: set[int], problems: Problems) -> dict[int, CocoImage]:
+    """Sound records by id. ``named`` gets the ids of the others too, so that their annotations do not count as faulty."""
     images: dict[int, CocoImage] = {}
     for position, record in enumerate(records):
         where = _where(uri, "image", position, record)
         if not isinstance(record, dict) or not _is_int(record.get("id")):
             problems.add("image record without an integer 'id'; every image needs a unique one", where)
             continue
+        named.add(record["id"])
         name: Any = record.get("file_name")
         width: Any = record.get("width")
         height: Any = record.get("height")
@@ -196,7 +199,13 @@ def _categories(records: list[Any], uri: str, problems: Problems) -> dict[int, s
 
 
 def _annotations(
-    records: list[Any], uri: str, images: dict[int, CocoImage], categories: dict[int, str], boxes: BoxCheck, problems: Problems
+    records: list[Any],
+    uri: str,
+    images: dict[int, CocoImage],
+    named: set[int],
+    categories: dict[int, str],
+    boxes: BoxCheck,
+    problems: Problems,
 ) -> list[dict[str, Any]]:
     """Usable annotations: id, image_id, category_id, bbox, area, iscrowd; meaningless if problems were noted."""
     kept: list[dict[str, Any]] = []
@@ -215,12 +224,13 @@ def _annotations(
             problems.add("'iscrowd' must be 0 or 1", f"{where}, iscrowd {crowd!r}")
         image_id: Any = record.get("image_id")
         category_id: Any = record.get("category_id")
-        if not _is_int(category_id) or category_id not in categories:
+        if categories and (not _is_int(category_id) or category_id not in categories):
             found = f"{where}, category_id {category_id!r}"
             problems.add("annotation for an unknown category; remove it, or add the category to 'categories'", found)
         if not _is_int(image_id) or image_id not in images:
-            found = f"{where}, image_id {image_id!r}"
-            problems.add("annotation for an unknown image; remove it, or add the image to 'images'", found)
+            if not _is_int(image_id) or image_id not in named:
+                found = f"{where}, image_id {image_id!r}"
+                problems.add("annotation for an unknown image; remove it, or add the image to 'images'", found)
             continue
         checked = boxes(record.get("bbox"), record.get("area"), images[image_id], where)
         if checked is not None:

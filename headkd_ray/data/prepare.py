@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headkd_ray.data.coco import CocoSplit, read_coco
-from headkd_ray.data.files import Folder
 from headkd_ray.data.images import decode
 from headkd_ray.data.keyed import key_permutation
 from headkd_ray.data.problems import Problems
@@ -38,6 +37,7 @@ from headkd_ray.data.shards import (
     ShardSet,
 )
 from headkd_ray.errors import DataError
+from headkd_ray.storage import Folder
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all), in the calling thread."""
@@ -79,7 +79,7 @@ def prepare_split(
         DataError: every problem of the JSON at once; or every problem of the images at once.
     """
     split = read_coco(json_uri, fix_boxes=fix_boxes)
-    images, out = Folder.open(images_uri), Folder.open(out_uri)
+    images, out = Folder.open(images_uri, DataError), Folder.open(out_uri, DataError)
     recipe = _recipe(split, shard_images, row_group)
     if out.size(META) is not None and not overwrite:
         existing = Meta.from_json(out.read(META), out.named(META))

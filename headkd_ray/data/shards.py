@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from headkd_ray.data.files import Folder
 from headkd_ray.errors import DataError
+from headkd_ray.storage import Folder
 
 VERSION = 1
 META, INDEX, ANNOTATIONS = "meta.json", "index.parquet", "annotations.json"
@@ -167,7 +167,7 @@ class ShardSet:
         Raises:
             DataError: it is missing, not completely prepared, damaged or of a newer format.
         """
-        folder = Folder.open(uri)
+        folder = Folder.open(uri, DataError)
         mend = "run: python -m headkd_ray.prepare COCO.json IMAGES_DIR --out " + uri
         try:
             meta = Meta.from_json(folder.read(META), folder.named(META))

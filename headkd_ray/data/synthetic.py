@@ -1,7 +1,7 @@
 """The quickstart's data set, drawn: real JPEGs and COCO JSON, the same for the same seed, in a few seconds.
 
-Shapes in sixteen fine-grained classes (``shapes.py``) at log-uniform sizes, turned, of any colour, overlapping, cut by the border,
-on textured backgrounds among distractors, and crossed by thin lines. Boxes are tight around what is visible.
+Shapes in sixteen fine-grained classes (``shapes.py``) at log-uniform sizes, turned, of any colour, overlapping, cut by the
+border, on textured backgrounds among distractors, and crossed by thin lines. Boxes are tight around what is visible.
 
 Category ids are sparse on purpose: whoever drops the id map gets an AP of 0 and not a lucky one.
 """
@@ -27,11 +27,11 @@ from headkd_ray.data.shapes import SHAPES, Pen
 Colour = tuple[int, int, int]
 
 CATEGORY_IDS = tuple(7 * label + 3 for label in range(len(SHAPES)))
-SIDES = (160, 208)
+SIDES = (128, 168)
 """Range of the sides of an image, pixels."""
-OBJECTS = (3, 7)
+OBJECTS = (3, 6)
 """Range of the objects an image."""
-DIAMETERS = (14.0, 84.0)
+DIAMETERS = (24.0, 110.0)
 """Range of an object's diameter, pixels."""
 VISIBLE = 0.55
 """Least share of an object that stays visible."""
@@ -79,14 +79,14 @@ def _draw_split(path: Path, images: Path, name: str, count: int, first_id: int, 
             file_name = f"{name}_{index:05d}.jpg"
             (images / file_name).write_bytes(scene.jpeg)
             records.append({"id": image_id, "file_name": file_name, "width": scene.width, "height": scene.height})
-            for label, (x, y, width, height), area in scene.objects:
+            for label, (x, y, width, height) in scene.objects:
                 annotations.append(
                     {
                         "id": len(annotations) + first_id,
                         "image_id": image_id,
                         "category_id": CATEGORY_IDS[label],
                         "bbox": [x, y, width, height],
-                        "area": area,
+                        "area": width * height,
                         "iscrowd": 0,
                     }
                 )
@@ -104,8 +104,8 @@ class Scene:
     jpeg: bytes
     width: int
     height: int
-    objects: tuple[tuple[int, tuple[int, int, int, int], int], ...]
-    """(label, (x, y, width, height), visible pixels) of each object."""
+    objects: tuple[tuple[int, tuple[int, int, int, int]], ...]
+    """(label, (x, y, width, height)) of each object."""
 
 
 def draw_scene(seed: int, split: str, index: int) -> Scene:
@@ -136,7 +136,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
     noisy = np.asarray(canvas, dtype=np.int16) + rng.integers(-NOISE, NOISE + 1, (height, width, 1), dtype=np.int16)
     encoded = io.BytesIO()
     Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=QUALITY)
-    objects = tuple((label, *_extent(owner == number)) for number, label in enumerate(labels))
+    objects = tuple((label, _extent(owner == number)) for number, label in enumerate(labels))
     return Scene(encoded.getvalue(), width, height, objects)
 
 
@@ -160,11 +160,11 @@ def _cover(owner: NDArray[np.int64], inside: NDArray[np.bool_], left: int, top: 
     return result
 
 
-def _extent(shown: NDArray[np.bool_]) -> tuple[tuple[int, int, int, int], int]:
-    """Tight (x, y, width, height) and number of the true pixels."""
+def _extent(shown: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Tight (x, y, width, height) of the true pixels."""
     columns, rows = np.flatnonzero(shown.any(axis=0)), np.flatnonzero(shown.any(axis=1))
     x, y = int(columns[0]), int(rows[0])
-    return (x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y), int(shown.sum())
+    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
 
 def _colour(rng: np.random.Generator) -> Colour:
@@ -200,7 +200,7 @@ def _distractors(rng: np.random.Generator, canvas: Image.Image) -> None:
         radius = rng.uniform(5, 30)
         kind = rng.integers(3)
         if kind == 0:
-            angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(4, 8))))
+            angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(5, 9))))
             radii = radius * rng.uniform(0.4, 1.0, len(angles))
             draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, radii, strict=True)], _colour(rng))
         elif kind == 1:

@@ -54,13 +54,17 @@ def read_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_allowed()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: holds objects that are not loaded, because that could run code: {first}") from error
+        reason = _first_line(error)
+        raise CheckpointError(f"{path}: holds objects that are not loaded, because that could run code: {reason}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a readable weight file: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: not a readable weight file: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def state_dict_of(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from headkd_ray.storage import Folder
 STATE_FILE = "training_state.pt"
 STUDENT_FOLDER = "student"
 METRICS_FILE = "metrics.json"
+LISTING = "checkpoints.json"
 SCORE = "AP"
 
 
@@ -42,8 +44,7 @@ class LocalCheckpoints:
 
     def __init__(self, run: Folder) -> None:
         self.folder = run / "checkpoints"
-        self.listing = self.folder / "checkpoints.json"
-        self.entries: list[dict[str, Any]] = json.loads(self.listing.read()) if self.listing.exists() else []
+        self.entries: list[dict[str, Any]] = json.loads(self.folder.read(LISTING)) if self.folder.has(LISTING) else []
 
     @contextmanager
     def latest(self) -> Iterator[Path | None]:
@@ -51,24 +52,25 @@ class LocalCheckpoints:
             yield None
             return
         with tempfile.TemporaryDirectory() as scratch:
-            Folder.at(scratch).copy_from(self.folder / self.entries[-1]["name"])
+            Folder.open(scratch).copy_from(self.folder / self.entries[-1]["name"])
             yield Path(scratch)
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
         assert folder is not None, "a single process is rank 0"
-        (self.folder / name).delete()  # what a killed predecessor may have left half written
-        (self.folder / name).copy_from(Folder.at(folder))
+        (self.folder / name).remove()  # what a killed predecessor may have left half written
+        (self.folder / name).copy_from(Folder.open(folder))
+        shutil.rmtree(folder)
         self.entries = [entry for entry in self.entries if entry["name"] != name] + [{"name": name, "score": metrics[SCORE]}]
         keep = {self.entries[-1]["name"], self.best()}
         dropped = [entry["name"] for entry in self.entries if entry["name"] not in keep]
         self.entries = [entry for entry in self.entries if entry["name"] in keep]
-        self.listing.write(json.dumps(self.entries, indent=1).encode())
+        self.folder.write(LISTING, json.dumps(self.entries, indent=1).encode())
         for old in dropped:
-            (self.folder / old).delete()
+            (self.folder / old).remove()
 
     def best(self) -> str | None:
-        """Name of the checkpoint with the highest AP (the later one of equals); None before the first evaluation."""
-        scored = [entry for entry in self.entries if not math.isnan(entry["score"])]
+        """Name of the checkpoint with the highest AP, the later one of equals; the latest if none has an AP; None if none is."""
+        scored = [entry for entry in self.entries if not math.isnan(entry["score"])] or self.entries[-1:]
         return max(reversed(scored), key=lambda entry: entry["score"])["name"] if scored else None
 
 

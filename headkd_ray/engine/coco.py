@@ -12,8 +12,6 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
 
 @dataclass(frozen=True)
 class CocoMetrics:

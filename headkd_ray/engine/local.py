@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from headkd_ray.data.shards import ShardSet
@@ -23,17 +25,19 @@ def train_here(job: Job, tell: Sink) -> Record:
     folder = run_folder(job)
     checkpoints = LocalCheckpoints(folder)
 
-    def open_sink(resumed_step: int) -> Sink:
-        log = RunLog(folder, resumed_step, job.log.tensorboard)
+    with ExitStack() as files:
 
-        def sink(record: Record) -> None:
-            log(record)
-            log.sync()
-            tell(record)
+        def open_sink(resumed_step: int) -> Sink:
+            log = files.enter_context(RunLog(folder, resumed_step, job.log.tensorboard))
 
-        return sink
+            def sink(record: Record) -> None:
+                log(record)
+                log.sync()
+                tell(record)
 
-    last = fit(job, world, streams, checkpoints, open_sink)
+            return sink
+
+        last = fit(job, world, streams, checkpoints, open_sink)
     best = checkpoints.best()
     assert best is not None, "the last epoch is always evaluated"
     return finish(folder, checkpoints.folder / best, last)

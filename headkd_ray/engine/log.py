@@ -86,12 +86,17 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in kept))
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text("".join(f"{line}\n" for line in kept))
+        draft.replace(path)  # at no time is a record lost
         self.file = path.open("a")
 
     def __call__(self, record: Record) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _step_of(line: str) -> float:
@@ -114,6 +119,9 @@ class TensorBoard:
             if name not in ("step", "epoch", "steps"):
                 self.writer.add_scalar(name, value, record["step"])
         self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from headkd_ray.data.classes import check_same_classes
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_trainee
-from headkd_ray.engine.run import run_folder
+from headkd_ray.engine.run import check_run
 from headkd_ray.engine.teacher import load_teacher
-from headkd_ray.errors import DataError, UserError
+from headkd_ray.errors import UserError
 from headkd_ray.job import Job
 
 
 def preflight(job: Job) -> None:
-    """Open the splits, compare classes, load the teacher, build the models, probe the storage.
+    """Open the splits, compare classes, load the teacher, build the models, probe the storage. Leaves nothing behind.
 
     Raises:
         UserError: every problem found, at once.
@@ -25,26 +27,27 @@ def preflight(job: Job) -> None:
     for name in ("train", "val"):
         try:
             splits[name] = ShardSet.open(getattr(job.data, name))
-        except DataError as error:
+        except UserError as error:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks = [run_folder(job).check_writable]
+    checks: list[Callable[[], None]] = [lambda: check_run(job)]
     if len(splits) == 2:
         lists = {f"data.{name} ({getattr(job.data, name)})": split.meta.classes for name, split in splits.items()}
         checks.append(lambda: check_same_classes(lists))
-    if "train" in splits:
-        checks.append(lambda: _build(job, splits["train"].meta.classes))
+    checks.append(lambda: _build(job, splits["train"].meta.classes if "train" in splits else None))
     for check in checks:
         try:
             check()
         except UserError as error:
-            problems += error.problems
+            problems += error.problems if error.headline is None else [str(error)]
     if problems:
-        raise UserError(problems)
+        raise UserError(problems, headline=f"run {job.run.name} cannot start:" if len(problems) > 1 else None)
 
 
-def _build(job: Job, classes: tuple[str, ...]) -> None:
+def _build(job: Job, classes: tuple[str, ...] | None) -> None:
+    """Try the models; ``classes`` None = unknown, for the data cannot be read."""
     teacher = load_teacher(job, classes)
+    outputs = len(classes) if classes is not None else teacher.num_classes if teacher is not None else 1
     with torch.random.fork_rng():  # building draws initial weights; the run's own draw must not depend on it
-        build_trainee(job, len(classes), teacher)
+        build_trainee(job, outputs, teacher)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER
-from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard
-from headkd_ray.errors import JobError
+from headkd_ray.engine.log import JsonLines, Record, TensorBoard
+from headkd_ray.errors import JobError, StorageError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -21,39 +21,46 @@ FREE_SECTIONS = ("cluster", "log", "checkpoint")
 
 
 def run_folder(job: Job) -> Folder:
-    return Folder.at(job.run.storage) / job.run.name
+    return Folder.open(job.run.storage) / job.run.name
 
 
-def open_run(job: Job) -> Folder:
-    """Create or reopen the run's folder.
+def check_run(job: Job) -> None:
+    """Can the job start its run, or resume it? Leaves nothing behind.
 
     Raises:
-        StorageError: not writable.
+        StorageError: run.storage is not writable, or no filesystem serves it.
         JobError: a run of this name exists and was started with other keys (all differing keys are named).
     """
     folder = run_folder(job)
-    folder.check_writable()
-    record = folder / JOB_FILE
-    asked = job.model_dump(mode="json")
-    if record.exists():
-        before, after = (_flatten(d) for d in (json.loads(record.read()), asked))
-        differing = [
-            f"{key}: the run {folder} was started with {before.get(key)!r}, now {after.get(key)!r}; "
-            "keep the old value to resume it, or choose another run.name"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_SECTIONS and key != "run.storage"
-        ]
-        if differing:
-            raise JobError(differing)
-    else:
-        record.write(json.dumps(asked, indent=1).encode())
+    try:
+        folder.check_writable()
+    except StorageError as error:
+        raise StorageError(f"run.storage: {error}; choose another") from error
+    if not folder.has(JOB_FILE):
+        return
+    before, after = (_flatten(keys) for keys in (json.loads(folder.read(JOB_FILE)), job.model_dump(mode="json")))
+    differing = [
+        f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
+        "keep the old value to resume it, or choose another run.name"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_SECTIONS and key != "run.storage"
+    ]
+    if differing:
+        raise JobError(differing)
+
+
+def open_run(job: Job) -> Folder:
+    """The run's folder, made if it is new; ``check_run`` has passed."""
+    folder = run_folder(job)
+    if not folder.has(JOB_FILE):
+        folder.create()
+        folder.write(JOB_FILE, json.dumps(job.model_dump(mode="json"), indent=1).encode())
     return folder
 
 
 def finished(folder: Folder) -> Record | None:
     """The result of a run that ended, else None."""
-    result = folder / RESULT_FILE
-    return json.loads(result.read()) if result.exists() else None
+    return json.loads(folder.read(RESULT_FILE)) if folder.has(RESULT_FILE) else None
 
 
 def finish(folder: Folder, best: Folder, last: Record) -> Record:
@@ -61,26 +68,38 @@ def finish(folder: Folder, best: Folder, last: Record) -> Record:
     student = folder / STUDENT_FOLDER
     student.copy_from(best / STUDENT_FOLDER)
     result = {
-        "best": json.loads((best / METRICS_FILE).read()),
+        "best": json.loads(best.read(METRICS_FILE)),
         "last": last,
-        "student": student.path if student.is_local else str(student),
+        "student": student.address,
     }
-    (folder / RESULT_FILE).write(json.dumps(result, indent=1).encode())
+    folder.write(RESULT_FILE, json.dumps(result, indent=1).encode())
     return result
 
 
 class RunLog:
-    """``log.jsonl`` and ``tensorboard/`` of a run, written by rank 0; on remote storage, uploaded at each ``sync``."""
+    """``log.jsonl`` and ``tensorboard/`` of a run, written by rank 0; on remote storage, uploaded at each ``sync``.
+
+    A context manager: leaving it closes the files.
+    """
 
     def __init__(self, run: Folder, resumed_step: int, tensorboard: bool) -> None:
         self.run = run
-        self.scratch = None if run.is_local else tempfile.TemporaryDirectory()
+        self.scratch = tempfile.TemporaryDirectory() if run.remote else None
         local = Path(run.path if self.scratch is None else self.scratch.name)
-        if self.scratch is not None and resumed_step and (run / "log.jsonl").exists():
-            (local / "log.jsonl").write_bytes((run / "log.jsonl").read())
-        self.sinks: list[Sink] = [JsonLines(local / "log.jsonl", resumed_step)]
+        if self.scratch is not None and resumed_step and run.has("log.jsonl"):
+            (local / "log.jsonl").write_bytes(run.read("log.jsonl"))
+        self.sinks: list[JsonLines | TensorBoard] = [JsonLines(local / "log.jsonl", resumed_step)]
         if tensorboard:
             self.sinks.append(TensorBoard(local / "tensorboard", resumed_step))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for sink in self.sinks:
+            sink.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
     def __call__(self, record: Record) -> None:
         for sink in self.sinks:
@@ -88,7 +107,7 @@ class RunLog:
 
     def sync(self) -> None:
         if self.scratch is not None:
-            self.run.copy_from(Folder.at(self.scratch.name))
+            self.run.copy_from(Folder.open(self.scratch.name))
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

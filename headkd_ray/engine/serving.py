@@ -18,7 +18,7 @@ from headkd_ray.job import DataSpec
 
 def view_spec(meta: Mapping[str, Any]) -> DataSpec:
     """How a checkpoint wants its images at evaluation: what ``meta["data"]`` records, else the paper's sizes."""
-    return DataSpec.model_validate({"train": "", "val": "", **meta.get("data", {})})
+    return DataSpec.model_validate({"train": "none", "val": "none", **meta.get("data", {})})
 
 
 @torch.inference_mode()

@@ -1,31 +1,28 @@
-"""The teacher of a job, loaded and checked against the data and the method before anything is started."""
+"""The teacher of a job, loaded and compared with the data."""
 
 from __future__ import annotations
 
 from headkd_ray.data.classes import check_same_classes
 from headkd_ray.detectors import Detector
-from headkd_ray.detectors.weights import load_checkpoint
+from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import Job
 
-KINDS = {"copy_only": "faster_rcnn", "akd": "faster_rcnn", "head": "faster_rcnn", "fitnet": "retinanet"}
-"""What kind of teacher a method learns from."""
 
+def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Detector | None:
+    """The teacher on the CPU; None for methods without one.
 
-def load_teacher(job: Job, classes: tuple[str, ...]) -> Detector | None:
-    """The frozen teacher on the CPU; None for methods without one.
+    Args:
+        classes: the data's, which must be the teacher's; None = do not compare.
 
     Raises:
-        CheckpointError: unreadable, or not the kind of detector that the method needs.
+        CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs, ``build_trainee``
+            knows.)
         DataError: its classes are not the data's.
     """
     if job.teacher is None:
         return None
-    loaded = load_checkpoint(job.teacher.checkpoint)
-    if loaded.detector.spec.kind != KINDS[job.method]:
-        raise CheckpointError(
-            f"{job.teacher.checkpoint}: a {loaded.detector.spec.kind}, but method {job.method} learns from a {KINDS[job.method]}"
-        )
+    loaded = fetch_detector(job.teacher.checkpoint)
     names = job.teacher.classes or loaded.classes
     if names is None:
         raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in teacher.classes, in its order")
@@ -33,5 +30,6 @@ def load_teacher(job: Job, classes: tuple[str, ...]) -> Detector | None:
         raise CheckpointError(
             f"{job.teacher.checkpoint}: has {loaded.detector.num_classes} classes, but teacher.classes names {len(names)}"
         )
-    check_same_classes({f"data.train ({job.data.train})": classes, f"teacher ({job.teacher.checkpoint})": names})
+    if classes is not None:
+        check_same_classes({f"data.train ({job.data.train})": classes, f"teacher ({job.teacher.checkpoint})": names})
     return loaded.detector

@@ -21,14 +21,15 @@ ALL = SamplerSpec(size=1 << 20, positive_fraction=1.0)
 
 def own_losses(
     golden: Golden, x: Tensor, names: Mapping[str, str], compute: Callable[[Tensor | None], dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], str]:
-    """The dense head's losses, ``compute(extents)``, and a note on how far anchors counted, if that is not the official rule.
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The dense head's losses, ``compute(extents)``, and notes on how far anchors counted, if that is not the official rule.
 
     ``extents`` (B, 2) come from the optional array ``pad_sizes``. Without it each image counts as padded by itself (the
     official rule); only if that misses the file's losses and padding to the batch's shape meets them, the latter holds.
     """
     if golden.has("pad_sizes"):
-        return compute(golden.tensor("pad_sizes").long()), "anchors valid as pad_sizes says"
+        stated = compute(golden.tensor("pad_sizes").long())
+        return stated, {names[key]: "anchors valid as pad_sizes says" for key in stated}
     wanted = golden.scalars("losses_json")
 
     def meets(losses: dict[str, Tensor]) -> bool:
@@ -40,8 +41,9 @@ def own_losses(
         batch_wide = torch.tensor(x.shape[-2:]).expand(len(x), 2)
         other = compute(batch_wide)
         if meets(other):
-            return other, "anchors valid in the whole batch's shape, not in each image's own padding"
-    return usual, ""
+            note = "anchors valid in the whole batch's shape, not in each image's own padding"
+            return other, {names[key]: note for key in other}
+    return usual, {}
 
 
 def golden_rois(golden: Golden, proposals: Proposals, truth: Truth, num_classes: int, positive_iou: float) -> RoIs:

@@ -57,10 +57,10 @@ class Replay:
     teacher: LoadedDetector | None
     losses: dict[str, float] = field(default_factory=dict)
     """By the official code's names, with ``total``."""
-    padding: str = ""
-    """How far anchors count in a padded image, where that is not the official rule."""
-    gradients: dict[str, float] = field(default_factory=dict)
-    """L2 norm of each parameter's gradient of the total, by mmdet's names."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What is to be said about a loss."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the total, by mmdet's parameter names."""
     features: list[Tensor] = field(default_factory=list)
     proposed: Proposed | None = None
     rois: RoIs | None = None
@@ -100,7 +100,7 @@ def replay(golden: Golden) -> Replay:
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     run.losses = {name: float(loss.detach()) for name, loss in {**losses, "total": total}.items()}
-    run.gradients = _gradient_norms(student, mmdet_names(state))
+    run.gradients = _gradients(student, mmdet_names(state))
 
     if any(isinstance(m, _BatchNorm) and m.training for m in detector.modules()):
         # Then the official values in eval mode may have been taken after the step had updated the running statistics,
@@ -147,7 +147,7 @@ def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Ten
 
     losses, run.trace = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
     outputs = run.trace.outputs
-    own, run.padding = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
+    own, run.notes = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
     best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
     run.proposed = Proposed(run.trace.proposals, head.spec.proposals, best)
     run.features, run.rois, run.roi_outputs = run.trace.features, run.trace.rois, run.trace.assisted
@@ -160,7 +160,7 @@ def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, 
     boxes, labels = golden.truth()
     run.features = student.features(x)
     outputs = student.head(run.features)
-    losses, run.padding = own_losses(
+    losses, run.notes = own_losses(
         golden, x, _RETINA_LOSSES, lambda extents: student.head.losses(outputs, sizes, boxes, labels, extents)
     )
     return {_RETINA_LOSSES[name]: loss for name, loss in losses.items()}
@@ -171,7 +171,7 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     run.features = student.features(x)
     outputs = student.rpn(run.features)
     student.rpn.spec = student.rpn.spec.model_copy(update={"sampler": ALL})
-    losses, run.padding = own_losses(
+    losses, run.notes = own_losses(
         golden, x, _FASTER_LOSSES, lambda extents: student.rpn.losses(outputs, sizes, boxes, labels, extents=extents)
     )
     proposals = student.rpn.proposals(outputs, sizes)
@@ -183,11 +183,11 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
 
 
-def _gradient_norms(student: LoadedDetector, names: dict[str, str]) -> dict[str, float]:
+def _gradients(student: LoadedDetector, names: dict[str, str]) -> dict[str, Tensor]:
     parameters = dict(student.detector.named_parameters())
     if student.assistant is not None:
         parameters |= {f"assistant.{name}": p for name, p in student.assistant.named_parameters()}
     for number, adapter in student.adapters.items():
         parameters |= {f"adapters.{number}.{name}": p for name, p in adapter.named_parameters()}
     gradients = {key: parameters[name].grad for key, name in names.items() if name in parameters}
-    return {key: float(g.norm()) for key, g in gradients.items() if g is not None}
+    return {key: gradient for key, gradient in gradients.items() if gradient is not None}

@@ -81,7 +81,8 @@ def compare_detections(
     kept = (torch.cat([wanted_boxes, boxes[free]]), torch.cat([wanted_scores, scores[free]]))
     groups = torch.cat([wanted_labels, labels[free]])
     cuts: list[tuple[int | None, float]] = [(None, threshold)]
-    cuts += [(None, float(s[-1])) for s in (wanted_scores, scores) if len(s) >= limit]
+    if min(len(scores), len(golden)) >= limit:
+        cuts.append((None, float(scores.min())))
     if bool((lost & ~explained(*kept, groups, lost, iou, cuts)).any()):
         note = f"{int((~hit).sum())} golden detections not found, {int(free.sum())} others found"
         return merge(name, [row, failure(name, note)])

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from headkd_ray.engine.local import train_here
-from headkd_ray.errors import CheckpointError, JobError
+from headkd_ray.errors import CheckpointError, UserError
 from headkd_ray.train import train
 from tests.support import assert_same_weights, micro_job, student_weights
 
@@ -60,7 +60,7 @@ def test_other_keys_under_the_same_name_are_refused(tmp_path: Path, drawn_splits
     job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
     train(job, lambda record: None)
     other = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": [], "lr": 0.5})
-    with pytest.raises(JobError, match=r"optim\.lr.*0\.01.*0\.5"):
+    with pytest.raises(UserError, match=r"optim\.lr.*0\.01.*0\.5"):
         train(other, lambda record: None)
 
 

@@ -43,7 +43,6 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
         raise CheckpointError(f"{source}: caffe-style backbone (stride in the 1x1 conv, BGR input); only pytorch style is read")
 
     ours = {name: state[key] for key, name in names.items()}
-    origin = {name: key for key, name in names.items()}
     backbone = _backbone(ours, config)
     neck = infer.fpn(ours)
     detector: RetinaNet | FasterRCNN
@@ -62,15 +61,12 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     adapters = {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
 
     # One strict load of everything, so that one error lists everything.
-    parts = nn.ModuleDict({"detector": detector, "adapters": nn.ModuleDict({str(n): a for n, a in adapters.items()})})
+    parts = nn.ModuleDict(dict(detector.named_children()))
+    parts["adapters"] = nn.ModuleDict({str(number): adapter for number, adapter in adapters.items()})
     if assistant is not None:
         parts["assistant"] = assistant
-    fit(parts, {_place(name): tensor for name, tensor in ours.items()}, source, {_place(n): key for n, key in origin.items()})
+    fit(parts, ours, source, {name: key for key, name in names.items()})
     return LoadedDetector(detector, _classes(meta), "mmdet", assistant=assistant, adapters=adapters)
-
-
-def _place(name: str) -> str:
-    return name if name.startswith(("assistant.", "adapters.")) else f"detector.{name}"
 
 
 def _backbone(ours: Mapping[str, Tensor], config: str) -> BackboneSpec:

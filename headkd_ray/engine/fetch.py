@@ -1,0 +1,34 @@
+"""A detector from wherever a run stored it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from headkd_ray.detectors.weights import LoadedDetector, load_checkpoint
+from headkd_ray.errors import CheckpointError
+from headkd_ray.storage import Folder
+
+
+def fetch_detector(place: str) -> LoadedDetector:
+    """``load_checkpoint`` for a path or a URI; what is remote is copied to a temporary folder first.
+
+    Raises:
+        CheckpointError: missing, unreadable, or as ``load_checkpoint`` raises it.
+    """
+    folder, name = Folder.of_file(place.rstrip("/"), CheckpointError)
+    if not folder.remote:
+        return load_checkpoint(folder.at(name) if "://" in place else place)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / name
+        try:
+            if folder.has(name):
+                copy.write_bytes(folder.read(name))
+            else:
+                Folder.open(copy).copy_from(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{place}: cannot be read ({error})") from error
+        try:
+            return load_checkpoint(copy)
+        except CheckpointError as error:  # name what the user wrote
+            raise CheckpointError([line.replace(str(copy), place) for line in error.problems], error.headline) from error

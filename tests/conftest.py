@@ -1,0 +1,47 @@
+"""Fixtures of the whole session: a small Ray cluster, a small drawn data set. Ray reads its environment at import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",  # else Ray writes a token into the user's home
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    OMP_NUM_THREADS="1",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Ray on this machine with 4 logical CPUs; no GPU, no dashboard."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def drawn_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Prepared splits of a few drawn images: {"train": folder of 42 images, "val": folder of 10}."""
+    from headkd_ray.data.prepare import prepare_split
+    from headkd_ray.data.synthetic import draw_dataset
+
+    folder: Path = tmp_path_factory.mktemp("drawn")
+    drawn = draw_dataset(folder, train=42, val=10)
+    splits = {"train": (drawn.train, folder / "train"), "val": (drawn.val, folder / "val")}
+    for coco_json, out in splits.values():
+        prepare_split(str(coco_json), str(drawn.images), str(out), shard_images=16, row_group=4)
+    return {name: str(out) for name, (_, out) in splits.items()}

@@ -1,0 +1,77 @@
+"""A small COCO data set on disk, sound unless a test spoils it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 7, "name": "ant"}, {"id": 31, "name": "moth"}]
+"""Sparse ids, not in order."""
+
+
+def pixels(number: int, width: int, height: int) -> Image.Image:
+    """A smooth random picture."""
+    small = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@dataclass
+class CocoFiles:
+    """``data`` is the JSON's content; change it, then ``save``."""
+
+    folder: Path
+    data: dict[str, Any]
+
+    @property
+    def json(self) -> str:
+        return str(self.folder / "annotations.json")
+
+    @property
+    def images(self) -> str:
+        return str(self.folder / "images")
+
+    @property
+    def out(self) -> str:
+        return str(self.folder / "out")
+
+    def save(self) -> CocoFiles:
+        (self.folder / "annotations.json").write_text(json.dumps(self.data))
+        return self
+
+
+def make_coco(folder: Path, images: int = 12) -> CocoFiles:
+    """Images of mixed aspect in the three formats; image i has i % 3 boxes and, every fourth, a crowd."""
+    (folder / "images" / "deep").mkdir(parents=True)
+    data: dict[str, Any] = {"images": [], "annotations": [], "categories": [dict(category) for category in CATEGORIES]}
+    for number in range(images):
+        width, height = ((40, 30), (24, 36), (33, 33))[number % 3]
+        kind, suffix = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))[number % 3]
+        name = f"deep/{number}.{suffix}" if number % 2 else f"{number}.{suffix}"
+        (folder / "images" / name).write_bytes(encoded(pixels(number, width, height), kind))
+        image_id = 500 - 7 * number
+        data["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+        for k in range(number % 3 + (number % 4 == 0)):
+            data["annotations"].append(
+                {
+                    "id": 1000 - len(data["annotations"]),
+                    "image_id": image_id,
+                    "category_id": CATEGORIES[(number + k) % 3]["id"],
+                    "bbox": [2.5 + k, 3.0, 10.25, 8.0],
+                    "area": 60.0,
+                    "iscrowd": int(k == number % 3),
+                    "segmentation": [[1, 2, 3, 4, 5, 6]],
+                }
+            )
+    return CocoFiles(folder, data).save()

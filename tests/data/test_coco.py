@@ -1,0 +1,152 @@
+"""Every fault of a COCO JSON is found, all at once, with file, record and mend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headkd_ray.data.coco import read_coco
+from headkd_ray.errors import DataError
+from tests.data.coco_files import make_coco
+
+Spoil = Callable[[dict[str, Any]], Any]
+
+
+def set_bbox(*bbox: float) -> Spoil:
+    return lambda data: data["annotations"][0].update(bbox=list(bbox))
+
+
+FAULTS: dict[str, tuple[Spoil, str]] = {
+    "duplicate image id": (lambda d: d["images"].append(d["images"][0]), "image 500 .*duplicate image id"),
+    "duplicate annotation id": (lambda d: d["annotations"][1].update(id=1000), "annotation 1000: duplicate annotation id"),
+    "unknown image": (lambda d: d["annotations"][0].update(image_id=9), "annotation 1000, image_id 9: .*unknown image"),
+    "unknown category": (lambda d: d["annotations"][0].update(category_id=8), "category_id 8: .*unknown category"),
+    "duplicate category id": (lambda d: d["categories"].append({"id": 7, "name": "new"}), "category 7 .*duplicate category id"),
+    "duplicate category name": (lambda d: d["categories"].append({"id": 8, "name": "ant"}), "duplicate category name"),
+    "no categories": (lambda d: d["categories"].clear(), "no categories"),
+    "no width": (lambda d: d["images"][0].pop("width"), "image 500, None x 30: 'width' and 'height'"),
+    "no file name": (lambda d: d["images"][0].pop("file_name"), "image 500, file_name None"),
+    "absolute file name": (lambda d: d["images"][0].update(file_name="/etc/x.jpg"), "relative to IMAGES_DIR"),
+    "image without id": (
+        lambda d: d["images"].append({**d["images"][0], "id": "abc"}),
+        "image 'abc': image record without an integer 'id'",
+    ),
+    "annotation without id": (lambda d: d["annotations"][0].pop("id"), "annotation at position 0: .*without an integer 'id'"),
+    "annotations of faulty image": (lambda d: d["images"][0].update(height=0), "image 500, 40 x 0: 'width' and 'height'"),
+    "not a record": (lambda d: d["annotations"].append(3), "annotation at position .*without an integer 'id'"),
+    "zero width": (set_bbox(3, 3, 0, 5), "annotation 1000, bbox .*without area.*--fix-boxes"),
+    "negative height": (set_bbox(3, 3, 5, -4), "without area"),
+    "wholly outside": (set_bbox(50, 3, 5, 4), "without area inside its image"),
+    "reaches outside": (set_bbox(30, 3, 11.5, 4), "image 500 .0.jpg, 40 x 30.: box leaves the image by more than 1 px"),
+    "starts outside": (set_bbox(-2, 3, 6, 4), "leaves the image"),
+    "three numbers": (set_bbox(1, 2, 3), "'bbox' must be four finite numbers"),
+    "not a number": (set_bbox(float("nan"), 2, 3, 4), "'bbox' must be four finite numbers"),
+    "negative area": (lambda d: d["annotations"][0].update(area=-3), "'area' must be"),
+    "crowd flag": (lambda d: d["annotations"][0].update(iscrowd=2), "'iscrowd' must be 0 or 1"),
+    "no images": (lambda d: (d["images"].clear(), d["annotations"].clear()), "no images"),
+    "no boxes": (lambda d: d["annotations"].clear(), "no usable boxes"),
+    "crowds only": (lambda d: [a.update(iscrowd=1) for a in d["annotations"]], "no usable boxes"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_with_its_record(fault: str, tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    spoil, message = FAULTS[fault]
+    spoil(files.data)
+    files.save()
+    with pytest.raises(DataError, match=message) as caught:
+        read_coco(files.json)
+    assert len(caught.value.problems) == 1
+    assert files.json in caught.value.problems[0]
+
+
+def test_all_faults_at_once_and_long_lists_are_cut(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, images=200)
+    for annotation in files.data["annotations"]:
+        annotation["category_id"] = 5
+    files.data["images"][1]["id"] = 500
+    files.data["annotations"][0]["bbox"] = [1, 1, 0, 0]
+    with pytest.raises(DataError) as caught:
+        read_coco(files.save().json)
+    text = str(caught.value)
+    assert "duplicate image id" in text and "unknown image" in text and "without area" in text
+    assert text.count("unknown category") == 21
+    assert f"… and {len(files.data['annotations']) - 20} more ({len(files.data['annotations'])} in all)" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON"),
+        ("[1, 2]", "not a COCO file: holds a list"),
+        ('{"images": [], "annotations": {}}', "no list 'annotations', 'categories'"),
+        ('{"version": 1}', "found: version"),
+        ("\x00\xff", "not JSON"),
+    ],
+)
+def test_a_file_that_is_not_coco(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=message):
+        read_coco(str(path))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.json: no such file"):
+        read_coco(str(tmp_path / "none.json"))
+
+
+def test_slack_at_the_border_is_accepted_and_clipped_for_training_only(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    set_bbox(-0.5, 10, 41.25, 8)(files.data)
+    split = read_coco(files.save().json)
+    image = [record.id for record in split.images].index(500)
+    assert [0, 10, 40, 18] in split.boxes(image).tolist()
+    assert [-0.5, 10.0, 41.25, 8.0] in [annotation["bbox"] for annotation in split.ground_truth()["annotations"]]
+
+
+def test_fix_boxes_clips_drops_and_tells(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    count = len(files.data["annotations"])
+    set_bbox(30, 3, 30, 4)(files.data)
+    files.data["annotations"][1]["bbox"] = [3, 3, 0, 5]
+    split = read_coco(files.save().json, fix_boxes=True)
+    assert len(split.label) == count - 1
+    assert len(split.fixes) == 2
+    assert "annotation 1000" in split.fixes[0] and "clipped to [30.0, 3.0, 10.0, 4.0]" in split.fixes[0]
+    assert "annotation 999" in split.fixes[1] and "dropped" in split.fixes[1]
+    fixed = next(annotation for annotation in split.ground_truth()["annotations"] if annotation["id"] == 1000)
+    assert fixed["bbox"] == [30, 3, 10, 4] and fixed["area"] == 40
+
+
+def test_labels_are_contiguous_in_the_order_of_category_ids(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    split = read_coco(files.json)
+    assert split.category_ids == (7, 31, 90) and split.classes == ("ant", "moth", "zebra")
+    written = {annotation["id"]: annotation["category_id"] for annotation in split.ground_truth()["annotations"]}
+    assert written == {annotation["id"]: annotation["category_id"] for annotation in files.data["annotations"]}
+    assert [split.category_ids[label] for label in split.label] == [written[int(i)] for i in split.annotation_id]
+
+
+def test_order_in_the_json_does_not_matter(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    one = read_coco(files.json)
+    for records in (files.data["images"], files.data["annotations"], files.data["categories"]):
+        records.reverse()
+    assert read_coco(files.save().json).digest() == one.digest()
+    files.data["annotations"][0]["area"] += 1
+    assert read_coco(files.save().json).digest() != one.digest()
+
+
+def test_area_and_crowd_may_be_left_out(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    for annotation in files.data["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    split = read_coco(files.save().json)
+    assert not split.crowd.any() and split.area.tolist() == pytest.approx([82.0] * len(split.area))
+    assert json.dumps(split.ground_truth())

@@ -1,0 +1,229 @@
+"""Prepared splits: faithful, deterministic, resumable, and never complete when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from headkd_ray.data.images import decode
+from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.shards import META, ShardSet
+from headkd_ray.errors import DataError
+from headkd_ray.prepare import main
+from tests.data.coco_files import encoded, make_coco, pixels
+
+
+def contents(folder: str | Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+
+
+def samples(shards: ShardSet) -> dict[int, tuple]:
+    index = shards.index
+    found = {}
+    for shard, row in zip(index.shard.tolist(), index.row.tolist(), strict=True):
+        (sample,) = shards.read_group(shard, row // index.row_group, [row])
+        found[sample.image_id] = (sample.image, sample.boxes.tolist(), sample.labels.tolist(), sample.size)
+    return found
+
+
+def test_everything_arrives_and_bytes_are_untouched(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    shards = prepare_split(files.json, files.images, files.out, shard_images=5, row_group=2)
+    assert [shard.images for shard in shards.meta.shards] == [5, 5, 2]
+    stored = samples(shards)
+    for image in files.data["images"]:
+        data, boxes, labels, size = stored[image["id"]]
+        assert data == (tmp_path / "images" / image["file_name"]).read_bytes()
+        assert size == (image["height"], image["width"])
+        own = sorted((a for a in files.data["annotations"] if a["image_id"] == image["id"]), key=lambda a: a["id"])
+        kept = [a for a in own if not a["iscrowd"]]
+        assert boxes == [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in kept)]
+        assert [shards.meta.category_ids[label] for label in labels] == [a["category_id"] for a in kept]
+        assert shards.index.boxes[shards.index.image_id == image["id"]] == [len(kept)]
+    crowds = sum(a["iscrowd"] for a in files.data["annotations"])
+    assert (shards.meta.images, shards.meta.boxes, shards.meta.crowds) == (12, len(files.data["annotations"]) - crowds, crowds)
+    columns = pq.read_table(Path(files.out) / "shard-00000.parquet", use_threads=False).column_names
+    assert {"image_id", "file_name", "width", "height", "image", "boxes", "labels", "crowd", "annotation_ids"} <= set(columns)
+    truth = shards.ground_truth()
+    strip = {"segmentation"}
+    expected = [{k: v for k, v in a.items() if k not in strip} for a in files.data["annotations"]]
+    assert sorted(truth["annotations"], key=lambda a: a["id"]) == sorted(expected, key=lambda a: a["id"])
+
+
+def test_same_bytes_whatever_the_workers_and_the_order_of_the_json(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, images=30)
+    prepare_split(files.json, files.images, str(tmp_path / "one"), shard_images=8, row_group=4, workers=1)
+    files.data["images"].reverse()
+    files.data["annotations"].reverse()
+    files.save()
+    prepare_split(files.json, files.images, str(tmp_path / "many"), shard_images=8, row_group=4, workers=7)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_images_are_mixed_over_the_row_groups(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, images=60)
+    index = prepare_split(files.json, files.images, files.out, row_group=4).index
+    ids = index.image_id.tolist()
+    assert sorted(ids) == sorted(image["id"] for image in files.data["images"]) and ids != sorted(ids)
+    assert abs(np.corrcoef(ids, range(60))[0, 1]) < 0.5
+
+
+def spoil_images(folder: Path) -> None:
+    (folder / "0.jpg").write_bytes((folder / "0.jpg").read_bytes()[:-20])
+    (folder / "deep" / "1.png").write_bytes((folder / "deep" / "1.png").read_bytes()[:-30])
+    (folder / "2.webp").write_bytes((folder / "2.webp").read_bytes()[:-15])
+    (folder / "deep" / "3.jpg").write_bytes(b"GIF89a" + bytes(100))
+    (folder / "4.png").unlink()
+    (folder / "deep" / "5.webp").write_bytes(b"")
+    (folder / "6.jpg").write_bytes(encoded(pixels(6, 41, 30)))
+
+
+def test_all_faulty_images_are_reported_at_once_and_nothing_counts_as_complete(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, images=60)
+    sound = {path: path.read_bytes() for path in (tmp_path / "images").rglob("*.*")}
+    spoil_images(tmp_path / "images")
+    with pytest.raises(DataError) as caught:
+        prepare_split(files.json, files.images, files.out, shard_images=4, row_group=2)
+    lines = caught.value.problems
+    assert len(lines) == 7
+    for name, words in {
+        "0.jpg": "damaged",
+        "deep/1.png": "damaged",
+        "2.webp": "damaged",
+        "deep/3.jpg": "not a JPEG, PNG or WebP",
+        "4.png": "no such file",
+        "deep/5.webp": "not a JPEG, PNG or WebP",
+        "6.jpg": "stored 41 x 30, JSON 40 x 30: stored size differs",
+    }.items():
+        (line,) = [line for line in lines if f"images/{name} (image " in line]
+        assert words in line
+    left = set(contents(files.out))
+    assert META not in left and not any(name.endswith(".tmp") for name in left)
+    with pytest.raises(DataError, match="not completely prepared"):
+        ShardSet.open(files.out)
+    for path, data in sound.items():
+        path.write_bytes(data)
+    prepare_split(files.json, files.images, files.out, shard_images=4, row_group=2)
+    whole = prepare_split(files.json, files.images, str(tmp_path / "whole"), shard_images=4, row_group=2)
+    assert contents(files.out) == contents(whole.folder.path)
+
+
+def test_exif_orientation_is_ignored_as_coco_does(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / "images" / "0.jpg").write_bytes(encoded(pixels(0, 40, 30), exif=exif.tobytes()))
+    shards = prepare_split(files.json, files.images, files.out)
+    assert decode(samples(shards)[500][0]).shape == (3, 30, 40)
+
+
+def test_kill_9_keeps_finished_shards_and_the_rest_is_made(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, images=40)
+    for image in files.data["images"]:  # large enough that the kill falls in the middle
+        image.update(width=900, height=700)
+        kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image["file_name"].rsplit(".")[1]]
+        (tmp_path / "images" / image["file_name"]).write_bytes(encoded(pixels(image["id"], 900, 700), kind))
+    files.save()
+    command = [sys.executable, "-m", "headkd_ray.prepare", files.json, files.images, "--out", files.out]
+    command += ["--shard-images", "4", "--row-group", "2", "--workers", "1"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, stderr=subprocess.DEVNULL)
+    out = Path(files.out)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("shard-*.parquet"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, "ended or hung before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
+    assert len(finished) < 10 and META not in contents(out), "killed too late"
+    with pytest.raises(DataError, match="not completely prepared"):
+        ShardSet.open(files.out)
+    prepare_split(files.json, files.images, files.out, shard_images=4, row_group=2)
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished, "a finished shard was made again"
+    prepare_split(files.json, files.images, str(tmp_path / "whole"), shard_images=4, row_group=2)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    before = contents(files.out)
+    (Path(files.out) / META).unlink()
+    shard = Path(files.out) / "shard-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert contents(files.out) == before
+
+
+def test_a_finished_split_is_kept_and_another_one_is_not_overwritten_by_accident(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    before = {path: path.stat().st_mtime_ns for path in Path(files.out).iterdir()}
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert {path: path.stat().st_mtime_ns for path in Path(files.out).iterdir()} == before
+    with pytest.raises(DataError, match=r"another prepared split.*--overwrite"):
+        prepare_split(files.json, files.images, files.out, shard_images=12)
+    replaced = prepare_split(files.json, files.images, files.out, shard_images=12, overwrite=True)
+    assert sorted(name for name in contents(files.out) if name.startswith("shard")) == ["shard-00000.parquet"]
+    assert replaced.meta.images == 12
+
+
+def test_any_filesystem(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    files = make_coco(tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(files.images, "/own/images", recursive=True)
+    memory.put(files.json, "/own/annotations.json")
+    try:
+        remote = prepare_split("memory://own/annotations.json", "memory://own/images", "memory://own/out", shard_images=5)
+        local = prepare_split(files.json, files.images, "file://" + files.out, shard_images=5)
+        assert samples(remote) == samples(local) and remote.meta == local.meta
+    finally:
+        memory.rm("/own", recursive=True)
+    with pytest.raises(DataError, match="no filesystem"):
+        ShardSet.open("nonsense://bucket/data")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = make_coco(tmp_path)
+    files.data["annotations"][0]["bbox"] = [3, 3, 0, 5]
+    files.save()
+    with pytest.raises(SystemExit) as caught:
+        main([files.json, files.images, "--out", files.out])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert "annotation 1000" in text and "--fix-boxes" in text and "Traceback" not in text
+    assert not Path(files.out).exists()
+    assert main([files.json, files.images, "--out", files.out, "--fix-boxes", "--workers", "2"]) == 0
+    output = capsys.readouterr()
+    assert "12 images" in output.out and "3 classes" in output.out and "fixed: " in output.err
+    assert json.loads((Path(files.out) / META).read_text())["fixes"]
+
+
+def test_prepare_does_not_need_ray(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    code = (
+        "import sys; sys.modules['ray'] = None; sys.modules['torchvision'] = None\n"
+        "from headkd_ray.prepare import main\n"
+        f"sys.exit(main([{files.json!r}, {files.images!r}, '--out', {files.out!r}]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+
+def test_a_prepared_split_may_be_moved(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    before = samples(prepare_split(files.json, files.images, files.out))
+    shutil.move(files.out, tmp_path / "elsewhere")
+    assert samples(ShardSet.open(str(tmp_path / "elsewhere"))) == before

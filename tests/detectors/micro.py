@@ -1,0 +1,56 @@
+"""Detectors small enough that a test builds and steps them in milliseconds, and one drawn batch for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
+
+BACKBONE: dict[str, Any] = {
+    "name": "resnet10t",
+    "kwargs": {"stem_width": 4, "channels": [8, 8, 16, 16]},
+    "frozen_stages": 0,
+    "norm_eval": False,
+}
+
+
+def retinanet_spec(**head: Any) -> RetinaNetSpec:
+    head = {"convs": 1, "channels": 16, "proposals": {"pre_nms": 100, "post_nms": 50}, **head}
+    return RetinaNetSpec.model_validate({"backbone": BACKBONE, "neck": {"channels": 16}, "head": head})
+
+
+def faster_rcnn_spec(**roi: Any) -> FasterRCNNSpec:
+    proposals = {"pre_nms": 100, "post_nms": 50}
+    return FasterRCNNSpec.model_validate(
+        {
+            "backbone": BACKBONE,
+            "neck": {"channels": 16, "extra": "pool"},
+            "rpn": {"train_proposals": proposals, "test_proposals": proposals, "sampler": {"size": 32}},
+            "roi": {"fc_channels": 24, "pool": 3, "sampler": {"size": 16}, **roi},
+        }
+    )
+
+
+def batch() -> dict[str, Tensor]:
+    """Three images in one 64 x 96 batch: a full-size one, a smaller one, and one without objects."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "images": torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8, generator=generator),
+        "sizes": torch.tensor([[64, 96], [50, 60], [64, 90]]),
+        "boxes": torch.tensor(
+            [[[4.0, 4, 40, 36], [50, 10, 90, 60]], [[8, 8, 30, 44], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+        ),
+        "labels": torch.tensor([[0, 2], [1, -1], [-1, -1]]),
+    }
+
+
+def liven(module: torch.nn.Module, seed: int = 0) -> None:
+    """Give the last layers weights so large that scores differ between cells and some pass the threshold."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "_out." in name:
+                parameter.normal_(0, 0.3, generator=generator)

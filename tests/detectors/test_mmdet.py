@@ -1,0 +1,202 @@
+"""mmdet files as they are in the wild: 2.x, 3.x with logging objects inside, HEAD's own; and what must be refused."""
+
+import argparse
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors import FasterRCNN, RetinaNet, build_detector
+from headkd_ray.detectors.weights import load_checkpoint, load_mmdet
+from headkd_ray.errors import CheckpointError
+from headkd_ray.job import FasterRCNNSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "official_head_r18.npz"
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def golden_state(who: str) -> dict[str, Tensor]:
+    """A state dict that the official code wrote."""
+    with np.load(GOLDEN) as file:
+        return {key.removeprefix(f"{who}/"): torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{who}/")}
+
+
+def plain_retinanet() -> dict[str, Tensor]:
+    """The golden student as plain mmdet names it: the head is ``bbox_head``, and there is no assistant."""
+    state = golden_state("student")
+    kept = {key: value for key, value in state.items() if not key.startswith(("roi_head.", "_distiller."))}
+    return {key.replace("rpn_head.", "bbox_head."): value for key, value in kept.items()}
+
+
+def test_a_head_student_brings_assistant_and_adapters() -> None:
+    loaded = load_mmdet(golden_state("student"))
+    assert isinstance(loaded.detector, RetinaNet)
+    assert loaded.detector.num_classes == 5
+    assert loaded.assistant is not None
+    assert loaded.assistant.strides == (8, 16, 32, 64)
+    assert {number: (a.in_features, a.out_features) for number, a in loaded.adapters.items()} == {
+        0: (32, 32),
+        1: (32, 32),
+        5: (16, 32),
+    }
+    assert not any("assistant" in name or "adapter" in name for name in loaded.detector.state_dict())
+
+
+def test_plain_retinanet_is_the_same_detector() -> None:
+    plain, head = load_mmdet(plain_retinanet()), load_mmdet(golden_state("student"))
+    assert plain.assistant is None
+    assert plain.detector.spec == head.detector.spec
+    assert all(torch.equal(a, b) for a, b in zip(plain.detector.parameters(), head.detector.parameters(), strict=True))
+
+
+def test_faster_rcnn() -> None:
+    loaded = load_mmdet(golden_state("teacher"))
+    assert isinstance(loaded.detector, FasterRCNN)
+    assert (loaded.detector.spec.backbone.name, loaded.detector.spec.roi.fc_channels) == ("resnet50", 32)
+
+
+def test_a_full_size_r50_is_recognised_without_kwargs() -> None:
+    net = build_detector(FasterRCNNSpec(), 80)
+    ours = net.state_dict()
+    back = {"rpn.tower.0": "rpn_head.rpn_conv", "rpn.cls_out": "rpn_head.rpn_cls", "rpn.box_out": "rpn_head.rpn_reg"}
+    back |= {"roi.cls_out": "roi_head.bbox_head.fc_cls", "roi.box_out": "roi_head.bbox_head.fc_reg"}
+    state = {}
+    for name, tensor in ours.items():
+        module, _, last = name.rpartition(".")
+        if name.startswith("backbone.body."):
+            key = name.replace("backbone.body.", "backbone.")
+        elif name.startswith("neck."):
+            kind, number = name.split(".")[1:3]
+            key = f"neck.{'lateral' if kind == 'lateral' else 'fpn'}_convs.{number}.conv.{last}"
+        elif name.startswith("roi.fcs."):
+            key = name.replace("roi.fcs.", "roi_head.bbox_head.shared_fcs.")
+        else:
+            key = f"{back[module]}.{last}"
+        state[key] = tensor
+    loaded = load_mmdet(state)
+    assert loaded.detector.spec == FasterRCNNSpec()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.detector.state_dict().values(), ours.values(), strict=True))
+
+
+def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
+    """mmengine's class as its pickles show it: numpy arrays, and its own methods, which pickle writes as ``getattr``."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self._log_history = np.array([0.5, 0.25])
+            self._count_history = np.array([1, 1])
+            self.max_length = 10
+            self.statistics_methods: dict[str, Callable[..., Any]] = {"mean": HistoryBuffer.mean}
+
+        def mean(self) -> float:
+            return float(self._log_history.mean())
+
+        def __getstate__(self) -> dict[str, Any]:
+            return self.__dict__
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            raise AssertionError("code from the file ran")
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = module.__name__, "HistoryBuffer.mean"
+    module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return HistoryBuffer
+
+
+def test_a_2x_file(tmp_path: Path) -> None:
+    meta = {"mmdet_version": "2.20.0", "CLASSES": CLASSES, "config": "backbone=dict(style='pytorch')", "epoch": 12}
+    torch.save({"meta": meta, "state_dict": plain_retinanet(), "optimizer": {"lr": 0.1}}, tmp_path / "retina.pth")
+    loaded = load_checkpoint(tmp_path / "retina.pth")
+    assert (loaded.source, loaded.classes) == ("mmdet", CLASSES)
+
+
+@pytest.mark.parametrize("key", ["classes", "CLASSES"])
+def test_a_3x_file_with_logging_objects_inside(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = history_buffer(monkeypatch)
+    content = {
+        "meta": {"dataset_meta": {key: CLASSES, "palette": [(1, 2, 3)]}, "cfg": "style='pytorch'", "best": np.float64(0.5)},
+        "message_hub": {"log_scalars": {"train/loss": buffer()}, "runtime_info": {"iter": np.int64(7), "seed": 1}},
+        "state_dict": golden_state("teacher"),
+    }
+    torch.save(content, tmp_path / "faster.pth")
+    monkeypatch.undo()
+    assert "mmengine" not in sys.modules
+    loaded = load_checkpoint(str(tmp_path / "faster.pth"))
+    assert (loaded.source, loaded.classes) == ("mmdet", CLASSES)
+
+
+def test_ddp_prefix_and_training_scripts_arguments(tmp_path: Path) -> None:
+    state = {f"module.{key}": value for key, value in plain_retinanet().items()}
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "model.pth")
+    assert load_checkpoint(tmp_path / "model.pth").classes is None
+
+
+class Evil:
+    """A file that would run code on unpickling."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("/nonexistent-folder/ran"),))
+
+
+def test_files_that_cannot_be_read_safely_are_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": plain_retinanet(), "meta": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="could run code"):
+        load_checkpoint(tmp_path / "evil.pth")
+    (tmp_path / "noise.pth").write_bytes(b"\x00\x01 not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"noise\.pth"):
+        load_checkpoint(tmp_path / "noise.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a readable weight file"):
+        load_checkpoint(tmp_path / "empty.pth")
+    (tmp_path / "list.pth").write_bytes(pickle.dumps([1], protocol=2))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "list.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="not a state dict"):
+        load_checkpoint(tmp_path / "list.pth")
+    torch.save({"state_dict": {}}, tmp_path / "nothing.pth")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        load_checkpoint(tmp_path / "nothing.pth")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=r"neither an mmdet nor a torchvision.*student\.backbone\.weights"):
+        load_checkpoint(tmp_path / "net.pth")
+
+
+def test_every_tensor_that_does_not_match_is_listed() -> None:
+    state = plain_retinanet()
+    with pytest.raises(CheckpointError) as caught:
+        load_mmdet({**state, "bbox_head.retina_iou.weight": torch.zeros(1), "mask_head.x": torch.zeros(1)})
+    assert caught.value.problems == ["unexpected: bbox_head.retina_iou.weight", "unexpected: mask_head.x"]
+    del state["neck.fpn_convs.1.conv.bias"], state["backbone.layer3.0.bn1.weight"]
+    state |= {"backbone.layer9.0.conv1.weight": torch.zeros(1), "bbox_head.retina_reg.bias": torch.zeros(2)}
+    with pytest.raises(CheckpointError) as caught:
+        load_mmdet(state)
+    assert sorted(caught.value.problems) == [
+        "missing: backbone.body.layer3.0.bn1.weight",
+        "missing: neck.output.1.bias",
+        "shape of bbox_head.retina_reg.bias: 2 in the file, 36 in the model",
+        "unexpected: backbone.layer9.0.conv1.weight",
+    ]
+
+
+def test_other_architectures_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="caffe-style"):
+        load_mmdet(plain_retinanet(), {"config": "backbone=dict(style='caffe')"})
+    state = plain_retinanet()
+    state["bbox_head.retina_reg.weight"] = torch.zeros(12, 16, 3, 3)
+    with pytest.raises(CheckpointError, match="3 anchors a cell"):
+        load_mmdet(state)
+    state = {k: v for k, v in plain_retinanet().items() if not k.startswith("backbone.layer4")}
+    with pytest.raises(CheckpointError, match=r"missing: backbone\.body\.layer4"):
+        load_mmdet(state)

@@ -1,0 +1,159 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torchvision.ops import nms, roi_align
+
+from headkd_ray.detectors import RoIHead, RoIs
+from headkd_ray.detectors.boxes import ROI_STDS, decode, encode
+from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.proposals import Proposals
+from headkd_ray.detectors.roi_head import RoIOutputs, pool_rois, roi_levels
+from headkd_ray.detectors.rois import candidates, choose, draw, flatten
+from headkd_ray.job import RoIHeadSpec, SamplerSpec
+
+STRIDES = (8, 16, 32, 64)
+CLASSES = 3
+
+
+def spec(**keys: Any) -> RoIHeadSpec:
+    return RoIHeadSpec.model_validate({"fc_channels": 12, "pool": 3, **keys})
+
+
+def scene(count: int = 40) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Pyramid of two 256 x 256 images, and boxes of all sizes."""
+    torch.manual_seed(0)
+    features = [torch.randn(2, 4, 256 // s, 256 // s) for s in STRIDES]
+    corner = torch.rand(count, 2) * 128
+    boxes = torch.cat([corner, corner + 2 + torch.rand(count, 2) ** 2 * 900], dim=1)
+    return features, boxes, torch.randint(0, 2, (count,))
+
+
+@pytest.mark.parametrize(
+    ("side", "level"), [(1, 0), (55.9, 0), (111.9, 0), (112, 1), (223.9, 1), (224, 2), (448, 3), (2000, 3)]
+)
+def test_level_map(side: float, level: int) -> None:
+    # k = floor(log2(sqrt(area) / 56)): a side of 112 pixels starts level 1, whatever the strides are.
+    assert roi_levels(torch.tensor([[0.0, 0, side, side]]), 4, 56.0).tolist() == [level]
+
+
+def test_pooling_in_one_pass_equals_box_by_box() -> None:
+    features, boxes, image = scene()
+    pooled = pool_rois(features, STRIDES, boxes, image, spec())
+    levels = set()
+    for n in range(len(boxes)):
+        area = float((boxes[n, 2] - boxes[n, 0]) * (boxes[n, 3] - boxes[n, 1]))
+        level = min(max(math.floor(math.log2(math.sqrt(area) / 56 + 1e-6)), 0), 3)
+        levels.add(level)
+        row = torch.cat([image[n : n + 1].float(), boxes[n]]).unsqueeze(0)
+        expected = roi_align(features[level], row, 3, 1 / STRIDES[level], 0, True)[0]
+        torch.testing.assert_close(pooled[n], expected)
+    assert levels == {0, 1, 2, 3}
+
+
+def test_taps_are_after_the_relu_and_in_order() -> None:
+    features, boxes, image = scene(5)
+    head = RoIHead(spec(fcs=3), 4, CLASSES, STRIDES)
+    outputs = head(features, boxes, image)
+    hidden = pool_rois(features, STRIDES, boxes, image, head.spec).flatten(1)
+    for fc, tap in zip(head.fcs, outputs.taps, strict=True):
+        hidden = fc(hidden).clamp(min=0)
+        torch.testing.assert_close(tap, hidden)
+    torch.testing.assert_close(outputs.logits, head.cls_out(hidden))
+    assert outputs.logits.shape == (5, CLASSES + 1)
+    assert outputs.deltas.shape == (5, CLASSES, 4)
+
+
+def rois(labels: list[int]) -> RoIs:
+    torch.manual_seed(2)
+    count = len(labels)
+    boxes = torch.rand(count, 4).cumsum(1) * 50
+    targets = torch.rand(count, 4).cumsum(1) * 50
+    return RoIs(
+        boxes,
+        torch.zeros(count, dtype=torch.int64),
+        torch.zeros(count, 4, dtype=torch.int64),
+        torch.tensor(labels, dtype=torch.int64),
+        targets,
+    )
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_losses_in_float64(agnostic: bool) -> None:
+    head = RoIHead(spec(class_agnostic=agnostic), 4, CLASSES, STRIDES)
+    sample = rois([0, 2, 3, 1, 3])  # 3 = background
+    logits, deltas = torch.randn(5, 4), torch.randn(5, 1 if agnostic else CLASSES, 4)
+    losses = head.losses(RoIOutputs([], logits, deltas), sample)
+    cls, box = 0.0, 0.0
+    for n, label in enumerate(sample.labels.tolist()):
+        cls -= float(logits[n].double().log_softmax(0)[label])
+        if label < CLASSES:
+            wanted = encode(sample.targets[n].double(), sample.boxes[n].double(), ROI_STDS)
+            box += float((deltas[n, 0 if agnostic else label].double() - wanted).abs().sum())
+    assert float(losses["cls"]) == pytest.approx(cls / 5, rel=1e-5)
+    assert float(losses["box"]) == pytest.approx(box / 5, rel=1e-5)
+
+
+def test_no_rois_no_loss_but_gradients_of_zero() -> None:
+    features, _, _ = scene(1)
+    features = [f.requires_grad_() for f in features]
+    head = RoIHead(spec(), 4, CLASSES, STRIDES)
+    nothing = rois([])
+    outputs = head(features, torch.zeros(0, 4), nothing.image)
+    losses = head.losses(outputs, nothing)
+    (losses["cls"] + losses["box"]).backward()
+    assert losses["cls"].item() == losses["box"].item() == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in head.parameters())
+
+
+def test_detections_by_hand() -> None:
+    torch.manual_seed(3)
+    head = RoIHead(spec(postprocess={"score": 0.2, "max_detections": 12}), 4, CLASSES, STRIDES)
+    boxes, image = torch.rand(30, 4).cumsum(1) * 60, torch.arange(30) % 2
+    outputs = RoIOutputs([], torch.randn(30, 4) * 2, torch.randn(30, CLASSES, 4))
+    sizes = torch.tensor([[64, 96], [50, 60]])
+    found = head.detect(outputs, boxes, image, sizes)
+    for i in range(2):
+        kept = []
+        for c in range(CLASSES):
+            rows = [n for n in range(30) if image[n] == i and outputs.logits[n].softmax(0)[c] > 0.2]
+            decoded = decode(outputs.deltas[rows, c], boxes[rows], ROI_STDS)
+            decoded[:, 0::2] = decoded[:, 0::2].clamp(0, float(sizes[i, 1]))
+            decoded[:, 1::2] = decoded[:, 1::2].clamp(0, float(sizes[i, 0]))
+            scores = outputs.logits[rows].softmax(1)[:, c]
+            kept += [(float(scores[k]), c, decoded[k].tolist()) for k in nms(decoded, scores, 0.5).tolist()]
+        kept = sorted(kept, key=lambda row: -row[0])[:12]
+        real = found.labels[i] >= 0
+        assert found.labels[i][real].tolist() == [c for _, c, _ in kept]
+        torch.testing.assert_close(found.boxes[i][real], torch.tensor([b for _, _, b in kept]))
+
+
+def test_candidates_put_the_truth_in_front_and_ids_survive_sampling() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40]], [[5, 5, 9, 9], [0, 0, 0, 0]]])
+    truth = Truth.of(boxes, torch.tensor([[2, 0], [1, -1]]))
+    proposed = torch.tensor(
+        [[[0.0, 0, 10, 9], [50, 50, 60, 60], [21, 21, 40, 40]], [[80, 80, 90, 90], [5, 5, 9, 8], [0, 0, 0, 0]]]
+    )
+    cells = torch.arange(24).reshape(2, 3, 4)
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    pool = candidates(Proposals(proposed, torch.zeros(2, 3), cells, valid), truth, 0.5)
+    chosen = choose(pool, draw(pool, SamplerSpec(size=99, positive_fraction=1.0)), truth, 5)
+    assert chosen.image.tolist() == [0] * 5 + [1] * 3
+    gt = [-1, -1, -1]
+    assert chosen.cells.tolist() == [
+        [*gt, 0], [*gt, 1], cells[0, 0].tolist(), cells[0, 2].tolist(), cells[0, 1].tolist(),
+        [*gt, 0], cells[1, 1].tolist(), cells[1, 0].tolist(),
+    ]  # fmt: skip
+    assert chosen.labels.tolist() == [2, 0, 2, 0, 5, 1, 1, 5]
+    assert chosen.from_proposal.tolist() == [False, False, True, True, True, False, True, True]
+    torch.testing.assert_close(chosen.targets[3], boxes[0, 1])
+    torch.testing.assert_close(chosen.targets[4], chosen.boxes[4])
+
+
+def test_flatten_reads_real_rows_in_order() -> None:
+    boxes = torch.arange(24.0).reshape(2, 3, 4)
+    valid = torch.tensor([[True, False, False], [True, True, False]])
+    rows, image = flatten(Proposals(boxes, torch.zeros(2, 3), torch.zeros(2, 3, 4, dtype=torch.int64), valid))
+    assert image.tolist() == [0, 1, 1]
+    assert rows.tolist() == [boxes[0, 0].tolist(), boxes[1, 0].tolist(), boxes[1, 1].tolist()]

@@ -1,0 +1,292 @@
+"""What each method trains, what it costs, and what it must never touch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors import Detector, build_detector
+from headkd_ray.distill import HEAD, Trainee, build_trainee, warmup
+from headkd_ray.errors import JobError
+from headkd_ray.job import Job
+from tests.detectors.micro import batch, faster_rcnn_spec, liven, retinanet_spec
+
+CLASSES = 3
+STUDENT = ("loss_cls", "loss_box")
+ASSISTANT = ("loss_assist_cls", "loss_assist_box")
+AKD = ("loss_akd_1", "loss_akd_2")
+LOSSES: dict[str, tuple[str, ...]] = {
+    "supervised": STUDENT,
+    "assist": STUDENT + ASSISTANT,
+    "copy_only": STUDENT + ASSISTANT,
+    "akd": STUDENT + ASSISTANT + AKD,
+    "head": (*STUDENT, *ASSISTANT, *AKD, "loss_ckd"),
+    "fitnet": (*STUDENT, "loss_fitnet"),
+}
+
+
+def job(method: str, **distill: Any) -> Job:
+    with_teacher = method not in ("supervised", "assist")
+    if method == "assist":
+        distill.setdefault("assistant", faster_rcnn_spec().roi.model_dump())
+    return Job.model_validate(
+        {
+            "run": {"name": "test"},
+            "method": method,
+            "data": {"train": "t", "val": "v"},
+            "student": retinanet_spec().model_dump(),
+            "teacher": {"checkpoint": "c"} if with_teacher else None,
+            "distill": distill,
+        }
+    )
+
+
+def teacher_of(method: str, classes: int = CLASSES) -> Detector | None:
+    if method in ("supervised", "assist"):
+        return None
+    torch.manual_seed(11)
+    teacher = build_detector(retinanet_spec() if method == "fitnet" else faster_rcnn_spec(), classes)
+    liven(teacher)
+    return teacher.train()
+
+
+def trainee_of(method: str, **distill: Any) -> Trainee:
+    torch.manual_seed(0)
+    return build_trainee(job(method, **distill), CLASSES, teacher_of(method)).train()
+
+
+def step(trainee: Trainee, at: int = 1000, seed: int = 0, **change: Tensor) -> dict[str, Tensor]:
+    data = {**batch(), **change}
+    return trainee(data["images"], data["sizes"], data["boxes"], data["labels"], at, torch.Generator().manual_seed(seed))
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_gradients_reach_exactly_what_the_method_trains(method: str) -> None:
+    trainee = trainee_of(method)
+    losses = step(trainee)
+    assert tuple(losses) == LOSSES[method]
+    assert all(loss.dtype == torch.float32 and loss.isfinite() and loss > 0 for loss in losses.values())
+    total(losses).backward()
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    if trainee.teacher is not None:
+        assert all(p.grad is None and not p.requires_grad for p in trainee.teacher.parameters())
+
+
+def reached(loss: Tensor, trainee: Trainee) -> set[str]:
+    """The parts of the trainee that a loss has a gradient for."""
+    parameters = dict(trainee.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+    touched = {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().sum() > 0}
+    parts = ("student.backbone", "student.neck", "student.head.cls_tower", "student.head.cls_out", "student.head.box")
+    return {
+        part
+        for part in (*parts, "assistant.fcs", "assistant.box_out", "akd", "ckd")
+        if any(t.startswith(part) for t in touched)
+    }
+
+
+def test_each_loss_of_head_reaches_what_it_should() -> None:
+    trainee = trainee_of("head")
+    losses = step(trainee)
+    below = {"student.backbone", "student.neck"}
+    assert reached(losses["loss_cls"], trainee) == below | {"student.head.cls_tower", "student.head.cls_out"}
+    assert reached(losses["loss_box"], trainee) == below | {"student.head.box"}
+    assert reached(losses["loss_assist_cls"], trainee) == below | {"assistant.fcs"}
+    assert reached(losses["loss_akd_1"], trainee) == below | {"assistant.fcs", "akd"}
+    assert reached(losses["loss_akd_2"], trainee) == below | {"assistant.fcs", "akd"}
+    assert reached(losses["loss_ckd"], trainee) == below | {"student.head.cls_tower", "ckd"}
+
+
+@pytest.mark.parametrize("method", ["copy_only", "akd", "head", "fitnet"])
+def test_the_teacher_is_a_guest(method: str) -> None:
+    teacher = teacher_of(method)
+    assert teacher is not None
+    before = {n: t.clone() for n, t in teacher.state_dict().items()}
+    torch.manual_seed(0)
+    trainee = build_trainee(job(method), CLASSES, teacher).train()
+    optimizer = torch.optim.SGD(trainee.parameters(), lr=0.1, weight_decay=0.1)
+    total(step(trainee)).backward()
+    optimizer.step()
+    own = {id(p) for p in teacher.parameters()}
+    assert not own & {id(p) for p in trainee.parameters()}
+    assert teacher not in set(trainee.modules())
+    assert not any("teacher" in name for name in trainee.state_dict())
+    if trainee.teacher is not None:
+        assert not any(m.training for m in teacher.modules())
+    assert all(torch.equal(before[n], t) for n, t in teacher.state_dict().items())
+
+
+def test_the_teacher_follows_to_another_dtype_and_device() -> None:
+    trainee = trainee_of("head")
+    assert trainee.teacher is not None
+    trainee.to(torch.float64)
+    assert {p.dtype for p in trainee.teacher.parameters()} == {torch.float64}
+    trainee.to("meta")
+    assert {p.device.type for p in trainee.teacher.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("method", ["copy_only", "akd", "head"])
+def test_the_assistant_starts_as_the_teachers_head_and_then_lives_its_own_life(method: str) -> None:
+    teacher = teacher_of(method)
+    assert teacher is not None
+    trainee = build_trainee(job(method), CLASSES, teacher)
+    assert isinstance(trainee, HEAD)
+    theirs = teacher.roi.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(t, theirs[n]) for n, t in trainee.assistant.state_dict().items())
+    with torch.no_grad():
+        for parameter in trainee.assistant.parameters():
+            parameter.add_(1)
+    assert not any(torch.equal(t, theirs[n]) for n, t in trainee.assistant.state_dict().items())
+    assert trainee.assistant.strides == (8, 16, 32, 64)
+
+
+def test_copying_can_be_switched_off() -> None:
+    teacher = teacher_of("head")
+    assert teacher is not None
+    trainee = build_trainee(job("head", copy_head=False), CLASSES, teacher)
+    assert isinstance(trainee, HEAD)
+    assert not torch.equal(trainee.assistant.cls_out.weight, teacher.roi.cls_out.weight)  # type: ignore[union-attr]
+
+
+def test_fitnet_copies_the_dense_head() -> None:
+    teacher = teacher_of("fitnet")
+    assert teacher is not None
+    trainee = build_trainee(job("fitnet"), CLASSES, teacher)
+    theirs = teacher.state_dict()
+    assert all(torch.equal(t, theirs[n]) for n, t in trainee.student.state_dict().items() if n.startswith("head."))
+
+
+def test_fitnet_formula() -> None:
+    trainee, data = trainee_of("fitnet", fitnet_weight=3.0).eval(), batch()
+    loss = step(trainee, at=0)["loss_fitnet"]
+    assert trainee.teacher is not None
+    x = trainee.student.normalise(data["images"], data["sizes"])
+    expected = 0.0
+    for adapter, mine, theirs in zip(trainee.adapters, trainee.student.features(x), trainee.teacher.features(x), strict=True):
+        expected += float(((adapter(mine) - theirs).double() ** 2).mean().detach())
+    assert float(loss.detach()) == pytest.approx(3 * expected, rel=1e-5)
+
+
+def test_warmup_and_weights() -> None:
+    assert [warmup(t, 2000) for t in (0, 1, 1000, 2000, 9999)] == [0.0, 0.0005, 0.5, 1.0, 1.0]
+    assert warmup(0, 0) == 1.0
+    trainee = trainee_of("head").eval()
+    start, half, full = (step(trainee, at=t) for t in (0, 1000, 5000))
+    for name in (*AKD, "loss_ckd"):
+        assert start[name].item() == 0
+        torch.testing.assert_close(2 * half[name], full[name])
+    for name in STUDENT + ASSISTANT:
+        torch.testing.assert_close(start[name], full[name])
+    weighted = trainee_of("head", akd_weight=6.0, ckd_weight=1.0, assistant_weight=0.5).eval()
+    other = step(weighted, at=5000)
+    for name in AKD:
+        torch.testing.assert_close(other[name], 3 * full[name])
+    torch.testing.assert_close(other["loss_ckd"], 0.5 * full["loss_ckd"])
+    for name in ASSISTANT:
+        torch.testing.assert_close(other[name], 0.5 * full[name])
+
+
+def test_teacher_and_assistant_see_the_same_rois() -> None:
+    trainee = trainee_of("head").eval()
+    assert isinstance(trainee, HEAD)
+    assert trainee.teacher is not None
+    data = batch()
+    x = trainee.student.normalise(data["images"], data["sizes"])
+    _, trace = trainee.trace(x, x, data["sizes"], data["boxes"], data["labels"], 0, torch.Generator().manual_seed(0))
+    theirs = trainee.teacher.roi(trainee.teacher.features(x), trace.rois.boxes, trace.rois.image)  # type: ignore[union-attr, operator]
+    for mine, tap in zip(trace.taught, theirs.taps, strict=True):
+        torch.testing.assert_close(mine, tap)
+    assert trace.rows is not None
+    assert 0 < len(trace.rows) == int(trace.rois.from_proposal.sum()) < len(trace.rois.boxes) == 3 * 16
+
+
+@pytest.mark.parametrize("method", LOSSES)
+@pytest.mark.parametrize("truths", [0, 2])
+def test_a_batch_without_any_object(method: str, truths: int) -> None:
+    trainee = trainee_of(method)
+    losses = step(trainee, boxes=torch.zeros(3, truths, 4), labels=torch.full((3, truths), -1))
+    total(losses).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("truths", [0, 1])
+def test_no_proposal_at_all(truths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainee = trainee_of("head")
+    assert isinstance(trainee, HEAD)
+    propose = trainee.student.head.proposals
+    monkeypatch.setattr(
+        trainee.student.head, "proposals", lambda *a: type(propose(*a))(*(field[:, :0] for field in propose(*a)))
+    )
+    boxes = torch.tensor([[[4.0, 4, 40, 36]]] * 3)[:, :truths]
+    losses = step(trainee, boxes=boxes, labels=torch.zeros(3, truths, dtype=torch.int64))
+    total(losses).backward()
+    assert losses["loss_ckd"].item() == 0
+    assert (losses["loss_akd_1"].item() == 0) == (truths == 0)
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_one_seed_one_step() -> None:
+    def run(seed: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        trainee = trainee_of("head")
+        losses = step(trainee, seed=seed)
+        total(losses).backward()
+        return losses, [p.grad for p in trainee.parameters() if p.grad is not None]
+
+    (first, grads), (again, same), (other, _) = run(1), run(1), run(2)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    assert not torch.equal(first["loss_akd_1"], other["loss_akd_1"])
+    assert torch.equal(first["loss_cls"], other["loss_cls"])
+
+
+def test_a_teacher_of_other_pixel_statistics_gets_its_own_input() -> None:
+    spec = faster_rcnn_spec()
+    other = spec.model_copy(
+        update={"pixels": spec.pixels.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (255.0, 255.0, 255.0)})}
+    )
+    torch.manual_seed(11)
+    teacher = build_detector(other, CLASSES)
+    seen: list[Tensor] = []
+    features = teacher.features
+    teacher.features = lambda x: (seen.append(x), features(x))[1]  # type: ignore[method-assign, func-returns-value]
+    trainee, data = build_trainee(job("head"), CLASSES, teacher), batch()
+    step(trainee)
+    torch.testing.assert_close(seen[0], teacher.normalise(data["images"], data["sizes"]))
+
+
+def test_losses_stay_float32_under_autocast() -> None:
+    trainee = trainee_of("head")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = step(trainee)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    total(losses).backward()
+
+
+def problems() -> Iterator[tuple[str, dict[str, Any], Detector | None, str]]:
+    yield "head", {}, None, "method head needs one"
+    yield "supervised", {}, teacher_of("head"), "method supervised uses none"
+    yield "head", {}, teacher_of("fitnet"), "needs a faster_rcnn teacher, this one is a retinanet"
+    yield "fitnet", {}, teacher_of("head"), "needs a retinanet teacher, this one is a faster_rcnn"
+    yield "head", {}, teacher_of("head", classes=5), "the teacher knows 5 classes, the data has 3"
+    yield "copy_only", {"copy_head": False}, teacher_of("head"), "distill.copy_head"
+    yield "akd", {"assistant": {"fcs": 3}, "copy_head": False}, teacher_of("head"), "3 fully connected layers, the teacher 2"
+    yield (
+        "head",
+        {"assistant": {"fc_channels": 8, "pool": 3}},
+        teacher_of("head"),
+        "fcs.0.weight is 8x144 here and 24x144 in the teacher",
+    )
+
+
+@pytest.mark.parametrize(("method", "distill", "teacher", "message"), list(problems()), ids=range(8))
+def test_what_does_not_fit_is_a_job_error(method: str, distill: dict[str, Any], teacher: Detector | None, message: str) -> None:
+    with pytest.raises(JobError) as caught:
+        build_trainee(job(method, **distill), CLASSES, teacher)
+    assert message in str(caught.value)

@@ -1,0 +1,294 @@
+"""The official code's own numbers, and that the command notices every way in which they could be wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headkd_ray.golden.file import Golden
+from headkd_ray.golden.replay import replay
+from headkd_ray.parity import compare_file, main
+
+GOLDEN = Path(__file__).parent / "golden" / "official_head_r18.npz"
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def official() -> Arrays:
+    with np.load(GOLDEN) as file:
+        return {key: file[key] for key in file.files}
+
+
+def write(arrays: Arrays, path: Path) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def failing(arrays: Arrays, tmp_path: Path) -> list[str]:
+    return [row.name for row in compare_file(write(arrays, tmp_path / "golden.npz")) if not row.passed]
+
+
+def numbers(arrays: Arrays, key: str) -> dict[str, float]:
+    return json.loads(str(arrays[key]))
+
+
+def with_losses(arrays: Arrays, losses: dict[str, float]) -> Arrays:
+    """Other losses, their total, and no gradient norms (which belong to the old total)."""
+    losses = {name: value for name, value in losses.items() if name != "total"}
+    losses["total"] = sum(value for name, value in losses.items() if name != "acc")
+    kept = {key: value for key, value in arrays.items() if key != "grad_norms_json"}
+    return {**kept, "losses_json": np.array(json.dumps(losses))}
+
+
+def test_the_official_values_hold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "180")
+    assert main([str(GOLDEN)]) == 0
+    printed = capsys.readouterr().out
+    with np.load(GOLDEN) as file:
+        compared = [
+            key
+            for key in file.files
+            if key.startswith(("student_fpn", "teacher_fpn", "proposals", "rois", "tensor", "detections"))
+        ]
+    assert len(compared) == 28
+    for name in (*compared, "roi_ids", "loss loss_cross", "loss total", "gradient norms (95)", "teacher_detections/1"):
+        assert name in printed
+    assert "41 of 41 quantities hold" in printed
+    assert "FAIL" not in printed
+
+
+def add(amount: float) -> Callable[[np.ndarray[Any, Any]], None]:
+    def change(array: np.ndarray[Any, Any]) -> None:
+        array.flat[np.abs(array).argmax()] += amount
+
+    return change
+
+
+def swap_cells(array: np.ndarray[Any, Any]) -> None:
+    array[[3, 4], 5:] = array[[4, 3], 5:]
+
+
+def wrong_cell(array: np.ndarray[Any, Any]) -> None:
+    array[10, 7] += 1
+
+
+def drop_last(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array[:-1]
+
+
+def swap_rows(array: np.ndarray[Any, Any]) -> None:
+    array[[0, 1]] = array[[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "expected"),
+    [
+        ("student_fpn/P5", add(1e-2), "student_fpn/P5"),
+        ("teacher_fpn/P2", add(1e-2), "teacher_fpn/P2"),
+        ("proposals/0", swap_cells, "proposals/0"),
+        ("proposals/1", wrong_cell, "proposals/1"),
+        ("proposals/0", drop_last, "proposals/0"),
+        ("proposals/1", add(0.5), "proposals/1"),
+        ("rois/1", add(0.5), "rois/1"),
+        ("roi_ids", lambda a: a.__setitem__((20, 4), (a[20, 4] + 1) % 9), "roi_ids"),
+        ("tensor/rcnn_bbox", swap_rows, "tensor/rcnn_bbox"),
+        ("tensor/teacher_rcnn_bbox_aux", add(1e-2), "tensor/teacher_rcnn_bbox_aux"),
+        ("tensor/retina_cls_indexed", swap_rows, "tensor/retina_cls_indexed"),
+        ("tensor/bbox_poses", swap_rows, "tensor/bbox_poses"),
+        ("tensor/anchor_ids", lambda a: a.__setitem__(3, a[3] + 1), "tensor/anchor_ids"),
+        ("detections/0", add(0.5), "detections/0"),
+        ("detections/1", lambda a: a.__setitem__((5, 5), (a[5, 5] + 1) % 5), "detections/1"),
+        ("teacher_detections/0", drop_last, "teacher_detections/0"),
+        ("student/rpn_head.retina_cls.bias", add(0.5), "loss loss_cls_rpn"),
+        ("student/_distiller._adapts.1.bias", add(0.5), "loss loss_mimic_rcnn"),
+        ("teacher/roi_head.bbox_head.shared_fcs.0.bias", add(0.5), "tensor/teacher_rcnn_bbox_aux"),
+        ("images", add(0.5), "student_fpn/P3"),
+        ("step", lambda a: np.array(999), "loss loss_cross"),
+    ],
+)
+def test_one_wrong_number_is_noticed(
+    key: str, change: Callable[[Any], Any], expected: str, official: Arrays, tmp_path: Path
+) -> None:
+    array = official[key].copy()
+    changed = change(array)
+    assert expected in failing({**official, key: array if changed is None else changed}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["loss_cls_rpn", "loss_bbox_rpn", "loss_cls", "loss_bbox", "acc", "loss_mimic_rcnn", "loss_cross", "total"]
+)
+def test_each_loss_is_held_to_one_in_ten_thousand(name: str, official: Arrays, tmp_path: Path) -> None:
+    losses = numbers(official, "losses_json")
+    for factor, holds in ((1 + 5e-5, True), (1 + 2e-4, False)):
+        changed = {**official, "losses_json": np.array(json.dumps({**losses, name: losses[name] * factor}))}
+        assert (f"loss {name}" not in failing(changed, tmp_path)) == holds
+
+
+def test_each_gradient_norm_is_held_to_one_in_a_thousand(official: Arrays, tmp_path: Path) -> None:
+    norms = numbers(official, "grad_norms_json")
+    key = "neck.fpn_convs.4.conv.bias"  # the smallest that is not zero
+    for change, holds in (
+        ({key: norms[key] * 1.0005}, True),
+        ({key: norms[key] * 1.002}, False),
+        ({"other.weight": 1.0}, False),
+    ):
+        changed = {**official, "grad_norms_json": np.array(json.dumps({**norms, **change}))}
+        assert (failing(changed, tmp_path) == []) == holds
+    del norms[key]
+    assert failing({**official, "grad_norms_json": np.array(json.dumps(norms))}, tmp_path) == ["gradient norms (94)"]
+
+
+def test_rows_may_stand_in_another_order(official: Arrays, tmp_path: Path) -> None:
+    # Two proposals that score the same may sort either way, and with them everything that has a row for each.
+    arrays = {key: value.copy() for key, value in official.items()}
+    row, count = 700, len(official["proposals/0"])
+    ids, other = official["roi_ids"][3 + 7], official["roi_ids"][row]
+    assert ids[0] == other[0] == 0
+    for key, array in arrays.items():
+        if key in ("roi_ids", "rois/0") or (key.startswith("tensor/") and len(array) == len(official["roi_ids"])):
+            array[[10, row]] = array[[row, 10]]
+        elif key.startswith("tensor/"):
+            array[[10 - 3, row - 3]] = array[[row - 3, 10 - 3]]
+    arrays["proposals/0"] = arrays["proposals/0"][np.random.default_rng(0).permutation(count)]
+    arrays["detections/0"] = arrays["detections/0"][::-1].copy()
+    assert failing(arrays, tmp_path) == []
+
+
+def test_unknown_quantities_are_not_skipped(official: Arrays, tmp_path: Path) -> None:
+    extra = {**official, "tensor/new": np.zeros(3), "something": np.ones((2, 2)), "made_with": np.array("mmdet 2.20")}
+    losses = {**numbers(official, "losses_json"), "loss_new": 1.0}
+    assert set(failing({**extra, "losses_json": np.array(json.dumps(losses))}, tmp_path)) == {
+        "tensor/new",
+        "something",
+        "loss loss_new",
+    }
+
+
+def without(arrays: Arrays, *prefixes: str) -> Arrays:
+    return {key: value for key, value in arrays.items() if not key.startswith(prefixes)}
+
+
+CKD_KEYS = (
+    "student/_distiller._adapts.5",
+    "tensor/teacher_rcnn_bbox_filtered",
+    "tensor/bbox_poses",
+    "tensor/anchor_ids",
+    "tensor/retina_cls",
+)
+
+
+def test_a_file_of_akd_alone(official: Arrays, tmp_path: Path) -> None:
+    losses = numbers(official, "losses_json")
+    del losses["loss_cross"]
+    assert failing(with_losses(without(official, *CKD_KEYS), losses), tmp_path) == []
+
+
+def test_a_file_of_the_assistant_alone(official: Arrays, tmp_path: Path) -> None:
+    losses = {name: value for name, value in numbers(official, "losses_json").items() if name not in ("loss_cross",)}
+    losses = {name: value for name, value in losses.items() if not name.startswith("loss_mimic")}
+    arrays = without(
+        official, *CKD_KEYS, "student/_distiller", "teacher", "tensor/teacher", "tensor/rcnn_bbox_aux_adapted",
+        "tensor/rcnn_bbox_adapted", "step",
+    )  # fmt: skip
+    assert failing(with_losses(arrays, losses), tmp_path) == []
+
+
+def test_a_file_of_plain_retinanet(official: Arrays, tmp_path: Path) -> None:
+    losses = numbers(official, "losses_json")
+    arrays = without(
+        official, "student/_distiller", "student/roi_head", "teacher", "tensor/", "proposals", "rois", "roi_ids", "step"
+    )
+    arrays = {key.replace("student/rpn_head", "student/bbox_head"): value for key, value in arrays.items()}
+    plain = {"loss_cls": losses["loss_cls_rpn"], "loss_bbox": losses["loss_bbox_rpn"]}
+    assert failing(with_losses(arrays, plain), tmp_path) == []
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (500, 0.25), (2000, 1.0), (90_000, 1.0)])
+def test_other_steps_of_the_warmup(step: int, weight: float, official: Arrays, tmp_path: Path) -> None:
+    losses = numbers(official, "losses_json")
+    for name in ("loss_mimic_rcnn_aux", "loss_mimic_rcnn", "loss_cross"):
+        losses[name] *= weight / 0.5
+    assert failing(with_losses({**official, "step": np.array(step)}, losses), tmp_path) == []
+
+
+def test_a_file_whose_sampler_chose(official: Arrays, tmp_path: Path) -> None:
+    # Fewer RoIs than candidates: the file's own choice is taken, everything with a row for each RoI still holds.
+    keep = np.random.default_rng(0).random(len(official["roi_ids"])) < 0.3
+    ids = official["roi_ids"]
+    own = ids[:, 1] >= 0
+    arrays = {**official, "roi_ids": ids[keep]}
+    for i in range(2):
+        arrays[f"rois/{i}"] = official[f"rois/{i}"][keep[ids[:, 0] == i]]
+    for key in (k for k in official if k.startswith("tensor/")):
+        arrays[key] = official[key][keep if len(official[key]) == len(ids) else keep[own]]
+    failed = failing(arrays, tmp_path)
+    assert "loss loss_cls" in failed  # the losses are those of all RoIs
+    assert not [name for name in failed if name.startswith(("roi", "tensor", "proposals", "loss loss_cls_rpn"))]
+
+
+def test_how_far_anchors_count_in_padding(official: Arrays, tmp_path: Path) -> None:
+    # Image 1 declared smaller, so that its own padding (128 x 160) is no longer the batch's. The file's losses count anchors
+    # in the whole batch; those of the official rule follow from our replay of a file that has no losses to prefer.
+    rest = ("proposals", "rois", "roi_ids", "tensor", "detections", "grad_norms")
+    arrays = without({**official, "image_sizes": np.array([[160, 192], [120, 150]])}, *rest)
+    names = ("loss_cls_rpn", "loss_bbox_rpn")
+    wide = {name: numbers(official, "losses_json")[name] for name in names}
+    run = replay(Golden({**arrays, "losses_json": np.array("{}")}, "here"))
+    narrow = {name: run.losses[name] for name in names}
+    assert all(abs(narrow[name] / wide[name] - 1) > 1e-3 for name in names)
+
+    def rows(losses: dict[str, float], **more: Any) -> dict[str, tuple[bool, str]]:
+        path = write({**arrays, "losses_json": np.array(json.dumps(losses)), **more}, tmp_path / "padded.npz")
+        return {row.name: (row.passed, row.note) for row in compare_file(path)}
+
+    for name in names:
+        passed, note = rows(wide)[f"loss {name}"]
+        assert passed
+        assert "whole batch's shape" in note
+        assert rows(narrow)[f"loss {name}"] == (True, "")
+        batch_wide, own = np.array([[160, 192], [160, 192]]), np.array([[160, 192], [128, 160]])
+        assert rows(wide, pad_sizes=batch_wide)[f"loss {name}"][0]
+        assert rows(narrow, pad_sizes=own)[f"loss {name}"][0]
+        assert not rows(wide, pad_sizes=own)[f"loss {name}"][0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a.pop("images"), "images: missing"),
+        (lambda a: a.pop("gt_boxes/1"), "gt_boxes/1: missing"),
+        (lambda a: a.update(losses_json=np.array("{")), "losses_json: not JSON"),
+        (lambda a: a.update(image_sizes=np.zeros((3, 2))), "image_sizes: shape"),
+        (lambda a: a.update({"student/strange.weight": np.zeros(2)}), "unexpected: strange.weight"),
+        (lambda a: a.pop("student/neck.fpn_convs.0.conv.bias"), "missing: neck.output.0.bias"),
+        (lambda a: [a.pop(k) for k in list(a) if k.startswith("teacher/")], "no teacher/... to distill from"),
+    ],
+)
+def test_unreadable_files_end_with_a_clear_error_and_code_2(
+    spoil: Callable[[Arrays], Any], message: str, official: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = dict(official)
+    spoil(arrays)
+    with pytest.raises(SystemExit) as caught:
+        main([write(arrays, tmp_path / "spoilt.npz")])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "objects.npz", images=np.array([{"a": 1}], dtype=object))
+    for name in ("missing.npz", "text.npz", "one.npy", "objects.npz"):
+        with pytest.raises(SystemExit) as caught:
+            main([str(tmp_path / name)])
+        assert caught.value.code == 2
+        assert name in capsys.readouterr().err
+
+
+def test_code_1_when_something_does_not_hold(official: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([write({**official, "step": np.array(1001)}, tmp_path / "golden.npz")]) == 1
+    assert "not: loss loss_mimic_rcnn_aux" in capsys.readouterr().out
