@@ -23,6 +23,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
@@ -140,20 +141,20 @@ def encode(batches: list[Batch]) -> Row:
 
 def decoded(head: bytes, pixels: pa.Buffer) -> Iterator[Batch]:
     """The batches of one encoded row; ``images`` are views of ``pixels`` and keep it alive."""
+    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+    whole = np.frombuffer(pixels, dtype=np.uint8)
     end = 0
     for step, idle, shape, small in pickle.loads(head):
         start, end = end, end + math.prod(shape)
-        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=start, count=end - start).view(shape)
+        images = torch.from_numpy(whole[start:end]).view(shape)
         yield Batch(images=images, step=step, idle=idle, **{name: torch.from_numpy(array) for name, array in small.items()})
 
 
 def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
     """Run the dataset; closing the generator ends its tasks."""
-    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
-    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-    with closing(
-        iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
-    ) as blocks:
+    stream: Any = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
+    with closing(stream) as blocks:
         for block in blocks:
             for head, pixels, error in zip(block["head"], block["pixels"], block["error"], strict=True):
                 if error.as_py():

@@ -12,9 +12,8 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,15 +22,13 @@ import pyarrow.parquet as pq
 
 from headkd_ray.data.coco import CocoSplit, read_coco
 from headkd_ray.data.images import decode
-from headkd_ray.data.keyed import key_permutation
+from headkd_ray.data.layout import Layout
 from headkd_ray.data.problems import Problems
 from headkd_ray.data.shards import (
     ANNOTATIONS,
     INDEX,
-    INDEX_SCHEMA,
     META,
     SHARD_SCHEMA,
-    VERSION,
     Meta,
     ShardFile,
     ShardSet,
@@ -80,10 +77,10 @@ def prepare_split(
     """
     split = read_coco(json_uri, fix_boxes=fix_boxes)
     images, out = Folder.open(images_uri, DataError), Folder.open(out_uri, DataError)
-    recipe = _recipe(split, shard_images, row_group)
+    layout = Layout(split, shard_images, row_group)
     if out.size(META) is not None and not overwrite:
         existing = Meta.from_json(out.read(META), out.named(META))
-        if existing.fingerprint != recipe:
+        if existing.fingerprint != layout.recipe:
             raise DataError(
                 f"{out_uri}: holds another prepared split ({existing.images} images, or other options); "
                 "choose another --out, or replace it with --overwrite"
@@ -91,105 +88,33 @@ def prepare_split(
         opened = ShardSet.open(out_uri)
         progress(len(split.images), len(split.images))
         return opened
-    out.create()
-    out.delete(META)  # From here on the folder is incomplete, and says so.
-    layout = _Layout(split, shard_images, row_group, recipe)
-    shards = _write_shards(layout, images, out, workers or os.cpu_count() or 1, overwrite, progress)
-    for name in set(out.names()) - {shard.name for shard in shards}:
-        if name.startswith("shard-"):
-            out.delete(name)  # of an earlier, unfinished run with other options
-    out.write(INDEX, layout.index())
-    out.write(ANNOTATIONS, json.dumps(split.ground_truth(), separators=(",", ":")).encode())
-    out.write(META, layout.meta(shards).to_json())
+    try:
+        out.create()
+        out.delete(META)  # From here on the folder is incomplete, and says so.
+        _delete_shards(out, keep=set() if overwrite else {name for name, _ in layout.shards()})
+        shards = _write_shards(layout, images, out, workers or os.cpu_count() or 1, progress)
+        out.write(INDEX, layout.index())
+        out.write(ANNOTATIONS, json.dumps(split.ground_truth(), separators=(",", ":")).encode())
+        out.write(META, layout.meta(shards).to_json())
+    except OSError as error:  # of the output: reading the images raises none
+        raise DataError(f"{out_uri}: cannot be written ({error}); choose another --out, or mend it and run again") from error
     return ShardSet.open(out_uri)
 
 
-def _recipe(split: CocoSplit, shard_images: int, row_group: int) -> str:
-    return hashlib.sha256(f"{VERSION}/{shard_images}/{row_group}/{split.digest()}".encode()).hexdigest()
+def _delete_shards(out: Folder, keep: set[str]) -> None:
+    """Delete what an earlier run left behind, but for ``keep``."""
+    for name in out.names():
+        if name.startswith("shard-") and name not in keep:
+            out.delete(name)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What goes where."""
-
-    split: CocoSplit
-    shard_images: int
-    row_group: int
-    recipe: str
-
-    @property
-    def order(self) -> list[int]:
-        """Images of ``split`` in the order of the shards: mixed once, so that a row group is a random handful."""
-        return key_permutation(len(self.split.images), "prepare").tolist()
-
-    def shards(self) -> list[tuple[str, list[int]]]:
-        """Name and images of each shard."""
-        order = self.order
-        starts = range(0, len(order), self.shard_images)
-        parts = [order[start : start + self.shard_images] for start in starts]
-        return [(f"shard-{number:05d}.parquet", part) for number, part in enumerate(parts)]
-
-    def rows(self, images: Iterable[int], encoded: Iterable[bytes]) -> pa.Table:
-        """Rows of a shard."""
-        split, rows = self.split, []
-        for image, data in zip(images, encoded, strict=True):
-            record, where = split.images[image], slice(split.first[image], split.first[image + 1])
-            rows.append(
-                {
-                    "image_id": record.id,
-                    "file_name": record.file_name,
-                    "width": record.width,
-                    "height": record.height,
-                    "image": data,
-                    "boxes": split.boxes(image).tolist(),
-                    "labels": split.label[where].tolist(),
-                    "crowd": split.crowd[where].tolist(),
-                    "annotation_ids": split.annotation_id[where].tolist(),
-                    "areas": split.area[where].tolist(),
-                }
-            )
-        return pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
-
-    def index(self) -> bytes:
-        """index.parquet."""
-        split, rows = self.split, []
-        for number, (_, members) in enumerate(self.shards()):
-            for row, image in enumerate(members):
-                record = split.images[image]
-                boxes = int((~split.crowd[split.first[image] : split.first[image + 1]]).sum())
-                rows.append((record.id, record.file_name, record.width, record.height, number, row, boxes))
-        columns = zip(*rows, strict=True)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
-        table = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        return buffer.getvalue()
-
-    def meta(self, shards: list[ShardFile]) -> Meta:
-        """meta.json."""
-        crowds = int(self.split.crowd.sum())
-        return Meta(
-            classes=self.split.classes,
-            category_ids=self.split.category_ids,
-            images=len(self.split.images),
-            boxes=len(self.split.crowd) - crowds,
-            crowds=crowds,
-            row_group=self.row_group,
-            shards=tuple(shards),
-            fingerprint=self.recipe,
-            fixes=self.split.fixes,
-        )
-
-
-def _write_shards(
-    layout: _Layout, images: Folder, out: Folder, workers: int, overwrite: bool, progress: Progress
-) -> list[ShardFile]:
+def _write_shards(layout: Layout, images: Folder, out: Folder, workers: int, progress: Progress) -> list[ShardFile]:
     problems = Problems()
     total, done, shards = len(layout.split.images), 0, []
     with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
         try:
             plan = layout.shards()
-            kept = list(pool.map(lambda shard: None if overwrite else _kept(out, shard[0], layout, len(shard[1])), plan))
+            kept = list(pool.map(lambda shard: _kept(out, shard[0], layout, len(shard[1])), plan))
             todo = [image for (_, members), shard in zip(plan, kept, strict=True) if shard is None for image in members]
             checked = _checked(layout.split, todo, images, pool, ahead=4 * workers + layout.row_group)
             for (name, members), shard in zip(plan, kept, strict=True):
@@ -214,7 +139,7 @@ def _advance(progress: Progress, before: int, total: int, done: int) -> None:
 def _write_shard(
     name: str,
     members: list[int],
-    layout: _Layout,
+    layout: Layout,
     checked: Iterator[bytes | tuple[str, str]],
     out: Folder,
     problems: Problems,
@@ -279,7 +204,7 @@ def _check(split: CocoSplit, image: int, images: Folder) -> bytes | tuple[str, s
     return data
 
 
-def _kept(out: Folder, name: str, layout: _Layout, images: int) -> ShardFile | None:
+def _kept(out: Folder, name: str, layout: Layout, images: int) -> ShardFile | None:
     """The shard, if an earlier run of the same recipe completed it."""
     if out.size(name) is None:
         return None

@@ -95,7 +95,9 @@ class Meta:
             fields: dict[str, Any] = json.loads(content)
             kind, version = fields.pop("format"), fields.pop("version")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{name}: not written by headkd_ray.prepare ({error!r}); prepare the split again") from error
+            raise DataError(
+                f"{name}: not written by headkd_ray.prepare ({error!r}); prepare the split again, with --overwrite"
+            ) from error
         if kind != "headkd_ray shards" or not isinstance(version, int) or version > VERSION:
             raise DataError(f"{name}: format {kind!r} version {version}; this headkd_ray reads up to {VERSION}, upgrade it")
         try:
@@ -103,7 +105,7 @@ class Meta:
             values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
             return cls(shards=shards, **values)
         except TypeError as error:
-            raise DataError(f"{name}: damaged ({error}); prepare the split again") from error
+            raise DataError(f"{name}: damaged ({error}); prepare the split again, with --overwrite") from error
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class ShardSet:
         try:
             return json.loads(self.folder.read(ANNOTATIONS))
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder.named(ANNOTATIONS)}: {error}; prepare the split again") from error
+            raise DataError(f"{self.folder.named(ANNOTATIONS)}: {error}; prepare the split again, with --overwrite") from error
 
     def read_group(self, shard: int, group: int, rows: Sequence[int]) -> list[Sample]:
         """Samples of one row group of one shard.

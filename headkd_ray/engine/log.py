@@ -48,11 +48,11 @@ class StepWindow:
             yield batch
 
     def add(self, values: dict[str, torch.Tensor], batch: Batch) -> None:
-        """One micro-batch: scalar tensors by name."""
+        """One micro-batch: scalar tensors by name; those of an idle batch are left out of the means."""
         self.images += 0 if batch.idle else len(batch.images)
-        self.steps += 1
+        self.steps += not batch.idle
         for name, value in values.items():
-            value = value.detach().float()
+            value = value.detach().float() if not batch.idle else torch.zeros_like(value, dtype=torch.float32)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def record(self) -> Record:
@@ -61,13 +61,11 @@ class StepWindow:
         seconds = time.perf_counter() - self.started
         on_gpu = self.world.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.world.device) / 2**20 if on_gpu else host_peak_mib()
-        own = [self.images / seconds, self.waited / seconds, peak]
-        values = torch.stack([self.sums[name] / self.steps for name in names] + [torch.tensor(v).to(self.world.device) for v in own])
-        means = self.world.mean(values).tolist()
-        rate, wait, memory = means[len(names) :]
+        own = torch.tensor([self.steps, self.images / seconds, self.waited / seconds, peak], device=self.world.device)
+        *sums, steps, rate, wait, memory = self.world.mean(torch.cat([torch.stack([self.sums[n] for n in names]), own])).tolist()
         self.reset()
         return {
-            "losses": dict(zip(names, means, strict=False)),
+            "losses": {name: value / steps for name, value in zip(names, sums, strict=True)},
             "images_per_second": rate * self.world.size,
             "data_wait": wait,
             "memory_mib": memory,

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 T = TypeVar("T")
 
@@ -39,6 +40,12 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's buffers of a module, such as the statistics that BatchNorm gathers on each rank's own images."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a float tensor on this rank's device."""

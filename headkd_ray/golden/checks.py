@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -59,22 +60,8 @@ def _pyramid(golden: Golden, who: str, features: list[Tensor], note: str = "") -
 def _proposals(golden: Golden, run: Replay) -> Iterator[Row]:
     if run.proposed is None:
         return
-    proposals, rules = run.proposed.proposals, run.proposed.rules
-    for i, wanted in enumerate(golden.per_image("proposals", len(proposals.valid)) or []):
-        real = proposals.valid[i]
-        boxes, scores, cells = (t[i][real] for t in (proposals.boxes, proposals.scores, proposals.cells))
-        if wanted.shape[1] != 9:
-            yield failure(f"proposals/{i}", f"{wanted.shape[1]} columns, not x1 y1 x2 y2 score level y x anchor")
-            continue
-        cuts: list[tuple[int | None, float]] = []
-        for level, all_scores in enumerate(run.proposed.scores):
-            flat = all_scores[i].flatten()
-            if len(flat) > rules.pre_nms:
-                cuts.append((level, float(flat.topk(rules.pre_nms).values[-1])))
-        if min(len(scores), len(wanted)) >= rules.post_nms:
-            cuts.append((None, float(scores[-1])))
-        theirs = (wanted[:, :4], wanted[:, 4], wanted[:, 5:].long())
-        yield compare_proposals(f"proposals/{i}", (boxes, scores, cells), theirs, rules.nms_iou, cuts)
+    for i, wanted in enumerate(golden.per_image("proposals", len(run.proposed.boxes)) or []):
+        yield compare_proposals(f"proposals/{i}", run.proposed, i, wanted)
 
 
 def _rois(golden: Golden, run: Replay) -> Iterator[Row]:
@@ -168,16 +155,25 @@ def _gradients(golden: Golden, run: Replay) -> Iterator[Row]:
     norms = {key: float(gradient.norm()) for key, gradient in run.gradients.items()}
     rows = [compare_number(key, norms[key], value, GRADIENTS) for key, value in wanted.items()]
     if not all(row.passed for row in rows):
-        # Where a gradient cancels out (a bias in front of a BatchNorm in train mode) its norm is rounding error alone. Other
-        # convolution kernels round differently and so tell how large that error is.
-        with torch.backends.mkldnn.flags(enabled=False):
-            again = replay(golden).gradients
-        rounding = {key: 3 * float((again[key] - gradient).norm()) for key, gradient in run.gradients.items()}
+        rounding = _rounding(golden, run)
         rows = [compare_number(key, norms[key], value, GRADIENTS, rounding[key]) for key, value in wanted.items()]
     worst = max(rows, key=lambda row: (not row.passed, row.relative))
     failed = [row.name for row in rows if not row.passed]
     note = f"{len(failed)} fail: {', '.join(failed[:4])}" if failed else f"worst: {worst.name}"
     yield merge(name, rows, [note])
+
+
+def _rounding(golden: Golden, run: Replay) -> dict[str, float]:
+    """How far each gradient's norm may be off by rounding alone.
+
+    Where a gradient cancels out (of a bias in front of a BatchNorm in train mode) its norm is nothing but rounding error, on
+    either side. Other convolution kernels round differently, and so tell how large that error is.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # setting the flags mentions TF32 on GPUs that this build has no support for
+        with torch.backends.mkldnn.flags(enabled=False):
+            again = replay(golden).gradients
+    return {key: 3 * float((again[key] - gradient).norm()) for key, gradient in run.gradients.items()}
 
 
 def _detections(golden: Golden, run: Replay) -> Iterator[Row]:

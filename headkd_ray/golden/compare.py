@@ -65,22 +65,30 @@ def merge(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Row:
 
 
 def explained(
-    boxes: Tensor, scores: Tensor, groups: Tensor, lost: Tensor, iou: float, cuts: Sequence[tuple[int | None, float]]
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    lost: Tensor,
+    iou: float,
+    cuts: Sequence[tuple[int | None, float]],
+    either: bool = False,
 ) -> Tensor:
     """Which of the ``lost`` rows (N,) bool, those that only one side kept, a near-tie explains; (N,) bool.
 
     ``boxes`` (N, 4), ``scores`` and ``groups`` (N,) hold the rows of both sides together. A lost row is explained if its IoU
-    with a box of its group that scores no lower is within IOU_TIE of the NMS threshold ``iou``, if it and an overlapping lost
-    row score the same to SCORE_TIE (NMS keeps either), if its score is that close to a cut (group or None = any, score) below
-    which rows are dropped, or if another explained lost row of its group overlaps it, since what NMS does with one decides
-    what it does with the next.
+    with a box of its group that scores no lower is within IOU_TIE of the NMS threshold ``iou``, if its score is within
+    SCORE_TIE of a cut (group or None = any, score) below which rows are dropped, or if another explained lost row of its
+    group overlaps it, since what NMS does with one decides what it does with the next. With ``either`` it is also explained
+    by a lost row that overlaps it and scores the same, of which NMS keeps either; that is for rows known to be two candidates,
+    not one with a wrong box.
     """
     overlap = pairwise_iou(boxes.double(), boxes.double())
     same = (groups[:, None] == groups[None, :]) & ~torch.eye(len(groups), dtype=torch.bool)
     no_lower = scores[None, :] >= scores[:, None] - SCORE_TIE
     known = ((overlap - iou).abs() <= IOU_TIE).logical_and(same & no_lower).any(1)
     tied = (scores[None, :] - scores[:, None]).abs() <= SCORE_TIE
-    known |= (tied & same & (overlap > iou) & lost[None, :]).any(1)
+    if either:
+        known |= (tied & same & (overlap > iou) & lost[None, :]).any(1)
     for group, cut in cuts:
         close = (scores - cut).abs() <= SCORE_TIE
         known |= close if group is None else close & (groups == group)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headkd_ray.detectors import Proposals, RoIs
 from headkd_ray.detectors.matching import Truth
-from headkd_ray.detectors.rois import candidates, choose
+from headkd_ray.detectors.rois import Candidates, candidates, choose
 from headkd_ray.detectors.sampling import sample
 from headkd_ray.golden.compare import VALUES
 from headkd_ray.golden.file import Golden
@@ -47,14 +47,32 @@ def own_losses(
 
 
 def golden_rois(golden: Golden, proposals: Proposals, truth: Truth, num_classes: int, positive_iou: float) -> RoIs:
-    """Our candidates that the file chose, in the official order; all of them, if it names none or one that is not ours."""
+    """The candidates that the file chose, in the official order; all of ours, if it names none or one that nobody proposed.
+
+    Where a near-tie in NMS has kept other proposals than the file's, candidates come from the file's, so that what follows
+    can be compared; the proposals themselves are compared elsewhere.
+    """
     pool = candidates(proposals, truth, positive_iou)
     allowed = pool.valid
     if golden.has("roi_ids"):
         wanted = {tuple(row) for row in golden.tensor("roi_ids").long().tolist()}
-        named = [[(image, *cell) in wanted for cell in cells] for image, cells in enumerate(pool.cells.tolist())]
-        chosen = torch.tensor(named).reshape(allowed.shape) & allowed
-        if int(chosen.sum()) == len(wanted):
-            allowed = chosen
+        for attempt in (pool, _file_candidates(golden, truth, positive_iou)):
+            if attempt is None:
+                continue
+            named = [[(image, *cell) in wanted for cell in cells] for image, cells in enumerate(attempt.cells.tolist())]
+            chosen = torch.tensor(named).reshape(attempt.valid.shape) & attempt.valid
+            if int(chosen.sum()) == len(wanted):
+                pool, allowed = attempt, chosen
+                break
     positive = pool.matched >= 0
     return choose(pool, sample(positive & allowed, ~positive & allowed, ALL), truth, num_classes)
+
+
+def _file_candidates(golden: Golden, truth: Truth, positive_iou: float) -> Candidates | None:
+    tables = golden.per_image("proposals", len(truth.labels))
+    if tables is None or any(table.shape[1] != 9 for table in tables):
+        return None
+    rows = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).float()
+    valid = torch.arange(rows.shape[1]) < torch.tensor([len(table) for table in tables])[:, None]
+    cells = rows[..., 5:].long().masked_fill(~valid.unsqueeze(-1), -1)
+    return candidates(Proposals(rows[..., :4], rows[..., 4], cells, valid), truth, positive_iou)

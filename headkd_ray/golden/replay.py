@@ -19,7 +19,8 @@ from headkd_ray.distill.head import HEAD, Trace
 from headkd_ray.errors import DataError
 from headkd_ray.golden.conventions import ALL, golden_rois, own_losses
 from headkd_ray.golden.file import Golden
-from headkd_ray.job import DistillSpec, ProposalSpec
+from headkd_ray.golden.proposed import Proposed
+from headkd_ray.job import DistillSpec
 
 _RETINA_LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
 _FASTER_LOSSES = {
@@ -37,16 +38,6 @@ _HEAD_LOSSES = {
     "loss_akd_2": "loss_mimic_rcnn",
     "loss_ckd": "loss_cross",
 }
-
-
-@dataclass
-class Proposed:
-    """The student's proposals and what decides which there are."""
-
-    proposals: Proposals
-    rules: ProposalSpec
-    scores: list[Tensor]
-    """Of all anchors, 0..1, (B, A, H, W) a level."""
 
 
 @dataclass
@@ -149,7 +140,7 @@ def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Ten
     outputs = run.trace.outputs
     own, run.notes = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
     best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
-    run.proposed = Proposed(run.trace.proposals, head.spec.proposals, best)
+    run.proposed = Proposed.of(run.trace.proposals, head.spec.proposals, best, outputs.deltas, head.anchors, sizes)
     run.features, run.rois, run.roi_outputs = run.trace.features, run.trace.rois, run.trace.assisted
     if trainee.ckd and run.trace.rows is not None:
         run.ckd_adapted = trainee.ckd.adapter(run.trace.rows)
@@ -176,7 +167,8 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     )
     proposals = student.rpn.proposals(outputs, sizes)
     scores = [m.sigmoid().detach() for m in outputs.logits]
-    run.proposed = Proposed(proposals, student.rpn.spec.train_proposals, scores)
+    rules, anchors = student.rpn.spec.train_proposals, student.rpn.anchors
+    run.proposed = Proposed.of(proposals, rules, scores, outputs.deltas, anchors, sizes)
     rois = golden_rois(golden, proposals, Truth.of(boxes, labels), student.num_classes, student.roi.spec.positive_iou)
     run.rois, run.roi_outputs = rois, student.roi(run.features, rois.boxes, rois.image)
     losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses(run.roi_outputs, rois).items()}

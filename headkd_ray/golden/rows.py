@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from headkd_ray.golden.compare import VALUES, Row, compare, explained, failure, merge
+from headkd_ray.golden.proposed import Proposed
 
 
 def positions(rows: Tensor, of: Tensor) -> Tensor | None:
@@ -19,36 +18,35 @@ def positions(rows: Tensor, of: Tensor) -> Tensor | None:
     return torch.tensor([where.get(row, -1) for row in wanted], dtype=torch.int64)
 
 
-def compare_proposals(
-    name: str,
-    ours: tuple[Tensor, Tensor, Tensor],
-    golden: tuple[Tensor, Tensor, Tensor],
-    iou: float,
-    cuts: Sequence[tuple[int | None, float]],
-) -> Row:
-    """Proposals of one image, (boxes (N, 4), scores (N,), cells (N, 4)) each, matched by cell.
+def compare_proposals(name: str, run: Proposed, image: int, golden: Tensor) -> Row:
+    """Proposals of one image, golden (n, 9) x1 y1 x2 y2 score level y x anchor, matched by cell.
 
-    ``cuts``: scores below which a level (or, None, the image) drops proposals.
+    Rows that only one side has must be explained by a near-tie. A golden row among them must still be what its cell says.
     """
-    found = positions(ours[2], golden[2])
-    if found is None:
-        return failure(name, "a cell occurs twice")
+    if golden.shape[1] != 9:
+        return failure(name, f"{golden.shape[1]} columns, not x1 y1 x2 y2 score level y x anchor")
+    real = run.proposals.valid[image]
+    ours = (run.proposals.boxes[image][real], run.proposals.scores[image][real], run.proposals.cells[image][real])
+    theirs = (golden[:, :4], golden[:, 4], golden[:, 5:].long())
+    found, said = positions(ours[2], theirs[2]), run.at(image, theirs[2])
+    if found is None or said is None:
+        return failure(name, "a cell occurs twice" if found is None else "a cell outside the pyramid")
     hit = found >= 0
-    compared = [
-        compare(name, ours[0][found[hit]], golden[0][hit]),
-        compare(name, ours[1][found[hit]], golden[1][hit]),
-    ]
+    compared = [compare(name, said[k], theirs[k]) for k in (0, 1)]
+    compared += [compare(name, ours[k][found[hit]], theirs[k][hit]) for k in (0, 1)]
     extra = torch.ones(len(ours[0]), dtype=torch.bool)
     extra[found[hit]] = False
     if hit.all() and not extra.any():
         return merge(name, compared)
-    boxes, scores = torch.cat([golden[0], ours[0][extra]]), torch.cat([golden[1], ours[1][extra]])
-    groups = torch.cat([golden[2][:, 0], ours[2][extra][:, 0]])
+    cuts: list[tuple[int | None, float]] = [*run.cuts(image)]
+    if min(len(ours[1]), len(golden)) >= run.rules.post_nms:
+        cuts.append((None, float(ours[1].min())))
+    boxes, scores, cells = (torch.cat([t, o[extra]]) for t, o in zip(theirs, ours, strict=True))
     lost = torch.cat([~hit, extra[extra]])
-    known = explained(boxes, scores, groups, lost, iou, cuts)
+    known = explained(boxes, scores, cells[:, 0], lost, run.rules.nms_iou, cuts, either=True)
     if bool((lost & ~known).any()):
-        missing, surplus = int((~hit).sum()), int(extra.sum())
-        return merge(name, [*compared, failure(name, f"{missing} golden cells not proposed, {surplus} others proposed")])
+        note = f"{int((~hit).sum())} golden cells not proposed, {int(extra.sum())} others proposed"
+        return merge(name, [*compared, failure(name, note)])
     return merge(name, compared, [f"{int(lost.sum())} rows differ by a near-tie in NMS or score"])
 
 

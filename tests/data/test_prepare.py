@@ -180,6 +180,28 @@ def test_a_finished_split_is_kept_and_another_one_is_not_overwritten_by_accident
     assert replaced.meta.images == 12
 
 
+def test_overwriting_that_is_killed_does_not_keep_old_shards(tmp_path: Path) -> None:
+    """The images changed, the JSON did not: shards look alike but are stale."""
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    (tmp_path / "images" / "0.jpg").write_bytes(encoded(pixels(77, 40, 30)))
+
+    def killed(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_split(files.json, files.images, files.out, shard_images=4, overwrite=True, progress=killed)
+    again = prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert samples(again)[500][0] == encoded(pixels(77, 40, 30))
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    Path(files.out).write_text("a file, not a folder")
+    with pytest.raises(DataError, match="out: cannot be written"):
+        prepare_split(files.json, files.images, files.out)
+
+
 def test_any_filesystem(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     files = make_coco(tmp_path)

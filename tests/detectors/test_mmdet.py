@@ -17,6 +17,7 @@ from headkd_ray.detectors import FasterRCNN, RetinaNet, build_detector
 from headkd_ray.detectors.weights import load_checkpoint, load_mmdet
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import FasterRCNNSpec
+from tests.detectors.mmdet_mobilenet import MobileNetV2
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official_head_r18.npz"
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -200,3 +201,25 @@ def test_other_architectures_are_refused() -> None:
     state = {k: v for k, v in plain_retinanet().items() if not k.startswith("backbone.layer4")}
     with pytest.raises(CheckpointError, match=r"missing: backbone\.body\.layer4"):
         load_mmdet(state)
+
+
+def test_mobilenet_is_mmdets_own_architecture() -> None:
+    torch.manual_seed(0)
+    theirs = MobileNetV2(stem=8, channels=(8, 8, 16, 16, 24, 40, 80), head=96).train()
+    state = {key: value for key, value in plain_retinanet().items() if not key.startswith(("backbone.", "neck."))}
+    state |= {f"backbone.{key}": value for key, value in theirs.state_dict().items()}
+    for number, channels in enumerate((16, 24, 96)):
+        state[f"neck.lateral_convs.{number}.conv.weight"] = torch.randn(16, channels, 1, 1)
+        state[f"neck.lateral_convs.{number}.conv.bias"] = torch.zeros(16)
+    for number in range(5):
+        state[f"neck.fpn_convs.{number}.conv.weight"] = torch.randn(16, 96 if number == 3 else 16, 3, 3)
+        state[f"neck.fpn_convs.{number}.conv.bias"] = torch.zeros(16)
+    loaded = load_mmdet(state)
+    spec = loaded.detector.spec.backbone
+    assert (spec.frozen_stages, spec.norm_eval, spec.leaky_slope, spec.final_conv) == (0, False, 0.1, True)
+    x = torch.randn(2, 3, 64, 96)
+    for mine, wanted in zip(loaded.detector.train().backbone(x), theirs(x), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+    config = {"config": "backbone=dict(type='MobileNetV2', act_cfg=dict(type='LeakyReLU', negative_slope=0.2))"}
+    assert load_mmdet(state, config).detector.spec.backbone.leaky_slope == 0.2
+    assert load_mmdet(state, {"config": "type='MobileNetV2'"}).detector.spec.backbone.leaky_slope is None
