@@ -27,7 +27,7 @@ from headkd_ray.job import ClusterSpec, load_job
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.draw import contact_sheet, draw
-from headkd_ray.report.tables import print_metrics
+from headkd_ray.report.tables import class_table, headline_table
 from headkd_ray.train import train
 
 SHOWN_SCORE = 0.3
@@ -84,7 +84,9 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
                 results[name] = train(job, run)
 
     console.rule("[bold]5/5 comparison")
-    print_metrics({name: results[name]["best"] for name in results}, console)
+    metrics = {name: results[name]["best"] for name in results}
+    console.print(headline_table(metrics))
+    console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))
     picture = out / "detections.png"
     compare(ShardSet.open(str(splits["val"])), {name: results[name]["student"] for name in results}, picture)
     for name in results:

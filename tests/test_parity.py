@@ -356,3 +356,24 @@ def test_a_file_of_mobilenet_whose_norms_train(updates: int, official: Arrays, t
     other = "backbone.layer1.0.linear_conv.bn.weight"
     arrays["grad_norms_json"] = np.array(json.dumps({**norms, other: norms[other] * 1.01}))
     assert failing(arrays, tmp_path) == [f"gradient norms ({len(norms)})"]
+
+
+def test_a_file_of_plain_faster_rcnn(official: Arrays, tmp_path: Path) -> None:
+    # The golden teacher as a student; its training values are our own replay's, its evaluation the official code's.
+    arrays = {key: value for key, value in official.items() if key.startswith(("gt_", "images", "image_sizes"))}
+    arrays |= {key.replace("teacher", "student", 1): value for key, value in official.items() if key.startswith("teacher")}
+    for i in range(2):
+        arrays[f"detections/{i}"] = arrays.pop(f"student_detections/{i}")
+    run = replay(Golden({**arrays, "losses_json": np.array("{}")}, "here"))
+    assert set(run.losses) == {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "total"}
+    assert run.proposed is not None
+    for i in range(2):
+        real = run.proposed.proposals.valid[i]
+        boxes, scores, cells = (t[i][real] for t in run.proposed.proposals[:3])
+        arrays[f"proposals/{i}"] = torch.cat([boxes, scores[:, None], cells], dim=1).numpy()
+    norms = {key: float(gradient.norm()) for key, gradient in run.gradients.items()}
+    arrays |= {"losses_json": np.array(json.dumps(run.losses)), "grad_norms_json": np.array(json.dumps(norms))}
+    assert failing(arrays, tmp_path) == []
+    assert "loss loss_rpn_bbox" in failing(
+        {**arrays, "losses_json": np.array(json.dumps({**run.losses, "loss_rpn_bbox": 1.0}))}, tmp_path
+    )

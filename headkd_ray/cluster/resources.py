@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
         return
     try:
         # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
-        ray.init(address=spec.address, log_to_driver=False, logging_level=logging.WARNING)
+        # A cluster of our own ends with this process and has no dashboard: its start costs more than a small job's training.
+        here = {"include_dashboard": False} if spec.address is None and "RAY_ADDRESS" not in os.environ else {}
+        ray.init(address=spec.address, log_to_driver=False, logging_level=logging.WARNING, **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)") from None
     try:

@@ -39,7 +39,7 @@ from headkd_ray.job import ClusterSpec
 
 Row = dict[str, Any]
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 32 << 20
 """Decoded pixels a chunk aims at: at least one batch."""
 CHUNK_IMAGES = 64
 """Most images a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""

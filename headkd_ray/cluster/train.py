@@ -37,7 +37,8 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
         TrainingError, CheckpointError: as ``fit`` raises them.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # also how long a report may take to be taken: 2 s by default
+    # Also how long a report may wait until it is taken: 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job.cluster)
         with forwarded(tell) as queue:

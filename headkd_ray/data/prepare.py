@@ -193,7 +193,7 @@ def _check(split: CocoSplit, image: int, images: Folder) -> bytes | tuple[str, s
         data = images.read(record.file_name)
     except FileNotFoundError:
         return MISSING, where
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that the filesystem does not allow
         return "cannot be read; check access", f"{where}, {error}"
     try:
         height, width = decode(data).shape[1:]

@@ -7,7 +7,7 @@ stream (``headkd_ray.cluster.stream``) runs the same two functions, so both give
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -89,7 +89,7 @@ def read_window(shards: ShardSet, window: Window, maker: BatchMaker) -> Iterator
 
 def local_stream(
     shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, *, threads: int = 2, ahead: int | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of ``windows`` in order, read and decoded ahead by threads of this process.
 
     Decoding and resizing release the GIL, so threads scale. Close the generator (or exhaust it) to end the threads; a thread's

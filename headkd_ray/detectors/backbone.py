@@ -93,7 +93,7 @@ def _body(spec: BackboneSpec) -> nn.Module:
             net: Any = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
             return set_plain_stem(net, kwargs["stem_width"], kwargs.get("act_layer", nn.ReLU))
         return timm.create_model(spec.name, pretrained=pretrained, features_only=True, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # OSError: weights that it cannot download
         raise JobError(f"backbone: timm cannot build {spec.name} with {kwargs}: {error}") from error
 
 

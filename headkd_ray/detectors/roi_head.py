@@ -66,8 +66,8 @@ class RoIHead(nn.Module):
         width = (spec.conv_channels if spec.convs else in_channels) * spec.pool**2
         widths = [width] + [spec.fc_channels] * spec.fcs
         self.fcs = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
-        self.cls_out = nn.Linear(spec.fc_channels, num_classes + 1)
-        self.box_out = nn.Linear(spec.fc_channels, 4 if spec.class_agnostic else 4 * num_classes)
+        self.cls_out = nn.Linear(widths[-1], num_classes + 1)
+        self.box_out = nn.Linear(widths[-1], 4 if spec.class_agnostic else 4 * num_classes)
         for module in self.fcs.modules():
             if isinstance(module, nn.Linear):
                 init.xavier(module)

@@ -69,7 +69,7 @@ class LocalCheckpoints:
             (self.folder / old).remove()
 
     def best(self) -> str | None:
-        """Name of the checkpoint with the highest AP, the later one of equals; the latest if none has an AP; None if none is."""
+        """Name of the checkpoint with the highest AP, the later one of equals; the latest if none has one; None at first."""
         scored = [entry for entry in self.entries if not math.isnan(entry["score"])] or self.entries[-1:]
         return max(reversed(scored), key=lambda entry: entry["score"])["name"] if scored else None
 

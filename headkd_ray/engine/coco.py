@@ -61,7 +61,9 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]],
     per_class = {names[category]: _mean(precision[:, :, k]) for k, category in enumerate(evaluation.params.catIds)}
     order = [category["name"] for category in ground_truth["categories"]]
     headline = [100 * float(value) if value > -1 else float("nan") for value in evaluation.stats[:6]]
-    return CocoMetrics(*headline, per_class={name: per_class[name] for name in order}, images=len(image_ids))
+    ap, ap50, ap75, small, medium, large = headline
+    in_order = {name: per_class[name] for name in order}
+    return CocoMetrics(ap, ap50, ap75, small, medium, large, in_order, images=len(image_ids))
 
 
 def _results(truth: COCO, detections: list[dict[str, Any]]) -> COCO:

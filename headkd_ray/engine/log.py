@@ -62,7 +62,8 @@ class StepWindow:
         on_gpu = self.world.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.world.device) / 2**20 if on_gpu else host_peak_mib()
         own = torch.tensor([self.steps, self.images / seconds, self.waited / seconds, peak], device=self.world.device)
-        *sums, steps, rate, wait, memory = self.world.mean(torch.cat([torch.stack([self.sums[n] for n in names]), own])).tolist()
+        means = self.world.mean(torch.cat([torch.stack([self.sums[name] for name in names]), own]))
+        *sums, steps, rate, wait, memory = means.tolist()
         self.reset()
         return {
             "losses": {name: value / steps for name, value in zip(names, sums, strict=True)},
@@ -79,7 +80,7 @@ def host_peak_mib() -> float:
 
 
 class JsonLines:
-    """Appends records to a file; after a resume, records past the resumed step are dropped first, so each step is there once."""
+    """Appends records to a file; after a resume, those past the resumed step are dropped first, so each step is there once."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

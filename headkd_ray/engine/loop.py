@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -125,7 +124,9 @@ class State:
     @property
     def student(self) -> Detector:
         """What is evaluated and exported."""
-        return self.trainee.student if self.ema is None else self.ema.module
+        student = self.trainee.student if self.ema is None else self.ema.module
+        assert isinstance(student, Detector)
+        return student
 
     def save(self, folder: Path, order: dict[str, Any]) -> None:
         members = {name: getattr(self, name) for name in ("trainee", "optimizer", "scheduler", "ema")}

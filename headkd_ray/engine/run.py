@@ -16,7 +16,7 @@ from headkd_ray.storage import Folder
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
 # Sections that may change when a run is resumed: they decide where and how loudly it trains, not what it learns.
-# cluster.workers is free too, as far as the loop is concerned: see loop.restore for the one case that is refused.
+# (Some changes of cluster.workers are refused nevertheless: below, and in loop.State.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 
 
@@ -45,6 +45,12 @@ def check_run(job: Job) -> None:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_SECTIONS and key != "run.storage"
     ]
+    workers = before["cluster.workers"], job.cluster.workers
+    if bool(workers[0]) != bool(workers[1]) and not folder.has(RESULT_FILE):
+        differing.append(
+            f"cluster.workers: the run {folder.uri} was started with {workers[0]}, now {workers[1]}; without Ray (0) and with it, "
+            "checkpoints are kept in different ways: keep the old value to resume it, or choose another run.name"
+        )
     if differing:
         raise JobError(differing)
 

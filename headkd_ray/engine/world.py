@@ -42,7 +42,7 @@ class World:
         return box[0]
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every rank rank 0's buffers of a module, such as the statistics that BatchNorm gathers on each rank's own images."""
+        """Give every rank rank 0's buffers of a module: BatchNorm gathers statistics on each rank's own images."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)

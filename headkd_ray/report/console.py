@@ -15,7 +15,7 @@ class RunConsole:
     def __init__(self, name: str, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -36,7 +36,7 @@ class RunConsole:
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.progress.update(self.task, completed=record["step"], total=record["steps"])
-        self.console.print(f"{self.name}  {line(record)}")
+        self.console.print(f"{self.name}  {line(record)}", markup=False)
 
 
 def line(record: dict[str, Any]) -> str:

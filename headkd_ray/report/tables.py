@@ -1,4 +1,7 @@
-"""COCO tables: one row a run, and AP class by class."""
+"""COCO tables: one row a run, and AP class by class.
+
+Names are ``Text``, because brackets in a string are markup to rich.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from headkd_ray.report.console import number
 
@@ -20,7 +24,7 @@ def headline_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in HEADLINE:
         table.add_column(name, justify="right")
     for run, metrics in runs.items():
-        table.add_row(run, *(number(metrics[name]) for name in HEADLINE))
+        table.add_row(Text(run), *(number(metrics[name]) for name in HEADLINE))
     return table
 
 
@@ -30,14 +34,14 @@ def class_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="AP by class (%)")
     table.add_column("class")
     for run in runs:
-        table.add_column(run, justify="right")
+        table.add_column(Text(run), justify="right")
     if others:
-        table.add_column(f"{others[-1]} − {first}", justify="right")
+        table.add_column(Text(f"{others[-1]} − {first}"), justify="right")
     for name, value in runs[first]["per_class"].items():
         values = [value, *(runs[run]["per_class"][name] for run in others)]
         known = values[0] is not None and values[-1] is not None
         gain = [f"{values[-1] - values[0]:+.1f}" if known else "–"] if others else []
-        table.add_row(name, *map(number, values), *gain)
+        table.add_row(Text(name), *map(number, values), *gain)
     return table
 
 

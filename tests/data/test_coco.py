@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headkd_ray.data.coco import read_coco
 from headkd_ray.errors import DataError
-from tests.data.coco_files import make_coco
+from tests.data.coco_files import CocoFiles, make_coco
 
 Spoil = Callable[[dict[str, Any]], Any]
 
@@ -150,3 +155,35 @@ def test_area_and_crowd_may_be_left_out(tmp_path: Path) -> None:
     split = read_coco(files.save().json)
     assert not split.crowd.any() and split.area.tolist() == pytest.approx([82.0] * len(split.area))
     assert json.dumps(split.ground_truth())
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-3, 600) | st.integers() | st.just(2**70) | st.floats() | st.text(max_size=3)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
+    return make_coco(tmp_path_factory.mktemp("sound"), images=5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_whatever_stands_in_the_json_is_read_or_refused_but_never_crashes(sound: CocoFiles, data: st.DataObject) -> None:
+    content = copy.deepcopy(sound.data)
+    place: Any = content
+    while True:  # walk down to a random node and replace it
+        keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        key = data.draw(st.sampled_from(list(keys)))
+        if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
+            place[key] = data.draw(VALUES)
+            break
+        place = place[key]
+    spoilt = CocoFiles(sound.folder, content).save()
+    for fix_boxes in (False, True):
+        with contextlib.suppress(DataError):
+            split = read_coco(spoilt.json, fix_boxes=fix_boxes)
+            boxes = np.concatenate([split.boxes(i) for i in range(len(split.images))])
+            assert (boxes[:, 2:] > boxes[:, :2]).all() and len(split.classes)
+            json.dumps(split.ground_truth(), allow_nan=False)

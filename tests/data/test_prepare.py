@@ -120,6 +120,13 @@ def test_all_faulty_images_are_reported_at_once_and_nothing_counts_as_complete(t
     assert contents(files.out) == contents(whole.folder.path)
 
 
+def test_a_name_that_no_filesystem_allows(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    files.data["images"][0]["file_name"] = "a\0b.jpg"
+    with pytest.raises(DataError, match=r"cannot be read|no such file"):
+        prepare_split(files.save().json, files.images, files.out)
+
+
 def test_exif_orientation_is_ignored_as_coco_does(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     exif = Image.Exif()

@@ -203,6 +203,12 @@ def test_other_architectures_are_refused() -> None:
         load_mmdet(state)
 
 
+def test_shapes_that_no_detector_has() -> None:
+    for key in ("backbone.conv1.weight", "neck.lateral_convs.2.conv.weight", "bbox_head.retina_cls.weight"):
+        with pytest.raises(CheckpointError, match="shapes are no detector's"):
+            load_mmdet({**plain_retinanet(), key: torch.tensor(1.0)})
+
+
 def test_mobilenet_is_mmdets_own_architecture() -> None:
     torch.manual_seed(0)
     theirs = MobileNetV2(stem=8, channels=(8, 8, 16, 16, 24, 40, 80), head=96).train()

@@ -134,7 +134,8 @@ def test_anchors_beyond_an_images_own_padding_cost_nothing() -> None:
 
 def test_detections_are_the_best_pairs_after_nms_per_class() -> None:
     module = head(postprocess={"pre_nms": 30, "score": 0.3, "nms_iou": 0.5, "max_detections": 25})
-    outputs = module(pyramid())
+    with torch.no_grad():
+        outputs = module(pyramid())
     found = module.detect(outputs, SIZES)
     anchors = module.anchors.grid(outputs.logits).boxes
     for image, table in enumerate(by_cell(outputs)):

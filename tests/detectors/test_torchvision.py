@@ -16,18 +16,19 @@ from torchvision.models.detection import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
+from headkd_ray.detectors import FasterRCNN as OurFasterRCNN
 from headkd_ray.detectors.weights import load_checkpoint, load_torchvision
 from headkd_ray.errors import CheckpointError
 
 CLASSES = 7
 """torchvision's count, background included."""
-SHAPE = (96, 128)
+SHAPE = (64, 96)
 
 
 def images() -> list[Tensor]:
     """Blobs rather than noise, so that neighbouring cells differ and NMS has work to do."""
     torch.manual_seed(5)
-    return list(nn.functional.interpolate(torch.rand(2, 3, 6, 8), size=SHAPE, mode="bicubic").clamp(0, 1))
+    return list(nn.functional.interpolate(torch.rand(2, 3, 4, 6), size=SHAPE, mode="bicubic").clamp(0, 1))
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def random_model(build: Callable[..., Any]) -> Any:
             module.momentum = None
             nn.init.uniform_(module.weight, 0.7, 1.3)
             nn.init.uniform_(module.bias, -0.2, 0.2)
-    boxes = [torch.tensor([[5.0, 5, 60, 60], [3, 4, 30, 78], [50, 50, 120, 90], [70, 2, 90, 40], [0, 0, 128, 96]])] * 2
+    boxes = [torch.tensor([[5.0, 5, 60, 60], [3, 4, 30, 58], [50, 30, 90, 60], [70, 2, 90, 40], [0, 0, 96, 64]])] * 2
     model.train()
     features = model.backbone(x)
     if isinstance(model, FasterRCNN):
@@ -91,6 +92,13 @@ def test_detections_equal_torchvisions_own(build: Callable[..., Any], count: int
     torch.save(model.state_dict(), tmp_path / "model.pth")
     loaded = load_checkpoint(tmp_path / "model.pth")
     assert (loaded.source, loaded.classes, loaded.detector.num_classes) == ("torchvision", None, CLASSES - 1)
+    if isinstance(loaded.detector, OurFasterRCNN):
+        rules = loaded.detector.rpn.spec.test_proposals
+        assert (rules.pre_nms, rules.post_nms) == (model.rpn._pre_nms_top_n["testing"], model.rpn._post_nms_top_n["testing"])
+        # Fewer RoIs in both, to be quick.
+        model.rpn._pre_nms_top_n["testing"] = 100
+        fewer = {"test_proposals": rules.model_copy(update={"pre_nms": 100})}
+        loaded.detector.rpn.spec = loaded.detector.rpn.spec.model_copy(update=fewer)
     with torch.no_grad():
         wanted = model(images()[:count])
         x = model.transform(images()[:count])[0].tensors

@@ -1,9 +1,18 @@
 """Detectors in and out of files: ours, mmdet's and torchvision's."""
 
 from headkd_ray.detectors.weights.checkpoint import load_checkpoint
+from headkd_ray.detectors.weights.classes import drop_unused_classes
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import load_mmdet
 from headkd_ray.detectors.weights.native import load_detector, save_detector
 from headkd_ray.detectors.weights.torchvision import load_torchvision
 
-__all__ = ["LoadedDetector", "load_checkpoint", "load_detector", "load_mmdet", "load_torchvision", "save_detector"]
+__all__ = [
+    "LoadedDetector",
+    "drop_unused_classes",
+    "load_checkpoint",
+    "load_detector",
+    "load_mmdet",
+    "load_torchvision",
+    "save_detector",
+]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from headkd_ray.errors import CheckpointError
@@ -20,6 +22,15 @@ _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
+
+
+@contextmanager
+def inferring(source: str) -> Iterator[None]:
+    """Turn what impossible shapes cause (a scalar conv weight, zero channels) into a CheckpointError."""
+    try:
+        yield
+    except (IndexError, ZeroDivisionError, ValidationError) as error:
+        raise CheckpointError(f"{source}: the tensors' shapes are no detector's ({type(error).__name__})") from error
 
 
 def count(state: State, pattern: str) -> int:

@@ -43,23 +43,8 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
         raise CheckpointError(f"{source}: caffe-style backbone (stride in the 1x1 conv, BGR input); only pytorch style is read")
 
     ours = {name: state[key] for key, name in names.items()}
-    backbone = _backbone(ours, config)
-    neck = infer.fpn(ours)
-    detector: RetinaNet | FasterRCNN
-    if any(name.startswith("head.") for name in ours):
-        head, num_classes = infer.retina_head(ours)
-        detector = RetinaNet(RetinaNetSpec(backbone=backbone, neck=neck, head=head), num_classes)
-    else:
-        roi, num_classes = infer.roi_head(ours, "roi.", neck.channels)
-        spec = FasterRCNNSpec.model_validate({"backbone": backbone, "neck": neck, "rpn": infer.rpn(ours), "roi": roi})
-        detector = FasterRCNN(spec, num_classes)
-    assistant = None
-    if any(name.startswith("assistant.") for name in ours):
-        assistant_spec, assistant_classes = infer.roi_head(ours, "assistant.", neck.channels)
-        assistant = RoIHead(assistant_spec, neck.channels, assistant_classes, ASSISTANT_STRIDES)
-    weights = {int(name.split(".")[1]): t for name, t in ours.items() if name.startswith("adapters.") and t.dim() == 2}
-    adapters = {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
-
+    with infer.inferring(source):
+        detector, assistant, adapters = _build(ours, config)
     # One strict load of everything, so that one error lists everything.
     parts = nn.ModuleDict(dict(detector.named_children()))
     parts["adapters"] = nn.ModuleDict({str(number): adapter for number, adapter in adapters.items()})
@@ -67,6 +52,25 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
         parts["assistant"] = assistant
     fit(parts, ours, source, {name: key for key, name in names.items()})
     return LoadedDetector(detector, _classes(meta), "mmdet", assistant=assistant, adapters=adapters)
+
+
+def _build(ours: Mapping[str, Tensor], config: str) -> tuple[RetinaNet | FasterRCNN, RoIHead | None, dict[int, nn.Linear]]:
+    """Detector, assistant and adapters of the shapes in ``ours``, with initial weights."""
+    neck = infer.fpn(ours)
+    parts: dict[str, Any] = {"backbone": _backbone(ours, config), "neck": neck}
+    detector: RetinaNet | FasterRCNN
+    if any(name.startswith("head.") for name in ours):
+        head, num_classes = infer.retina_head(ours)
+        detector = RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
+    else:
+        roi, num_classes = infer.roi_head(ours, "roi.", neck.channels)
+        detector = FasterRCNN(FasterRCNNSpec.model_validate(parts | {"rpn": infer.rpn(ours), "roi": roi}), num_classes)
+    assistant = None
+    if any(name.startswith("assistant.") for name in ours):
+        spec, assistant_classes = infer.roi_head(ours, "assistant.", neck.channels)
+        assistant = RoIHead(spec, neck.channels, assistant_classes, ASSISTANT_STRIDES)
+    weights = {int(name.split(".")[1]): t for name, t in ours.items() if name.startswith("adapters.") and t.dim() == 2}
+    return detector, assistant, {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
 
 
 def _backbone(ours: Mapping[str, Tensor], config: str) -> BackboneSpec:

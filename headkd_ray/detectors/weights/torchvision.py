@@ -40,12 +40,13 @@ def load_torchvision(state: Mapping[str, Tensor], source: str = "torchvision") -
         raise CheckpointError(unknown, headline=f"{source}: {len(unknown)} tensors belong to no supported torchvision model")
     ours = {name: state[key] for key, name in names.items()}
     spec: RetinaNetSpec | FasterRCNNSpec
-    if any(name.startswith("roi.") for name in ours):
-        ours = _background_last(ours)
-        spec, num_classes = _faster_rcnn(ours)
-    else:
-        ours = _background_dropped(ours)
-        spec, num_classes = _retinanet(ours)
+    with infer.inferring(source):
+        if any(name.startswith("roi.") for name in ours):
+            ours = _background_last(ours)
+            spec, num_classes = _faster_rcnn(ours)
+        else:
+            ours = _background_dropped(ours)
+            spec, num_classes = _retinanet(ours)
     detector = build_detector(spec, num_classes)
     fit(detector, ours, source, {name: key for key, name in names.items()})
     return LoadedDetector(detector, COCO if num_classes == len(COCO) else None, "torchvision")

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes
+from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
+from tests.detectors.micro import batch, faster_rcnn_spec, liven, retinanet_spec
+
+NAMES = ("ant", "N/A", "bee", "N/A", "cat")
+
+
+@pytest.mark.parametrize("spec", [retinanet_spec(), faster_rcnn_spec(), faster_rcnn_spec(class_agnostic=True)])
+def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FasterRCNNSpec) -> None:
+    torch.manual_seed(0)
+    whole = build_detector(spec, 5).eval()
+    liven(whole)
+    loaded = drop_unused_classes(LoadedDetector(whole, NAMES, "torchvision"))
+    assert loaded.classes == ("ant", "bee", "cat")
+    data, fewer = batch(), loaded.detector.eval()
+    features = whole.features(whole.normalise(data["images"], data["sizes"]))
+    if isinstance(spec, RetinaNetSpec):
+        for mine, theirs in zip(fewer.head(features).logits, whole.head(features).logits, strict=True):  # type: ignore[union-attr, operator]
+            torch.testing.assert_close(mine.unflatten(1, (9, 3)), theirs.unflatten(1, (9, 5))[:, :, [0, 2, 4]])
+    else:
+        boxes, image = torch.tensor([[4.0, 4, 40, 36], [8, 8, 30, 44]]), torch.tensor([0, 2])
+        mine, theirs = (net.roi(features, boxes, image) for net in (fewer, whole))  # type: ignore[union-attr, operator]
+        torch.testing.assert_close(mine.logits, theirs.logits[:, [0, 2, 4, 5]])
+        torch.testing.assert_close(mine.deltas, theirs.deltas if spec.roi.class_agnostic else theirs.deltas[:, [0, 2, 4]])
+
+
+def test_nothing_to_drop() -> None:
+    detector = build_detector(retinanet_spec(), 2)
+    for classes in (None, ("ant", "bee")):
+        loaded = LoadedDetector(detector, classes, "mmdet")
+        assert drop_unused_classes(loaded) is loaded

@@ -1,0 +1,71 @@
+"""Pictures: right size, boxes where they belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from headkd_ray.report.draw import colour, contact_sheet, draw
+
+
+def grey(height: int, width: int) -> torch.Tensor:
+    return torch.full((3, height, width), 128, dtype=torch.uint8)
+
+
+def test_a_box_is_drawn_on_its_border_in_its_class_s_colour() -> None:
+    image = grey(100, 200)
+    boxes = torch.tensor([[40.0, 30.0, 120.0, 80.0], [150.0, 10.0, 190.0, 90.0]])
+    shown = draw(image, boxes, torch.tensor([0, 7]), ["", ""])
+    assert shown.dtype == torch.uint8 and shown.shape == (3, 100, 200)
+    assert (image == 128).all(), "the image itself is left alone"
+    for box, label in zip(boxes.int().tolist(), (0, 7), strict=True):
+        x1, y1, x2, y2 = box
+        for y, x in ((y1, (x1 + x2) // 2), (y2, (x1 + x2) // 2), ((y1 + y2) // 2, x1), ((y1 + y2) // 2, x2)):
+            assert tuple(shown[:, y, x].tolist()) == colour(label), (box, y, x)
+        assert (shown[:, y1 + 5 : y2 - 5, x1 + 5 : x2 - 5] == 128).all(), "inside"
+    assert (shown[:, :8, :140] == 128).all() and (shown[:, 85:, :140] == 128).all(), "outside"
+
+
+def test_captions_are_drawn() -> None:
+    arguments = (grey(100, 200), torch.tensor([[40.0, 30.0, 120.0, 80.0]]), torch.tensor([3]))
+    assert not torch.equal(draw(*arguments, ["cat 0.93"]), draw(*arguments, [""]))
+
+
+def test_nothing_to_draw() -> None:
+    assert torch.equal(draw(grey(10, 20), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), []), grey(10, 20))
+
+
+def test_neighbouring_classes_have_far_colours() -> None:
+    colours = np.array([colour(label) for label in range(80)], dtype=int)
+    assert np.abs(np.diff(colours, axis=0)).max(axis=1).min() > 100
+    assert ((colours >= 0) & (colours <= 255)).all() and len({tuple(c) for c in colours.tolist()}) > 70
+
+
+def test_contact_sheet_has_a_tile_an_image_at_its_place(tmp_path: Path) -> None:
+    red, green, blue = (
+        torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, *size)
+        for rgb, size in (((255, 0, 0), (50, 100)), ((0, 255, 0), (100, 50)), ((0, 0, 255), (300, 300)))
+    )
+    path = tmp_path / "made" / "sheet.png"
+    contact_sheet([[red, green], [blue, red], [green, blue]], ["truth", "found"], path, side=64)
+    sheet = np.asarray(Image.open(path)).astype(int)
+    gap, header = 6, 24
+    assert sheet.shape == (3 * (64 + gap) + gap + header, 2 * (64 + gap) + gap, 3)
+
+    def tile(row: int, column: int) -> np.ndarray:
+        top, left = header + gap + row * (64 + gap), gap + column * (64 + gap)
+        return sheet[top : top + 64, left : left + 64]
+
+    def area(part: np.ndarray, rgb: tuple[int, int, int]) -> int:
+        return int((np.abs(part - rgb).max(axis=-1) < 8).sum())
+
+    whole, half = 64 * 64, 64 * 32
+    red_, green_, blue_ = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    expected = [[(red_, half), (green_, half)], [(blue_, whole), (red_, half)], [(green_, half), (blue_, whole)]]
+    for row, columns in enumerate(expected):
+        for column, (rgb, pixels) in enumerate(columns):
+            assert area(tile(row, column), rgb) == pixels, (row, column)
+    assert (sheet[:header, :70] < 128).any() and (sheet[:header, 76:] < 128).any(), "both titles are written"
