@@ -35,7 +35,7 @@ def write_split(folder: Path, name: str, images: int, side: int) -> str:
     rng = np.random.default_rng(0)
     photos = folder / f"{name}_images"
     photos.mkdir()
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for i in range(images):
         pixels = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(photos / f"{i}.jpg")
@@ -63,7 +63,9 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        splits = {"train": write_split(folder, "train", 2 * options.steps, options.side), "val": write_split(folder, "val", 2, options.side)}
+        counts = {"train": 2 * options.steps, "val": 2}
+        splits = {name: write_split(folder, name, count, options.side) for name, count in counts.items()}
+        sides = {"short_side": [options.side] * 2, "long_side": options.side, "eval_short_side": options.side}
         names = [f"class {c}" for c in range(1, CLASSES + 1)]
         save_detector(folder / "teacher", build_detector(FasterRCNNSpec(), CLASSES), names)
 
@@ -72,7 +74,7 @@ def main() -> int:
                 {
                     "run": {"name": name, "storage": str(folder / "runs")},
                     "method": "head",
-                    "data": {**splits, "short_side": [options.side] * 2, "long_side": options.side, "eval_short_side": options.side},
+                    "data": {**splits, **sides},
                     "teacher": {"checkpoint": str(folder / "teacher")},
                     "optim": {"epochs": 1, "milestones": []},
                     "log": {"every_steps": 1, "tensorboard": False},
@@ -97,7 +99,8 @@ def main() -> int:
                     print(f"round {turn + 1}, {way}: {time.perf_counter() - started:.0f} s in all", flush=True)
     medians = {way: statistics.median(times) for way, times in measured.items()}
     for way, times in measured.items():
-        print(f"{way}: median {medians[way]:.3f} s/step = {1 / medians[way]:.3f} steps/s (min {min(times):.3f}, max {max(times):.3f}, n {len(times)})")
+        spread = f"min {min(times):.3f}, max {max(times):.3f}, n {len(times)}"
+        print(f"{way}: median {medians[way]:.3f} s/step = {1 / medians[way]:.3f} steps/s ({spread})")
     print(f"ratio of step times, with / without Ray: {medians['with Ray'] / medians['without Ray']:.3f}")
     return 0
 

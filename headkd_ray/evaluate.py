@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 
 from rich.console import Console
 from rich.progress import track
@@ -47,8 +48,9 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
     windows = list(eval_windows(shards.index, rank=0, world=1, batch_size=batch_size))
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
-    shown = track(batches, "evaluating", total, console=Console(stderr=True), transient=True)
-    found = predict(loaded.detector.to(world.device), shown, world.device, shards.meta.category_ids)
+    with closing(batches):
+        shown = track(batches, "evaluating", total, console=Console(stderr=True), transient=True)
+        found = predict(loaded.detector.to(world.device), shown, world.device, shards.meta.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:
         folder, name = target

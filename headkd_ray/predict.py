@@ -73,7 +73,7 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
     result = {"images": images, "annotations": annotations, "categories": categories}
     (out / "detections.json").write_text(json.dumps(result))
     if problems:
-        raise DataError(problems, headline=f"{len(problems)} of {len(paths)} images could not be read (the others are in {out}):")
+        raise DataError(problems, f"{len(problems)} of {len(paths)} images could not be read (the others are in {out}):")
     return result
 
 

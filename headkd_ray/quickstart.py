@@ -1,8 +1,8 @@
-"""The whole method in one command: ``python -m headkd_ray.quickstart`` draws a data set, trains a Faster R-CNN teacher, a RetinaNet
-student without and with HEAD, through Ray, and compares the two students.
+"""The whole method in one command: ``python -m headkd_ray.quickstart`` draws a data set, trains a Faster R-CNN teacher, a
+RetinaNet student without and with HEAD, through Ray, and compares the two students.
 
-On own photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``. Run it again to go on where it
-was stopped; delete the output folder to start over.
+On own photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``. Run it again to go on
+where it was stopped; delete the output folder to start over.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val", help="own validation annotations (COCO JSON)")
     parser.add_argument("--images", help="folder of the own images")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="output folder (default: %(default)s)")
-    parser.add_argument("--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml")
+    parser.add_argument(
+        "--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of all three jobs")
     options = parser.parse_args(arguments)
     own = (options.train, options.val, options.images)
@@ -64,8 +66,8 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
         console.print(f"drew a data set (COCO format, JPEG) in {out / 'drawn'}")
         own = (str(drawn.train), str(drawn.val), str(drawn.images))
     splits = {"train": out / "data" / "train", "val": out / "data" / "val"}
-    for (name, split), annotations in zip(splits.items(), own[:2], strict=True):
-        meta = prepare(annotations, own[2], str(split)).meta
+    for (name, split), coco in zip(splits.items(), own[:2], strict=True):
+        meta = prepare(coco, own[2], str(split)).meta
         console.print(f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {split}")
 
     results: dict[str, Any] = {}
@@ -96,13 +98,18 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
 
 def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: int = 6) -> None:
     """Save a sheet: a row an image of the split, columns ground truth and each checkpoint's detections."""
-    rows_of_first_group = [row for row in range(min(images, len(shards.index)))]
+    rows_of_first_group = list(range(min(images, len(shards.index))))
     samples = shards.read_group(0, 0, rows_of_first_group)
     pixels = [decode(sample.image) for sample in samples]
     classes = shards.meta.classes
     columns = [
         [
-            draw(image, torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels), [classes[i] for i in sample.labels.tolist()])
+            draw(
+                image,
+                torch.from_numpy(sample.boxes),
+                torch.from_numpy(sample.labels),
+                [classes[i] for i in sample.labels.tolist()],
+            )
             for image, sample in zip(pixels, samples, strict=True)
         ]
     ]

@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 
 from headkd_ray.job import Job
 
-MICRO_BACKBONE = {
+MICRO_BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
     "kwargs": {"stem_width": 4, "channels": [8, 8, 16, 16]},
     "frozen_stages": 0,
     "norm_eval": False,
 }
-MICRO_STUDENT = {
+MICRO_STUDENT: dict[str, Any] = {
     "kind": "retinanet",
     "backbone": MICRO_BACKBONE,
     "neck": {"channels": 16},
     "head": {"convs": 1, "channels": 16, "proposals": {"pre_nms": 50, "post_nms": 20}},
 }
-MICRO_TEACHER = {
+MICRO_TEACHER: dict[str, Any] = {
     "kind": "faster_rcnn",
     "backbone": MICRO_BACKBONE,
     "neck": {"channels": 16, "extra": "pool"},
@@ -37,7 +37,14 @@ def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sectio
     job: dict[str, Any] = {
         "run": {"name": name, "storage": str(storage)},
         "method": "supervised",
-        "data": {**splits, "batch_size": 4, "short_side": [56, 72], "long_side": 96, "eval_short_side": 64, "shuffle_window": 16},
+        "data": {
+            **splits,
+            "batch_size": 4,
+            "short_side": [56, 72],
+            "long_side": 96,
+            "eval_short_side": 64,
+            "shuffle_window": 16,
+        },
         "student": MICRO_STUDENT,
         "optim": {"epochs": 2, "milestones": [1], "warmup_steps": 4, "lr_batch": None},
         "log": {"every_steps": 1, "tensorboard": False},

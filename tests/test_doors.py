@@ -106,7 +106,10 @@ def _taught_by(checkpoint: str) -> dict[str, Any]:
 
 
 def _missing_split(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    return {"data": {"train": str(tmp_path / "nowhere")}}, [f"{tmp_path}/nowhere: the data set is missing or empty", "headkd_ray.prepare"]
+    return {"data": {"train": str(tmp_path / "nowhere")}}, [
+        f"{tmp_path}/nowhere: the data set is missing or empty",
+        "headkd_ray.prepare",
+    ]
 
 
 def _unprepared_folder(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -130,7 +133,10 @@ def _teacher_of_other_classes(tmp_path: Path, splits: dict[str, str]) -> tuple[d
 
 def _teacher_of_the_wrong_kind(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     classes = ShardSet.open(splits["train"]).meta.classes
-    return _taught_by(_detector(tmp_path / "teacher", MICRO_STUDENT, classes, splits)), ["needs a faster_rcnn teacher", "retinanet"]
+    return _taught_by(_detector(tmp_path / "teacher", MICRO_STUDENT, classes, splits)), [
+        "needs a faster_rcnn teacher",
+        "retinanet",
+    ]
 
 
 def _teacher_of_another_architecture(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -247,7 +253,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
     return {**result, "splits": splits}
 
 
-def test_evaluate_gives_the_ap_that_training_reported(trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_the_ap_that_training_reported(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     val, out = trained["splits"]["val"], tmp_path / "made" / "detections.json"
     metrics = evaluate.evaluate_checkpoint(trained["student"], val, batch_size=8, out=str(out)).as_dict()
     assert metrics == {key: trained["best"][key] for key in metrics}
@@ -265,7 +273,9 @@ def test_evaluate_refuses_other_classes_and_unwritable_output_before_the_work(
     other = _other_split(tmp_path, ["cat", "dog"])
     assert "Class lists disagree" in refused(capsys, evaluate.main, [trained["student"], other])
     (tmp_path / "file").touch()
-    message = refused(capsys, evaluate.main, [trained["student"], trained["splits"]["val"], "--out", str(tmp_path / "file" / "x.json")])
+    message = refused(
+        capsys, evaluate.main, [trained["student"], trained["splits"]["val"], "--out", str(tmp_path / "file" / "x.json")]
+    )
     assert f"{tmp_path}/file: not writable" in message
     assert "no such folder" in refused(capsys, evaluate.main, [str(tmp_path / "gone"), trained["splits"]["val"]])
     with pytest.raises(SystemExit):
@@ -275,7 +285,9 @@ def test_evaluate_refuses_other_classes_and_unwritable_output_before_the_work(
 
 def test_checkpoint_on_remote_storage(drawn_splits: dict[str, str], trained: dict[str, Any]) -> None:
     """The whole run on a filesystem that is not this machine's: same student, and it can be evaluated where it is."""
-    job = micro_job(Path("unused"), trained["splits"], "far", run={"storage": "memory://bucket/runs"}, student=KEEN_STUDENT, optim=ONE_EPOCH)
+    job = micro_job(
+        Path("unused"), trained["splits"], "far", run={"storage": "memory://bucket/runs"}, student=KEEN_STUDENT, optim=ONE_EPOCH
+    )
     result = train.train(job, lambda record: None)
     assert result["student"] == "memory://bucket/runs/far/student"
     assert result["best"] == trained["best"]
@@ -311,7 +323,9 @@ def test_predict_folder_with_a_truncated_file(
     result = json.loads((out / "detections.json").read_text())
     assert [Path(image["file_name"]).name for image in result["images"]] == ["a.jpg", "b.png", "c.webp"]
     meta = ShardSet.open(trained["splits"]["val"]).meta
-    assert [(category["id"], category["name"]) for category in result["categories"]] == list(zip(meta.category_ids, meta.classes, strict=True))
+    assert [(category["id"], category["name"]) for category in result["categories"]] == list(
+        zip(meta.category_ids, meta.classes, strict=True)
+    )
     assert len({entry["id"] for entry in result["annotations"]}) == len(result["annotations"])
     for image in result["images"]:
         height, width = decode(Path(image["file_name"]).read_bytes()).shape[1:]
@@ -344,7 +358,9 @@ def test_predict_refuses(trained: dict[str, Any], tmp_path: Path, capsys: pytest
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     student, out = trained["student"], str(tmp_path / "out")
-    assert "no .jpeg, .jpg, .png, .webp files" in refused(capsys, predict.main, [student, str(tmp_path / "empty"), "--out", out])
+    assert "no .jpeg, .jpg, .png, .webp files" in refused(
+        capsys, predict.main, [student, str(tmp_path / "empty"), "--out", out]
+    )
     assert "gone.jpg: cannot be read" in refused(capsys, predict.main, [student, str(tmp_path / "gone.jpg"), "--out", out])
     message = refused(capsys, predict.main, [student, str(tmp_path / "file"), "--out", str(tmp_path / "file" / "x")])
     assert "not writable" in message

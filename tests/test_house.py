@@ -40,10 +40,13 @@ def imports() -> Iterator[tuple[str, str, bool, str]]:
         room = inside.parts[0] if len(inside.parts) > 1 else inside.stem
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{inside}:{node.lineno}: relative import"
                 names = [node.module or ""]
+            else:
+                continue
             for name in names:
                 yield room, name, node not in tree.body, f"{inside}:{node.lineno}: {name}"
 

@@ -40,7 +40,9 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
         here = {"include_dashboard": False} if spec.address is None and "RAY_ADDRESS" not in os.environ else {}
         ray.init(address=spec.address, log_to_driver=False, logging_level=logging.WARNING, **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)") from None
+        raise ClusterError(
+            f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)"
+        ) from None
     try:
         yield
     finally:
@@ -58,24 +60,28 @@ def check_resources(spec: ClusterSpec) -> Resources:
     problems = []
     if gpus_per_worker and gpus < spec.workers * gpus_per_worker:
         problems.append(
-            f"cluster.workers {spec.workers} x cluster.gpus_per_worker {gpus_per_worker:g} = {spec.workers * gpus_per_worker:g} GPUs "
-            f"asked, the cluster has {gpus:g}; lower one of them, or set cluster.gpus_per_worker to 0 to train on CPUs"
+            f"cluster.workers {spec.workers} x cluster.gpus_per_worker {gpus_per_worker:g} = "
+            f"{spec.workers * gpus_per_worker:g} GPUs asked, the cluster has {gpus:g}; lower one of them, or set "
+            "cluster.gpus_per_worker to 0 to train on CPUs"
         )
     wanted = spec.workers * (spec.cpus_per_worker + spec.data_cpus)
     if cpus < wanted:
         problems.append(
-            f"cluster.workers {spec.workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus {spec.data_cpus:g}) "
-            f"= {wanted:g} CPUs asked, the cluster has {cpus:g}; lower cluster.workers, or give each less (fractions are allowed)"
+            f"cluster.workers {spec.workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus "
+            f"{spec.data_cpus:g}) = {wanted:g} CPUs asked, the cluster has {cpus:g}; lower cluster.workers, or give each less "
+            "(fractions are allowed)"
         )
     elif spec.workers * spec.data_cpus < 1:
         problems.append(
-            f"cluster.data_cpus {spec.data_cpus:g} x {spec.workers} workers leaves less than the one CPU that a data task takes; raise it"
+            f"cluster.data_cpus {spec.data_cpus:g} x {spec.workers} workers leaves less than the one CPU that a data task "
+            "takes; raise it"
         )
     places = sum(_places(node, spec.cpus_per_worker, gpus_per_worker) for node in nodes)
     if not problems and places < spec.workers:
         problems.append(
-            f"cluster.workers {spec.workers}: only {places} find a node with {spec.cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs "
-            f"(nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); ask for less per worker"
+            f"cluster.workers {spec.workers}: only {places} find a node with {spec.cpus_per_worker:g} CPUs and "
+            f"{gpus_per_worker:g} GPUs (nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); "
+            "ask for less per worker"
         )
     if problems:
         raise ClusterError(problems)

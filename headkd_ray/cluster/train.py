@@ -61,14 +61,17 @@ def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})},
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            },
         ),
         run_config=RunConfig(
             name=job.run.name,
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
-            # The best by AP, and always the latest. Checkpoints without an evaluation report NaN, which ranks below any number.
+            # The best by AP; Ray keeps the latest besides, always.
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
     )

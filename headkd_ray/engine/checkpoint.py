@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ STUDENT_FOLDER = "student"
 METRICS_FILE = "metrics.json"
 LISTING = "checkpoints.json"
 SCORE = "AP"
+UNSCORED = -1.0
+"""AP of a checkpoint without an evaluation: below every real one, and not NaN, which Ray's listing stores as null."""
 
 
 class Checkpoints(Protocol):
@@ -69,9 +70,8 @@ class LocalCheckpoints:
             (self.folder / old).remove()
 
     def best(self) -> str | None:
-        """Name of the checkpoint with the highest AP, the later one of equals; the latest if none has one; None at first."""
-        scored = [entry for entry in self.entries if not math.isnan(entry["score"])] or self.entries[-1:]
-        return max(reversed(scored), key=lambda entry: entry["score"])["name"] if scored else None
+        """Name of the checkpoint with the highest AP, the later one of equals; None at first."""
+        return max(reversed(self.entries), key=lambda entry: entry["score"])["name"] if self.entries else None
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -131,4 +131,3 @@ def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
         elif isinstance(value, (int, float)):
             flat.append((prefix + name, value))
     return flat
-

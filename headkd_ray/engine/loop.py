@@ -22,7 +22,7 @@ from headkd_ray.data.keyed import key_bits
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import Trainee, build_trainee
-from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, STUDENT_FOLDER, Checkpoints, load_state, save_state
+from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, STUDENT_FOLDER, UNSCORED, Checkpoints, load_state, save_state
 from headkd_ray.engine.coco import CocoMetrics
 from headkd_ray.engine.evaluate import evaluate
 from headkd_ray.engine.log import Record, Sink, StepWindow
@@ -35,7 +35,7 @@ from headkd_ray.job import Job
 
 
 def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open_sink: Callable[[int], Sink]) -> Record:
-    """Train to the end, or from the latest checkpoint to the end; returns the last evaluation's record. Collective.
+    """Train to the end, or from the latest checkpoint to the end; returns the last evaluation's metrics. Collective.
 
     On the CPU a run that was killed and resumed ends with the same weights, bit for bit, as one that was not: batches are a
     function of (seed, step), and so is every random number drawn in a step.
@@ -57,11 +57,12 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     global_batch = job.data.batch_size * world.size * accumulate
     optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)
     state = State(0, steps_per_epoch, trainee, optimizer, scheduler, build_ema(job, trainee.student))
+    last: Record = {}
     with checkpoints.latest() as folder:
         if folder is not None:
             state.restore(folder, order_key(world, streams))
+            last = json.loads((folder / METRICS_FILE).read_text()) if (folder / METRICS_FILE).exists() else {}
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
-    metrics: Record = {}
 
     model = DistributedDataParallel(trainee) if world.size > 1 else trainee
     trainee.train()
@@ -75,12 +76,16 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
                 assert batch.step == state.step * accumulate + micro, "the stream lost its place"
                 if isinstance(model, DistributedDataParallel):  # gradients meet once an optimizer step
                     model.require_backward_grad_sync = micro == accumulate - 1
+                if batch.idle:
+                    trainee.eval()  # a blank image must not enter BatchNorm's statistics
                 torch.manual_seed(key_bits("step", job.run.seed, batch.step, world.rank) % 2**63)
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
                     losses = model(batch.images, batch.sizes, batch.boxes, batch.labels, state.step)
                 total = torch.stack(list(losses.values())).sum()
                 (total * (0.0 if batch.idle else 1.0 / accumulate)).backward()
                 window.add({**losses, "total": total}, batch)
+                if batch.idle:
+                    trainee.train()
             if job.optim.clip_norm is not None:
                 clip_grad_norm_(trainee.parameters(), job.optim.clip_norm)
             lr = optimizer.param_groups[0]["lr"]
@@ -94,7 +99,8 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
             every = job.checkpoint.every_steps
             checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0)
             if checkpoint_due or state.step % job.log.every_steps == 0:
-                record = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "lr": lr, **window.record()}
+                place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
+                record = {**place, "lr": lr, **window.record()}
                 check_finite(record)
                 sink(record)
             if not checkpoint_due:
@@ -102,11 +108,11 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
             scored = None
             if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
                 scored = validate(job, world, streams, state.student)
-                metrics = {"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()}
-                sink(metrics)
+                last = {"step": state.step, **scored.as_dict()}
+                sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
             keep(state, job, world, streams, checkpoints, scored)
             window.reset()  # evaluation is not training time
-    return metrics
+    return last
 
 
 @dataclass
@@ -189,6 +195,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 def validate(job: Job, world: World, streams: Streams, student: Detector) -> CocoMetrics:
     """COCO metrics on the validation split; the same on every rank."""
+    world.share_buffers(student)  # what is exported, and so evaluated, is rank 0's
     truth = streams.val_set.ground_truth() if world.rank == 0 else None
     with streams.val() as batches:
         return evaluate(student, batches, world, truth, streams.val_set.meta.category_ids, job.optim.precision)
@@ -206,7 +213,8 @@ def check_finite(record: Record) -> None:
 def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None) -> None:
     """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics."""
     name = f"step_{state.step:08d}"
-    metrics = {SCORE: float("nan") if scored is None else scored.AP, "step": state.step}
+    unscored = scored is None or math.isnan(scored.AP)
+    metrics = {SCORE: UNSCORED if unscored else scored.AP, "step": state.step}
     if world.rank != 0:
         checkpoints.report(name, metrics, None)
         return
@@ -219,7 +227,10 @@ def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Ch
         "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
         "category_ids": list(streams.train_set.meta.category_ids),
         "metrics": None if scored is None else scored.as_dict(),
-        "versions": {"headkd_ray": headkd_ray.__version__, **{package: version(package) for package in ("torch", "torchvision", "timm")}},
+        "versions": {
+            "headkd_ray": headkd_ray.__version__,
+            **{name: version(name) for name in ("torch", "torchvision", "timm")},
+        },
     }
     save_detector(folder / STUDENT_FOLDER, state.student, streams.train_set.meta.classes, meta)
     if scored is not None:

@@ -1,4 +1,4 @@
-"""The paper's SGD and schedule (official ``schedule_1x.py``): linear warm-up, step decay, lr linear in the global batch; or AdamW."""
+"""The paper's SGD and schedule (official ``schedule_1x.py``): warm-up, step decay, lr linear in the global batch; or AdamW."""
 
 from __future__ import annotations
 

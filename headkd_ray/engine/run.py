@@ -48,8 +48,8 @@ def check_run(job: Job) -> None:
     workers = before["cluster.workers"], job.cluster.workers
     if bool(workers[0]) != bool(workers[1]) and not folder.has(RESULT_FILE):
         differing.append(
-            f"cluster.workers: the run {folder.uri} was started with {workers[0]}, now {workers[1]}; without Ray (0) and with it, "
-            "checkpoints are kept in different ways: keep the old value to resume it, or choose another run.name"
+            f"cluster.workers: the run {folder.uri} was started with {workers[0]}, now {workers[1]}; checkpoints of runs "
+            "without Ray (0) and with it are not the same: keep the old value to resume it, or choose another run.name"
         )
     if differing:
         raise JobError(differing)
@@ -70,7 +70,7 @@ def finished(folder: Folder) -> Record | None:
 
 
 def finish(folder: Folder, best: Folder, last: Record) -> Record:
-    """Promote the best checkpoint's student to ``<run>/student`` and write ``result.json``, last: its presence says 'ended'."""
+    """Promote the best checkpoint's student to ``<run>/student``; write ``result.json``, last: its presence says 'ended'."""
     student = folder / STUDENT_FOLDER
     student.copy_from(best / STUDENT_FOLDER)
     result = {
@@ -124,4 +124,3 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = item
     return flat
-

@@ -25,7 +25,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Detector | None:
     loaded = fetch_detector(job.teacher.checkpoint)
     names = job.teacher.classes or loaded.classes
     if names is None:
-        raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in teacher.classes, in its order")
+        raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in order in teacher.classes")
     if len(names) != loaded.detector.num_classes:
         raise CheckpointError(
             f"{job.teacher.checkpoint}: has {loaded.detector.num_classes} classes, but teacher.classes names {len(names)}"

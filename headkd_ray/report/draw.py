@@ -26,7 +26,8 @@ def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str]) 
     if not len(boxes):
         return image
     thickness = max(1, round(max(image.shape[-2:]) / 300))
-    return draw_bounding_boxes(image, boxes, labels=list(captions), colors=[colour(i) for i in labels.tolist()], width=thickness)
+    colours = [colour(label) for label in labels.tolist()]
+    return draw_bounding_boxes(image, boxes, labels=list(captions), colors=colours, width=thickness)
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -51,5 +52,3 @@ def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path:
             sheet.paste(tile, (gap + column * (side + gap), header + gap + row * (side + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-
-

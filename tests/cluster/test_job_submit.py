@@ -52,15 +52,20 @@ def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: tupl
     address, environment = head
     working_dir = tmp_path / "work"
     shutil.copytree(ROOT / "headkd_ray", working_dir / "headkd_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    job = micro_job(
-        tmp_path / "runs", drawn_splits, "submitted", optim={"epochs": 1, "milestones": []}, cluster={"workers": 1}
-    )
+    job = micro_job(tmp_path / "runs", drawn_splits, "submitted", optim={"epochs": 1, "milestones": []}, cluster={"workers": 1})
     (working_dir / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--working-dir", str(working_dir)]
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [
+        *(ray, "job", "submit", "--address", address, "--working-dir", str(working_dir)),
+        *("--", sys.executable, "-m", "headkd_ray.train", "job.yaml"),
+    ]
+
+    def submit() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     def wait_for_dashboard() -> subprocess.CompletedProcess[str]:
         for _ in range(20):
-            done = subprocess.run([*submit, "--", sys.executable, "-m", "headkd_ray.train", "job.yaml"], env=environment, capture_output=True, text=True)
+            done = submit()
             if "Failed to connect" not in done.stderr + done.stdout:
                 return done
         return done
@@ -72,5 +77,5 @@ def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: tupl
     assert Path(result["student"], "model.safetensors").exists()
 
     (working_dir / "job.yaml").write_text("run: {name: wrong}\nmethods: supervised\n")
-    failed = subprocess.run([*submit, "--", sys.executable, "-m", "headkd_ray.train", "job.yaml"], env=environment, capture_output=True, text=True)
+    failed = submit()
     assert failed.returncode != 0 and "did you mean method" in failed.stdout

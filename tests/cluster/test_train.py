@@ -19,7 +19,9 @@ from tests.support import MICRO_TEACHER, assert_same_weights, descendants, micro
 ON_RAY = {"workers": 1, "threads_per_worker": 1}
 
 
-def test_ray_and_in_process_runs_end_with_the_same_weights(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+def test_ray_and_in_process_runs_end_with_the_same_weights(
+    tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None
+) -> None:
     here = train(micro_job(tmp_path, drawn_splits, "here"), lambda record: None)
     records: list[dict[str, Any]] = []
     on_ray = train(micro_job(tmp_path, drawn_splits, "on_ray", cluster=ON_RAY), records.append)
@@ -31,7 +33,9 @@ def test_ray_and_in_process_runs_end_with_the_same_weights(tmp_path: Path, drawn
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     """kill -9 of a worker in the middle of an epoch; two workers also have a BatchNorm buffer and an idle step to get right."""
-    teacher = train(micro_job(tmp_path, drawn_splits, "teacher", student=MICRO_TEACHER, optim={"epochs": 1, "milestones": []}), _quiet)
+    teacher = train(
+        micro_job(tmp_path, drawn_splits, "teacher", student=MICRO_TEACHER, optim={"epochs": 1, "milestones": []}), _quiet
+    )
 
     def job(name: str) -> Job:
         return micro_job(
@@ -83,7 +87,7 @@ def test_a_loss_that_explodes_ends_the_run_at_once(tmp_path: Path, drawn_splits:
     job = micro_job(
         tmp_path, drawn_splits, optim={"lr": 1e30, "lr_batch": None, "clip_norm": None, "warmup_steps": 0}, cluster=ON_RAY
     )
-    with pytest.raises(TrainingError, match="not finite.*lower optim.lr"):
+    with pytest.raises(TrainingError, match=r"not finite.*lower optim\.lr"):
         train(job, _quiet)
 
 

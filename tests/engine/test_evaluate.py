@@ -41,7 +41,7 @@ def blank(original: list[tuple[int, int]], shown: list[tuple[int, int]], first_i
 
 
 def test_boxes_go_back_to_the_stored_image() -> None:
-    """Each axis has a scale of its own (sides are rounded), boxes end at the border, padding rows vanish, ids are the data's."""
+    """Each axis has its own scale (sides are rounded), boxes end at the border, padding rows vanish, ids are the data's."""
     batch = blank(original=[(100, 400), (60, 30)], shown=[(50, 100), (120, 90)])
     found = Detections(
         boxes=torch.tensor([[[10.0, 20, 30, 40], [-5, -5, 101, 51]], [[9, 12, 18, 24], [0, 0, 0, 0]]]),
@@ -96,7 +96,7 @@ def shared_evaluation(world: World, job: Job) -> dict[str, Any]:
 
 @pytest.fixture
 def kind_split(tmp_path: Path, drawn_splits: dict[str, str]) -> dict[str, str]:
-    """Nine validation images (an odd number for two ranks) whose ground truth is every third box that the micro detector finds."""
+    """Nine validation images (odd, for two ranks) whose ground truth is every third box that the micro detector finds."""
     shards = ShardSet.open(drawn_splits["val"])
     job = micro_job(tmp_path, drawn_splits)
     windows = eval_windows(shards.index, rank=0, world=1, batch_size=1)

@@ -1,8 +1,11 @@
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from headkd_ray.data.batch import Batch
 from headkd_ray.engine.log import JsonLines, StepWindow
 from headkd_ray.engine.world import World
 
@@ -20,7 +23,7 @@ def test_json_lines_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert lines == [{"step": 10}, {"step": 20}, {"step": 30, "AP": None}]
 
 
-def test_window_averages_and_starts_anew(batch_of) -> None:
+def test_window_averages_and_starts_anew(batch_of: Callable[[int], Batch]) -> None:
     window = StepWindow(World(0, 1, torch.device("cpu")))
     window.add({"loss_cls": torch.tensor(1.0)}, batch_of(2))
     window.add({"loss_cls": torch.tensor(3.0)}, batch_of(2))
@@ -28,3 +31,10 @@ def test_window_averages_and_starts_anew(batch_of) -> None:
     assert record["losses"] == {"loss_cls": 2.0} and record["images_per_second"] > 0 and 0 <= record["data_wait"] < 1
     window.add({"loss_cls": torch.tensor(5.0)}, batch_of(2))
     assert window.record()["losses"] == {"loss_cls": 5.0}
+
+
+def test_idle_batches_count_in_no_mean(batch_of: Callable[[int], Batch]) -> None:
+    window = StepWindow(World(0, 1, torch.device("cpu")))
+    window.add({"loss_cls": torch.tensor(2.0)}, batch_of(2))
+    window.add({"loss_cls": torch.tensor(float("nan"))}, replace(batch_of(1), idle=True))
+    assert window.record()["losses"] == {"loss_cls": 2.0}

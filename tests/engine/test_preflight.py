@@ -45,7 +45,9 @@ def test_a_student_that_timm_does_not_know_is_refused(tmp_path: Path, drawn_spli
 def test_a_run_of_this_name_was_started_with_other_keys(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     """What a run learns is settled when it starts; where it runs and what it tells is not. All differences are named."""
     open_run(micro_job(tmp_path, drawn_splits))
-    preflight(micro_job(tmp_path, drawn_splits, log={"every_steps": 7}, checkpoint={"every_steps": 3}, cluster={"data_cpus": 2}))
+    preflight(
+        micro_job(tmp_path, drawn_splits, log={"every_steps": 7}, checkpoint={"every_steps": 3}, cluster={"data_cpus": 2})
+    )
     with pytest.raises(UserError) as caught:
         preflight(micro_job(tmp_path, drawn_splits, optim={"lr": 0.5}, run={"seed": 1}))
     first, second = caught.value.problems

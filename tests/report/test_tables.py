@@ -75,9 +75,7 @@ VAL = {"step": 200, "steps": 200, "epoch": 1, "val": metrics(33.96, None, cat=1.
 
 
 def test_log_line_of_a_step_window() -> None:
-    assert line(STEP) == (
-        "step 50/200  epoch 0.25  loss 1.5 (cls 1 akd_1 0.5)  lr 0.01  12.3 images/s  data wait 7%  812 MiB"
-    )
+    assert line(STEP) == ("step 50/200  epoch 0.25  loss 1.5 (cls 1 akd_1 0.5)  lr 0.01  12.3 images/s  data wait 7%  812 MiB")
     assert STEP["losses"]["total"] == 1.5, "the record itself stays whole"  # type: ignore[index]
 
 
