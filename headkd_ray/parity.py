@@ -11,13 +11,17 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from headkd_ray.doors import user_errors
 from headkd_ray.golden.checks import check
 from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import replay
+
+
+WIDTH = 120
+"""Columns of the table at least, also where the output is no terminal: names and notes are not cut."""
 
 
 def compare_file(path: str) -> list[Row]:
@@ -28,7 +32,15 @@ def compare_file(path: str) -> list[Row]:
 
 def render(rows: Sequence[Row]) -> Table:
     """The comparison as a table."""
-    table = Table("quantity", "largest error", "relative", "tolerance", "", "note", title="ours against the official code")
+    table = Table(
+        Column("quantity", no_wrap=True),
+        "largest error",
+        "relative",
+        "tolerance",
+        "",
+        "note",
+        title="ours against the official code",
+    )
     for row in rows:
         verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
         numbers = [f"{value:.1e}" if value == value else "-" for value in (row.absolute, row.relative, row.tolerance)]
@@ -42,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with user_errors():
         rows = compare_file(options.golden)
-    Console().print(render(rows))
+    Console(width=max(Console().width, WIDTH)).print(render(rows))
     failed = [row.name for row in rows if not row.passed]
     print(f"{len(rows) - len(failed)} of {len(rows)} quantities hold" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed or not rows else 0

@@ -11,6 +11,7 @@ import pytest
 os.environ.update(
     RAY_AUTH_MODE="disabled",  # else Ray writes a token into the user's home
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_raylet_start_wait_time_s="180",  # a machine that is busy with other things
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     OMP_NUM_THREADS="1",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headkd_ray.data.classes import check_same_classes
 from headkd_ray.detectors import Detector
+from headkd_ray.detectors.weights import drop_unused_classes
 from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import Job
@@ -22,7 +23,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Detector | None:
     """
     if job.teacher is None:
         return None
-    loaded = fetch_detector(job.teacher.checkpoint)
+    loaded = drop_unused_classes(fetch_detector(job.teacher.checkpoint))  # torchvision's COCO models name unused ones
     names = job.teacher.classes or loaded.classes
     if names is None:
         raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in order in teacher.classes")

@@ -1,25 +1,17 @@
-"""Evaluation: boxes back in the stored image's pixels, and the same figures however many processes share the images."""
+"""Evaluation: boxes back in the stored image's pixels, each image once. Shared over processes: see test_ranks.py."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from headkd_ray.data.batch import Batch, idle_batch
-from headkd_ray.data.plan import eval_windows
-from headkd_ray.data.prepare import prepare_split
-from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, local_stream
 from headkd_ray.detectors import Detections, Detector, build_detector
 from headkd_ray.engine.evaluate import coco_results, evaluate, predict
 from headkd_ray.engine.world import World
-from headkd_ray.job import Job
-from tests.engine.ranks import on_ranks
 from tests.support import MICRO_STUDENT, micro_job
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -82,39 +74,3 @@ def test_a_missing_image_is_an_error() -> None:
     truth = {"images": [{"id": 1}, {"id": 2}], "annotations": [], "categories": []}
     with pytest.raises(AssertionError, match="ranks overlap or miss images"):
         evaluate(micro_detector(2), [blank([(64, 64)], [(64, 64)])], ALONE, truth, CATEGORY_IDS)
-
-
-def shared_evaluation(world: World, job: Job) -> dict[str, Any]:
-    """Metrics of the micro detector on the job's validation split, shared over the ranks."""
-    shards = ShardSet.open(job.data.val)
-    windows = eval_windows(shards.index, rank=world.rank, world=world.size, batch_size=1)
-    batches = local_stream(shards, windows, BatchMaker(job.data, seed=0, train=False))
-    truth = shards.ground_truth() if world.rank == 0 else None
-    detector = micro_detector(len(shards.meta.classes))
-    return evaluate(detector, batches, world, truth, shards.meta.category_ids).as_dict()
-
-
-@pytest.fixture
-def kind_split(tmp_path: Path, drawn_splits: dict[str, str]) -> dict[str, str]:
-    """Nine validation images (odd, for two ranks) whose ground truth is every third box that the micro detector finds."""
-    shards = ShardSet.open(drawn_splits["val"])
-    job = micro_job(tmp_path, drawn_splits)
-    windows = eval_windows(shards.index, rank=0, world=1, batch_size=1)
-    batches = local_stream(shards, windows, BatchMaker(job.data, seed=0, train=False))
-    found = predict(micro_detector(len(shards.meta.classes)), batches, ALONE.device, shards.meta.category_ids)
-    truth = shards.ground_truth()
-    truth["images"] = truth["images"][:9]
-    kept = [entry for image in truth["images"] for entry in found[image["id"]][::3] if min(entry["bbox"][2:]) > 1]
-    truth["annotations"] = [
-        {**entry, "id": i, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0} for i, entry in enumerate(kept, start=1)
-    ]
-    (tmp_path / "kind.json").write_text(json.dumps(truth))
-    prepare_split(str(tmp_path / "kind.json"), str(Path(drawn_splits["val"]).parent / "images"), str(tmp_path / "kind"))
-    return {**drawn_splits, "val": str(tmp_path / "kind")}
-
-
-def test_two_processes_report_what_one_does(tmp_path: Path, kind_split: dict[str, str]) -> None:
-    job = micro_job(tmp_path, kind_split)
-    alone = shared_evaluation(ALONE, job)
-    assert 0 < alone["AP"] < 100 and alone["images"] == 9
-    assert on_ranks(2, shared_evaluation, job) == [alone, alone]

@@ -1,0 +1,32 @@
+"""The training program: what must not show in its result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from headkd_ray.train import train
+from tests.support import assert_same_weights, micro_job, student_weights
+
+ONE_EPOCH = {"epochs": 1, "milestones": []}
+
+
+def test_blank_images_of_idle_steps_stay_out_of_batchnorm(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """42 images in batches of 4 are 11 batches; two a step make 12, the last one blank."""
+    records: list[dict] = []
+    result = train(micro_job(tmp_path, drawn_splits, optim={**ONE_EPOCH, "accumulate": 2}), records.append)
+    assert result["last"]["step"] == 6
+    seen = {name: int(value) for name, value in student_weights(result).items() if name.endswith("num_batches_tracked")}
+    assert seen and set(seen.values()) == {11}
+
+
+def test_a_run_killed_after_its_last_checkpoint_ends_as_if_not(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """All is trained, nothing promoted yet: the next start has only that to do, and says the same."""
+    job = micro_job(tmp_path, drawn_splits, optim=ONE_EPOCH)
+    result = train(job, lambda record: None)
+    weights = student_weights(result)
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "student")
+    records: list[dict] = []
+    assert train(job, records.append) == result and not records
+    assert_same_weights(student_weights(result), weights)

@@ -1,0 +1,82 @@
+"""Two processes that train one student together: what each rank sees alone must not show in the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.engine.checkpoint import Checkpoints, LocalCheckpoints
+from headkd_ray.engine.loop import fit
+from headkd_ray.engine.run import finish, open_run, run_folder
+from headkd_ray.engine.streams import Streams, decode_here
+from headkd_ray.engine.world import World
+from headkd_ray.evaluate import evaluate_checkpoint
+from headkd_ray.job import Job
+from tests.engine.ranks import on_ranks
+from tests.support import MICRO_STUDENT, micro_job
+
+KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
+
+
+class Nowhere:
+    """Checkpoints of the ranks that keep none."""
+
+    latest = LocalCheckpoints.latest
+    entries: tuple[()] = ()
+
+    def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
+        assert folder is None
+
+
+def fit_on(world: World, job: Job) -> dict[str, Any] | None:
+    """``train_here`` on several ranks; the result on rank 0."""
+    folder = run_folder(job)
+    if world.rank == 0:
+        open_run(job)
+    dist.barrier()
+    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
+    checkpoints: Checkpoints = LocalCheckpoints(folder) if world.rank == 0 else Nowhere()
+    last = fit(job, world, streams, checkpoints, lambda step: lambda record: None)
+    if not isinstance(checkpoints, LocalCheckpoints):
+        return None
+    return finish(folder, checkpoints.folder / str(checkpoints.best()), last)
+
+
+def fit_twice(world: World, first: Job, second: Job, kind: str) -> Any:
+    """Train, make a validation split of what the student detects in ``kind``, and train again with it."""
+    result = fit_on(world, first)
+    if result is not None:
+        out = Path(kind)
+        evaluate_checkpoint(result["student"], first.data.val, batch_size=1, out=str(out / "found.json"))
+        truth = ShardSet.open(first.data.val).ground_truth()
+        truth["images"] = truth["images"][:9]  # odd: the ranks' shares differ
+        ids = {image["id"] for image in truth["images"]}
+        found = [entry for entry in json.loads((out / "found.json").read_text())[::2] if entry["image_id"] in ids]
+        truth["annotations"] = [
+            {**entry, "id": i, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
+            for i, entry in enumerate(found, start=1)
+            if min(entry["bbox"][2:]) > 1
+        ]
+        (out / "kind.json").write_text(json.dumps(truth))
+        prepare_split(str(out / "kind.json"), str(Path(first.data.val).parent / "images"), second.data.val)
+    dist.barrier()
+    return fit_on(world, second)
+
+
+def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """Two processes report what one finds. BatchNorm's statistics differ between ranks when an epoch ends; evaluation is shared
+    over the ranks, the export is rank 0's."""
+    optim = {"epochs": 1, "milestones": [], "ema": 0.5}
+    jobs = [
+        micro_job(tmp_path, {**drawn_splits, "val": val}, name, student=KEEN_STUDENT, optim=optim, eval={"batch_size": 1})
+        for name, val in (("first", drawn_splits["val"]), ("second", str(tmp_path / "kind")))
+    ]
+    result, _ = on_ranks(2, fit_twice, *jobs, str(tmp_path))
+    metrics = evaluate_checkpoint(result["student"], str(tmp_path / "kind"), batch_size=1).as_dict()
+    assert 0 < metrics["AP"] < 100 and metrics["images"] == 9
+    assert metrics == {key: result["last"][key] for key in metrics}
