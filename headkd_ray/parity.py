@@ -19,7 +19,6 @@ from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import replay
 
-
 WIDTH = 120
 """Columns of the table at least, also where the output is no terminal: names and notes are not cut."""
 
