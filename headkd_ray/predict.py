@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from headkd_ray.data.images import decode
@@ -18,7 +17,7 @@ from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.engine.serving import detect_images, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, DataError
-from headkd_ray.report.draw import draw
+from headkd_ray.report.draw import draw_found
 from headkd_ray.storage import Folder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -61,12 +60,7 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
         for entry in found:
             area = entry["bbox"][2] * entry["bbox"][3]
             annotations.append({**entry, "id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0})
-        shown = [entry for entry in found if entry["score"] >= score]
-        boxes = torch.tensor([entry["bbox"] for entry in shown]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([category_ids.index(entry["category_id"]) for entry in shown], dtype=torch.int64)
-        captions = [f"{names[entry['category_id']]} {entry['score']:.2f}" for entry in shown]
-        drawn = draw(image, boxes, labels, captions).permute(1, 2, 0).contiguous().numpy()
+        drawn = draw_found(image, found, names, score).permute(1, 2, 0).contiguous().numpy()
         Image.fromarray(drawn).save(out / f"{image_id:04d}_{path.stem}.jpg", quality=92)
 
     categories = [{"id": category, "name": name} for category, name in names.items()]

@@ -26,7 +26,7 @@ from headkd_ray.engine.serving import detect_images, view_spec
 from headkd_ray.job import ClusterSpec, load_job
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
-from headkd_ray.report.draw import contact_sheet, draw
+from headkd_ray.report.draw import contact_sheet, draw, draw_found
 from headkd_ray.report.tables import class_table, headline_table
 from headkd_ray.train import train
 
@@ -116,14 +116,8 @@ def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: i
     for checkpoint in checkpoints.values():
         loaded = load_checkpoint(checkpoint)
         found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), range(len(classes)), torch.device("cpu"))
-        column = []
-        for image, entries in zip(pixels, found, strict=True):
-            shown = [entry for entry in entries if entry["score"] >= SHOWN_SCORE]
-            boxes = torch.tensor([entry["bbox"] for entry in shown]).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            labels = torch.tensor([entry["category_id"] for entry in shown], dtype=torch.int64)
-            column.append(draw(image, boxes, labels, [f"{classes[e['category_id']]} {e['score']:.2f}" for e in shown]))
-        columns.append(column)
+        names = dict(enumerate(classes))
+        columns.append([draw_found(image, entries, names, SHOWN_SCORE) for image, entries in zip(pixels, found, strict=True)])
     contact_sheet(list(zip(*columns, strict=True)), ["ground truth", *checkpoints], path)
 
 

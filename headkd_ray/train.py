@@ -13,7 +13,7 @@ from headkd_ray.doors import user_errors
 from headkd_ray.engine.local import train_here
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.preflight import preflight
-from headkd_ray.engine.run import finished, open_run
+from headkd_ray.engine.run import finished, run_folder
 from headkd_ray.job import Job, load_job, render_job
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
@@ -22,7 +22,7 @@ from headkd_ray.report.tables import print_metrics
 def train(job: Job, tell: Sink) -> Record:
     """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before."""
     preflight(job)
-    result = finished(open_run(job))
+    result = finished(run_folder(job))
     if result is not None:
         return result
     if job.cluster.workers == 0:

@@ -71,11 +71,6 @@ def check_resources(spec: ClusterSpec) -> Resources:
             f"{spec.data_cpus:g}) = {wanted:g} CPUs asked, the cluster has {cpus:g}; lower cluster.workers, or give each less "
             "(fractions are allowed)"
         )
-    elif spec.workers * spec.data_cpus < 1:
-        problems.append(
-            f"cluster.data_cpus {spec.data_cpus:g} x {spec.workers} workers leaves less than the one CPU that a data task "
-            "takes; raise it"
-        )
     places = sum(_places(node, spec.cpus_per_worker, gpus_per_worker) for node in nodes)
     if not problems and places < spec.workers:
         problems.append(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import train as ray_train
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headkd_ray.cluster.resources import Resources, check_resources, connected
 from headkd_ray.cluster.stream import decode_on_ray
@@ -22,7 +24,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import fit
-from headkd_ray.engine.run import RunLog, finish, run_folder
+from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, ClusterError, TrainingError
@@ -41,6 +43,7 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job.cluster)
+        open_run(job)
         with forwarded(tell) as queue:
             try:
                 result = _trainer(job, resources, queue).fit()
@@ -104,20 +107,22 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_on_ray(job.cluster))
 
-    def open_sink(resumed_step: int) -> Sink:
-        log = RunLog(run_folder(job), resumed_step, job.log.tensorboard)
+    with ExitStack() as files:
 
-        def sink(record: Record) -> None:
-            log(record)
-            log.sync()
-            config["queue"].put(record)
+        def open_sink(resumed_step: int) -> Sink:
+            log = files.enter_context(RunLog(run_folder(job), resumed_step, job.log.tensorboard))
 
-        return sink
+            def sink(record: Record) -> None:
+                log(record)
+                log.sync()
+                config["queue"].put(record)
 
-    try:
-        return {"last": fit(job, world, streams, RayCheckpoints(), open_sink)}
-    except (TrainingError, CheckpointError) as error:
-        return {"error": error}
+            return sink
+
+        try:
+            return {"last": fit(job, world, streams, RayCheckpoints(), open_sink)}
+        except (TrainingError, CheckpointError) as error:
+            return {"error": error}
 
 
 class RayCheckpoints:
@@ -144,7 +149,9 @@ class RayCheckpoints:
 @contextmanager
 def forwarded(tell: Sink) -> Iterator[Queue]:
     """A queue whose records are passed to ``tell`` by a thread of this process; on leaving, the rest is passed first."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    # On this node: a queue that died with a worker's node would take every restart of the run with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     done = threading.Event()
 
     def pump() -> None:

@@ -10,7 +10,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import LocalCheckpoints
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import fit
-from headkd_ray.engine.run import RunLog, finish, run_folder
+from headkd_ray.engine.run import RunLog, finish, open_run
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
@@ -22,7 +22,7 @@ def train_here(job: Job, tell: Sink) -> Record:
         torch.set_num_threads(job.cluster.threads_per_worker)
     world = World.alone(use_gpu=job.cluster.gpus_per_worker != 0)
     streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
-    folder = run_folder(job)
+    folder = open_run(job)
     checkpoints = LocalCheckpoints(folder)
 
     with ExitStack() as files:

@@ -111,7 +111,7 @@ class TensorBoard:
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)  # hides what a killed run told past it
 
     def __call__(self, record: Record) -> None:
         for name, value in _flatten(record):

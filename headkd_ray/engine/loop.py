@@ -213,8 +213,7 @@ def check_finite(record: Record) -> None:
 def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None) -> None:
     """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics."""
     name = f"step_{state.step:08d}"
-    unscored = scored is None or math.isnan(scored.AP)
-    metrics = {SCORE: UNSCORED if unscored else scored.AP, "step": state.step}
+    metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
     if world.rank != 0:
         checkpoints.report(name, metrics, None)
         return

@@ -49,5 +49,5 @@ def _build(job: Job, classes: tuple[str, ...] | None) -> None:
     """Try the models; ``classes`` None = unknown, for the data cannot be read."""
     teacher = load_teacher(job, classes)
     outputs = len(classes) if classes is not None else teacher.num_classes if teacher is not None else 1
-    with torch.random.fork_rng():  # building draws initial weights; the run's own draw must not depend on it
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
         build_trainee(job, outputs, teacher)

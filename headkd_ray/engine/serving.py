@@ -7,18 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from headkd_ray.data.batch import Example, collate
 from headkd_ray.data.views import apply_view, eval_view
 from headkd_ray.detectors import Detector
 from headkd_ray.engine.evaluate import coco_results
+from headkd_ray.errors import CheckpointError
 from headkd_ray.job import DataSpec
 
 
 def view_spec(meta: Mapping[str, Any]) -> DataSpec:
-    """How a checkpoint wants its images at evaluation: what ``meta["data"]`` records, else the paper's sizes."""
-    return DataSpec.model_validate({"train": "none", "val": "none", **meta.get("data", {})})
+    """How a checkpoint wants its images at evaluation: what ``meta["data"]`` records, else the paper's sizes.
+
+    Raises:
+        CheckpointError: it records something else.
+    """
+    try:
+        return DataSpec.model_validate({"train": "none", "val": "none", **meta.get("data", {})})
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(f"model.json: meta.data {meta.get('data')!r} is not how images are shown: {error}") from error
 
 
 @torch.inference_mode()

@@ -158,7 +158,8 @@ class ClusterSpec(Spec):
     workers: NonNegativeInt = 1
     """Ray Train workers; 0 = the same loop in this process, without Ray."""
     address: str | None = None
-    """Ray cluster address (auto, host:port, ray://host:port); null = RAY_ADDRESS, else a cluster in this process."""
+    """Ray cluster address (auto, host:port, ray://host:port); null = RAY_ADDRESS, else the cluster running
+    on this machine, else one that lives as long as the command."""
     gpus_per_worker: Fraction | None = None
     """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
     cpus_per_worker: PositiveFloat = 1.0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -28,6 +30,16 @@ def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str]) 
     thickness = max(1, round(max(image.shape[-2:]) / 300))
     colours = [colour(label) for label in labels.tolist()]
     return draw_bounding_boxes(image, boxes, labels=list(captions), colors=colours, width=thickness)
+
+
+def draw_found(image: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: float) -> Tensor:
+    """``draw`` for one image's COCO results of at least ``score``; ``names``: class name by category id, in the class order."""
+    shown = [entry for entry in found if entry["score"] >= score]
+    boxes = torch.tensor([entry["bbox"] for entry in shown]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    label_of = {category: label for label, category in enumerate(names)}
+    labels = torch.tensor([label_of[entry["category_id"]] for entry in shown], dtype=torch.int64)
+    return draw(image, boxes, labels, [f"{names[entry['category_id']]} {entry['score']:.2f}" for entry in shown])
 
 
 def colour(label: int) -> tuple[int, int, int]:

@@ -73,6 +73,20 @@ class Killer:
             self.killed = pid
 
 
+def test_a_run_given_up_goes_on_when_started_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    """From Ray's own listing on storage, with a checkpoint that was not evaluated as the latest."""
+    sections: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "cluster": {**ON_RAY, "max_failures": 0}}
+    job = micro_job(tmp_path, drawn_splits, "given_up", **sections)
+    listing = tmp_path / "given_up" / "checkpoint_manager_snapshot.json"
+    killer = Killer(job, at_step=1)
+    with pytest.raises(ClusterError, match="training failed for good"):
+        train(job, lambda record: killer(record) if listing.exists() else None)
+    records: list[dict[str, Any]] = []
+    result = train(job, records.append)
+    assert records[0]["step"] > 1, "started over"
+    assert_same_weights(student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), _quiet)))
+
+
 def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     job = micro_job(tmp_path, drawn_splits, cluster={"workers": 64, "gpus_per_worker": 1})
     started = time.monotonic()
@@ -80,6 +94,7 @@ def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: d
         train(job, _quiet)
     assert time.monotonic() - started < 20
     text = str(caught.value)
+    assert not (tmp_path / "run").exists(), "nothing is written before the cluster is known to suffice"
     assert "64" in text and "GPUs asked, the cluster has 0" in text and "CPUs asked, the cluster has" in text
 
 

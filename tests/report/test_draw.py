@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from headkd_ray.report.draw import colour, contact_sheet, draw
+from headkd_ray.report.draw import colour, contact_sheet, draw, draw_found
 
 
 def grey(height: int, width: int) -> torch.Tensor:
@@ -36,6 +36,18 @@ def test_captions_are_drawn() -> None:
 
 def test_nothing_to_draw() -> None:
     assert torch.equal(draw(grey(10, 20), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), []), grey(10, 20))
+
+
+def test_coco_results_are_drawn_from_the_score_on() -> None:
+    """bbox is x, y, width, height; the colour belongs to the class, not to its category id."""
+    found = [
+        {"bbox": [40.0, 30.0, 80.0, 50.0], "score": 0.5, "category_id": 90},
+        {"bbox": [150.0, 10.0, 40.0, 80.0], "score": 0.49, "category_id": 3},
+    ]
+    shown = draw_found(grey(100, 200), found, {3: "emu", 90: "dog"}, 0.5)
+    expected = draw(grey(100, 200), torch.tensor([[40.0, 30.0, 120.0, 80.0]]), torch.tensor([1]), ["dog 0.50"])
+    assert torch.equal(shown, expected)
+    assert torch.equal(draw_found(grey(9, 9), found, {3: "emu", 90: "dog"}, 0.6), grey(9, 9))
 
 
 def test_neighbouring_classes_have_far_colours() -> None:
