@@ -19,7 +19,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,6 @@ CHUNK_IMAGES = 64
 """Most images a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""
 STORE_BYTES = 512 << 20
 """Shared memory that one rank's Dataset may plan with; less where the cluster has less."""
-PREFETCH_BLOCKS = 2
-"""Chunks fetched to the worker ahead of the one it is using."""
 WINDOWS_PER_BLOCK = 16
 """Windows one read task goes through: what is read again if its node is lost."""
 
@@ -152,11 +150,20 @@ def decoded(head: bytes, pixels: pa.Buffer) -> Iterator[Batch]:
 
 
 def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
-    """Run the dataset; closing the generator ends its tasks."""
-    stream: Any = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
-    with closing(stream) as blocks:
-        for block in blocks:
-            for head, pixels, error in zip(block["head"], block["pixels"], block["error"], strict=True):
-                if error.as_py():
-                    raise pickle.loads(error.as_py())
-                yield from decoded(head.as_py(), pixels.as_buffer())
+    """Run the dataset; closing the generator ends its tasks and threads.
+
+    Blocks are taken as references, not with ``iter_batches``: its helper threads outlive it, and one that still fetches while
+    the process leaves Ray makes Ray end the whole process.
+    """
+    blocks = (block for bundle in dataset.iter_internal_ref_bundles() for block in bundle.block_refs)
+    following = next(blocks, None)
+    while following is not None:
+        current, following = following, next(blocks, None)
+        if following is not None:
+            ray.wait([following], timeout=0, fetch_local=True)  # starts the transfer if the block is on another machine
+        block = ray.get(current)
+        del current
+        for head, pixels, error in zip(block["head"], block["pixels"], block["error"], strict=True):
+            if error.as_py():
+                raise pickle.loads(error.as_py())
+            yield from decoded(head.as_py(), pixels.as_buffer())

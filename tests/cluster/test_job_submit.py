@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import micro_job
+from tests.support import descendants, micro_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +45,13 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         yield f"http://127.0.0.1:{dashboard}", environment
     finally:
-        process.terminate()  # --block: SIGTERM ends what this very command started, and nothing of another cluster
+        started = [process.pid, *descendants("", process.pid)]  # by id: `ray stop` would end other clusters too
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait(timeout=30)
         shutil.rmtree(scratch, ignore_errors=True)
 
