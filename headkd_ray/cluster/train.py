@@ -71,9 +71,6 @@ def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
         ),
         run_config=RunConfig(
             name=job.run.name,
-            # From the process's start: libraries that ask OpenMP themselves, and threads begun later, do not see
-            # torch.set_num_threads; with a team a core in every worker, the teams wait for each other by spinning.
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(job))}},
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
@@ -81,11 +78,6 @@ def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
     )
-
-
-def threads(job: Job) -> int:
-    """torch CPU threads of a worker."""
-    return job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker))
 
 
 def with_absolute_paths(job: Job) -> Job:
@@ -110,7 +102,7 @@ def with_absolute_paths(job: Job) -> Job:
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """One rank. Errors that every rank meets alike, and a restart would meet again, are returned instead of raised."""
     job = Job.model_validate(config["job"])
-    torch.set_num_threads(threads(job))
+    torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
     context = ray_train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_on_ray(job.cluster))
