@@ -53,7 +53,7 @@ def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_spl
     victim = Killer(job("killed"), at_step=3)
     result = train(job("killed"), victim)
     assert victim.killed, "no worker was killed"
-    assert any(record["step"] <= 3 for record in victim.records_after_kill) or victim.records_after_kill
+    assert victim.records_after_kill, "nothing was trained after the kill"
     assert_same_weights(student_weights(expected), student_weights(result))
 
 
