@@ -13,20 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from headkd_ray.cluster.resources import connected
 from headkd_ray.data.images import decode
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
-from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.doors import user_errors
-from headkd_ray.engine.serving import detect_images, view_spec
 from headkd_ray.job import ClusterSpec, load_job
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
-from headkd_ray.report.draw import contact_sheet, draw, draw_found
+from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
 from headkd_ray.report.tables import class_table, headline_table
 from headkd_ray.train import train
 
@@ -70,6 +66,8 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
         meta = prepare(coco, own[2], str(split)).meta
         console.print(f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {split}")
 
+    from headkd_ray.cluster.resources import connected  # Ray takes seconds to import: after the first stage, not before it
+
     results: dict[str, Any] = {}
     common = [f"data.train={splits['train']}", f"data.val={splits['val']}", f"run.storage={out}", *overrides]
     stages = {
@@ -98,6 +96,11 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
 
 def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: int = 6) -> None:
     """Save a sheet: a row an image of the split, columns ground truth and each checkpoint's detections."""
+    import torch
+
+    from headkd_ray.detectors.weights import load_checkpoint
+    from headkd_ray.engine.serving import detect_images, view_spec
+
     rows_of_first_group = list(range(min(images, len(shards.index))))
     samples = shards.read_group(0, 0, rows_of_first_group)
     pixels = [decode(sample.image) for sample in samples]
@@ -109,6 +112,7 @@ def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: i
                 torch.from_numpy(sample.boxes),
                 torch.from_numpy(sample.labels),
                 [classes[i] for i in sample.labels.tolist()],
+                TILE,
             )
             for image, sample in zip(pixels, samples, strict=True)
         ]
@@ -117,7 +121,9 @@ def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: i
         loaded = load_checkpoint(checkpoint)
         found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), range(len(classes)), torch.device("cpu"))
         names = dict(enumerate(classes))
-        columns.append([draw_found(image, entries, names, SHOWN_SCORE) for image, entries in zip(pixels, found, strict=True)])
+        columns.append(
+            [draw_found(image, entries, names, SHOWN_SCORE, TILE) for image, entries in zip(pixels, found, strict=True)]
+        )
     contact_sheet(list(zip(*columns, strict=True)), ["ground truth", *checkpoints], path)
 
 

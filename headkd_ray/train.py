@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from headkd_ray.doors import user_errors
-from headkd_ray.engine.local import train_here
-from headkd_ray.engine.log import Record, Sink
-from headkd_ray.engine.preflight import preflight
-from headkd_ray.engine.run import finished, run_folder
 from headkd_ray.job import Job, load_job, render_job
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
 
+if TYPE_CHECKING:
+    from headkd_ray.engine.log import Record, Sink
+
 
 def train(job: Job, tell: Sink) -> Record:
     """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before."""
+    # Imported here, because torch, timm and Ray take ten seconds: what is wrong with the job file is told before.
+    from headkd_ray.engine.preflight import preflight
+    from headkd_ray.engine.run import finished, run_folder
+
     preflight(job)
     result = finished(run_folder(job))
     if result is not None:
         return result
     if job.cluster.workers == 0:
+        from headkd_ray.engine.local import train_here
+
         return train_here(job, tell)
     from headkd_ray.cluster.train import train_on_ray  # workers: 0 must run where Ray is not installed
 

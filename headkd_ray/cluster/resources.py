@@ -14,6 +14,14 @@ import ray
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import ClusterSpec
 
+OWN_CLUSTER = {
+    # Ray ends processes that idle for a second if there are more than CPUs: decoding would start, and import torch, for ever.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    # One process fewer: it asks whether the cloud takes this node away.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment of a cluster that we start for one run."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -38,6 +46,11 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
         # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
         # A cluster of our own ends with this process and has no dashboard: its start costs more than a small job's training.
         here = {"include_dashboard": False} if spec.address is None and "RAY_ADDRESS" not in os.environ else {}
+        if here:
+            for name, value in OWN_CLUSTER.items():
+                os.environ.setdefault(name, value)
+            # It advises to switch the new cluster's authentication off.
+            logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(address=spec.address, log_to_driver=False, logging_level=logging.WARNING, **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(

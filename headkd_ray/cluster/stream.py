@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ import pyarrow as pa
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
@@ -45,6 +47,8 @@ CHUNK_IMAGES = 64
 """Most images a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""
 STORE_BYTES = 512 << 20
 """Shared memory that one rank's Dataset may plan with; less where the cluster has less."""
+STEP_SECONDS = 0.02
+"""Least time from one step of Ray's scheduling loop to the next."""
 WINDOWS_PER_BLOCK = 16
 """Windows one read task goes through: what is read again if its node is lost."""
 
@@ -72,6 +76,7 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float) 
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # every row, that is every chunk, is a block of its own: decoded by its own task
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Unhurried]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=STORE_BYTES)
     with DataContext.current(context):
@@ -79,6 +84,21 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float) 
         # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
         chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
         return chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+
+
+class _Unhurried(ExecutionCallback):
+    """Paces Ray's scheduling loop, a thread of the train worker.
+
+    While it waits for training to take batches it spins (Ray 2.60): a core, and worse, the interpreter lock that every torch
+    call of the training thread then has to wait for. ``bench/stream_wait.py`` measures both.
+    """
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(max(0.0, self.last + STEP_SECONDS - time.monotonic()))
+        self.last = time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CheckpointError, ClusterError, TrainingError
+from headkd_ray.errors import CheckpointError, ClusterError, TrainingError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -177,7 +177,8 @@ def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:
 
 
 def _cause(error: TrainingFailedError) -> str:
-    """The last line of the first worker's error: what a user can act on."""
-    failures = getattr(error, "worker_failures", None)
-    cause: BaseException = next(iter(failures.values())) if failures else error
-    return str(cause).strip().splitlines()[-1]
+    """A user's mistake whole, if a worker met one; else the last line of the first worker's error."""
+    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
+    raised = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps what the worker raised
+    mistake = next((failure for failure in raised if isinstance(failure, UserError)), None)
+    return str(mistake) if mistake is not None else str(failures[0]).strip().splitlines()[-1]

@@ -1,6 +1,6 @@
 """The quickstart's data set, drawn: real JPEGs and COCO JSON, the same for the same seed, in a few seconds.
 
-Shapes in sixteen fine-grained classes (``shapes.py``) at log-uniform sizes, turned, of any colour, overlapping, cut by the
+Shapes in sixteen fine-grained classes (``shapes.py``) at log-uniform sizes, tilted, of any colour, overlapping, cut by the
 border, on textured backgrounds among distractors, and crossed by thin lines. Boxes are tight around what is visible.
 
 Category ids are sparse on purpose: whoever drops the id map gets an AP of 0 and not a lucky one.
@@ -27,17 +27,19 @@ from headkd_ray.data.shapes import SHAPES, Pen
 Colour = tuple[int, int, int]
 
 CATEGORY_IDS = tuple(7 * label + 3 for label in range(len(SHAPES)))
-SIDES = (128, 168)
+SIDES = (120, 152)
 """Range of the sides of an image, pixels."""
-OBJECTS = (3, 6)
+OBJECTS = (2, 5)
 """Range of the objects an image."""
-DIAMETERS = (24.0, 110.0)
+DIAMETERS = (28.0, 120.0)
 """Range of an object's diameter, pixels."""
 VISIBLE = 0.55
 """Least share of an object that stays visible."""
+TILT = math.pi / 6
+"""Most that an object is turned, either way, radians."""
 OVERSAMPLE = 4
 """Masks are drawn this many times larger and averaged down."""
-CONTRAST = 60
+CONTRAST = 90
 """Least difference, in one of R, G, B, between an object's colour and what is beneath it."""
 NOISE = 7
 """Amplitude of the pixel noise."""
@@ -144,7 +146,7 @@ def _mask(rng: np.random.Generator, label: int) -> Image.Image:
     """The shape at a random size and angle, slightly squeezed: 8-bit coverage."""
     low, high = DIAMETERS
     diameter = low * (high / low) ** rng.random()
-    pen = Pen(int(OVERSAMPLE * diameter), rng.uniform(0, 2 * math.pi))
+    pen = Pen(int(OVERSAMPLE * diameter), rng.uniform(-TILT, TILT))
     list(SHAPES.values())[label](pen)
     squeeze = rng.uniform(0.8, 1.0)
     return pen.mask.resize((max(8, round(diameter * squeeze)), max(8, round(diameter))), Image.Resampling.BOX)

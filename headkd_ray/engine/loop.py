@@ -50,13 +50,14 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     """
     torch.manual_seed(job.run.seed)
     classes = streams.train_set.meta.classes
-    trainee = build_trainee(job, len(classes), load_teacher(job, classes)).to(world.device)
+    trainee = build_trainee(job, len(classes), load_teacher(job, classes))
+    trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
     total_steps = steps_per_epoch * job.optim.epochs
     global_batch = job.data.batch_size * world.size * accumulate
     optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)
-    state = State(0, steps_per_epoch, trainee, optimizer, scheduler, build_ema(job, trainee.student))
+    state = State(0, trainee, optimizer, scheduler, build_ema(job, trainee.student))
     last: Record = {}
     with checkpoints.latest() as folder:
         if folder is not None:
@@ -121,7 +122,6 @@ class State:
 
     step: int
     """Optimizer steps done."""
-    steps_per_epoch: int
     trainee: Trainee
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -137,7 +137,7 @@ class State:
     def save(self, folder: Path, order: dict[str, Any]) -> None:
         members = {name: getattr(self, name) for name in ("trainee", "optimizer", "scheduler", "ema")}
         tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
-        save_state(folder, {"step": self.step, "steps_per_epoch": self.steps_per_epoch, "order": order, **tensors})
+        save_state(folder, {"step": self.step, "order": order, **tensors})
 
     def restore(self, folder: Path, order: dict[str, Any]) -> None:
         """Load what ``save`` wrote.
@@ -165,8 +165,12 @@ class State:
 
 
 def order_key(world: World, streams: Streams) -> dict[str, Any]:
-    """What the order of the images depends on besides the job's keys that cannot change in a resumed run."""
-    return {"cluster.workers": world.size, "data.train": streams.train_set.meta.fingerprint}
+    """What the images' order and the best checkpoint depend on besides the keys that cannot change in a resumed run."""
+    return {
+        "cluster.workers": world.size,
+        "data.train": streams.train_set.meta.fingerprint,
+        "data.val": streams.val_set.meta.fingerprint,
+    }
 
 
 def build_ema(job: Job, student: Detector) -> AveragedModel | None:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+TILE = 384
+"""Side of a picture in a contact sheet, pixels."""
 
-def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str]) -> Tensor:
+
+def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str], least_side: int = 0) -> Tensor:
     """Boxes with captions on an image, each class in its own colour.
 
     Args:
@@ -22,9 +25,13 @@ def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str]) 
         boxes: float (N, 4), xyxy, pixels of ``image``.
         labels: int64 (N,).
         captions: N strings.
+        least_side: enlarge the image first until its longer side has this many pixels: captions do not shrink with an image.
     Returns:
-        uint8 (3, H, W).
+        uint8 (3, H', W'); H, W unless enlarged.
     """
+    factor = max(1.0, least_side / max(image.shape[-2:]))
+    if factor > 1:
+        image, boxes = resize(image, [round(side * factor) for side in image.shape[-2:]]), boxes * factor
     if not len(boxes):
         return image
     thickness = max(1, round(max(image.shape[-2:]) / 300))
@@ -32,14 +39,17 @@ def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str]) 
     return draw_bounding_boxes(image, boxes, labels=list(captions), colors=colours, width=thickness)
 
 
-def draw_found(image: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: float) -> Tensor:
+def draw_found(
+    image: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: float, least_side: int = 0
+) -> Tensor:
     """``draw`` for one image's COCO results of at least ``score``; ``names``: class name by category id, in the class order."""
     shown = [entry for entry in found if entry["score"] >= score]
     boxes = torch.tensor([entry["bbox"] for entry in shown]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     label_of = {category: label for label, category in enumerate(names)}
     labels = torch.tensor([label_of[entry["category_id"]] for entry in shown], dtype=torch.int64)
-    return draw(image, boxes, labels, [f"{names[entry['category_id']]} {entry['score']:.2f}" for entry in shown])
+    captions = [f"{names[entry['category_id']]} {entry['score']:.2f}" for entry in shown]
+    return draw(image, boxes, labels, captions, least_side)
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -48,7 +58,7 @@ def colour(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: Path, side: int = 256) -> None:
+def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: Path, side: int = TILE) -> None:
     """Save a grid of images, a column a title, each scaled to ``side`` pixels, as a picture.
 
     Args:

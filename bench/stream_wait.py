@@ -1,0 +1,79 @@
+"""What the Ray stream costs while training is the slower side: ``python bench/stream_wait.py [--batches 300]``.
+
+A consumer takes a batch, sleeps as long as a small training step takes, and takes the next. All CPU time of its process is
+then overhead: Ray Data's scheduling loop runs in a thread of the train worker. Measured in turn as the project runs it (paced)
+and as Ray does by itself, from the point on where Ray's buffers are full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from headkd_ray.cluster import stream
+from headkd_ray.cluster.resources import connected
+from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.synthetic import draw_dataset
+from headkd_ray.engine.streams import Streams
+from headkd_ray.engine.world import World
+from headkd_ray.job import ClusterSpec, Job
+
+STEP = 0.05
+"""Seconds that the consumer sleeps."""
+
+
+@contextmanager
+def pace(seconds: float) -> Iterator[None]:
+    before, stream.STEP_SECONDS = stream.STEP_SECONDS, seconds
+    try:
+        yield
+    finally:
+        stream.STEP_SECONDS = before
+
+
+def busy_share(streams: Streams, warm: int, batches: int) -> float:
+    """CPU seconds of this process a second, over ``batches`` batches after the first ``warm``."""
+    with streams.train(first=0) as source:
+        for number, _ in enumerate(source):
+            if number == warm:
+                started, cpu = time.perf_counter(), time.process_time()
+            time.sleep(STEP)
+            if number == warm + batches:
+                break
+        return (time.process_time() - cpu) / (time.perf_counter() - started)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batches", type=int, default=300, help="batches that count")
+    options = parser.parse_args()
+    warm = 300  # Ray's buffers are full
+    with tempfile.TemporaryDirectory() as scratch, connected(ClusterSpec()):
+        drawn = draw_dataset(Path(scratch) / "drawn", train=400, val=8)
+        splits = {name: str(Path(scratch) / name) for name in ("train", "val")}
+        for name, path in splits.items():
+            prepare_split(str(getattr(drawn, name)), str(drawn.images), path)
+        job = Job.model_validate(
+            {
+                "run": {"name": "wait", "storage": scratch},
+                "method": "supervised",
+                "data": {**splits, "batch_size": 8, "short_side": [320, 320], "long_side": 480, "eval_short_side": 320},
+                "optim": {"epochs": 1000, "milestones": []},
+            }
+        )
+        train, val = (ShardSet.open(path) for path in splits.values())
+        streams = Streams(job, World.alone(use_gpu=False), train, val, stream.decode_on_ray(job.cluster))
+        for way, seconds in (("paced", stream.STEP_SECONDS), ("as Ray does", 0.0)) * 2:
+            with pace(seconds):
+                print(f"{way}: {busy_share(streams, warm, options.batches):.2f} CPU seconds a second", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
