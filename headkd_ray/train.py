@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from headkd_ray.doors import user_errors
-from headkd_ray.job import Job, load_job, render_job
+from headkd_ray.job import Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
 
@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             print(render_job(job), end="")
             return 0
+        for warning in warnings(job):
+            print(f"warning: {warning}", file=sys.stderr)
         with RunConsole(job.run.name) as console:
             result = train(job, console)
         print_metrics({job.run.name: result["best"]})

@@ -31,6 +31,12 @@ MICRO_TEACHER: dict[str, Any] = {
     "roi": {"fc_channels": 16, "pool": 3, "sampler": {"size": 16}},
 }
 
+TF_HEAD: dict[str, Any] = {
+    "fcos": {"head": {"convs": 1, "channels": 16, "norm_groups": 4}},
+    "rcnn": {"head": {"fc_channels": 16, "pool": 3, "sampler": {"size": 16}}},
+}
+"""Assistants for MICRO_STUDENT."""
+
 
 def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sections: Any) -> Job:
     """A supervised job that trains in seconds; ``sections`` replace or extend its sections, one level deep."""

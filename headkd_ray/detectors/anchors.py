@@ -34,11 +34,12 @@ class Anchors:
 
     Anchor index within a cell: ratio-major, scale-minor (mmdet's and torchvision's order). Without ``rounding`` anchors
     centre on (x * stride, y * stride), as in mmdet 2.x and later; with it sizes and corners are whole pixels and the strides
-    are image size // feature size, as in torchvision.
+    are image size // feature size, as in torchvision. ``offset`` moves all centres right and down, in units of the stride.
     """
 
-    def __init__(self, spec: AnchorSpec, strides: Sequence[int]) -> None:
+    def __init__(self, spec: AnchorSpec, strides: Sequence[int], offset: float = 0.0) -> None:
         self.spec = spec
+        self.offset = offset
         self.strides = tuple(strides)
         self.per_cell = len(spec.ratios) * spec.octave_scales
         self._memo: dict[tuple[tuple[Shape, ...], torch.device], AnchorGrid] = {}
@@ -53,7 +54,7 @@ class Anchors:
         widths = (1 / height_ratios[:, None] * sizes).flatten()
         heights = (height_ratios[:, None] * sizes).flatten()
         boxes = torch.stack([-widths, -heights, widths, heights], dim=-1) / 2
-        return boxes.round() if spec.rounding else boxes
+        return (boxes.round() if spec.rounding else boxes) + self.offset * stride
 
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """The anchors for pyramid levels ``features`` (B, C, H, W), on their device."""

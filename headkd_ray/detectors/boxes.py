@@ -1,4 +1,5 @@
-"""Boxes: (x1, y1, x2, y2) float32 in pixels of the network input, x2 and y2 exclusive; and their deltas (dx, dy, dw, dh)."""
+"""Boxes: (x1, y1, x2, y2) float32 in pixels of the network input, x2 and y2 exclusive; their deltas (dx, dy, dw, dh); and
+their distances (left, top, right, bottom) from a point."""
 
 from __future__ import annotations
 
@@ -56,6 +57,39 @@ def decode(deltas: Tensor, reference: Tensor, stds: Stds = UNIT_STDS, clamp_shri
     log_ratio = deltas[..., 2:].clamp(min=-MAX_LOG_RATIO if clamp_shrink else None, max=MAX_LOG_RATIO)
     half = size * log_ratio.exp() * 0.5
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def encode_distances(boxes: Tensor, reference: Tensor) -> Tensor:
+    """Distances (..., 4) from the centre of the square ``reference`` (..., 4) to the left, top, right and bottom side of
+    ``boxes`` (..., 4), in units of the square's side; negative where the centre lies outside."""
+    centre = (reference[..., :2] + reference[..., 2:]) * 0.5
+    side = reference[..., 2:3] - reference[..., :1]
+    return torch.cat([centre - boxes[..., :2], boxes[..., 2:] - centre], dim=-1) / side
+
+
+def decode_distances(distances: Tensor, reference: Tensor) -> Tensor:
+    """Boxes (..., 4) from ``distances`` (..., 4) at the squares ``reference`` (..., 4, broadcast); the inverse of
+    :func:`encode_distances`."""
+    centre = (reference[..., :2] + reference[..., 2:]) * 0.5
+    distances = distances * (reference[..., 2:3] - reference[..., :1])
+    return torch.cat([centre - distances[..., :2], centre + distances[..., 2:]], dim=-1)
+
+
+def paired_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and union, (...) each, of every box in ``a`` (..., 4) with its partner in ``b`` (..., 4); differentiable."""
+    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
+    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp(min=0)
+    overlap = width * height
+    union = (area(a) + area(b) - overlap).clamp(min=1e-7)
+    return overlap / union, union
+
+
+def paired_giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (...) of each box in ``a`` (..., 4) with its partner in ``b`` (..., 4): -1 to 1, and differentiable."""
+    iou, union = paired_iou(a, b)
+    hull = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1)
+    hull_area = area(hull).clamp(min=1e-7)
+    return iou - (hull_area - union) / hull_area
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:

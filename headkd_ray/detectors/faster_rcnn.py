@@ -9,7 +9,7 @@ from headkd_ray.detectors.detector import Detector
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Detections
 from headkd_ray.detectors.roi_head import RoIHead
-from headkd_ray.detectors.rois import candidates, choose, draw, flatten
+from headkd_ray.detectors.rois import flatten, sample_rois
 from headkd_ray.detectors.rpn import RPN
 from headkd_ray.job import FasterRCNNSpec
 
@@ -39,8 +39,7 @@ class FasterRCNN(Detector):
         outputs = self.rpn(features)
         losses = self.rpn.losses(outputs, sizes, boxes, labels, generator)
         truth = Truth.of(boxes, labels)
-        pool = candidates(self.rpn.proposals(outputs, sizes), truth, self.roi.spec.positive_iou)
-        rois = choose(pool, draw(pool, self.roi.spec.sampler, generator), truth, self.num_classes)
+        rois = sample_rois(self.rpn.proposals(outputs, sizes), truth, self.roi.spec, self.num_classes, generator)
         roi_losses = self.roi.losses(self.roi(features, rois.boxes, rois.image), rois)
         return losses | {f"loss_roi_{name}": loss for name, loss in roi_losses.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 Layer = nn.Conv2d | nn.Linear
@@ -23,6 +25,12 @@ def kaiming(layer: Layer) -> None:
     """Kaiming normal weights for a following ReLU, fan out."""
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     zero_bias(layer)
+
+
+def prior(layer: Layer, probability: float) -> None:
+    """Bias by which a sigmoid output starts at ``probability``."""
+    assert layer.bias is not None
+    nn.init.constant_(layer.bias, -math.log((1 - probability) / probability))
 
 
 def zero_bias(layer: Layer) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from headkd_ray.detectors.boxes import paired_giou, paired_iou
 
 
 def focal_loss_sum(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -31,8 +36,20 @@ def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     return (predicted.float() - target).abs().sum(-1).masked_fill(~counted, 0.0).sum()
 
 
+def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
+    """Sum over boxes ``predicted`` and ``target`` (..., 4) with ``weights`` (...), 0 = no loss.
+
+    giou: weight x (1 - generalised IoU); iou: weight x -log IoU, IoU at least 1e-6 (mmdet's IoULoss). Rows of weight 0 compare
+    the target with itself, so that an overflow in one never meets the factor 0.
+    """
+    predicted = torch.where(weights.unsqueeze(-1) > 0, predicted.float(), target)
+    if kind == "giou":
+        return ((1 - paired_giou(predicted, target)) * weights).sum()
+    return (-paired_iou(predicted, target)[0].clamp(min=1e-6).log() * weights).sum()
+
+
 def binary_cross_entropy_sum(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Sum of the sigmoid cross entropy of ``logits`` (...) with bool ``target`` (...) where ``counted`` (...)."""
+    """Sum of the sigmoid cross entropy of ``logits`` (...) with ``target`` (...), bool or 0..1, where ``counted`` (...)."""
     price = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
     return price.masked_fill(~counted, 0.0).sum()
 

@@ -1,4 +1,4 @@
-"""Which ground-truth box, if any, an anchor or RoI answers for (mmdet's MaxIoUAssigner), for a whole batch at once."""
+"""Which ground-truth box, if any, an anchor, a RoI (mmdet's MaxIoUAssigner) or a point (FCOS) answers for; batched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.boxes import pairwise_iou
+from headkd_ray.detectors.boxes import area, pairwise_iou
 
 NEGATIVE = -1
 IGNORED = -2
@@ -63,6 +63,28 @@ def match(
         last = (claims * order).amax(dim=2) - 1
         matched = torch.where(last >= 0, last, matched)
     return matched if valid is None else matched.masked_fill(~valid, IGNORED)
+
+
+@torch.no_grad()
+def match_points(reference: Tensor, truth: Truth, low: Tensor, high: Tensor, radius: float | None) -> Tensor:
+    """(B, N) int64: index of the ground-truth box that each point answers for, or NEGATIVE (mmdet's FCOS).
+
+    Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level. A point answers for
+    the smallest of the boxes that hold it, whose farthest side is ``low`` to ``high`` (N,) pixels away, and whose centre is,
+    with a ``radius``, less than that many strides off along both axes.
+    """
+    point = ((reference[:, :2] + reference[:, 2:]) * 0.5).unsqueeze(-1)
+    x, y = point[:, 0], point[:, 1]
+    x1, y1, x2, y2 = truth.boxes.unsqueeze(1).unbind(-1)
+    farthest = torch.maximum(torch.maximum(x - x1, x2 - x), torch.maximum(y - y1, y2 - y))
+    eligible = (farthest >= low.unsqueeze(-1)) & (farthest <= high.unsqueeze(-1)) & truth.present.unsqueeze(1)
+    eligible &= (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    if radius is not None:
+        reach = (reference[:, 2:3] - reference[:, :1]) * radius
+        centre_x, centre_y = (x1 + x2) / 2, (y1 + y2) / 2
+        eligible &= (x > centre_x - reach) & (x < centre_x + reach) & (y > centre_y - reach) & (y < centre_y + reach)
+    smallest, index = torch.where(eligible, area(truth.boxes).unsqueeze(1), torch.inf).min(dim=2)
+    return index.masked_fill(smallest.isinf(), NEGATIVE)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:

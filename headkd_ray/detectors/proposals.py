@@ -1,18 +1,24 @@
-"""From a dense head's raw maps to proposals that remember the anchor cell they came from; shared by RetinaNet and RPN."""
+"""From a dense head's raw maps to proposals, which remember the anchor cell they came from, and to detections.
+
+Shared by RetinaNet, FCOS and RPN; FCOS's point counts as the one anchor of its cell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headkd_ray.detectors.anchors import Anchors
-from headkd_ray.detectors.boxes import clip, decode, exceeds
+from headkd_ray.detectors.boxes import clip, exceeds
 from headkd_ray.detectors.matching import gather_rows
 from headkd_ray.detectors.nms import grouped_nms, pack
-from headkd_ray.job import ProposalSpec
+from headkd_ray.job import PostprocessSpec, ProposalSpec
+
+Decode = Callable[[Tensor, Tensor], Tensor]
+"""Box predictions (..., 4) float32 and their anchors (..., 4) to boxes (..., 4)."""
 
 
 class Proposals(NamedTuple):
@@ -46,23 +52,19 @@ def flatten_cells(maps: Sequence[Tensor], channels: int) -> list[Tensor]:
 
 @torch.no_grad()
 def propose(
-    scores: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Anchors,
-    sizes: Tensor,
-    spec: ProposalSpec,
-    clamp_shrink: bool = True,
+    scores: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Anchors, sizes: Tensor, spec: ProposalSpec, decode: Decode
 ) -> Proposals:
     """Top anchors of each level by score, decoded, clipped, stripped of degenerate boxes, NMS within each level.
 
-    ``scores`` per level (B, A, H, W) in 0..1; ``deltas`` per level (B, A * 4, H, W); ``sizes`` (B, 2) unpadded (h, w).
+    ``scores`` per level (B, A, H, W) in 0..1; ``deltas`` per level (B, A * 4, H, W), what ``decode`` turns into boxes;
+    ``sizes`` (B, 2) unpadded (h, w).
     """
     grid = anchors.grid(scores)
     tables, offset = [], 0
     for level, (score, delta) in enumerate(zip(scores, flatten_cells(deltas, 4), strict=True)):
         score = score.float().permute(0, 2, 3, 1).flatten(1)
         top, index = score.topk(min(spec.pre_nms, score.shape[1]), dim=1)
-        boxes = decode(gather_rows(delta, index).float(), grid.boxes[offset + index], clamp_shrink=clamp_shrink)
+        boxes = decode(gather_rows(delta, index).float(), grid.boxes[offset + index])
         tables.append((boxes, top, anchors.cells(index, level, grid.shapes[level][1])))
         offset += grid.counts[level]
     boxes, score, cells = (torch.cat(column, dim=1) for column in zip(*tables, strict=True))
@@ -74,6 +76,54 @@ def propose(
     fields = {"boxes": (boxes[keep], 0), "scores": (score[keep], 0), "cells": (cells[keep], -1)}
     valid, packed = pack(image[keep], len(sizes), spec.post_nms, fields)
     return Proposals(packed["boxes"], packed["scores"], packed["cells"], valid)
+
+
+class Found(NamedTuple):
+    """What one level, or all, offers as detections: K (anchor, class) pairs an image."""
+
+    boxes: Tensor
+    """(B, K, 4) float32, pixels of the network input, not clipped."""
+    entry: Tensor
+    """(B, K) float32: what must exceed the least score."""
+    scores: Tensor
+    """(B, K) float32: what ranks them from then on."""
+    labels: Tensor
+    """(B, K) int64, 0 to C-1."""
+
+
+def best_pairs(logits: Tensor, limit: int, quality: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchor, score and class, (B, K) each, of a level's best ``limit`` (anchor, class) pairs, best first.
+
+    The score is p, the sigmoid of ``logits`` (B, N, C); with ``quality`` (B, N) in 0..1 it is sqrt(p * quality).
+    """
+    # The best K (anchor, class) pairs lie on the best K anchors, so the big sort is over anchors alone.
+    best = logits.amax(2)
+    rank = best if quality is None else best.float().sigmoid() * quality
+    _, anchor = rank.topk(min(limit, rank.shape[1]), dim=1)
+    scores = gather_rows(logits, anchor).float().sigmoid()
+    if quality is not None:
+        scores = (scores * quality.gather(1, anchor).unsqueeze(2)).sqrt()
+    pairs = scores.flatten(1)
+    score, pair = pairs.topk(min(limit, pairs.shape[1]), dim=1)
+    num_classes = logits.shape[2]
+    return anchor.gather(1, pair // num_classes), score, pair % num_classes
+
+
+def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num_classes: int) -> Detections:
+    """Detections from what all ``levels`` found: clipped to ``sizes`` (B, 2), filtered and suppressed by ``rules``."""
+    found = Found(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
+    boxes = clip(found.boxes, sizes)
+    image, row = ((found.entry > rules.score) & exceeds(boxes, rules.min_size)).nonzero(as_tuple=True)
+    return suppress(
+        boxes[image, row],
+        found.scores[image, row],
+        found.labels[image, row],
+        image,
+        batch=len(sizes),
+        num_classes=num_classes,
+        iou=rules.nms_iou,
+        limit=rules.max_detections,
+    )
 
 
 def suppress(

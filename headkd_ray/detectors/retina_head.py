@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from headkd_ray.detectors import init
 from headkd_ray.detectors.anchors import Anchors, padded_extents, valid_anchors
-from headkd_ray.detectors.boxes import clip, decode, encode, exceeds
+from headkd_ray.detectors.boxes import decode, encode
 from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
 from headkd_ray.detectors.matching import Truth, gather_rows, match
-from headkd_ray.detectors.proposals import Detections, Proposals, flatten_cells, propose, suppress
+from headkd_ray.detectors.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
 from headkd_ray.job import RetinaHeadSpec
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -32,12 +32,14 @@ class RetinaOutputs(NamedTuple):
     """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
 
 
-def tower(in_channels: int, channels: int, depth: int) -> nn.Sequential:
-    """``depth`` times 3x3 conv and ReLU."""
+def tower(in_channels: int, channels: int, depth: int, norm_groups: int | None = None) -> nn.Sequential:
+    """``depth`` times 3x3 conv, GroupNorm (unless ``norm_groups`` is None) and ReLU."""
     layers: list[nn.Module] = []
     for i in range(depth):
-        # Not in-place: the last output is a tap, and FPN maps feed two towers.
-        layers += [nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1), nn.ReLU()]
+        layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1))
+        if norm_groups is not None:
+            layers.append(nn.GroupNorm(norm_groups, channels))
+        layers.append(nn.ReLU())  # not in-place: the last output is a tap, and FPN maps feed two towers
     return nn.Sequential(*layers)
 
 
@@ -66,8 +68,7 @@ class RetinaHead(nn.Module):
         self.cls_out = nn.Conv2d(spec.channels, self.anchors.per_cell * num_classes, 3, padding=1)
         self.box_out = nn.Conv2d(spec.channels, self.anchors.per_cell * 4, 3, padding=1)
         init_dense_head(self, spec.tower_std)
-        assert self.cls_out.bias is not None
-        nn.init.constant_(self.cls_out.bias, -math.log((1 - spec.prior) / spec.prior))
+        init.prior(self.cls_out, spec.prior)
 
     def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
@@ -103,7 +104,8 @@ class RetinaHead(nn.Module):
     def proposals(self, outputs: RetinaOutputs, sizes: Tensor) -> Proposals:
         """RoIs for an assistant: the head as an RPN whose score is that of the likeliest class; carries no gradient."""
         best = [m.unflatten(1, (-1, self.num_classes)).amax(2).float().sigmoid() for m in outputs.logits]
-        return propose(best, outputs.deltas, self.anchors, sizes, self.spec.proposals, self.spec.clamp_shrink)
+        to_boxes = partial(decode, clamp_shrink=self.spec.clamp_shrink)
+        return propose(best, outputs.deltas, self.anchors, sizes, self.spec.proposals, to_boxes)
 
     @torch.no_grad()
     def detect(self, outputs: RetinaOutputs, sizes: Tensor) -> Detections:
@@ -114,25 +116,9 @@ class RetinaHead(nn.Module):
         for logits, deltas, count in zip(
             flatten_cells(outputs.logits, self.num_classes), flatten_cells(outputs.deltas, 4), grid.counts, strict=True
         ):
-            # The best K (anchor, class) pairs lie on the best K anchors, so the big sort is over anchors alone.
-            _, anchor = logits.amax(2).topk(min(rules.pre_nms, count), dim=1)
-            pairs = gather_rows(logits, anchor).float().sigmoid().flatten(1)
-            score, pair = pairs.topk(min(rules.pre_nms, pairs.shape[1]), dim=1)
-            anchor = anchor.gather(1, pair // self.num_classes)
+            anchor, score, label = best_pairs(logits, rules.pre_nms)
             delta = gather_rows(deltas, anchor).float()
             boxes = decode(delta, grid.boxes[offset + anchor], clamp_shrink=self.spec.clamp_shrink)
-            found.append((boxes, score, pair % self.num_classes))
+            found.append(Found(boxes, score, score, label))
             offset += count
-        boxes, score, label = (torch.cat(column, dim=1) for column in zip(*found, strict=True))
-        boxes = clip(boxes, sizes)
-        image, row = ((score > rules.score) & exceeds(boxes, rules.min_size)).nonzero(as_tuple=True)
-        return suppress(
-            boxes[image, row],
-            score[image, row],
-            label[image, row],
-            image,
-            batch=len(sizes),
-            num_classes=self.num_classes,
-            iou=rules.nms_iou,
-            limit=rules.max_detections,
-        )
+        return conclude(found, sizes, rules, self.num_classes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from headkd_ray.detectors.matching import NEGATIVE, Truth, match
 from headkd_ray.detectors.proposals import Proposals
 from headkd_ray.detectors.sampling import Sample, sample
-from headkd_ray.job import SamplerSpec
+from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 
 class RoIs(NamedTuple):
@@ -82,6 +82,14 @@ def choose(pool: Candidates, chosen: Sample, truth: Truth, num_classes: int) -> 
 def draw(pool: Candidates, spec: SamplerSpec, generator: torch.Generator | None = None) -> Sample:
     """The random choice of a training step: ``spec.size`` an image, at most ``positive_fraction`` positive."""
     return sample((pool.matched >= 0) & pool.valid, (pool.matched < 0) & pool.valid, spec, generator)
+
+
+def sample_rois(
+    proposals: Proposals, truth: Truth, spec: RoIHeadSpec, num_classes: int, generator: torch.Generator | None = None
+) -> RoIs:
+    """What an R-CNN head trains on in one step: ``proposals`` and ``truth``, matched and sampled as its ``spec`` says."""
+    pool = candidates(proposals, truth, spec.positive_iou)
+    return choose(pool, draw(pool, spec.sampler, generator), truth, num_classes)
 
 
 def flatten(proposals: Proposals) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors.anchors import Anchors, padded_extents, valid_anchors
-from headkd_ray.detectors.boxes import encode
+from headkd_ray.detectors.boxes import decode, encode
 from headkd_ray.detectors.losses import binary_cross_entropy_sum, l1_sum
 from headkd_ray.detectors.matching import NEGATIVE, Truth, gather_rows, match
 from headkd_ray.detectors.proposals import Proposals, flatten_cells, propose
@@ -86,4 +87,5 @@ class RPN(nn.Module):
         """Proposals by the training rules in train mode, by the test rules otherwise; they carry no gradient."""
         rules = self.spec.train_proposals if self.training else self.spec.test_proposals
         scores = [logits.float().sigmoid() for logits in outputs.logits]
-        return propose(scores, outputs.deltas, self.anchors, sizes, rules, self.spec.clamp_shrink)
+        to_boxes = partial(decode, clamp_shrink=self.spec.clamp_shrink)
+        return propose(scores, outputs.deltas, self.anchors, sizes, rules, to_boxes)

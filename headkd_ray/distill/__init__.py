@@ -3,6 +3,7 @@
 from headkd_ray.distill.build import build_trainee
 from headkd_ray.distill.fitnet import FitNet
 from headkd_ray.distill.head import HEAD
+from headkd_ray.distill.tf_head import TFHEAD
 from headkd_ray.distill.trainee import Trainee, warmup
 
-__all__ = ["HEAD", "FitNet", "Trainee", "build_trainee", "warmup"]
+__all__ = ["HEAD", "TFHEAD", "FitNet", "Trainee", "build_trainee", "warmup"]

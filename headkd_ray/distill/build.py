@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from headkd_ray.detectors import Detector, FasterRCNN, RetinaNet, RoIHead, build_detector
+from headkd_ray.detectors import FCOS, Detector, FasterRCNN, FCOSHead, RetinaHead, RetinaNet, RoIHead, build_detector
 from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.assistants import DenseAssistant, RoIAssistant
 from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.fitnet import FitNet
 from headkd_ray.distill.head import ASSISTANT_STRIDES, HEAD
+from headkd_ray.distill.tf_head import TFHEAD, Weights
 from headkd_ray.distill.trainee import Trainee
 from headkd_ray.errors import JobError
-from headkd_ray.job import Job, RoIHeadSpec
+from headkd_ray.job import DistillSpec, Job, RoIHeadSpec
 
 
-def build_trainee(job: Job, num_classes: int, teacher: Detector | None = None) -> Trainee:
+def build_trainee(job: Job, num_classes: int, teacher: Detector | None, steps_per_epoch: int) -> Trainee:
     """The student of ``job`` with its helpers, freshly initialised from torch's default generator.
 
-    ``teacher`` must be given exactly when ``job.method`` has one. Raises JobError if student, teacher and method do not fit.
+    ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` are optimizer steps. Raises JobError if
+    student, teacher and method do not fit.
     """
     problems = _check_teacher(job, num_classes, teacher)
     if problems:
@@ -25,12 +28,16 @@ def build_trainee(job: Job, num_classes: int, teacher: Detector | None = None) -
     student = build_detector(job.student, num_classes)
     if job.method == "supervised":
         return Trainee(student)
-    assert isinstance(student, RetinaNet)  # the job's own validation
     if job.method == "fitnet":
-        assert isinstance(teacher, RetinaNet)
+        assert isinstance(student, RetinaNet) and isinstance(teacher, RetinaNet)  # the job's own checks
         if job.distill.copy_head:
             _copy(teacher.head, student.head, "student.head")
         return FitNet(student, teacher, job.distill)
+
+    assert isinstance(student, (RetinaNet, FCOS))
+    ckd_stop = None if job.distill.ckd_epochs is None else job.distill.ckd_epochs * steps_per_epoch
+    if job.method == "tf_head":
+        return _tf_head(student, job.distill, ckd_stop)
 
     spec = job.distill.assistant or (teacher.spec.roi if isinstance(teacher, FasterRCNN) else RoIHeadSpec())
     assistant = RoIHead(spec, job.student.neck.channels, num_classes, ASSISTANT_STRIDES)
@@ -41,11 +48,30 @@ def build_trainee(job: Job, num_classes: int, teacher: Detector | None = None) -
     width = teacher.spec.roi.fc_channels
     akd = AKD(nn.Linear(spec.fc_channels, width) for _ in range(spec.fcs)) if job.method in ("akd", "head") else None
     ckd = CKD(nn.Linear(student.spec.head.channels, width)) if job.method == "head" else None
-    return HEAD(student, assistant, job.distill, teacher if akd else None, akd, ckd)
+    return HEAD(student, assistant, job.distill, teacher if akd else None, akd, ckd, ckd_stop)
+
+
+def _tf_head(student: RetinaNet | FCOS, spec: DistillSpec, ckd_stop: int | None) -> TFHEAD:
+    """All assistants are fresh. A dense one has as many features as the student's pyramid feeds it."""
+    channels, width, classes = student.spec.neck.channels, student.spec.head.channels, student.num_classes
+    assistants: dict[str, DenseAssistant | RoIAssistant] = {}
+    weights = {}
+    if (fcos := spec.assistants.fcos) is not None:
+        assistants["fcos"] = DenseAssistant(FCOSHead(fcos.head, channels, classes), width)
+        weights["fcos"] = Weights(fcos.gt_weight, fcos.ckd_weight)
+    if (rcnn := spec.assistants.rcnn) is not None:
+        head = RoIHead(rcnn.head, channels, classes, ASSISTANT_STRIDES)
+        anchors = student.head.anchors.per_cell if rcnn.decouple else 1
+        assistants["rcnn"] = RoIAssistant(head, CKD(nn.Linear(width, anchors * rcnn.head.fc_channels), anchors))
+        weights["rcnn"] = Weights(rcnn.gt_weight, rcnn.ckd_weight)
+    if (retinanet := spec.assistants.retinanet) is not None:
+        assistants["retinanet"] = DenseAssistant(RetinaHead(retinanet.head, channels, classes), width)
+        weights["retinanet"] = Weights(retinanet.gt_weight, retinanet.ckd_weight)
+    return TFHEAD(student, assistants, weights, spec.warmup_steps, ckd_stop)
 
 
 def _check_teacher(job: Job, num_classes: int, teacher: Detector | None) -> list[str]:
-    if job.method in ("supervised", "assist"):
+    if job.method in ("supervised", "assist", "tf_head"):
         return [f"teacher: method {job.method} uses none"] if teacher is not None else []
     if teacher is None:
         return [f"teacher: method {job.method} needs one"]

@@ -28,11 +28,16 @@ def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
 
 
 class CKD(nn.Module):
-    """One trained Linear from the width of the student's last classification conv to the teacher's last fc."""
+    """A trained Linear from the width of the student's last classification conv to the teacher's last fc.
 
-    def __init__(self, adapter: nn.Linear) -> None:
+    With ``anchors`` > 1 ("decouple"): one Linear for each anchor of a cell, side by side in ``adapter``, whose outputs are
+    anchors times as many. All are computed and one a row is kept, which needs no sorting of the rows by anchor.
+    """
+
+    def __init__(self, adapter: nn.Linear, anchors: int = 1) -> None:
         super().__init__()
         self.adapter = adapter
+        self.anchors = anchors
 
     def forward(self, taps: Sequence[Tensor], rois: RoIs) -> Tensor:
         """S (R', student_width): the student's ``taps`` at the anchor cells of the ``rois`` that came from one."""
@@ -41,4 +46,12 @@ class CKD(nn.Module):
 
     def loss(self, rows: Tensor, taught: Tensor, rois: RoIs) -> Tensor:
         """MSE of the adapted ``rows`` (R', student_width) with the teacher's last fc ``taught`` (R, teacher_width) there."""
-        return mean_squared_error(self.adapter(rows), taught[rois.from_proposal])
+        own = rois.from_proposal
+        return mean_squared_error(self.adapt(rows, rois.cells[own, 3]), taught[own])
+
+    def adapt(self, rows: Tensor, anchor: Tensor) -> Tensor:
+        """(R', teacher_width) of ``rows`` (R', student_width) whose RoIs came from ``anchor`` (R',) of their cells."""
+        adapted = self.adapter(rows).unflatten(1, (self.anchors, -1))
+        if self.anchors == 1:
+            return adapted.squeeze(1)
+        return adapted.gather(1, anchor[:, None, None].expand(-1, 1, adapted.shape[2])).squeeze(1)

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detector, Proposals, RetinaNet, RoIHead, RoIs
+from headkd_ray.detectors import FCOS, Detector, Proposals, RetinaNet, RoIHead, RoIs
+from headkd_ray.detectors.fcos_head import FCOSOutputs
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.retina_head import RetinaOutputs
 from headkd_ray.detectors.roi_head import RoIOutputs
-from headkd_ray.detectors.rois import candidates, choose, draw
+from headkd_ray.detectors.rois import sample_rois
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.ckd import CKD
-from headkd_ray.distill.trainee import Trainee, warmup
+from headkd_ray.distill.trainee import Trainee, ckd_factor, warmup
 from headkd_ray.job import DistillSpec
 
 ASSISTANT_STRIDES = (8, 16, 32, 64)
@@ -33,7 +34,7 @@ class Trace(NamedTuple):
 
     features: list[Tensor]
     """P3 to P7, (B, channels, H, W)."""
-    outputs: RetinaOutputs
+    outputs: RetinaOutputs | FCOSOutputs
     proposals: Proposals
     rois: RoIs
     assisted: RoIOutputs
@@ -49,23 +50,25 @@ class Trace(NamedTuple):
 class HEAD(Trainee):
     """Methods assist (no teacher), copy_only (assistant's weights copied), akd (``akd`` given), head (``ckd`` too)."""
 
-    student: RetinaNet
+    student: RetinaNet | FCOS
 
     def __init__(
         self,
-        student: RetinaNet,
+        student: RetinaNet | FCOS,
         assistant: RoIHead,
         spec: DistillSpec,
         teacher: Detector | None = None,
         akd: AKD | None = None,
         ckd: CKD | None = None,
+        ckd_stop: int | None = None,
     ) -> None:
-        """``teacher`` is needed by ``akd`` and ``ckd``, and only by them."""
+        """``teacher`` is needed by ``akd`` and ``ckd``, and only by them; CKD has weight 0 from step ``ckd_stop`` on."""
         super().__init__(student, teacher)
         self.spec = spec
         self.assistant = assistant
         self.akd = akd
         self.ckd = ckd
+        self.ckd_stop = ckd_stop
 
     def forward(
         self,
@@ -98,7 +101,8 @@ class HEAD(Trainee):
         """
         features = self.student.features(x)
         outputs = self.student.head(features)
-        losses = self.student.head.losses(outputs, sizes, boxes, labels, extents)
+        anchors_count = {} if extents is None else {"extents": extents}  # a head without anchors knows no such thing
+        losses = self.student.head.losses(outputs, sizes, boxes, labels, **anchors_count)
 
         proposals = self.student.head.proposals(outputs, sizes)
         rois = pick(proposals) if pick else self.sample(proposals, boxes, labels, generator)
@@ -115,11 +119,10 @@ class HEAD(Trainee):
                 losses[f"loss_akd_{i}"] = self.spec.akd_weight * weight * loss
         rows = self.ckd(outputs.taps, rois) if self.ckd else None
         if self.ckd and rows is not None:
-            losses["loss_ckd"] = self.spec.ckd_weight * weight * self.ckd.loss(rows, taught[-1], rois)
+            factor = ckd_factor(step, self.spec.warmup_steps, self.ckd_stop)
+            losses["loss_ckd"] = self.spec.ckd_weight * factor * self.ckd.loss(rows, taught[-1], rois)
         return losses, Trace(features, outputs, proposals, rois, assisted, taught, adapted, rows)
 
     def sample(self, proposals: Proposals, boxes: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> RoIs:
         """The RoIs of one step: ``proposals`` and ground truth, matched and sampled as the assistant's spec says."""
-        truth = Truth.of(boxes, labels)
-        pool = candidates(proposals, truth, self.assistant.spec.positive_iou)
-        return choose(pool, draw(pool, self.assistant.spec.sampler, generator), truth, self.student.num_classes)
+        return sample_rois(proposals, Truth.of(boxes, labels), self.assistant.spec, self.student.num_classes, generator)

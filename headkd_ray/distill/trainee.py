@@ -52,3 +52,11 @@ class Trainee(nn.Module):
 def warmup(step: int, steps: int) -> float:
     """w(t) = min(t / steps, 1): from 0 at step 0 to 1 from ``steps`` on; always 1 if ``steps`` is 0."""
     return min(step / steps, 1.0) if steps else 1.0
+
+
+def ckd_factor(step: int, warmup_steps: int, stop: int | None) -> float:
+    """Factor of a CKD weight at an optimizer step: the warm-up, and 0 from step ``stop`` on.
+
+    A term with factor 0 stays part of the graph: DDP expects every parameter to get a gradient in every step.
+    """
+    return 0.0 if stop is not None and step >= stop else warmup(step, warmup_steps)

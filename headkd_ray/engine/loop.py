@@ -50,10 +50,10 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     """
     torch.manual_seed(job.run.seed)
     classes = streams.train_set.meta.classes
-    trainee = build_trainee(job, len(classes), load_teacher(job, classes))
-    trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
+    trainee = build_trainee(job, len(classes), load_teacher(job, classes), steps_per_epoch)
+    trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     total_steps = steps_per_epoch * job.optim.epochs
     global_batch = job.data.batch_size * world.size * accumulate
     optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)

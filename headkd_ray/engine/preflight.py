@@ -50,4 +50,4 @@ def _build(job: Job, classes: tuple[str, ...] | None) -> None:
     teacher = load_teacher(job, classes)
     outputs = len(classes) if classes is not None else teacher.num_classes if teacher is not None else 1
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
-        build_trainee(job, outputs, teacher)
+        build_trainee(job, outputs, teacher, steps_per_epoch=1)

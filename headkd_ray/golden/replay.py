@@ -10,13 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from headkd_ray.detectors import Detections, FasterRCNN, Proposals, RetinaNet, RoIs
 from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.retina_head import RetinaHead, RetinaOutputs
 from headkd_ray.detectors.roi_head import RoIOutputs
 from headkd_ray.detectors.weights import LoadedDetector, load_mmdet
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.head import HEAD, Trace
-from headkd_ray.errors import DataError
+from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.golden.conventions import ALL, golden_rois, own_losses
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.proposed import Proposed
@@ -86,8 +87,10 @@ def replay(golden: Golden) -> Replay:
         losses = _head_step(run, trainee.train(), golden, x, sizes)
     elif isinstance(detector, RetinaNet):
         losses = _retinanet_step(run, detector, golden, x, sizes)
-    else:
+    elif isinstance(detector, FasterRCNN):
         losses = _faster_rcnn_step(run, detector, golden, x, sizes)
+    else:
+        raise CheckpointError(f"{golden.source}: an FCOS student; only RetinaNet and Faster R-CNN are replayed")
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     run.losses = {name: float(loss.detach()) for name, loss in {**losses, "total": total}.items()}
@@ -138,6 +141,7 @@ def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Ten
 
     losses, run.trace = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
     outputs = run.trace.outputs
+    assert isinstance(head, RetinaHead) and isinstance(outputs, RetinaOutputs)  # _trainee's condition
     own, run.notes = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
     best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
     run.proposed = Proposed.of(run.trace.proposals, head.spec.proposals, best, outputs.deltas, head.anchors, sizes)

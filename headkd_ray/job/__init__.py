@@ -1,26 +1,16 @@
 """The job file: what a user may write in ``jobs/*.yaml`` and nothing else."""
 
-from headkd_ray.job.checks import Problem, problems
+from headkd_ray.job.assistants import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
+from headkd_ray.job.checks import Problem, problems, warnings
 from headkd_ray.job.detector import (
-    AnchorSpec,
-    BackboneSpec,
     DetectorSpec,
     FasterRCNNSpec,
-    FPNSpec,
-    PixelSpec,
-    PooledFPNSpec,
-    PostprocessSpec,
-    ProposalSpec,
-    ResNet50Spec,
+    FCOSHeadSpec,
+    FCOSSpec,
     RetinaHeadSpec,
     RetinaNetSpec,
     RoIHeadSpec,
-    RoIPostprocessSpec,
-    RPNAnchorSpec,
-    RPNSamplerSpec,
     RPNSpec,
-    RPNTestProposalSpec,
-    SamplerSpec,
 )
 from headkd_ray.job.job import (
     CheckpointSpec,
@@ -36,10 +26,27 @@ from headkd_ray.job.job import (
     TeacherSpec,
 )
 from headkd_ray.job.load import load_job
+from headkd_ray.job.parts import (
+    AnchorSpec,
+    BackboneSpec,
+    FCOSFPNSpec,
+    FPNSpec,
+    PixelSpec,
+    PooledFPNSpec,
+    PostprocessSpec,
+    ProposalSpec,
+    ResNet50Spec,
+    RoIPostprocessSpec,
+    RPNAnchorSpec,
+    RPNSamplerSpec,
+    RPNTestProposalSpec,
+    SamplerSpec,
+)
 from headkd_ray.job.render import render_job
 
 __all__ = [
     "AnchorSpec",
+    "AssistantsSpec",
     "BackboneSpec",
     "CheckpointSpec",
     "ClusterSpec",
@@ -47,6 +54,10 @@ __all__ = [
     "DetectorSpec",
     "DistillSpec",
     "EvalSpec",
+    "FCOSAssistantSpec",
+    "FCOSFPNSpec",
+    "FCOSHeadSpec",
+    "FCOSSpec",
     "FPNSpec",
     "FasterRCNNSpec",
     "Job",
@@ -58,11 +69,13 @@ __all__ = [
     "PostprocessSpec",
     "Problem",
     "ProposalSpec",
+    "RCNNAssistantSpec",
     "RPNAnchorSpec",
     "RPNSamplerSpec",
     "RPNSpec",
     "RPNTestProposalSpec",
     "ResNet50Spec",
+    "RetinaAssistantSpec",
     "RetinaHeadSpec",
     "RetinaNetSpec",
     "RoIHeadSpec",
@@ -73,4 +86,5 @@ __all__ = [
     "load_job",
     "problems",
     "render_job",
+    "warnings",
 ]

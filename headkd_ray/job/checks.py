@@ -59,6 +59,13 @@ def problems_in(values: Mapping[str, Any], broken: Collection[Path]) -> list[Pro
 Check = Callable[[Get], Iterator[tuple[str, str]]]
 
 
+def warnings(job: Job) -> list[str]:
+    """What a job may say but probably does not mean."""
+    if job.method == "tf_head" and getattr(job.distill.assistants, job.student.kind, None) is not None:
+        return [f"distill.assistants.{job.student.kind}: of the student's own kind; the method lives on other kinds"]
+    return []
+
+
 def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
     method, teacher = get("method"), get("teacher")
     needed = method in ("copy_only", "akd", "head", "fitnet")
@@ -70,8 +77,34 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
 
 def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
     method, kind = get("method"), get("student.kind")
-    if method != "supervised" and kind != "retinanet":
-        yield "student.kind", f"method {method} needs a dense student (retinanet), got {kind}"
+    dense = ("retinanet",) if method == "fitnet" else ("retinanet", "fcos")
+    if method != "supervised" and kind not in dense:
+        yield "student.kind", f"method {method} needs a dense student ({' or '.join(dense)}), got {kind}"
+
+
+def _tf_assistants(get: Get) -> Iterator[tuple[str, str]]:
+    method = get("method")
+    given = [name for name, spec in get("distill.assistants").items() if spec is not None]
+    if method == "tf_head" and not given:
+        yield (
+            "distill.assistants",
+            "method tf_head needs at least one assistant (fcos, rcnn, retinanet); give one, for example rcnn: {}",
+        )
+    if method != "tf_head" and given:
+        yield (
+            "distill.assistants",
+            f"method {method} has no such assistants ({', '.join(given)}); use method tf_head or remove them",
+        )
+
+
+def _ckd_epochs(get: Get) -> Iterator[tuple[str, str]]:
+    stop, epochs, method = get("distill.ckd_epochs"), get("optim.epochs"), get("method")
+    if stop is None:
+        return
+    if method not in ("head", "tf_head"):
+        yield "distill.ckd_epochs", f"method {method} has no CKD to stop; remove the key"
+    elif stop >= epochs:
+        yield "distill.ckd_epochs", f"{stop} is not before the end of training (optim.epochs is {epochs}); null = never stop"
 
 
 def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
@@ -127,13 +160,27 @@ def _backbone_arguments(get: Get) -> Iterator[tuple[str, str]]:
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
     kind, extra = get("student.kind"), get("student.neck.extra")
-    if kind == "retinanet" and extra == "pool":
-        yield "student.neck.extra", "pool makes no P7; retinanet needs conv_c5 or conv_p5"
+    if kind in ("retinanet", "fcos") and extra == "pool":
+        yield "student.neck.extra", f"pool makes no P7; {kind} needs conv_c5 or conv_p5"
     if kind == "faster_rcnn" and extra != "pool":
         yield "student.neck.extra", f"faster_rcnn needs pool, got {extra}"
 
 
+def _fcos_heads(get: Get) -> Iterator[tuple[str, str]]:
+    heads = ["student.head"] if get("student.kind") == "fcos" else []
+    heads += ["distill.assistants.fcos.head"] if get("distill.assistants.fcos") is not None else []
+    for head in heads:
+        ranges = list(get(f"{head}.regress_ranges"))
+        if ranges != sorted(set(ranges)):
+            yield f"{head}.regress_ranges", f"{ranges} does not ascend"
+        groups, channels = get(f"{head}.norm_groups"), get(f"{head}.channels")
+        if groups and channels % groups:
+            yield f"{head}.norm_groups", f"{groups} does not divide {head}.channels ({channels})"
+
+
 def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
+    if get("student.kind") == "fcos":
+        return
     section = "student.head" if get("student.kind") == "retinanet" else "student.rpn"
     low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
     if low > high:
@@ -143,6 +190,8 @@ def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
 CHECKS: tuple[Check, ...] = (
     _method_and_teacher,
     _method_and_student,
+    _tf_assistants,
+    _ckd_epochs,
     _copy_only_copies,
     _milestones,
     _short_sides,
@@ -150,5 +199,6 @@ CHECKS: tuple[Check, ...] = (
     _random_weights_must_learn,
     _backbone_arguments,
     _pyramid,
+    _fcos_heads,
     _iou_thresholds,
 )

@@ -9,16 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from headkd_ray.job.detector import (
-    DetectorSpec,
-    Fraction,
-    RetinaNetSpec,
-    RoIHeadSpec,
-    Spec,
-    Text,
-)
+from headkd_ray.job.assistants import AssistantsSpec
+from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec, RoIHeadSpec
+from headkd_ray.job.parts import Fraction, Spec, Text
 
-Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet"]
+Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
 
 
 class RunSpec(Spec):
@@ -88,8 +83,14 @@ class DistillSpec(Spec):
     """Weight of the CKD term (method head)."""
     fitnet_weight: NonNegativeFloat = 1.0
     """Weight of each pyramid level's feature loss (method fitnet)."""
+    assistants: AssistantsSpec = AssistantsSpec()
+    """The assistants of method tf_head: at least one, best of other kinds than the student."""
+    ckd_epochs: PositiveInt | None = None
+    """Epochs with CKD (methods head, tf_head); its weight is 0 in the later ones, while the assistants go on. The research
+    branch stops it at the first drop of the learning rate. null = never."""
     warmup_steps: NonNegativeInt = 2000
-    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full."""
+    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head the weights
+    of the assistants' ground-truth losses too."""
 
 
 class OptimSpec(Spec):
@@ -180,7 +181,7 @@ class Job(Spec):
     method: Method
     """supervised = student (or teacher) from labels alone; assist = with a fresh assistant; copy_only = assistant copied from
     the teacher, no distillation loss; akd = + assistant distillation; head = + cross distillation; fitnet = feature
-    distillation from a RetinaNet teacher."""
+    distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a teacher."""
     data: DataSpec
     """Prepared shards and how they become batches."""
     student: DetectorSpec = RetinaNetSpec()

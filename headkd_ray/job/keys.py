@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from headkd_ray.job.detector import Spec
 from headkd_ray.job.job import Job
+from headkd_ray.job.parts import Spec
 
 Path = tuple[str | int, ...]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from headkd_ray.job.detector import Spec
 from headkd_ray.job.job import Job
+from headkd_ray.job.parts import Spec
 from headkd_ray.job.tree import kind_of_text
 
 WIDTH = 120

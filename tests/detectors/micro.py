@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
+from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RetinaNetSpec
 
 BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
@@ -32,6 +32,11 @@ def faster_rcnn_spec(**roi: Any) -> FasterRCNNSpec:
             "roi": {"fc_channels": 24, "pool": 3, "sampler": {"size": 16}, **roi},
         }
     )
+
+
+def fcos_spec(**head: Any) -> FCOSSpec:
+    head = {"convs": 1, "channels": 16, "norm_groups": 4, "proposals": {"pre_nms": 100, "post_nms": 50}, **head}
+    return FCOSSpec.model_validate({"backbone": BACKBONE, "neck": {"channels": 16}, "head": head})
 
 
 def batch() -> dict[str, Tensor]:

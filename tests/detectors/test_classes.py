@@ -3,14 +3,14 @@ import torch
 
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes
-from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
-from tests.detectors.micro import batch, faster_rcnn_spec, liven, retinanet_spec
+from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
 NAMES = ("ant", "N/A", "bee", "N/A", "cat")
 
 
-@pytest.mark.parametrize("spec", [retinanet_spec(), faster_rcnn_spec(), faster_rcnn_spec(class_agnostic=True)])
-def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FasterRCNNSpec) -> None:
+@pytest.mark.parametrize("spec", [retinanet_spec(), fcos_spec(), faster_rcnn_spec(), faster_rcnn_spec(class_agnostic=True)])
+def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec) -> None:
     torch.manual_seed(0)
     whole = build_detector(spec, 5).eval()
     liven(whole)
@@ -18,9 +18,9 @@ def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FasterRCNNSpec
     assert loaded.classes == ("ant", "bee", "cat")
     data, fewer = batch(), loaded.detector.eval()
     features = whole.features(whole.normalise(data["images"], data["sizes"]))
-    if isinstance(spec, RetinaNetSpec):
+    if isinstance(spec, RetinaNetSpec | FCOSSpec):
         for mine, theirs in zip(fewer.head(features).logits, whole.head(features).logits, strict=True):  # type: ignore[union-attr, operator]
-            torch.testing.assert_close(mine.unflatten(1, (9, 3)), theirs.unflatten(1, (9, 5))[:, :, [0, 2, 4]])
+            torch.testing.assert_close(mine.unflatten(1, (-1, 3)), theirs.unflatten(1, (-1, 5))[:, :, [0, 2, 4]])
     else:
         boxes, image = torch.tensor([[4.0, 4, 40, 36], [8, 8, 30, 44]]), torch.tensor([0, 2])
         mine, theirs = (net.roi(features, boxes, image) for net in (fewer, whole))  # type: ignore[union-attr, operator]

@@ -14,6 +14,7 @@ from headkd_ray.job import Job
 from tests.detectors.micro import batch, faster_rcnn_spec, liven, retinanet_spec
 
 CLASSES = 3
+STEPS_PER_EPOCH = 10
 STUDENT = ("loss_cls", "loss_box")
 ASSISTANT = ("loss_assist_cls", "loss_assist_box")
 AKD = ("loss_akd_1", "loss_akd_2")
@@ -54,7 +55,7 @@ def teacher_of(method: str, classes: int = CLASSES) -> Detector | None:
 
 def trainee_of(method: str, **distill: Any) -> Trainee:
     torch.manual_seed(0)
-    return build_trainee(job(method, **distill), CLASSES, teacher_of(method)).train()
+    return build_trainee(job(method, **distill), CLASSES, teacher_of(method), STEPS_PER_EPOCH).train()
 
 
 def step(trainee: Trainee, at: int = 1000, seed: int = 0, **change: Tensor) -> dict[str, Tensor]:
@@ -109,7 +110,7 @@ def test_the_teacher_is_a_guest(method: str) -> None:
     assert teacher is not None
     before = {n: t.clone() for n, t in teacher.state_dict().items()}
     torch.manual_seed(0)
-    trainee = build_trainee(job(method), CLASSES, teacher).train()
+    trainee = build_trainee(job(method), CLASSES, teacher, STEPS_PER_EPOCH).train()
     optimizer = torch.optim.SGD(trainee.parameters(), lr=0.1, weight_decay=0.1)
     total(step(trainee)).backward()
     optimizer.step()
@@ -135,7 +136,7 @@ def test_the_teacher_follows_to_another_dtype_and_device() -> None:
 def test_the_assistant_starts_as_the_teachers_head_and_then_lives_its_own_life(method: str) -> None:
     teacher = teacher_of(method)
     assert teacher is not None
-    trainee = build_trainee(job(method), CLASSES, teacher)
+    trainee = build_trainee(job(method), CLASSES, teacher, STEPS_PER_EPOCH)
     assert isinstance(trainee, HEAD)
     theirs = teacher.roi.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(t, theirs[n]) for n, t in trainee.assistant.state_dict().items())
@@ -149,7 +150,7 @@ def test_the_assistant_starts_as_the_teachers_head_and_then_lives_its_own_life(m
 def test_copying_can_be_switched_off() -> None:
     teacher = teacher_of("head")
     assert teacher is not None
-    trainee = build_trainee(job("head", copy_head=False), CLASSES, teacher)
+    trainee = build_trainee(job("head", copy_head=False), CLASSES, teacher, STEPS_PER_EPOCH)
     assert isinstance(trainee, HEAD)
     assert not torch.equal(trainee.assistant.cls_out.weight, teacher.roi.cls_out.weight)  # type: ignore[union-attr]
 
@@ -157,7 +158,7 @@ def test_copying_can_be_switched_off() -> None:
 def test_fitnet_copies_the_dense_head() -> None:
     teacher = teacher_of("fitnet")
     assert teacher is not None
-    trainee = build_trainee(job("fitnet"), CLASSES, teacher)
+    trainee = build_trainee(job("fitnet"), CLASSES, teacher, STEPS_PER_EPOCH)
     theirs = teacher.state_dict()
     assert all(torch.equal(t, theirs[n]) for n, t in trainee.student.state_dict().items() if n.startswith("head."))
 
@@ -256,7 +257,7 @@ def test_a_teacher_of_other_pixel_statistics_gets_its_own_input() -> None:
     seen: list[Tensor] = []
     features = teacher.features
     teacher.features = lambda x: (seen.append(x), features(x))[1]  # type: ignore[method-assign, func-returns-value]
-    trainee, data = build_trainee(job("head"), CLASSES, teacher), batch()
+    trainee, data = build_trainee(job("head"), CLASSES, teacher, STEPS_PER_EPOCH), batch()
     step(trainee)
     torch.testing.assert_close(seen[0], teacher.normalise(data["images"], data["sizes"]))
 
@@ -288,5 +289,5 @@ def problems() -> Iterator[tuple[str, dict[str, Any], Detector | None, str]]:
 @pytest.mark.parametrize(("method", "distill", "teacher", "message"), list(problems()), ids=range(8))
 def test_what_does_not_fit_is_a_job_error(method: str, distill: dict[str, Any], teacher: Detector | None, message: str) -> None:
     with pytest.raises(JobError) as caught:
-        build_trainee(job(method, **distill), CLASSES, teacher)
+        build_trainee(job(method, **distill), CLASSES, teacher, STEPS_PER_EPOCH)
     assert message in str(caught.value)

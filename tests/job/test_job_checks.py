@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from headkd_ray.job import Job, problems
-from headkd_ray.job.detector import Spec
+from headkd_ray.job import Job, problems, warnings
 from headkd_ray.job.keys import dotted, sections
+from headkd_ray.job.parts import Spec
 
 
 def job(**changes: Any) -> Job:
@@ -94,6 +94,46 @@ def test_a_supervised_faster_rcnn_may_not_have_another_pyramid():
     assert found(method="supervised", teacher=None, student=student) == [
         ("student.rpn.negative_iou", "0.3 is above positive_iou (0.2)")
     ]
+
+
+def test_a_supervised_fcos():
+    student = {"kind": "fcos", "backbone": {"weights": "timm"}}
+    assert found(method="supervised", teacher=None, student=student) == []
+    student |= {"neck": {"extra": "pool"}, "head": {"regress_ranges": [64.0, 32.0, 256.0, 512.0], "channels": 48}}
+    assert found(method="supervised", teacher=None, student=student) == [
+        ("student.neck.extra", "pool makes no P7; fcos needs conv_c5 or conv_p5"),
+        ("student.head.regress_ranges", "[64.0, 32.0, 256.0, 512.0] does not ascend"),
+        ("student.head.norm_groups", "32 does not divide student.head.channels (48)"),
+    ]
+
+
+def test_tf_head():
+    rcnn = {"assistants": {"rcnn": {}}}
+    assert found(method="tf_head", teacher=None, distill=rcnn) == []
+    (path, message), *rest = found(method="tf_head", distill=rcnn)
+    assert (path, rest) == ("teacher", []) and "uses no teacher" in message
+    (path, message), *rest = found(method="tf_head", teacher=None, distill={})
+    assert (path, rest) == ("distill.assistants", []) and "at least one assistant" in message
+    (path, message), *rest = found(distill={"assistants": {"rcnn": {"ckd_weight": 1.0}}})
+    assert (path, rest) == ("distill.assistants", []) and "use method tf_head" in message
+    assert found(method="tf_head", teacher=None, distill={**rcnn, "ckd_epochs": 12}) == [
+        ("distill.ckd_epochs", "12 is not before the end of training (optim.epochs is 12); null = never stop")
+    ]
+    assert found(method="assist", teacher=None, distill={"ckd_epochs": 3}) == [
+        ("distill.ckd_epochs", "method assist has no CKD to stop; remove the key")
+    ]
+    heads = {"fcos": {"head": {"channels": 48}}}
+    assert found(method="tf_head", teacher=None, distill={"assistants": heads}) == [
+        ("distill.assistants.fcos.head.norm_groups", "32 does not divide distill.assistants.fcos.head.channels (48)")
+    ]
+
+
+def test_an_assistant_of_the_student_s_own_kind_is_warned_about():
+    keys = {"run": {"name": "r"}, "data": {"train": "t", "val": "v"}, "method": "tf_head"}
+    own, other = ({"assistants": {name: {}}} for name in ("retinanet", "fcos"))
+    (warning,) = warnings(Job.model_validate({**keys, "distill": own}))
+    assert warning.startswith("distill.assistants.retinanet: of the student's own kind")
+    assert warnings(Job.model_validate({**keys, "distill": other})) == []
 
 
 def test_sound_jobs_have_no_problems():

@@ -11,7 +11,15 @@ from typing import Any
 import jsonschema
 import pytest
 
-from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec, load_job
+from headkd_ray.job import (
+    FasterRCNNSpec,
+    FCOSAssistantSpec,
+    FCOSHeadSpec,
+    FCOSSpec,
+    RetinaAssistantSpec,
+    RetinaNetSpec,
+    load_job,
+)
 from headkd_ray.job.load import read_file
 from headkd_ray.job.schema import main, schema_text
 
@@ -22,7 +30,8 @@ FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml"))
 
 def test_every_promised_job_is_there():
     paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_mnv2", "teacher"]
-    small = ["akd", "assist", "baseline", "copy_only", "head", "teacher"]
+    paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_r50"]
+    small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER
     assert sorted([*(f"{name}.yaml" for name in paper), *(f"small/{name}.yaml" for name in small)]) == FILES
 
@@ -77,7 +86,8 @@ def test_paper_schedule_is_the_official_one(file):
     assert job.cluster.workers * job.data.batch_size * optim.accumulate == 16
     assert job.cluster.gpus_per_worker == 1
     assert (optim.momentum, optim.weight_decay, optim.clip_norm) == (0.9, 1e-4, 20)
-    assert (optim.epochs, optim.milestones, optim.gamma) == (12, (8, 11), 0.1)
+    schedule = (24, (16, 22)) if file.endswith("_r50.yaml") else (12, (8, 11))
+    assert (optim.epochs, optim.milestones, optim.gamma) == (*schedule, 0.1)
     assert (optim.warmup_steps, optim.warmup_ratio) == (500, 0.001)
     assert (optim.ema, optim.precision) == (None, "fp32")
     assert job.data.short_side == ((800, 800) if teacher else (640, 800))
@@ -90,20 +100,24 @@ def test_paper_schedule_is_the_official_one(file):
 def test_paper_student(file):
     student = load_job(JOBS / file).student
     mobile = file == "head_mnv2.yaml"
-    assert isinstance(student, RetinaNetSpec)
+    assert isinstance(student, FCOSSpec if "fcos" in file else RetinaNetSpec)
     backbone = student.backbone
-    assert backbone.name == ("mobilenetv2_100" if mobile else "resnet18.tv_in1k")
+    depth = "50" if file.endswith("_r50.yaml") else "18"
+    assert backbone.name == ("mobilenetv2_100" if mobile else f"resnet{depth}.tv_in1k")
     assert backbone.weights == ("checkpoints/mobilenet_v2_batch256_imagenet-ff34753d.pth" if mobile else "timm")
     assert (backbone.frozen_stages, backbone.norm_eval) == ((0, False) if mobile else (1, True))
     assert (backbone.leaky_slope, backbone.final_conv) == ((0.1, True) if mobile else (None, False))
     assert (student.neck.channels, student.neck.extra, student.neck.relu_before_p7) == (256, "conv_c5", False)
     head = student.head
     assert (head.convs, head.channels, head.prior) == (4, 256, 0.01)
-    assert (head.anchors.base_scale, head.anchors.octave_scales, head.anchors.ratios) == (4, 3, (0.5, 1, 2))
-    assert (head.positive_iou, head.negative_iou, head.focal_alpha, head.focal_gamma) == (0.5, 0.4, 0.25, 2)
     assert (head.proposals.pre_nms, head.proposals.post_nms, head.proposals.nms_iou) == (2000, 1000, 0.7)
     post = head.postprocess
     assert (post.pre_nms, post.score, post.nms_iou, post.max_detections) == (1000, 0.05, 0.5, 100)
+    if isinstance(head, FCOSHeadSpec):  # research branch, configs/kd/fcos_retina_faster_r18.py
+        assert (head.norm_on_bbox, head.centerness_on_reg, head.center_radius, head.box_loss) == (False, False, None, "iou")
+        return
+    assert (head.anchors.base_scale, head.anchors.octave_scales, head.anchors.ratios) == (4, 3, (0.5, 1, 2))
+    assert (head.positive_iou, head.negative_iou, head.focal_alpha, head.focal_gamma) == (0.5, 0.4, 0.25, 2)
 
 
 def test_paper_teacher():
@@ -151,8 +165,33 @@ def test_paper_method(file: str, method: str, teacher: str | None, distill: dict
         assert job.distill.assistant is None
 
 
+@pytest.mark.parametrize("file", ["tf_head.yaml", "tf_head_fcos.yaml", "tf_head_r50.yaml", "tf_head_fcos_r50.yaml"])
+def test_tf_head_weights_are_the_research_branch_s(file):
+    """Branch dev, configs/kd/head_r18.py and fcos_retina_faster_r18_head.py."""
+    job = load_job(JOBS / file)
+    assert (job.method, job.teacher) == ("tf_head", None)
+    assert job.distill.warmup_steps == 2000
+    assert job.distill.ckd_epochs == job.optim.milestones[0]
+    rcnn = job.distill.assistants.rcnn
+    assert rcnn is not None
+    assert (rcnn.gt_weight, rcnn.ckd_weight, rcnn.decouple) == (1.0, 1.3, "fcos" not in file)
+    assert rcnn.head == FasterRCNNSpec().roi
+    if "fcos" in file:
+        assert job.distill.assistants.fcos is None
+        assert job.distill.assistants.retinanet == RetinaAssistantSpec(gt_weight=1.0, ckd_weight=1.0)
+    else:
+        assert job.distill.assistants.retinanet is None
+        assert job.distill.assistants.fcos == FCOSAssistantSpec(gt_weight=0.5, ckd_weight=1.0)
+        head = job.distill.assistants.fcos.head
+        assert (head.norm_on_bbox, head.centerness_on_reg, head.center_radius, head.box_loss) == (True, True, 1.5, "giou")
+        assert (head.norm_groups, head.convs, head.channels) == (32, 4, 256)
+
+
 def test_small_jobs_differ_only_in_what_they_compare():
-    jobs = {name: load_job(JOBS / "small" / f"{name}.yaml") for name in ("baseline", "assist", "copy_only", "akd", "head")}
+    jobs = {
+        name: load_job(JOBS / "small" / f"{name}.yaml")
+        for name in ("baseline", "assist", "copy_only", "akd", "head", "tf_head")
+    }
     for job in jobs.values():
         for section in ("data", "student", "optim", "eval", "log", "cluster"):
             assert getattr(job, section) == getattr(jobs["head"], section)

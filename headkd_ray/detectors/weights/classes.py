@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from headkd_ray.detectors.build import build_detector
+from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.weights.loaded import LoadedDetector
@@ -25,7 +26,7 @@ def drop_unused_classes(loaded: LoadedDetector) -> LoadedDetector:
     kept = torch.tensor([i for i, name in enumerate(loaded.classes) if name != UNUSED])
     old = loaded.detector
     state, total = old.state_dict(), old.num_classes
-    if isinstance(old, RetinaNet):
+    if isinstance(old, RetinaNet | FCOS):
         rows = {"head.cls_out": (torch.arange(old.head.anchors.per_cell)[:, None] * total + kept).flatten()}
     else:
         rows = {"roi.cls_out": torch.cat([kept, torch.tensor([total])])}  # background stays last

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, FPNSpec, RetinaHeadSpec, RoIHeadSpec, RPNSpec
+from headkd_ray.job import BackboneSpec, FCOSHeadSpec, FPNSpec, RetinaHeadSpec, RoIHeadSpec, RPNSpec
 
 State = Mapping[str, Tensor]
 
@@ -106,6 +106,25 @@ def retina_head(state: State) -> tuple[RetinaHeadSpec, int]:
     if box_out.shape[0] != 4 * anchors:
         raise CheckpointError(f"a dense head with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
     return spec, cls_out.shape[0] // anchors
+
+
+def is_fcos(state: State) -> bool:
+    """Whether the dense head of ``state`` is FCOS's: the only one with a centerness."""
+    return any(name.startswith("head.centerness_out.") for name in state)
+
+
+def fcos_head(state: State) -> tuple[FCOSHeadSpec, int]:
+    """The FCOS head of ``state`` and its number of classes; what no shape tells is as in the paper, 32 groups in the norm."""
+    cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
+    if box_out.shape[0] != 4:
+        raise CheckpointError(f"an FCOS head with {box_out.shape[0] / 4:g} boxes a cell; only 1 is supported")
+    channels, groups = cls_out.shape[1], FCOSHeadSpec().norm_groups
+    if "head.cls_tower.1.weight" not in state:
+        groups = None
+    elif groups is not None and channels % groups:
+        raise CheckpointError(f"an FCOS head with GroupNorm on {channels} channels, which {groups} groups do not divide")
+    convs = sum(name.startswith("head.cls_tower.") and tensor.dim() == 4 for name, tensor in state.items())
+    return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
 
 
 def rpn(state: State) -> RPNSpec:

@@ -1,4 +1,4 @@
-"""mmdet 2.x and 3.x checkpoints: RetinaNet and Faster R-CNN (ResNet, MobileNetV2), and HEAD's own students."""
+"""mmdet 2.x and 3.x checkpoints: RetinaNet, FCOS and Faster R-CNN (ResNet, MobileNetV2), and HEAD's own students."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
+from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.roi_head import RoIHead
@@ -16,10 +18,13 @@ from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, FasterRCNNSpec, RetinaNetSpec
+from headkd_ray.job import BackboneSpec, FasterRCNNSpec, FCOSSpec, FPNSpec, RetinaNetSpec
 
 ASSISTANT_STRIDES = (8, 16, 32, 64)
 """HEAD's assistant pools from P3 to P6."""
+
+
+Built = RetinaNet | FasterRCNN | FCOS
 
 
 def is_mmdet(keys: Iterable[str]) -> bool:
@@ -30,8 +35,8 @@ def is_mmdet(keys: Iterable[str]) -> bool:
 def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
     """A detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
-    ``rpn_head.retina_cls`` marks a HEAD student: a RetinaNet whose assistant (``roi_head``) and adapters are returned beside
-    it. Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
+    A dense ``rpn_head`` marks a HEAD student: a RetinaNet or FCOS whose assistant (``roi_head``) and adapters are returned
+    beside it. Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
     """
     meta = meta or {}
     names = mmdet_names(state)
@@ -43,6 +48,8 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
         raise CheckpointError(f"{source}: caffe-style backbone (stride in the 1x1 conv, BGR input); only pytorch style is read")
 
     ours = {name: state[key] for key, name in names.items()}
+    if infer.is_fcos(ours):
+        ours |= _zero_biases(ours)
     with infer.inferring(source):
         detector, assistant, adapters = _build(ours, config)
     # One strict load of everything, so that one error lists everything.
@@ -54,12 +61,15 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     return LoadedDetector(detector, _classes(meta), "mmdet", assistant=assistant, adapters=adapters)
 
 
-def _build(ours: Mapping[str, Tensor], config: str) -> tuple[RetinaNet | FasterRCNN, RoIHead | None, dict[int, nn.Linear]]:
+def _build(ours: Mapping[str, Tensor], config: str) -> tuple[Built, RoIHead | None, dict[int, nn.Linear]]:
     """Detector, assistant and adapters of the shapes in ``ours``, with initial weights."""
     neck = infer.fpn(ours)
     parts: dict[str, Any] = {"backbone": _backbone(ours, config), "neck": neck}
-    detector: RetinaNet | FasterRCNN
-    if any(name.startswith("head.") for name in ours):
+    detector: Built
+    if infer.is_fcos(ours):
+        parts["neck"] = _fcos_neck(neck, config)
+        detector = _fcos(ours, parts, config)
+    elif any(name.startswith("head.") for name in ours):
         head, num_classes = infer.retina_head(ours)
         detector = RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
     else:
@@ -71,6 +81,32 @@ def _build(ours: Mapping[str, Tensor], config: str) -> tuple[RetinaNet | FasterR
         assistant = RoIHead(spec, neck.channels, assistant_classes, ASSISTANT_STRIDES)
     weights = {int(name.split(".")[1]): t for name, t in ours.items() if name.startswith("adapters.") and t.dim() == 2}
     return detector, assistant, {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
+
+
+def _zero_biases(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The biases of FCOS's tower convs if none has one (``conv_bias='auto'`` beside a norm): zeros."""
+    towers = ("head.cls_tower.", "head.box_tower.")
+    convs = [name for name, tensor in ours.items() if name.startswith(towers) and tensor.dim() == 4]
+    biases = {name.removesuffix("weight") + "bias": torch.zeros(ours[name].shape[0]) for name in convs}
+    return {} if biases.keys() & ours.keys() else biases
+
+
+def _fcos(ours: Mapping[str, Tensor], parts: dict[str, Any], config: str) -> FCOS:
+    """An FCOS whose head's switches, which no shape tells, are the config's; without a config they are the paper's."""
+    head, num_classes = infer.fcos_head(ours)
+    if config:
+        radius = head.center_radius if "center_sampling=True" in config else None
+        switches = {name: f"{name}=True" in config for name in ("norm_on_bbox", "centerness_on_reg")}
+        head = head.model_copy(update={"center_radius": radius, **switches})
+    return FCOS(FCOSSpec.model_validate(parts | {"head": head}), num_classes)
+
+
+def _fcos_neck(neck: FPNSpec, config: str) -> FPNSpec:
+    """Without a config: mmdet's own FCOS has P6 on P5 and a ReLU before P7, HEAD's students RetinaNet's pyramid."""
+    if not config:
+        return neck.model_copy(update={"relu_before_p7": neck.extra == "conv_p5"})
+    extra = "conv_p5" if "add_extra_convs='on_output'" in config else neck.extra
+    return neck.model_copy(update={"extra": extra, "relu_before_p7": "relu_before_extra_convs=True" in config})
 
 
 def _backbone(ours: Mapping[str, Tensor], config: str) -> BackboneSpec:

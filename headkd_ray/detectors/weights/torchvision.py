@@ -1,24 +1,26 @@
-"""torchvision checkpoints: fasterrcnn_resnet50_fpn (v1, v2) and retinanet_resnet50_fpn, with any number of classes.
+"""torchvision checkpoints: fasterrcnn_resnet50_fpn (v1, v2), retinanet_resnet50_fpn, fcos_resnet50_fpn; any number of classes.
 
 What differs from mmdet goes into the spec: whole-pixel anchors, RoIAlign with 2 samples and no half-pixel shift, P6 on P5 and
-a ReLU before P7, unlimited shrinking, least box sizes, 300 RetinaNet detections. Class 0, background, goes last in the RoI
-head and away in RetinaNet, so our class i is torchvision's i + 1.
+a ReLU before P7, unlimited shrinking, least box sizes, 300 RetinaNet detections, FCOS's points, scores and thresholds. Class 0,
+background, goes last in the RoI head and away in RetinaNet and FCOS, so our class i is torchvision's i + 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from headkd_ray.detectors.build import build_detector
 from headkd_ray.detectors.fit import fit
+from headkd_ray.detectors.retina_head import STRIDES
 from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.torchvision_names import torchvision_names
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, FasterRCNNSpec, RetinaNetSpec
+from headkd_ray.job import BackboneSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
 
 COCO = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
 """The 90 class names of torchvision's COCO models, ten of them "N/A"."""
@@ -39,14 +41,16 @@ def load_torchvision(state: Mapping[str, Tensor], source: str = "torchvision") -
     if unknown:
         raise CheckpointError(unknown, headline=f"{source}: {len(unknown)} tensors belong to no supported torchvision model")
     ours = {name: state[key] for key, name in names.items()}
-    spec: RetinaNetSpec | FasterRCNNSpec
+    spec: RetinaNetSpec | FasterRCNNSpec | FCOSSpec
     with infer.inferring(source):
         if any(name.startswith("roi.") for name in ours):
             ours = _background_last(ours)
             spec, num_classes = _faster_rcnn(ours)
         else:
             ours = _background_dropped(ours)
-            spec, num_classes = _retinanet(ours)
+            spec, num_classes = _fcos(ours) if infer.is_fcos(ours) else _retinanet(ours)
+    if spec.kind == "fcos":
+        ours |= {f"head.scales.{level}": torch.tensor(1.0) for level in range(len(STRIDES))}  # torchvision has none
     detector = build_detector(spec, num_classes)
     fit(detector, ours, source, {name: key for key, name in names.items()})
     return LoadedDetector(detector, COCO if num_classes == len(COCO) else None, "torchvision")
@@ -66,7 +70,7 @@ def _background_last(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _background_dropped(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Class 0 of RetinaNet, which no label ever has, goes; channels are anchor-major."""
+    """Class 0 of RetinaNet or FCOS, which no label ever has, goes; channels are anchor-major."""
     weight, bias, boxes = infer.need(ours, "head.cls_out.weight", "head.cls_out.bias", "head.box_out.bias")
     anchors = len(boxes) // 4
     if anchors == 0 or len(bias) % anchors:
@@ -118,3 +122,16 @@ def _retinanet(ours: Mapping[str, Tensor]) -> tuple[RetinaNetSpec, int]:
     )
     neck = infer.fpn(ours).model_copy(update={"extra": "conv_p5", "relu_before_p7": True})
     return RetinaNetSpec(backbone=_backbone(ours, num_classes), neck=neck, head=head), num_classes
+
+
+def _fcos(ours: Mapping[str, Tensor]) -> tuple[FCOSSpec, int]:
+    head, num_classes = infer.fcos_head(ours)
+    rules = head.postprocess.model_copy(update={"score": 0.2, "nms_iou": 0.6})
+    head = head.model_copy(update={"points": "corner", "score": "sqrt", "postprocess": rules})
+    parts = {
+        # Unlike the other released models this one runs with the usual epsilon.
+        "backbone": infer.resnet(ours),
+        "neck": infer.fpn(ours).model_copy(update={"extra": "conv_p5", "relu_before_p7": True}),
+        "head": head,
+    }
+    return FCOSSpec.model_validate(parts), num_classes

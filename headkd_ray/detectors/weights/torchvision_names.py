@@ -22,6 +22,10 @@ _RENAMES = (
     (rf"roi_heads\.box_predictor\.bbox_pred\.{_WB}", r"roi.box_out.\1"),
     (rf"head\.classification_head\.cls_logits\.{_WB}", r"head.cls_out.\1"),
     (rf"head\.regression_head\.bbox_reg\.{_WB}", r"head.box_out.\1"),
+    (rf"head\.regression_head\.bbox_ctrness\.{_WB}", r"head.centerness_out.\1"),
+    # FCOS's towers are flat, conv, norm, ReLU, as ours are.
+    (rf"head\.classification_head\.conv\.(\d+)\.{_WB}", r"head.cls_tower.\1.\2"),
+    (rf"head\.regression_head\.conv\.(\d+)\.{_WB}", r"head.box_tower.\1.\2"),
 )
 _TOWERS = (
     (rf"rpn\.head\.conv\.(\d+)\.0\.{_WB}", "rpn.tower"),

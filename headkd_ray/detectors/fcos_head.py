@@ -1,0 +1,139 @@
+"""FCOS's dense head: a class, a box and a centerness for the point of every pyramid cell, and proposals for an assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headkd_ray.detectors import init
+from headkd_ray.detectors.anchors import AnchorGrid, Anchors
+from headkd_ray.detectors.boxes import decode_distances, encode_distances
+from headkd_ray.detectors.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum
+from headkd_ray.detectors.matching import Truth, gather_rows, match_points
+from headkd_ray.detectors.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
+from headkd_ray.detectors.retina_head import STRIDES, init_dense_head, tower
+from headkd_ray.job import AnchorSpec, FCOSHeadSpec
+
+
+class FCOSOutputs(NamedTuple):
+    """What the head says about each level; C classes."""
+
+    logits: list[Tensor]
+    """(B, C, H, W)."""
+    distances: list[Tensor]
+    """(B, 4, H, W) float32: from the cell's point to the left, top, right and bottom of its box, in units of the stride."""
+    centerness: list[Tensor]
+    """(B, 1, H, W) logits."""
+    taps: list[Tensor]
+    """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
+
+
+class FCOSHead(nn.Module):
+    """Dense head on P3 to P7 with ``num_classes`` sigmoid classes; init and class prior as in ``spec``."""
+
+    def __init__(self, spec: FCOSHeadSpec, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_classes = num_classes
+        # A point is the centre of the one square anchor, of the stride's size, that its cell has.
+        corner = spec.points == "corner"
+        square = AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,), rounding=corner)
+        self.anchors = Anchors(square, STRIDES, offset=0.0 if corner else 0.5)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.cls_out = nn.Conv2d(spec.channels, num_classes, 3, padding=1)
+        self.box_out = nn.Conv2d(spec.channels, 4, 3, padding=1)
+        self.centerness_out = nn.Conv2d(spec.channels, 1, 3, padding=1)
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
+        init_dense_head(self, spec.tower_std)
+        init.prior(self.cls_out, spec.prior)
+
+    def forward(self, features: Sequence[Tensor]) -> FCOSOutputs:
+        """``features``: P3 to P7, (B, in_channels, H, W) each."""
+        taps = [self.cls_tower(f) for f in features]
+        hidden = [self.box_tower(f) for f in features]
+        raw = [self.box_out(h).float() * scale for h, scale in zip(hidden, self.scales, strict=True)]
+        if self.spec.norm_on_bbox:
+            distances = [r.relu() for r in raw]
+        else:
+            distances = [r.exp() / stride for r, stride in zip(raw, STRIDES, strict=True)]
+        centerness = [self.centerness_out(m) for m in (hidden if self.spec.centerness_on_reg else taps)]
+        return FCOSOutputs([self.cls_out(t) for t in taps], distances, centerness, taps)
+
+    def losses(self, outputs: FCOSOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Focal loss, IoU loss weighted with the centerness targets, cross entropy of the centerness.
+
+        The first and the last are divided by max(1, positives in the batch), the second by its weights' sum. ``sizes``
+        (B, 2) unpadded (h, w) do not matter here: all points count, also those in the padding (mmdet). ``boxes`` (B, G, 4);
+        ``labels`` (B, G), -1 = padding.
+        """
+        grid = self.anchors.grid(outputs.logits)
+        truth = Truth.of(boxes, labels)
+        low, high = self._ranges(grid)
+        matched = match_points(grid.boxes, truth, low, high, self.spec.center_radius)
+        positive = matched >= 0
+
+        target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
+        # Rows without a match have their own cell for a target, so that nothing below divides by 0.
+        target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
+        target_distances = encode_distances(target_boxes, grid.boxes)
+        target_centerness = _centerness(target_distances)
+        weights = target_centerness.masked_fill(~positive, 0.0)
+
+        logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
+        predicted = decode_distances(torch.cat(flatten_cells(outputs.distances, 4), dim=1), grid.boxes)
+        centerness = torch.cat(flatten_cells(outputs.centerness, 1), dim=1).squeeze(-1)
+        positives = positive.sum().clamp(min=1)
+        everywhere = torch.ones_like(positive)
+        cls = focal_loss_sum(logits, target_labels, everywhere, self.spec.focal_alpha, self.spec.focal_gamma)
+        return {
+            "loss_cls": cls / positives,
+            "loss_box": iou_sum(predicted, target_boxes, weights, self.spec.box_loss) / weights.sum().clamp(min=1e-6),
+            "loss_centerness": binary_cross_entropy_sum(centerness, target_centerness, positive) / positives,
+        }
+
+    def _ranges(self, grid: AnchorGrid) -> tuple[Tensor, Tensor]:
+        """(N,) least and (N,) largest distance, in pixels, from each point to the farthest side of a box it may answer for."""
+        bounds = (0.0, *self.spec.regress_ranges, torch.inf)
+        low, high = (
+            torch.cat([grid.boxes.new_full((count,), bound) for count, bound in zip(grid.counts, side, strict=True)])
+            for side in (bounds[:-1], bounds[1:])
+        )
+        return low, high
+
+    @torch.no_grad()
+    def proposals(self, outputs: FCOSOutputs, sizes: Tensor) -> Proposals:
+        """RoIs for an assistant, scored by the likeliest class without regard to centerness; they carry no gradient."""
+        best = [logits.amax(1, keepdim=True).float().sigmoid() for logits in outputs.logits]
+        return propose(best, outputs.distances, self.anchors, sizes, self.spec.proposals, decode_distances)
+
+    @torch.no_grad()
+    def detect(self, outputs: FCOSOutputs, sizes: Tensor) -> Detections:
+        """Detections at test settings; ``sizes`` (B, 2) unpadded (h, w)."""
+        grid = self.anchors.grid(outputs.logits)
+        rules, root = self.spec.postprocess, self.spec.score == "sqrt"
+        found, offset = [], 0
+        for logits, distances, centerness, count in zip(
+            flatten_cells(outputs.logits, self.num_classes),
+            flatten_cells(outputs.distances, 4),
+            flatten_cells(outputs.centerness, 1),
+            grid.counts,
+            strict=True,
+        ):
+            quality = centerness.squeeze(-1).float().sigmoid()
+            point, score, label = best_pairs(logits, rules.pre_nms, quality if root else None)
+            boxes = decode_distances(gather_rows(distances, point), grid.boxes[offset + point])
+            found.append(Found(boxes, score, score if root else score * quality.gather(1, point), label))
+            offset += count
+        return conclude(found, sizes, rules, self.num_classes)
+
+
+def _centerness(distances: Tensor) -> Tensor:
+    """(...) geometric mean of the ratios of the nearer to the farther side, of ``distances`` (..., 4) above 0."""
+    left, top, right, bottom = distances.unbind(-1)
+    across = torch.minimum(left, right) / torch.maximum(left, right)
+    down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (across * down).sqrt()

@@ -1,0 +1,162 @@
+"""TF-HEAD against its formula, written out here with loops; what its gradients reach; its schedule."""
+
+from collections.abc import Iterable
+from itertools import chain, combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.rois import sample_rois
+from headkd_ray.distill import TFHEAD, build_trainee
+from headkd_ray.job import FCOSSpec, Job, RetinaNetSpec
+from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+
+CLASSES = 3
+STEPS_PER_EPOCH = 10
+HEADS: dict[str, dict[str, Any]] = {
+    "fcos": fcos_spec(channels=8).head.model_dump(),
+    "rcnn": faster_rcnn_spec().roi.model_dump(),
+    "retinanet": retinanet_spec(channels=12).head.model_dump(),
+}
+STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec()}
+
+
+def trainee_of(
+    names: Iterable[str], student: RetinaNetSpec | FCOSSpec | None = None, keys: dict[str, Any] | None = None, **distill: Any
+) -> TFHEAD:
+    """A TF-HEAD trainee with the named assistants; ``keys`` go to each of them."""
+    job = Job.model_validate(
+        {
+            "run": {"name": "test"},
+            "method": "tf_head",
+            "data": {"train": "t", "val": "v"},
+            "student": (student or retinanet_spec()).model_dump(),
+            "distill": {"assistants": {name: {"head": HEADS[name], **(keys or {})} for name in names}, **distill},
+        }
+    )
+    torch.manual_seed(0)
+    trainee = build_trainee(job, CLASSES, None, STEPS_PER_EPOCH)
+    liven(trainee)
+    assert isinstance(trainee, TFHEAD)
+    return trainee.train()
+
+
+def step(trainee: TFHEAD, at: int = 5000, **change: Tensor) -> dict[str, Tensor]:
+    data = {**batch(), **change}
+    return trainee(data["images"], data["sizes"], data["boxes"], data["labels"], at, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("names", list(chain.from_iterable(combinations(HEADS, count) for count in (1, 2, 3))))
+def test_every_subset_of_assistants_trains_all_its_parts(names: tuple[str, ...], student: str) -> None:
+    trainee = trainee_of(names, STUDENTS[student])
+    losses = step(trainee)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert {name for name in losses if name.endswith("_ckd")} == {f"loss_{name}_ckd" for name in names}
+    torch.stack(list(losses.values())).sum().backward()
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+def test_ckd_of_the_rcnn_assistant_is_the_formula(decouple: bool) -> None:
+    """MSE(D_a(S), A2): S the student's last cls conv at the proposal's cell, a its anchor, GT rows dropped."""
+    trainee = trainee_of(["rcnn"], keys={"decouple": decouple})
+    losses = step(trainee)
+    data = batch()
+    x = trainee.student.normalise(data["images"], data["sizes"])
+    features = trainee.student.features(x)
+    outputs = trainee.student.head(features)
+    assistant = trainee.assistants["rcnn"]
+    proposals = trainee.student.head.proposals(outputs, data["sizes"])
+    truth = Truth.of(data["boxes"], data["labels"])
+    rois = sample_rois(proposals, truth, assistant.head.spec, CLASSES, torch.Generator().manual_seed(3))
+    taught = assistant.head(features, rois.boxes, rois.image).taps[-1]
+
+    weight, bias = assistant.ckd.adapter.weight.double(), assistant.ckd.adapter.bias.double()
+    width = taught.shape[1]
+    squares, rows, anchors = [], 0, set()
+    for row, (level, y, x_, anchor) in enumerate(rois.cells.tolist()):
+        if level < 0:
+            continue
+        seen = outputs.taps[level][rois.image[row], :, y, x_].double()
+        start = anchor * width if decouple else 0
+        adapted = weight[start : start + width] @ seen + bias[start : start + width]
+        squares.append((adapted - taught[row]).square().sum())
+        rows += 1
+        anchors.add(anchor)
+    assert rows > 3 and len(anchors) > 1
+    expected = 1.3 * torch.stack(squares).sum() / (rows * width)
+    torch.testing.assert_close(losses["loss_rcnn_ckd"].double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["fcos", "retinanet"])
+def test_ckd_of_a_dense_assistant_is_the_formula(name: str) -> None:
+    """Sum over five levels of MSE(1x1 conv(student's last cls conv), the assistant's)."""
+    trainee = trainee_of([name])
+    losses = step(trainee)
+    data = batch()
+    features = trainee.student.features(trainee.student.normalise(data["images"], data["sizes"]))
+    assistant = trainee.assistants[name]
+    kernel, bias = assistant.adapter.weight[:, :, 0, 0].double(), assistant.adapter.bias.double()
+    expected = torch.zeros((), dtype=torch.float64)
+    for own, theirs in zip(trainee.student.head(features).taps, assistant.head(features).taps, strict=True):
+        adapted = torch.einsum("oc,bchw->bohw", kernel, own.double()) + bias[:, None, None]
+        expected = expected + (adapted - theirs).square().mean()
+    torch.testing.assert_close(losses[f"loss_{name}_ckd"].double(), expected, rtol=1e-5, atol=0)
+
+
+def reached(loss: Tensor, trainee: TFHEAD) -> set[str]:
+    parameters = dict(trainee.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+    touched = {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().sum() > 0}
+    parts = ["student.backbone", "student.neck", "student.head.cls_tower", "student.head.cls_out", "student.head.box"]
+    parts += [f"assistants.{a}.{p}" for a in trainee.assistants for p in ("head", "adapter", "ckd")]
+    return {part for part in parts if any(name.startswith(part) for name in touched)}
+
+
+def test_gradients_reach_what_they_should_and_nothing_else() -> None:
+    trainee = trainee_of(HEADS)
+    losses = step(trainee)
+    below = {"student.backbone", "student.neck"}
+    for name in HEADS:
+        assert reached(losses[f"loss_{name}_cls"], trainee) == below | {f"assistants.{name}.head"}
+        adapter = f"assistants.{name}.{'ckd' if name == 'rcnn' else 'adapter'}"
+        assert reached(losses[f"loss_{name}_ckd"], trainee) == below | {"student.head.cls_tower", adapter}
+    assert reached(losses["loss_cls"], trainee) == below | {"student.head.cls_tower", "student.head.cls_out"}
+
+
+def test_warmup_early_stop_and_weights() -> None:
+    trainee = trainee_of(HEADS, warmup_steps=40, ckd_epochs=5)
+    full = step(trainee, at=STEPS_PER_EPOCH * 5 - 1)
+    for at, gt, ckd in ((0, 0.0, 0.0), (10, 0.25, 0.25), (49, 1.0, 1.0), (50, 1.0, 0.0), (1000, 1.0, 0.0)):
+        losses = step(trainee, at=at)
+        assert losses.keys() == full.keys()
+        for name, loss in losses.items():
+            factor = 1.0 if name in ("loss_cls", "loss_box") else ckd if name.endswith("_ckd") else gt
+            torch.testing.assert_close(loss, factor * full[name], msg=f"{name} at {at}")
+
+    doubled = trainee_of(HEADS, keys={"gt_weight": 2.0, "ckd_weight": 4.0})
+    single = trainee_of(HEADS, keys={"gt_weight": 1.0, "ckd_weight": 1.0})
+    one, other = step(single), step(doubled)
+    for name, loss in other.items():
+        factor = 1.0 if name in ("loss_cls", "loss_box") else 4.0 if name.endswith("_ckd") else 2.0
+        torch.testing.assert_close(loss, factor * one[name])
+
+
+def test_a_batch_without_objects_is_finite() -> None:
+    data = batch()
+    losses = step(trainee_of(HEADS), boxes=torch.zeros_like(data["boxes"]), labels=torch.full_like(data["labels"], -1))
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    assert total.isfinite()
+
+
+def test_the_research_branch_weights_are_the_defaults() -> None:
+    """method.md section 4: FCOS 0.5 and 1.0, R-CNN 1 and 1.3."""
+    trainee = trainee_of(HEADS)
+    assert trainee.weights["fcos"] == (0.5, 1.0) and trainee.weights["rcnn"] == (1.0, 1.3)
+    assert trainee.assistants["rcnn"].ckd.anchors == 9
+    assert trainee_of(["rcnn"], fcos_spec()).assistants["rcnn"].ckd.anchors == 1
