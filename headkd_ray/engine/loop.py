@@ -52,7 +52,8 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     classes = streams.train_set.meta.classes
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
-    trainee = build_trainee(job, len(classes), load_teacher(job, classes), steps_per_epoch)
+    teacher = load_teacher(job, classes)
+    trainee = build_trainee(job, len(classes), teacher and teacher.detector, steps_per_epoch)
     trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     total_steps = steps_per_epoch * job.optim.epochs
     global_batch = job.data.batch_size * world.size * accumulate
@@ -64,6 +65,8 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
             state.restore(folder, order_key(world, streams))
             last = json.loads((folder / METRICS_FILE).read_text()) if (folder / METRICS_FILE).exists() else {}
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
+    if teacher is not None and teacher.note is not None and state.step == 0:
+        sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": teacher.note})
 
     model = DistributedDataParallel(trainee) if world.size > 1 else trainee
     trainee.train()

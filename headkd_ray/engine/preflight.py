@@ -47,7 +47,7 @@ def preflight(job: Job) -> None:
 
 def _build(job: Job, classes: tuple[str, ...] | None) -> None:
     """Try the models; ``classes`` None = unknown, for the data cannot be read."""
-    teacher = load_teacher(job, classes)
-    outputs = len(classes) if classes is not None else teacher.num_classes if teacher is not None else 1
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
-        build_trainee(job, outputs, teacher, steps_per_epoch=1)
+        teacher = load_teacher(job, classes)
+        outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
+        build_trainee(job, outputs, teacher and teacher.detector, steps_per_epoch=1)

@@ -1,25 +1,39 @@
-"""The teacher of a job, loaded and compared with the data."""
+"""The teacher of a job, loaded and brought to the data's classes."""
 
 from __future__ import annotations
 
-from headkd_ray.data.classes import check_same_classes
+from dataclasses import dataclass, replace
+
+from headkd_ray.data.classes import difference, listed
 from headkd_ray.detectors import Detector
-from headkd_ray.detectors.weights import drop_unused_classes
+from headkd_ray.detectors.weights import drop_unused_classes, with_classes
 from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.errors import CheckpointError
+from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.job import Job
 
 
-def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Detector | None:
-    """The teacher on the CPU; None for methods without one.
+@dataclass(frozen=True)
+class Teacher:
+    """A detector with an output for each class of the data, on the CPU."""
+
+    detector: Detector
+    note: str | None
+    """How its own classes differ from the data's, for the log; None if they are the same."""
+
+
+def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
+    """The teacher; None for methods without one.
+
+    What distillation reads of a teacher, its features, knows no classes. Only a head that is copied does: its outputs follow
+    the class names, and classes that the teacher does not know start fresh.
 
     Args:
-        classes: the data's, which must be the teacher's; None = do not compare.
+        classes: the data's; the teacher's must include all of them or be among them. None = take the teacher's.
 
     Raises:
         CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs, ``build_trainee``
             knows.)
-        DataError: its classes are not the data's.
+        DataError: its classes are neither a superset nor a subset of the data's.
     """
     if job.teacher is None:
         return None
@@ -31,6 +45,18 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Detector | None:
         raise CheckpointError(
             f"{job.teacher.checkpoint}: has {loaded.detector.num_classes} classes, but teacher.classes names {len(names)}"
         )
-    if classes is not None:
-        check_same_classes({f"data.train ({job.data.train})": classes, f"teacher ({job.teacher.checkpoint})": names})
-    return loaded.detector
+    if classes is None or classes == names:
+        return Teacher(loaded.detector, None)
+    who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
+    if not (set(names) >= set(classes) or set(names) <= set(classes)):
+        raise DataError(
+            f"{who} has {len(names)} classes, {data} has {len(classes)}; {difference(data, classes, who, names)}; "
+            "a teacher must know all classes of the data, or only such classes"
+        )
+    fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
+    parts = [
+        f"teacher: its head's outputs follow the data's class names ({len(classes) - len(fresh)} of {len(classes)} matched)",
+        *([f"fresh, for the teacher does not know them: {listed(fresh)}"] if fresh else []),
+        *([f"left out, for the data does not have them: {listed(unused)}"] if unused else []),
+    ]
+    return Teacher(with_classes(replace(loaded, classes=names), classes).detector, "; ".join(parts))

@@ -36,7 +36,8 @@ class RunConsole:
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.progress.update(self.task, completed=record["step"], total=record["steps"])
-        self.console.print(f"{self.name}  {line(record)}", markup=False)
+        text = record["note"] if "note" in record else line(record)
+        self.console.print(f"{self.name}  {text}", markup=False)
 
 
 def line(record: dict[str, Any]) -> str:

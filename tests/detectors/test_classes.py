@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from headkd_ray.detectors import build_detector
-from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes
+from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes, with_classes
 from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RetinaNetSpec
 from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
@@ -33,3 +33,24 @@ def test_nothing_to_drop() -> None:
     for classes in (None, ("ant", "bee")):
         loaded = LoadedDetector(detector, classes, "mmdet")
         assert drop_unused_classes(loaded) is loaded
+
+
+@pytest.mark.parametrize("spec", [retinanet_spec(), fcos_spec(), faster_rcnn_spec()])
+def test_classes_are_found_by_name_and_new_ones_are_fresh(spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec) -> None:
+    torch.manual_seed(0)
+    whole = build_detector(spec, 3)
+    liven(whole)
+    torch.manual_seed(5)
+    other = with_classes(LoadedDetector(whole, ("ant", "bee", "cat"), "mmdet"), ["cat", "dog", "ant"]).detector
+    torch.manual_seed(5)
+    fresh = build_detector(spec, 3)
+    layer = "roi.cls_out" if isinstance(spec, FasterRCNNSpec) else "head.cls_out"
+    groups = 9 if isinstance(spec, RetinaNetSpec) else 1
+    for tensor in ("weight", "bias"):
+        mine, theirs, new = (net.get_submodule(layer).get_parameter(tensor) for net in (other, whole, fresh))
+        mine, theirs, new = (t.unflatten(0, (groups, -1)) for t in (mine, theirs, new))
+        assert torch.equal(mine[:, 0], theirs[:, 2]) and torch.equal(mine[:, 2], theirs[:, 0])
+        assert torch.equal(mine[:, 1], new[:, 1])
+        if isinstance(spec, FasterRCNNSpec):
+            assert torch.equal(mine[:, 3], theirs[:, 3]), "background"
+    assert torch.equal(other.neck.state_dict()["lateral.0.weight"], whole.neck.state_dict()["lateral.0.weight"])

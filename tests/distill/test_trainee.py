@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detector, build_detector
+from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+
+from headkd_ray.detectors import Detector, FasterRCNN, build_detector
+from headkd_ray.detectors.weights import load_torchvision
 from headkd_ray.distill import HEAD, Trainee, build_trainee, warmup
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
-from tests.detectors.micro import batch, faster_rcnn_spec, liven, retinanet_spec
+from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
 CLASSES = 3
 STEPS_PER_EPOCH = 10
@@ -291,3 +294,44 @@ def test_what_does_not_fit_is_a_job_error(method: str, distill: dict[str, Any], 
     with pytest.raises(JobError) as caught:
         build_trainee(job(method, **distill), CLASSES, teacher, STEPS_PER_EPOCH)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["assist", "copy_only", "akd", "head"])
+def test_an_fcos_student_learns_from_a_faster_rcnn(method: str) -> None:
+    """FCOS as RPN: class score without centerness, cells with one point each, a plain Linear for CKD."""
+    sound = job(method)
+    torch.manual_seed(0)
+    fcos = Job.model_validate({**sound.model_dump(), "student": fcos_spec().model_dump()})
+    trainee = build_trainee(fcos, CLASSES, teacher_of(method), STEPS_PER_EPOCH).train()
+    losses = step(trainee)
+    assert tuple(losses) == ("loss_cls", "loss_box", "loss_centerness", *LOSSES[method][2:])
+    total(losses).backward()
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    if method == "head":
+        assert isinstance(trainee, HEAD) and trainee.ckd is not None and trainee.ckd.anchors == 1
+        parts = reached(step(trainee)["loss_ckd"], trainee)
+        assert parts == {"student.backbone", "student.neck", "student.head.cls_tower", "ckd"}
+
+
+def test_ckd_of_head_stops_at_its_epoch() -> None:
+    trainee = trainee_of("head", ckd_epochs=7, warmup_steps=0)
+    before, after = (step(trainee, at=at) for at in (7 * STEPS_PER_EPOCH - 1, 7 * STEPS_PER_EPOCH))
+    assert before["loss_ckd"] > 0 and after["loss_ckd"] == 0
+    for name in LOSSES["head"][:-1]:
+        assert torch.equal(before[name], after[name])
+
+
+def test_torchvision_s_strong_teacher_needs_no_special_case() -> None:
+    """fasterrcnn_resnet50_fpn_v2: two convs in the RPN, four convs with BatchNorm and one fc in the RoI head."""
+    theirs = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES + 1)
+    teacher = load_torchvision(theirs.state_dict(), "random").detector
+    wide = retinanet_spec().model_dump() | {"neck": {"channels": 256}}
+    v2 = Job.model_validate({**job("head").model_dump(), "student": wide})
+    trainee = build_trainee(v2, CLASSES, teacher, STEPS_PER_EPOCH).train()
+    assert isinstance(trainee, HEAD) and isinstance(teacher, FasterRCNN)
+    copied = trainee.assistant.state_dict()
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in teacher.roi.state_dict().items())
+    losses = step(trainee)
+    assert tuple(losses) == (*STUDENT, *ASSISTANT, "loss_akd_1", "loss_ckd")
+    total(losses).backward()
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []

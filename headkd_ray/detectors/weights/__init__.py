@@ -1,7 +1,7 @@
 """Detectors in and out of files: ours, mmdet's and torchvision's."""
 
 from headkd_ray.detectors.weights.checkpoint import load_checkpoint
-from headkd_ray.detectors.weights.classes import drop_unused_classes
+from headkd_ray.detectors.weights.classes import drop_unused_classes, with_classes
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import load_mmdet
 from headkd_ray.detectors.weights.native import load_detector, save_detector
@@ -15,4 +15,5 @@ __all__ = [
     "load_mmdet",
     "load_torchvision",
     "save_detector",
+    "with_classes",
 ]

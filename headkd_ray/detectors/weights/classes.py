@@ -1,19 +1,20 @@
-"""Fewer classes than a file has: torchvision's COCO models have 90 outputs, ten of them for classes that COCO never used."""
+"""A detector for other classes than its file's: outputs follow their class names, the rest of the net stays."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from headkd_ray.detectors.build import build_detector
-from headkd_ray.detectors.fcos import FCOS
+from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 
 UNUSED = "N/A"
-"""torchvision's name of such a class."""
+"""torchvision's COCO models have 90 outputs; ten have this name, for classes that COCO never used."""
 
 
 def drop_unused_classes(loaded: LoadedDetector) -> LoadedDetector:
@@ -23,18 +24,39 @@ def drop_unused_classes(loaded: LoadedDetector) -> LoadedDetector:
     """
     if not loaded.classes or UNUSED not in loaded.classes:
         return loaded
-    kept = torch.tensor([i for i, name in enumerate(loaded.classes) if name != UNUSED])
+    return with_classes(loaded, [name for name in loaded.classes if name != UNUSED])
+
+
+def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector:
+    """``loaded`` with one output for each of ``names``, in their order; ``loaded.classes`` must be known.
+
+    The output of a class that ``loaded`` has is its copy; any other is fresh, drawn from torch's default generator.
+    """
+    assert loaded.classes is not None
     old = loaded.detector
-    state, total = old.state_dict(), old.num_classes
-    if isinstance(old, RetinaNet | FCOS):
-        rows = {"head.cls_out": (torch.arange(old.head.anchors.per_cell)[:, None] * total + kept).flatten()}
-    else:
-        rows = {"roi.cls_out": torch.cat([kept, torch.tensor([total])])}  # background stays last
-        if not old.roi.spec.class_agnostic:
-            rows["roi.box_out"] = (4 * kept[:, None] + torch.arange(4)).flatten()
-    for layer, index in rows.items():
+    places = {name: there for there, name in enumerate(loaded.classes)}
+    known = [here for here, name in enumerate(names) if name in places]
+    here, there = torch.tensor(known, dtype=torch.int64), torch.tensor([places[names[i]] for i in known], dtype=torch.int64)
+
+    detector = build_detector(old.spec, len(names))
+    state = old.state_dict()
+    for layer, to, source in _rows(old, here, there, len(names)):
         for tensor in ("weight", "bias"):
-            state[f"{layer}.{tensor}"] = state[f"{layer}.{tensor}"][index]
-    detector = build_detector(old.spec, len(kept))
+            fresh = detector.state_dict()[f"{layer}.{tensor}"].clone()
+            fresh[to] = state[f"{layer}.{tensor}"][source]
+            state[f"{layer}.{tensor}"] = fresh
     fit(detector, state, loaded.source)
-    return replace(loaded, detector=detector, classes=tuple(name for name in loaded.classes if name != UNUSED))
+    return replace(loaded, detector=detector, classes=tuple(names))
+
+
+def _rows(old: torch.nn.Module, here: Tensor, there: Tensor, classes: int) -> list[tuple[str, Tensor, Tensor]]:
+    """(layer, its new rows, the old rows to put there) of the layers that know classes."""
+    if not isinstance(old, FasterRCNN):  # RetinaNet, FCOS: anchor-major
+        anchor = torch.arange(old.head.anchors.per_cell)[:, None]  # type: ignore[union-attr]
+        return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]
+    last = torch.tensor([classes]), torch.tensor([old.num_classes])  # background
+    rows = [("roi.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]]))]
+    if not old.roi.spec.class_agnostic:
+        side = torch.arange(4)
+        rows.append(("roi.box_out", (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()))
+    return rows

@@ -1,0 +1,60 @@
+"""A teacher that knows more classes than the data has, or fewer, teaches; the log says what became of its outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import FasterRCNN, build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.errors import DataError
+from headkd_ray.job import Job
+from headkd_ray.train import train
+from tests.support import MICRO_TEACHER, micro_job
+
+
+def taught(tmp_path: Path, splits: dict[str, str], names: tuple[str, ...]) -> Job:
+    """A HEAD job with a fresh teacher of these classes."""
+    job = micro_job(tmp_path, splits, student=MICRO_TEACHER)
+    torch.manual_seed(3)
+    save_detector(tmp_path / "teacher", build_detector(job.student, len(names)), names)
+    once = {"epochs": 1, "milestones": []}
+    return micro_job(tmp_path, splits, method="head", teacher={"checkpoint": str(tmp_path / "teacher")}, optim=once)
+
+
+@pytest.mark.parametrize("change", ["superset", "subset", "order"])
+def test_outputs_follow_class_names_and_the_log_says_so(change: str, tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    classes = ShardSet.open(drawn_splits["train"]).meta.classes
+    names = {"superset": ("zebra", *classes), "subset": classes[2:], "order": tuple(reversed(classes))}[change]
+    job = taught(tmp_path, drawn_splits, names)
+    teacher = load_teacher(job, classes)
+    assert teacher is not None and teacher.note is not None and isinstance(teacher.detector, FasterRCNN)
+    own = load_teacher(job, None)
+    assert own is not None and own.note is None and isinstance(own.detector, FasterRCNN)
+    for label, name in enumerate(classes):
+        if name in names:
+            rows = teacher.detector.roi.cls_out.weight[label], own.detector.roi.cls_out.weight[names.index(name)]
+            assert torch.equal(*rows)
+    assert torch.equal(teacher.detector.roi.fcs[0].weight, own.detector.roi.fcs[0].weight)
+
+    train(job, lambda record: None)
+    first, *_ = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert first["note"] == teacher.note
+    told = {
+        "superset": [f"{len(classes)} of {len(classes)} matched", "left out, for the data does not have them: 'zebra'"],
+        "subset": [f"{len(classes) - 2} of {len(classes)} matched", f"fresh, for the teacher does not know them: {classes[0]!r}"],
+        "order": [f"{len(classes)} of {len(classes)} matched"],
+    }[change]
+    assert all(part in first["note"] for part in told)
+
+
+def test_a_teacher_of_partly_other_classes_is_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    classes = ShardSet.open(drawn_splits["train"]).meta.classes
+    job = taught(tmp_path, drawn_splits, ("zebra", *classes[1:]))
+    with pytest.raises(DataError, match=r"only in teacher .*'zebra'.*a teacher must know all classes of the data"):
+        load_teacher(job, classes)
