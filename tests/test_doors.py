@@ -133,10 +133,8 @@ def _teacher_of_other_classes(tmp_path: Path, splits: dict[str, str]) -> tuple[d
 
 def _teacher_of_the_wrong_kind(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     classes = ShardSet.open(splits["train"]).meta.classes
-    return _taught_by(_detector(tmp_path / "teacher", MICRO_STUDENT, classes, splits)), [
-        "needs a faster_rcnn teacher",
-        "retinanet",
-    ]
+    teacher = _detector(tmp_path / "teacher", MICRO_TEACHER, classes, splits)
+    return {**_taught_by(teacher), "method": "fitnet"}, ["needs a retinanet teacher", "faster_rcnn"]
 
 
 def _teacher_of_another_architecture(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:

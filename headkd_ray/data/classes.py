@@ -21,9 +21,7 @@ def check_same_classes(classes: Mapping[str, Iterable[str]]) -> None:
         if names != expected
     ]
     if problems:
-        raise DataError(
-            problems, "Class lists disagree; give all splits the same COCO categories:"
-        )
+        raise DataError(problems, "Class lists disagree; give all splits the same COCO categories:")
 
 
 def difference(reference: str, expected: Sequence[str], who: str, names: Sequence[str]) -> str:

@@ -29,6 +29,8 @@ class FCOSOutputs(NamedTuple):
     """(B, 1, H, W) logits."""
     taps: list[Tensor]
     """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
+    box_taps: list[Tensor]
+    """(B, channels, H, W): the same of the last box conv."""
 
 
 class FCOSHead(nn.Module):
@@ -54,14 +56,14 @@ class FCOSHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> FCOSOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
         taps = [self.cls_tower(f) for f in features]
-        hidden = [self.box_tower(f) for f in features]
-        raw = [self.box_out(h).float() * scale for h, scale in zip(hidden, self.scales, strict=True)]
+        box_taps = [self.box_tower(f) for f in features]
+        raw = [self.box_out(t).float() * scale for t, scale in zip(box_taps, self.scales, strict=True)]
         if self.spec.norm_on_bbox:
             distances = [r.relu() for r in raw]
         else:
             distances = [r.exp() / stride for r, stride in zip(raw, STRIDES, strict=True)]
-        centerness = [self.centerness_out(m) for m in (hidden if self.spec.centerness_on_reg else taps)]
-        return FCOSOutputs([self.cls_out(t) for t in taps], distances, centerness, taps)
+        centerness = [self.centerness_out(m) for m in (box_taps if self.spec.centerness_on_reg else taps)]
+        return FCOSOutputs([self.cls_out(t) for t in taps], distances, centerness, taps, box_taps)
 
     def losses(self, outputs: FCOSOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Focal loss, IoU loss weighted with the centerness targets, cross entropy of the centerness.

@@ -30,6 +30,8 @@ class RetinaOutputs(NamedTuple):
     """(B, A * 4, H, W), anchor-major, stds 1."""
     taps: list[Tensor]
     """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
+    box_taps: list[Tensor]
+    """(B, channels, H, W): the same of the last box conv."""
 
 
 def tower(in_channels: int, channels: int, depth: int, norm_groups: int | None = None) -> nn.Sequential:
@@ -72,8 +74,8 @@ class RetinaHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
-        taps = [self.cls_tower(f) for f in features]
-        return RetinaOutputs([self.cls_out(t) for t in taps], [self.box_out(self.box_tower(f)) for f in features], taps)
+        taps, box_taps = [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+        return RetinaOutputs([self.cls_out(t) for t in taps], [self.box_out(t) for t in box_taps], taps, box_taps)
 
     def losses(
         self, outputs: RetinaOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor, extents: Tensor | None = None

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors import FCOSHead, Proposals, RetinaHead, RoIHead
-from headkd_ray.detectors.losses import mean_squared_error
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.rois import sample_rois
-from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.ckd import CKD, level_errors
 
 
 class Scene(NamedTuple):
@@ -57,8 +56,8 @@ class DenseAssistant(nn.Module):
     def forward(self, scene: Scene) -> Advice:
         outputs = self.head(scene.features)
         losses = self.head.losses(outputs, scene.sizes, scene.boxes, scene.labels)
-        terms = [mean_squared_error(self.adapter(s), t) for s, t in zip(scene.taps, outputs.taps, strict=True)]
-        return Advice({name.removeprefix("loss_"): loss for name, loss in losses.items()}, torch.stack(terms).sum())
+        ckd = level_errors(self.adapter, scene.taps, outputs.taps)
+        return Advice({name.removeprefix("loss_"): loss for name, loss in losses.items()}, ckd)
 
 
 class RoIAssistant(nn.Module):

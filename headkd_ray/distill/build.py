@@ -8,6 +8,7 @@ from headkd_ray.detectors import FCOS, Detector, FasterRCNN, FCOSHead, RetinaHea
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.assistants import DenseAssistant, RoIAssistant
 from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.dense_head import DenseHEAD
 from headkd_ray.distill.fitnet import FitNet
 from headkd_ray.distill.head import ASSISTANT_STRIDES, HEAD
 from headkd_ray.distill.tf_head import TFHEAD, Weights
@@ -39,6 +40,9 @@ def build_trainee(job: Job, num_classes: int, teacher: Detector | None, steps_pe
     if job.method == "tf_head":
         return _tf_head(student, job.distill, ckd_stop)
 
+    if isinstance(teacher, (RetinaNet, FCOS)):
+        return _dense_head(student, teacher, job, ckd_stop)
+
     spec = job.distill.assistant or (teacher.spec.roi if isinstance(teacher, FasterRCNN) else RoIHeadSpec())
     assistant = RoIHead(spec, job.student.neck.channels, num_classes, ASSISTANT_STRIDES)
     if not isinstance(teacher, FasterRCNN):
@@ -49,6 +53,23 @@ def build_trainee(job: Job, num_classes: int, teacher: Detector | None, steps_pe
     akd = AKD(nn.Linear(spec.fc_channels, width) for _ in range(spec.fcs)) if job.method in ("akd", "head") else None
     ckd = CKD(nn.Linear(student.spec.head.channels, width)) if job.method == "head" else None
     return HEAD(student, assistant, job.distill, teacher if akd else None, akd, ckd, ckd_stop)
+
+
+def _dense_head(student: RetinaNet | FCOS, teacher: RetinaNet | FCOS, job: Job, ckd_stop: int | None) -> DenseHEAD:
+    """The assistant is a head of the teacher's kind and widths."""
+    channels, width, theirs = student.spec.neck.channels, student.spec.head.channels, teacher.spec.head.channels
+    assistant: FCOSHead | RetinaHead
+    if isinstance(teacher, FCOS):
+        assistant = FCOSHead(teacher.spec.head, channels, student.num_classes)
+    else:
+        assistant = RetinaHead(teacher.spec.head, channels, student.num_classes)
+    if job.distill.copy_head:
+        _copy(teacher.head, assistant, "the assistant")
+    if job.method == "copy_only":
+        return DenseHEAD(student, assistant, job.distill)
+    akd = nn.ModuleList(nn.Conv2d(theirs, theirs, 1) for _ in ("classification", "box"))
+    ckd = nn.Conv2d(width, theirs, 1) if job.method == "head" else None
+    return DenseHEAD(student, assistant, job.distill, teacher, akd, ckd, ckd_stop)
 
 
 def _tf_head(student: RetinaNet | FCOS, spec: DistillSpec, ckd_stop: int | None) -> TFHEAD:
@@ -76,9 +97,13 @@ def _check_teacher(job: Job, num_classes: int, teacher: Detector | None) -> list
     if teacher is None:
         return [f"teacher: method {job.method} needs one"]
     problems = []
-    wanted, name = (RetinaNet, "retinanet") if job.method == "fitnet" else (FasterRCNN, "faster_rcnn")
-    if not isinstance(teacher, wanted):
-        problems.append(f"teacher.checkpoint: method {job.method} needs a {name} teacher, this one is a {teacher.spec.kind}")
+    if job.method == "fitnet" and not isinstance(teacher, RetinaNet):
+        problems.append(f"teacher.checkpoint: method fitnet needs a retinanet teacher, this one is a {teacher.spec.kind}")
+    if not isinstance(teacher, FasterRCNN) and job.method != "fitnet" and job.distill.assistant is not None:
+        problems.append(
+            "distill.assistant: describes an R-CNN head, but the assistant of this teacher is a head like its own, a "
+            f"{teacher.spec.kind}; use null"
+        )
     if teacher.num_classes != num_classes:
         problems.append(f"teacher.checkpoint: the teacher knows {teacher.num_classes} classes, the data has {num_classes}")
     if job.method == "copy_only" and not job.distill.copy_head:

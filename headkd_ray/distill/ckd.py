@@ -55,3 +55,8 @@ class CKD(nn.Module):
         if self.anchors == 1:
             return adapted.squeeze(1)
         return adapted.gather(1, anchor[:, None, None].expand(-1, 1, adapted.shape[2])).squeeze(1)
+
+
+def level_errors(adapter: nn.Module, own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """Sum over levels of the MSE of adapted maps ``own`` (B, C, H, W) with ``theirs`` (B, C', H, W), which get no gradient."""
+    return torch.stack([mean_squared_error(adapter(o), t) for o, t in zip(own, theirs, strict=True)]).sum()

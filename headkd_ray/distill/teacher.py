@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detector, FasterRCNN
+from headkd_ray.detectors import FCOS, Detector, FasterRCNN, RetinaNet
+from headkd_ray.detectors.fcos_head import FCOSOutputs
+from headkd_ray.detectors.retina_head import RetinaOutputs
 
 
 class Guest:
@@ -30,6 +32,13 @@ class Guest:
     def features(self, x: Tensor) -> list[Tensor]:
         """The teacher's pyramid of normalised images ``x`` (B, 3, H, W)."""
         return self.detector.features(x)
+
+    @torch.no_grad()
+    def dense(self, x: Tensor) -> RetinaOutputs | FCOSOutputs:
+        """What the teacher's head says about normalised images ``x`` (B, 3, H, W). Only for a RetinaNet or FCOS."""
+        assert isinstance(self.detector, (RetinaNet, FCOS))
+        outputs: RetinaOutputs | FCOSOutputs = self.detector.head(self.detector.features(x))
+        return outputs
 
     @torch.no_grad()
     def taps(self, x: Tensor, rois: Tensor, image: Tensor) -> list[Tensor]:

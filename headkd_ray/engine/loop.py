@@ -53,7 +53,7 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
     teacher = load_teacher(job, classes)
-    trainee = build_trainee(job, len(classes), teacher and teacher.detector, steps_per_epoch)
+    trainee = build_trainee(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     total_steps = steps_per_epoch * job.optim.epochs
     global_batch = job.data.batch_size * world.size * accumulate

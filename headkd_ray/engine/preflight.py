@@ -50,4 +50,4 @@ def _build(job: Job, classes: tuple[str, ...] | None) -> None:
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
-        build_trainee(job, outputs, teacher and teacher.detector, steps_per_epoch=1)
+        build_trainee(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)

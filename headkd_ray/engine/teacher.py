@@ -18,7 +18,7 @@ class Teacher:
 
     detector: Detector
     note: str | None
-    """How its own classes differ from the data's, for the log; None if they are the same."""
+    """For the log: how its classes differ from the data's, and that it is of the student's kind; None if neither."""
 
 
 def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
@@ -45,8 +45,10 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         raise CheckpointError(
             f"{job.teacher.checkpoint}: has {loaded.detector.num_classes} classes, but teacher.classes names {len(names)}"
         )
+    own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
+    notes = [f"warning: the teacher is a {job.student.kind} like the student; HEAD lives on other kinds"] if own_kind else []
     if classes is None or classes == names:
-        return Teacher(loaded.detector, None)
+        return Teacher(loaded.detector, "; ".join(notes) or None)
     who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
     if not (set(names) >= set(classes) or set(names) <= set(classes)):
         raise DataError(
@@ -54,9 +56,9 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
             "a teacher must know all classes of the data, or only such classes"
         )
     fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
-    parts = [
+    notes += [
         f"teacher: its head's outputs follow the data's class names ({len(classes) - len(fresh)} of {len(classes)} matched)",
         *([f"fresh, for the teacher does not know them: {listed(fresh)}"] if fresh else []),
         *([f"left out, for the data does not have them: {listed(unused)}"] if unused else []),
     ]
-    return Teacher(with_classes(replace(loaded, classes=names), classes).detector, "; ".join(parts))
+    return Teacher(with_classes(replace(loaded, classes=names), classes).detector, "; ".join(notes))

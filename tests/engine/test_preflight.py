@@ -25,13 +25,13 @@ def test_a_sound_job_passes_and_nothing_is_changed(tmp_path: Path, drawn_splits:
 
 def test_the_teacher_is_checked_although_the_data_is_missing(tmp_path: Path) -> None:
     splits = {"train": str(tmp_path / "no1"), "val": str(tmp_path / "no2")}
-    student = micro_job(tmp_path, splits).student
-    save_detector(tmp_path / "teacher", build_detector(student, 2), ("cat", "dog"))
-    job = micro_job(tmp_path / "runs", splits, method="head", teacher={"checkpoint": str(tmp_path / "teacher")})
+    spec = micro_job(tmp_path, splits, student=MICRO_TEACHER).student
+    save_detector(tmp_path / "teacher", build_detector(spec, 2), ("cat", "dog"))
+    job = micro_job(tmp_path / "runs", splits, method="fitnet", teacher={"checkpoint": str(tmp_path / "teacher")})
     with pytest.raises(UserError) as caught:
         preflight(job)
     assert len(caught.value.problems) == 3
-    assert "needs a faster_rcnn teacher, this one is a retinanet" in caught.value.problems[2]
+    assert "needs a retinanet teacher, this one is a faster_rcnn" in caught.value.problems[2]
 
 
 def test_a_student_that_timm_does_not_know_is_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

@@ -47,7 +47,10 @@ def test_outputs_follow_class_names_and_the_log_says_so(change: str, tmp_path: P
     assert first["note"] == teacher.note
     told = {
         "superset": [f"{len(classes)} of {len(classes)} matched", "left out, for the data does not have them: 'zebra'"],
-        "subset": [f"{len(classes) - 2} of {len(classes)} matched", f"fresh, for the teacher does not know them: {classes[0]!r}"],
+        "subset": [
+            f"{len(classes) - 2} of {len(classes)} matched",
+            f"fresh, for the teacher does not know them: {classes[0]!r}",
+        ],
         "order": [f"{len(classes)} of {len(classes)} matched"],
     }[change]
     assert all(part in first["note"] for part in told)

@@ -29,7 +29,7 @@ FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml"))
 
 
 def test_every_promised_job_is_there():
-    paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_mnv2", "teacher"]
+    paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_fcos", "head_mnv2", "teacher"]
     paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_r50"]
     small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER
@@ -144,6 +144,7 @@ R50_RETINA = "checkpoints/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-8847
     ("file", "method", "teacher", "distill"),
     [
         ("head.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
+        ("head_fcos.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 1.0, "ckd_epochs": 11}),
         ("head_mnv2.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         ("akd.yaml", "akd", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "warmup_steps": 2000}),
         ("copy_only.yaml", "copy_only", R50_FASTER, {"copy_head": True}),
