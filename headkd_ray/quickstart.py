@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from headkd_ray.data.images import decode
@@ -96,8 +97,6 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
 
 def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: int = 6) -> None:
     """Save a sheet: a row an image of the split, columns ground truth and each checkpoint's detections."""
-    import torch
-
     from headkd_ray.detectors.weights import load_checkpoint
     from headkd_ray.engine.serving import detect_images, view_spec
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -42,16 +43,9 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    before = dict(os.environ)
     try:
-        # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
-        # A cluster of our own ends with this process and has no dashboard: its start costs more than a small job's training.
-        here = {"include_dashboard": False} if spec.address is None and "RAY_ADDRESS" not in os.environ else {}
-        if here:
-            for name, value in OWN_CLUSTER.items():
-                os.environ.setdefault(name, value)
-            # It advises to switch the new cluster's authentication off.
-            logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        ray.init(address=spec.address, log_to_driver=False, logging_level=logging.WARNING, **here)
+        _join_or_start(spec.address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)"
@@ -60,6 +54,25 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        for name in OWN_CLUSTER.keys() - before.keys():
+            os.environ.pop(name, None)
+
+
+def _join_or_start(address: str | None) -> None:
+    # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **quiet)
+        return
+    try:
+        ray.init(address="auto", **quiet)  # the one that runs on this machine, if any
+    except ConnectionError:
+        for name, value in OWN_CLUSTER.items():
+            os.environ.setdefault(name, value)
+        # It advises to switch the new cluster's authentication off.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        # It ends with this process and has no dashboard: its start costs more than a small job's training.
+        ray.init(address="local", include_dashboard=False, **quiet)
 
 
 def check_resources(spec: ClusterSpec) -> Resources:

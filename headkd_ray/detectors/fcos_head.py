@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from headkd_ray.detectors.matching import Truth, gather_rows, match_points
 from headkd_ray.detectors.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
 from headkd_ray.detectors.retina_head import STRIDES, init_dense_head, tower
 from headkd_ray.job import AnchorSpec, FCOSHeadSpec
+
+MAX_LOG_DISTANCE = math.log(1e5)
 
 
 class FCOSOutputs(NamedTuple):
@@ -53,22 +56,27 @@ class FCOSHead(nn.Module):
         init_dense_head(self, spec.tower_std)
         init.prior(self.cls_out, spec.prior)
 
+    def towers(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """``taps`` and ``box_taps`` of ``features``: P3 to P7, (B, in_channels, H, W) each."""
+        return [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+
     def forward(self, features: Sequence[Tensor]) -> FCOSOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
-        taps = [self.cls_tower(f) for f in features]
-        box_taps = [self.box_tower(f) for f in features]
+        taps, box_taps = self.towers(features)
         raw = [self.box_out(t).float() * scale for t, scale in zip(box_taps, self.scales, strict=True)]
         if self.spec.norm_on_bbox:
             distances = [r.relu() for r in raw]
         else:
-            distances = [r.exp() / stride for r, stride in zip(raw, STRIDES, strict=True)]
+            # Bounded far above any box: where a point does not count, an infinite exp would still make its gradient NaN.
+            distances = [r.clamp(max=MAX_LOG_DISTANCE).exp() / stride for r, stride in zip(raw, STRIDES, strict=True)]
         centerness = [self.centerness_out(m) for m in (box_taps if self.spec.centerness_on_reg else taps)]
         return FCOSOutputs([self.cls_out(t) for t in taps], distances, centerness, taps, box_taps)
 
     def losses(self, outputs: FCOSOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Focal loss, IoU loss weighted with the centerness targets, cross entropy of the centerness.
 
-        The first and the last are divided by max(1, positives in the batch), the second by its weights' sum. ``sizes``
+        The first and the last are divided by max(1, positives in the batch), the second by its weights' sum, on each worker by
+        itself (method.md, section 8; mmdet's FCOS averages these over workers). ``sizes``
         (B, 2) unpadded (h, w) do not matter here: all points count, also those in the padding (mmdet). ``boxes`` (B, G, 4);
         ``labels`` (B, G), -1 = padding.
         """

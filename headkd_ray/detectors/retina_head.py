@@ -72,9 +72,13 @@ class RetinaHead(nn.Module):
         init_dense_head(self, spec.tower_std)
         init.prior(self.cls_out, spec.prior)
 
+    def towers(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """``taps`` and ``box_taps`` of ``features``: P3 to P7, (B, in_channels, H, W) each."""
+        return [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+
     def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
-        taps, box_taps = [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+        taps, box_taps = self.towers(features)
         return RetinaOutputs([self.cls_out(t) for t in taps], [self.box_out(t) for t in box_taps], taps, box_taps)
 
     def losses(

@@ -64,7 +64,7 @@ def _dense_head(student: RetinaNet | FCOS, teacher: RetinaNet | FCOS, job: Job, 
     else:
         assistant = RetinaHead(teacher.spec.head, channels, student.num_classes)
     if job.distill.copy_head:
-        _copy(teacher.head, assistant, "the assistant")
+        _copy(teacher.head, assistant, "the assistant of a dense teacher")
     if job.method == "copy_only":
         return DenseHEAD(student, assistant, job.distill)
     akd = nn.ModuleList(nn.Conv2d(theirs, theirs, 1) for _ in ("classification", "box"))
@@ -127,7 +127,9 @@ def _copy(source: nn.Module, target: nn.Module, key: str) -> None:
         if _shape(theirs.get(name)) != _shape(ours.get(name))
     ]
     if problems:
-        raise JobError([*problems, "distill.copy_head: make the shapes equal (neck.channels, head widths) or set it to false"])
+        raise JobError(
+            [*problems, "distill.copy_head: make the shapes equal (student.neck.channels, head widths) or set it to false"]
+        )
     target.load_state_dict(theirs)
 
 

@@ -3,7 +3,8 @@
     L = L_student + L_assistant + a w(t) sum over towers, levels of MSE(conv(A), T) + c w(t) sum over levels of MSE(conv(S), T)
 
 T is what the teacher's towers make of its own P3 to P7, A the assistant's, S the student's last classification conv. The convs
-are 1x1, one a tower for all levels. The research branch does so with a RepPoints teacher (method.md, section 5).
+are 1x1, one a tower for all levels. Modelled on the research branch's RepPoints pair, whose weights a and c are 1 (our keys'
+defaults, the R-CNN pair's, are 2) and which also distils RepPoints' own point convs.
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ class DenseHEAD(Trainee):
         if self._guest is None:
             return losses
 
-        taught = self._guest.dense(self._guest.view(images, sizes, x, self.student))
+        taught, taught_boxes = self._guest.towers(self._guest.view(images, sizes, x, self.student))
         weight = self.spec.akd_weight * warmup(step, self.spec.warmup_steps)
         if self.akd is not None:
-            towers = ((assisted.taps, taught.taps), (assisted.box_taps, taught.box_taps))
+            towers = ((assisted.taps, taught), (assisted.box_taps, taught_boxes))
             for i, (adapter, (own, theirs)) in enumerate(zip(self.akd, towers, strict=True), start=1):
                 losses[f"loss_akd_{i}"] = weight * level_errors(adapter, own, theirs)
         if self.ckd is not None:
             factor = self.spec.ckd_weight * ckd_factor(step, self.spec.warmup_steps, self.ckd_stop)
-            losses["loss_ckd"] = factor * level_errors(self.ckd, outputs.taps, taught.taps)
+            losses["loss_ckd"] = factor * level_errors(self.ckd, outputs.taps, taught)
         return losses

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors import FCOS, Detector, FasterRCNN, RetinaNet
-from headkd_ray.detectors.fcos_head import FCOSOutputs
-from headkd_ray.detectors.retina_head import RetinaOutputs
 
 
 class Guest:
@@ -34,11 +32,13 @@ class Guest:
         return self.detector.features(x)
 
     @torch.no_grad()
-    def dense(self, x: Tensor) -> RetinaOutputs | FCOSOutputs:
-        """What the teacher's head says about normalised images ``x`` (B, 3, H, W). Only for a RetinaNet or FCOS."""
+    def towers(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Taps of the teacher's classification and box towers on its P3 to P7 of normalised images ``x`` (B, 3, H, W).
+
+        Only for a RetinaNet or FCOS.
+        """
         assert isinstance(self.detector, (RetinaNet, FCOS))
-        outputs: RetinaOutputs | FCOSOutputs = self.detector.head(self.detector.features(x))
-        return outputs
+        return self.detector.head.towers(self.detector.features(x))
 
     @torch.no_grad()
     def taps(self, x: Tensor, rois: Tensor, image: Tensor) -> list[Tensor]:

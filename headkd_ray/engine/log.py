@@ -84,7 +84,11 @@ class JsonLines:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step] if path.exists() else []
+        kept = (
+            [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            if resumed_step and path.exists()
+            else []
+        )
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("".join(f"{line}\n" for line in kept))
         draft.replace(path)  # at no time is a record lost

@@ -48,11 +48,11 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
     """
-    torch.manual_seed(job.run.seed)
     classes = streams.train_set.meta.classes
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
     teacher = load_teacher(job, classes)
+    torch.manual_seed(job.run.seed)  # here, so that a student starts from the same weights whoever helps it
     trainee = build_trainee(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     total_steps = steps_per_epoch * job.optim.epochs
@@ -150,11 +150,11 @@ class State:
                 the schedule's steps).
         """
         saved = load_state(folder)
-        changed = [key for key in order if saved["order"][key] != order[key]]
+        changed = [key for key in order if saved["order"].get(key) != order[key]]
         if changed:
             raise CheckpointError(
                 [
-                    f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'][key]!r}, this run has "
+                    f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'].get(key)!r}, this run has "
                     f"{order[key]!r}; resume with what it had, or choose another run.name"
                     for key in changed
                 ]

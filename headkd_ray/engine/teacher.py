@@ -37,7 +37,9 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     """
     if job.teacher is None:
         return None
-    loaded = drop_unused_classes(fetch_detector(job.teacher.checkpoint))  # torchvision's COCO models name unused ones
+    loaded = fetch_detector(job.teacher.checkpoint)
+    if job.teacher.classes is None:
+        loaded = drop_unused_classes(loaded)  # torchvision's COCO models name unused ones
     names = job.teacher.classes or loaded.classes
     if names is None:
         raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in order in teacher.classes")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from headkd_ray.job.job import Job
+from headkd_ray.job.job import DistillSpec, Job
 from headkd_ray.job.keys import Path
 
 Get = Callable[[str], Any]
@@ -179,18 +179,31 @@ def _fcos_heads(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
-    if get("student.kind") == "fcos":
+    sections = {"retinanet": ["student.head"], "faster_rcnn": ["student.rpn"], "fcos": []}[get("student.kind")]
+    sections += ["distill.assistants.retinanet.head"] if get("distill.assistants.retinanet") is not None else []
+    for section in sections:
+        low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
+        if low > high:
+            yield f"{section}.negative_iou", f"{low} is above positive_iou ({high})"
+
+
+def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
+    if get("method") != "tf_head":
         return
-    section = "student.head" if get("student.kind") == "retinanet" else "student.rpn"
-    low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
-    if low > high:
-        yield f"{section}.negative_iou", f"{low} is above positive_iou ({high})"
+    defaults = DistillSpec()
+    for key in ("assistant", "assistant_weight", "akd_weight", "ckd_weight", "copy_head"):
+        if get(f"distill.{key}") != getattr(defaults, key):
+            yield (
+                f"distill.{key}",
+                "is not used by method tf_head; its assistants have their own heads and weights",
+            )
 
 
 CHECKS: tuple[Check, ...] = (
     _method_and_teacher,
     _method_and_student,
     _tf_assistants,
+    _tf_head_weights,
     _ckd_epochs,
     _copy_only_copies,
     _milestones,

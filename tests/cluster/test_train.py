@@ -14,7 +14,7 @@ import pytest
 from headkd_ray.errors import ClusterError, TrainingError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.train import train
-from tests.support import MICRO_TEACHER, TF_HEAD, assert_same_weights, descendants, micro_job, student_weights
+from tests.support import MICRO_STUDENT, MICRO_TEACHER, TF_HEAD, assert_same_weights, descendants, micro_job, student_weights
 
 ON_RAY = {"workers": 1, "threads_per_worker": 1}
 IN_PROCESS = ClusterSpec(workers=0, threads_per_worker=1)
@@ -39,17 +39,20 @@ def test_tf_head_on_ray_learns_and_exports_the_student_alone(
         tmp_path,
         drawn_splits,
         method="tf_head",
-        distill={"assistants": TF_HEAD, "warmup_steps": 0, "ckd_epochs": 3},
-        optim={"optimizer": "adamw", "lr": 0.003, "epochs": 4, "milestones": [3], "warmup_steps": 0, "lr_batch": None},
+        student={**MICRO_STUDENT, "neck": {"channels": 16, "norm": True}},
+        distill={"assistants": TF_HEAD, "warmup_steps": 8, "ckd_epochs": 3},
+        optim={"optimizer": "adamw", "lr": 0.001, "epochs": 4, "milestones": [3], "warmup_steps": 4, "lr_batch": None},
         cluster=ON_RAY,
     )
     records: list[dict[str, Any]] = []
     result = train(job, records.append)
     losses = [record["losses"] for record in records if "losses" in record]
-    quarter = len(losses) // 4
-    for name in ("loss_cls", "loss_fcos_cls", "loss_rcnn_cls", "loss_fcos_ckd"):
-        first, last = (sum(entry[name] for entry in part) for part in (losses[:quarter], losses[-2 * quarter : -quarter]))
-        assert last < first, name
+    epoch = len(losses) // 4
+    assistants = {"loss_fcos_cls": 1, "loss_rcnn_cls": 1}  # only from the second epoch on have they their full weight
+    for name, start in {"loss_cls": 0, "loss_box": 0, **assistants}.items():
+        early, late = (sum(entry[name] for entry in losses[i * epoch : (i + 1) * epoch]) for i in (start, 3))
+        assert late < early, name
+    assert all((entry["loss_rcnn_ckd"] == 0) == (step > 3 * epoch) for step, entry in enumerate(losses[1:], start=2))
     assert not [name for name in student_weights(result) if "assistant" in name or "adapter" in name]
 
 

@@ -122,6 +122,13 @@ def test_tf_head():
     assert found(method="assist", teacher=None, distill={"ckd_epochs": 3}) == [
         ("distill.ckd_epochs", "method assist has no CKD to stop; remove the key")
     ]
+    assert found(method="tf_head", teacher=None, distill={**rcnn, "ckd_weight": 0.0}) == [
+        ("distill.ckd_weight", "is not used by method tf_head; its assistants have their own heads and weights")
+    ]
+    swapped = {"assistants": {"retinanet": {"head": {"negative_iou": 0.9}}}}
+    assert found(method="tf_head", teacher=None, distill=swapped) == [
+        ("distill.assistants.retinanet.head.negative_iou", "0.9 is above positive_iou (0.5)")
+    ]
     heads = {"fcos": {"head": {"channels": 48}}}
     assert found(method="tf_head", teacher=None, distill={"assistants": heads}) == [
         ("distill.assistants.fcos.head.norm_groups", "32 does not divide distill.assistants.fcos.head.channels (48)")
