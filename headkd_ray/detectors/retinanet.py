@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from headkd_ray.detectors.detector import Detector
-from headkd_ray.detectors.proposals import Detections
+from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.retina_head import RetinaHead
 from headkd_ray.job import RetinaNetSpec
 
 
-class RetinaNet(Detector):
-    """Backbone, FPN on C3 to C5, dense head."""
+class RetinaNet(DenseDetector):
+    """Losses: ``loss_cls``, ``loss_box``."""
 
     spec: RetinaNetSpec
+    head: RetinaHead
 
     def __init__(self, spec: RetinaNetSpec, num_classes: int) -> None:
         super().__init__(spec, num_classes, finest=1)
         self.head = RetinaHead(spec.head, spec.neck.channels, num_classes)
-
-    def losses(
-        self,
-        features: list[Tensor],
-        sizes: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """``loss_cls``, ``loss_box``; see :meth:`Detector.losses`. Nothing is sampled."""
-        return self.head.losses(self.head(features), sizes, boxes, labels)
-
-    @torch.no_grad()
-    def detect(self, x: Tensor, sizes: Tensor) -> Detections:
-        return self.head.detect(self.head(self.features(x)), sizes)
