@@ -56,7 +56,7 @@ def test_tf_head_on_ray_learns_and_exports_the_student_alone(
     assert not [name for name in student_weights(result) if "assistant" in name or "adapter" in name]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     """kill -9 of a worker in the middle of an epoch; two workers also have a BatchNorm buffer and an idle step to get right."""
     teacher = train(
