@@ -90,7 +90,7 @@ class _Unhurried(ExecutionCallback):
     """Paces Ray's scheduling loop, a thread of the train worker.
 
     While it waits for training to take batches it spins (Ray 2.60): a core, and worse, the interpreter lock that every torch
-    call of the training thread then has to wait for. ``bench/stream_wait.py`` measures both.
+    call of the training thread then has to wait for. ``bench/stream_wait.py`` measures the first.
     """
 
     def __init__(self) -> None:

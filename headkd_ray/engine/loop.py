@@ -51,6 +51,7 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     classes = streams.train_set.meta.classes
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
+    torch.manual_seed(job.run.seed)  # outputs for classes that the teacher does not know are drawn
     teacher = load_teacher(job, classes)
     torch.manual_seed(job.run.seed)  # here, so that a student starts from the same weights whoever helps it
     trainee = build_trainee(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)

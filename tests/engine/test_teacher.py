@@ -15,7 +15,7 @@ from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import DataError
 from headkd_ray.job import Job
 from headkd_ray.train import train
-from tests.support import MICRO_TEACHER, micro_job
+from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
 
 
 def taught(tmp_path: Path, splits: dict[str, str], names: tuple[str, ...]) -> Job:
@@ -54,6 +54,17 @@ def test_outputs_follow_class_names_and_the_log_says_so(change: str, tmp_path: P
         "order": [f"{len(classes)} of {len(classes)} matched"],
     }[change]
     assert all(part in first["note"] for part in told)
+
+
+def test_fresh_outputs_depend_on_the_seed_alone(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    classes = ShardSet.open(drawn_splits["train"]).meta.classes
+    job = taught(tmp_path, drawn_splits, classes[2:])
+    weights = []
+    for name, state_before in (("one", 1), ("other", 2)):
+        torch.manual_seed(state_before)
+        run = job.model_copy(update={"run": job.run.model_copy(update={"name": name})})
+        weights.append(student_weights(train(run, lambda record: None)))
+    assert_same_weights(*weights)
 
 
 def test_a_teacher_of_partly_other_classes_is_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
