@@ -321,11 +321,11 @@ def mobilenet_file(official: Arrays, updates: int) -> Arrays:
         arrays[f"student/neck.lateral_convs.{number}.conv.weight"] = torch.randn(16, channels, 1, 1).numpy() * 0.3
     arrays["student/neck.fpn_convs.3.conv.weight"] = torch.randn(16, 96, 3, 3).numpy() * 0.05
     run = replay(Golden(arrays, "mobilenet"))
-    assert run.trace is not None
+    assert run.rois is not None and run.ckd_rows is not None
     assert run.proposed is not None
-    ids = torch.cat([run.trace.rois.image[:, None], run.trace.rois.cells], dim=1)
+    ids = torch.cat([run.rois.image[:, None], run.rois.cells], dim=1)
     arrays["roi_ids"] = ids.numpy()
-    arrays["tensor/retina_cls_indexed"] = run.trace.rows.detach().numpy()  # type: ignore[union-attr]
+    arrays["tensor/retina_cls_indexed"] = run.ckd_rows.detach().numpy()
     found = run.evaluations[updates][2]
     for i in range(2):
         real, kept = run.proposed.proposals.valid[i], found.labels[i] >= 0

@@ -1,6 +1,7 @@
 """Detectors in plain PyTorch: timm backbones, FPN, RetinaNet, FCOS, Faster R-CNN, and their weights in and out."""
 
 from headkd_ray.detectors.build import build_detector
+from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.detector import Detector
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
@@ -14,6 +15,7 @@ from headkd_ray.detectors.two_stage import TwoStageDetector
 
 __all__ = [
     "FCOS",
+    "DenseDetector",
     "Detections",
     "Detector",
     "FCOSHead",

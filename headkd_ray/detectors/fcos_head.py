@@ -30,10 +30,8 @@ class FCOSOutputs(NamedTuple):
     """(B, 4, H, W) float32: from the cell's point to the left, top, right and bottom of its box, in units of the stride."""
     centerness: list[Tensor]
     """(B, 1, H, W) logits."""
-    taps: list[Tensor]
-    """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
-    box_taps: list[Tensor]
-    """(B, channels, H, W): the same of the last box conv."""
+    taps: list[list[Tensor]]
+    """What distillation reads; see :meth:`FCOSHead.taps`."""
 
 
 class FCOSHead(nn.Module):
@@ -56,21 +54,34 @@ class FCOSHead(nn.Module):
         init_dense_head(self, spec.tower_std)
         init.prior(self.cls_out, spec.prior)
 
-    def towers(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """``taps`` and ``box_taps`` of ``features``: P3 to P7, (B, in_channels, H, W) each."""
-        return [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+    @property
+    def tap_channels(self) -> list[int]:
+        """Width of each tap."""
+        return [self.spec.channels] * 2
+
+    @property
+    def lead_channels(self) -> int:
+        """Width of the tap that CKD reads."""
+        return self.spec.channels
+
+    def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Post-ReLU outputs of the last classification conv (which CKD reads) and of the last box conv.
+
+        ``features``: P3 to P7, (B, in_channels, H, W) each; a tap has (B, channels, H, W) a level.
+        """
+        return [[self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]]
 
     def forward(self, features: Sequence[Tensor]) -> FCOSOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
-        taps, box_taps = self.towers(features)
+        cls_taps, box_taps = taps = self.taps(features)
         raw = [self.box_out(t).float() * scale for t, scale in zip(box_taps, self.scales, strict=True)]
         if self.spec.norm_on_bbox:
             distances = [r.relu() for r in raw]
         else:
             # Bounded far above any box: where a point does not count, an infinite exp would still make its gradient NaN.
             distances = [r.clamp(max=MAX_LOG_DISTANCE).exp() / stride for r, stride in zip(raw, STRIDES, strict=True)]
-        centerness = [self.centerness_out(m) for m in (box_taps if self.spec.centerness_on_reg else taps)]
-        return FCOSOutputs([self.cls_out(t) for t in taps], distances, centerness, taps, box_taps)
+        centerness = [self.centerness_out(m) for m in (box_taps if self.spec.centerness_on_reg else cls_taps)]
+        return FCOSOutputs([self.cls_out(t) for t in cls_taps], distances, centerness, taps)
 
     def losses(self, outputs: FCOSOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Focal loss, IoU loss weighted with the centerness targets, cross entropy of the centerness.

@@ -28,10 +28,8 @@ class RetinaOutputs(NamedTuple):
     """(B, A * C, H, W), anchor-major."""
     deltas: list[Tensor]
     """(B, A * 4, H, W), anchor-major, stds 1."""
-    taps: list[Tensor]
-    """(B, channels, H, W): post-ReLU output of the last classification conv, which CKD reads."""
-    box_taps: list[Tensor]
-    """(B, channels, H, W): the same of the last box conv."""
+    taps: list[list[Tensor]]
+    """What distillation reads; see :meth:`RetinaHead.taps`."""
 
 
 def tower(in_channels: int, channels: int, depth: int, norm_groups: int | None = None) -> nn.Sequential:
@@ -72,14 +70,27 @@ class RetinaHead(nn.Module):
         init_dense_head(self, spec.tower_std)
         init.prior(self.cls_out, spec.prior)
 
-    def towers(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """``taps`` and ``box_taps`` of ``features``: P3 to P7, (B, in_channels, H, W) each."""
-        return [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+    @property
+    def tap_channels(self) -> list[int]:
+        """Width of each tap."""
+        return [self.spec.channels] * 2
+
+    @property
+    def lead_channels(self) -> int:
+        """Width of the tap that CKD reads."""
+        return self.spec.channels
+
+    def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Post-ReLU outputs of the last classification conv (which CKD reads) and of the last box conv.
+
+        ``features``: P3 to P7, (B, in_channels, H, W) each; a tap has (B, channels, H, W) a level.
+        """
+        return [[self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]]
 
     def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
         """``features``: P3 to P7, (B, in_channels, H, W) each."""
-        taps, box_taps = self.towers(features)
-        return RetinaOutputs([self.cls_out(t) for t in taps], [self.box_out(t) for t in box_taps], taps, box_taps)
+        cls_taps, box_taps = taps = self.taps(features)
+        return RetinaOutputs([self.cls_out(t) for t in cls_taps], [self.box_out(t) for t in box_taps], taps)
 
     def losses(
         self, outputs: RetinaOutputs, sizes: Tensor, boxes: Tensor, labels: Tensor, extents: Tensor | None = None

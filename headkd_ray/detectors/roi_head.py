@@ -102,6 +102,16 @@ class RoIHead(nn.Module):
         return RoIOutputs(taps, self.cls_out(hidden), self.box_out(hidden).unflatten(1, (-1, 4)))
 
     @property
+    def tap_channels(self) -> list[int]:
+        """Width of each tap, the fully connected layers in order."""
+        return [self.spec.fc_channels] * self.spec.fcs
+
+    @property
+    def lead_channels(self) -> int:
+        """Width of the tap that CKD reads, the last one."""
+        return self.spec.fc_channels
+
+    @property
     def stages(self) -> tuple[RoIHead, ...]:
         """The heads that look one after the other: here one."""
         return (self,)

@@ -1,39 +1,39 @@
-"""TF-HEAD's assistants: heads of other kinds on the student's pyramid that learn from labels and give CKD its targets.
+"""Assistants: detection heads of other kinds on the student's pyramid. They learn from labels; their features are compared
+with a teacher's (AKD) or, without one, are what the student is to imitate (CKD).
 
-Whoever adds a detector kind adds its head to the detectors room and a line to ``build.py``: dense heads and RoI heads are all
-there is here.
+There are two sorts, as there are of detectors: heads that look at whole levels and heads that look at RoIs. Whoever adds a
+detector adds a head of one of the sorts, and every pair with it works.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors import FCOSHead, Proposals, RetinaHead, RoIHead
-from headkd_ray.detectors.matching import Truth
-from headkd_ray.detectors.roi_head import Look
-from headkd_ray.detectors.rois import sample_rois
-from headkd_ray.distill.ckd import CKD, level_errors
+from headkd_ray.detectors import RoIs
+from headkd_ray.detectors.roi_head import Look, RoIOutputs
+from headkd_ray.distill.scene import Maps, Scene, Tap
 
 
-class Scene(NamedTuple):
-    """What a student made of a batch, and the truth about it."""
+class Insight(NamedTuple):
+    """The features of a head, an assistant's or a teacher's, that distillation reads."""
 
-    features: list[Tensor]
-    """P3 to P7, (B, channels, H, W)."""
-    taps: list[Tensor]
-    """(B, width, H, W): post-ReLU output of the student's last classification conv on each level."""
-    proposals: Proposals | None
-    """The student's; None if no assistant needs them."""
-    sizes: Tensor
-    """(B, 2) unpadded (h, w)."""
-    boxes: Tensor
-    """(B, G, 4) float32, pixels of the network input."""
-    labels: Tensor
-    """(B, G) int64, -1 = padding."""
-    generator: torch.Generator | None
+    taps: Sequence[Tap]
+    """What AKD compares, layer by layer."""
+    lead: Tap
+    """What CKD has the student imitate."""
+
+    @classmethod
+    def of_maps(cls, taps: Sequence[Maps]) -> Insight:
+        """A dense head's: it leads with its last classification conv."""
+        return cls(taps, taps[0])
+
+    @classmethod
+    def of_stages(cls, stages: Sequence[RoIOutputs]) -> Insight:
+        """A RoI head's, or a cascade's with its ``stages`` one after another: the first one's last fc leads."""
+        return cls([tap for stage in stages for tap in stage.taps], stages[0].taps[-1])
 
 
 class Advice(NamedTuple):
@@ -41,38 +41,39 @@ class Advice(NamedTuple):
 
     losses: dict[str, Tensor]
     """Its own ground-truth losses, by short name; unweighted."""
-    ckd: Tensor
-    """Distance of the student's adapted features from the assistant's; unweighted. The assistant gets no gradient from it."""
+    insight: Insight
+    looks: Sequence[Look]
+    """What each stage of a RoI head looked at and said; empty for a dense head."""
+
+    def rois(self, scene: Scene) -> RoIs | None:
+        """The RoIs that the rows belong to which the student's tap or ``insight.lead`` has; None if both are maps."""
+        return self.looks[0].rois if self.looks else scene.own
 
 
 class DenseAssistant(nn.Module):
-    """A dense head; its last classification conv teaches the student's, through one 1x1 conv that all levels share."""
+    """A dense head on P3 to P7."""
 
-    def __init__(self, head: FCOSHead | RetinaHead, width: int) -> None:
-        """``width``: channels of the student's taps."""
+    def __init__(self, head: Any) -> None:
         super().__init__()
         self.head = head
-        self.adapter = nn.Conv2d(width, head.spec.channels, 1)
 
     def forward(self, scene: Scene) -> Advice:
-        outputs = self.head(scene.features)
+        outputs = self.head(scene.levels)
         losses = self.head.losses(outputs, scene.sizes, scene.boxes, scene.labels)
-        ckd = level_errors(self.adapter, scene.taps, outputs.taps)
-        return Advice({name.removeprefix("loss_"): loss for name, loss in losses.items()}, ckd)
+        return Advice({name.removeprefix("loss_"): loss for name, loss in losses.items()}, Insight.of_maps(outputs.taps), [])
 
 
 class RoIAssistant(nn.Module):
-    """An R-CNN head on the student's proposals; its last fc teaches the student's last classification conv at their cells."""
+    """A RoI head on the finest four levels of the student's pyramid, at the RoIs that the student proposes."""
 
-    def __init__(self, head: RoIHead, ckd: CKD) -> None:
+    def __init__(self, head: Any) -> None:
         super().__init__()
         self.head = head
-        self.ckd = ckd
 
     def forward(self, scene: Scene) -> Advice:
-        assert scene.proposals is not None
-        truth = Truth.of(scene.boxes, scene.labels)
-        rois = sample_rois(scene.proposals, truth, self.head.spec, self.head.num_classes, scene.generator)
-        outputs = self.head(scene.features, rois.boxes, rois.image)
-        rows = self.ckd(scene.taps, rois)
-        return Advice(self.head.losses([Look(rois, outputs)]), self.ckd.loss(rows, outputs.taps[-1], rois))
+        rois = scene.draw(self.head.stages[0].spec)
+        looks = self.head.looks(scene.features, rois, scene.truth, scene.sizes, scene.generator)
+        return Advice(self.head.losses(looks), Insight.of_stages([look.outputs for look in looks]), looks)
+
+
+Assistant = DenseAssistant | RoIAssistant

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from headkd_ray.detectors import FCOS, Detector, FasterRCNN, FCOSHead, RetinaHead, RetinaNet, RoIHead, build_detector
+from headkd_ray.detectors import (
+    DenseDetector,
+    Detector,
+    FasterRCNN,
+    FCOSHead,
+    RetinaHead,
+    RetinaNet,
+    RoIHead,
+    TwoStageDetector,
+    build_detector,
+)
+from headkd_ray.detectors.two_stage import ROI_STRIDES
 from headkd_ray.distill.akd import AKD
-from headkd_ray.distill.assistants import DenseAssistant, RoIAssistant
+from headkd_ray.distill.assistants import Assistant, DenseAssistant, RoIAssistant
 from headkd_ray.distill.ckd import CKD
-from headkd_ray.distill.dense_head import DenseHEAD
+from headkd_ray.distill.copying import copy_weights
 from headkd_ray.distill.fitnet import FitNet
-from headkd_ray.distill.head import ASSISTANT_STRIDES, HEAD
-from headkd_ray.distill.tf_head import TFHEAD, Weights
+from headkd_ray.distill.head import HEAD
+from headkd_ray.distill.tf_head import TFHEAD, Member
 from headkd_ray.distill.trainee import Trainee
 from headkd_ray.errors import JobError
 from headkd_ray.job import DistillSpec, Job, RoIHeadSpec
+
+ASSISTANT_STRIDES = (8, 16, 32, 64)
+"""A RoI assistant of a dense student pools from P3 to P6, one level coarser than the teacher's P2 to P5."""
 
 
 def build_trainee(job: Job, num_classes: int, teacher: Detector | None, steps_per_epoch: int) -> Trainee:
@@ -32,63 +48,76 @@ def build_trainee(job: Job, num_classes: int, teacher: Detector | None, steps_pe
     if job.method == "fitnet":
         assert isinstance(student, RetinaNet) and isinstance(teacher, RetinaNet)  # the job's own checks
         if job.distill.copy_head:
-            _copy(teacher.head, student.head, "student.head")
+            copy_weights(teacher.head, student.head, "student.head")
         return FitNet(student, teacher, job.distill)
-
-    assert isinstance(student, (RetinaNet, FCOS))
     ckd_stop = None if job.distill.ckd_epochs is None else job.distill.ckd_epochs * steps_per_epoch
     if job.method == "tf_head":
         return _tf_head(student, job.distill, ckd_stop)
+    return _head(student, teacher, job, ckd_stop)
 
-    if isinstance(teacher, (RetinaNet, FCOS)):
-        return _dense_head(student, teacher, job, ckd_stop)
 
-    spec = job.distill.assistant or (teacher.spec.roi if isinstance(teacher, FasterRCNN) else RoIHeadSpec())
-    assistant = RoIHead(spec, job.student.neck.channels, num_classes, ASSISTANT_STRIDES)
-    if not isinstance(teacher, FasterRCNN):
+def _head(student: Detector, teacher: Detector | None, job: Job, ckd_stop: int | None) -> HEAD:
+    """The assistant is a head of the teacher's kind and widths; without a teacher an R-CNN's."""
+    channels, classes = student.spec.neck.channels, student.num_classes
+    assistant: Assistant
+    if teacher is None:
+        assistant = RoIAssistant(RoIHead(job.distill.assistant or RoIHeadSpec(), channels, classes, _strides(student)))
         return HEAD(student, assistant, job.distill)
-    if job.distill.copy_head:
-        _copy(teacher.roi, assistant, "distill.assistant")
-    width = teacher.spec.roi.fc_channels
-    akd = AKD(nn.Linear(spec.fc_channels, width) for _ in range(spec.fcs)) if job.method in ("akd", "head") else None
-    ckd = CKD(nn.Linear(student.spec.head.channels, width)) if job.method == "head" else None
-    return HEAD(student, assistant, job.distill, teacher if akd else None, akd, ckd, ckd_stop)
-
-
-def _dense_head(student: RetinaNet | FCOS, teacher: RetinaNet | FCOS, job: Job, ckd_stop: int | None) -> DenseHEAD:
-    """The assistant is a head of the teacher's kind and widths."""
-    channels, width, theirs = student.spec.neck.channels, student.spec.head.channels, teacher.spec.head.channels
-    assistant: FCOSHead | RetinaHead
-    if isinstance(teacher, FCOS):
-        assistant = FCOSHead(teacher.spec.head, channels, student.num_classes)
+    source: Any
+    if isinstance(teacher, TwoStageDetector):
+        source, spec = teacher.roi, job.distill.assistant or teacher.roi.spec
+        assistant = RoIAssistant(type(source)(spec, channels, classes, _strides(student)))
     else:
-        assistant = RetinaHead(teacher.spec.head, channels, student.num_classes)
+        assert isinstance(teacher, DenseDetector)
+        source = teacher.head
+        assistant = DenseAssistant(type(source)(source.spec, channels, classes))
     if job.distill.copy_head:
-        _copy(teacher.head, assistant, "the assistant of a dense teacher")
+        copy_weights(source, assistant.head, "distill.assistant")
     if job.method == "copy_only":
-        return DenseHEAD(student, assistant, job.distill)
-    akd = nn.ModuleList(nn.Conv2d(theirs, theirs, 1) for _ in ("classification", "box"))
-    ckd = nn.Conv2d(width, theirs, 1) if job.method == "head" else None
-    return DenseHEAD(student, assistant, job.distill, teacher, akd, ckd, ckd_stop)
+        return HEAD(student, assistant, job.distill)
+
+    widths = zip(assistant.head.tap_channels, source.tap_channels, strict=True)
+    akd = AKD([_adapter(own, theirs, maps=isinstance(assistant, DenseAssistant)) for own, theirs in widths])
+    ckd = _ckd(student, assistant, source.lead_channels) if job.method == "head" else None
+    return HEAD(student, assistant, job.distill, teacher, akd, ckd, ckd_stop)
 
 
-def _tf_head(student: RetinaNet | FCOS, spec: DistillSpec, ckd_stop: int | None) -> TFHEAD:
+def _tf_head(student: Detector, spec: DistillSpec, ckd_stop: int | None) -> TFHEAD:
     """All assistants are fresh. A dense one has as many features as the student's pyramid feeds it."""
-    channels, width, classes = student.spec.neck.channels, student.spec.head.channels, student.num_classes
-    assistants: dict[str, DenseAssistant | RoIAssistant] = {}
-    weights = {}
+    channels, classes = student.spec.neck.channels, student.num_classes
+    members: dict[str, Member] = {}
     if (fcos := spec.assistants.fcos) is not None:
-        assistants["fcos"] = DenseAssistant(FCOSHead(fcos.head, channels, classes), width)
-        weights["fcos"] = Weights(fcos.gt_weight, fcos.ckd_weight)
+        dense = DenseAssistant(FCOSHead(fcos.head, channels, classes))
+        members["fcos"] = Member(dense, _ckd(student, dense, fcos.head.channels), fcos.gt_weight, fcos.ckd_weight)
     if (rcnn := spec.assistants.rcnn) is not None:
-        head = RoIHead(rcnn.head, channels, classes, ASSISTANT_STRIDES)
-        anchors = student.head.anchors.per_cell if rcnn.decouple else 1
-        assistants["rcnn"] = RoIAssistant(head, CKD(nn.Linear(width, anchors * rcnn.head.fc_channels), anchors))
-        weights["rcnn"] = Weights(rcnn.gt_weight, rcnn.ckd_weight)
-    if (retinanet := spec.assistants.retinanet) is not None:
-        assistants["retinanet"] = DenseAssistant(RetinaHead(retinanet.head, channels, classes), width)
-        weights["retinanet"] = Weights(retinanet.gt_weight, retinanet.ckd_weight)
-    return TFHEAD(student, assistants, weights, spec.warmup_steps, ckd_stop)
+        roi = RoIAssistant(RoIHead(rcnn.head, channels, classes, _strides(student)))
+        ckd = _ckd(student, roi, rcnn.head.fc_channels, rcnn.decouple)
+        members["rcnn"] = Member(roi, ckd, rcnn.gt_weight, rcnn.ckd_weight)
+    if (retina := spec.assistants.retinanet) is not None:
+        dense = DenseAssistant(RetinaHead(retina.head, channels, classes))
+        members["retinanet"] = Member(dense, _ckd(student, dense, retina.head.channels), retina.gt_weight, retina.ckd_weight)
+    return TFHEAD(student, members, spec.warmup_steps, ckd_stop)
+
+
+def _strides(student: Detector) -> tuple[int, ...]:
+    """Pixels a cell of the four levels that a RoI assistant pools from."""
+    return ROI_STRIDES if isinstance(student, TwoStageDetector) else ASSISTANT_STRIDES
+
+
+def _ckd(student: Detector, assistant: Assistant, width: int, decouple: bool = False) -> CKD:
+    """From the student's tap to ``width`` channels of a target like the ``assistant``'s; ``decouple``: a Linear an anchor."""
+    if isinstance(student, TwoStageDetector):
+        return CKD(_adapter(student.roi.lead_channels, width, maps=False))
+    assert isinstance(student, DenseDetector)
+    own = student.head.lead_channels
+    if isinstance(assistant, DenseAssistant):
+        return CKD(_adapter(own, width, maps=True))
+    anchors = student.head.anchors.per_cell if decouple else 1
+    return CKD(_adapter(own, anchors * width, maps=False), anchors)
+
+
+def _adapter(own: int, theirs: int, maps: bool) -> nn.Module:
+    return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
 
 
 def _check_teacher(job: Job, num_classes: int, teacher: Detector | None) -> list[str]:
@@ -110,29 +139,9 @@ def _check_teacher(job: Job, num_classes: int, teacher: Detector | None) -> list
         problems.append("distill.copy_head: false leaves method copy_only nothing of the teacher; use method assist")
     if job.method in ("akd", "head") and isinstance(teacher, FasterRCNN):
         layers = (job.distill.assistant or teacher.spec.roi).fcs
-        if layers != teacher.spec.roi.fcs or layers == 0:
+        if layers != teacher.spec.roi.fcs:
             problems.append(
                 f"distill.assistant.fcs: the assistant has {layers} fully connected layers, the teacher {teacher.spec.roi.fcs};"
                 " AKD pairs them one to one"
             )
     return problems
-
-
-def _copy(source: nn.Module, target: nn.Module, key: str) -> None:
-    """Copy all weights; JobError naming every tensor that does not fit."""
-    theirs, ours = source.state_dict(), target.state_dict()
-    problems = [
-        f"{key}: {name} is {_shape(ours.get(name))} here and {_shape(theirs.get(name))} in the teacher"
-        for name in sorted(theirs.keys() | ours.keys())
-        if _shape(theirs.get(name)) != _shape(ours.get(name))
-    ]
-    if problems:
-        raise JobError(
-            [*problems, "distill.copy_head: make the shapes equal (student.neck.channels, head widths) or set it to false"]
-        )
-    target.load_state_dict(theirs)
-
-
-def _shape(tensor: object) -> str:
-    shape = getattr(tensor, "shape", None)
-    return "missing" if shape is None else "x".join(map(str, shape)) or "scalar"

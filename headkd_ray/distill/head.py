@@ -1,61 +1,48 @@
-"""HEAD: a dense student learns through an R-CNN assistant on its own pyramid (Wang et al., ECCV 2022, arXiv 2207.05345).
+"""HEAD: a student learns through an assistant of the teacher's kind on its own pyramid (Wang et al., ECCV 2022,
+arXiv 2207.05345).
 
-The student proposes RoIs; the assistant (trained, thrown away after) and the frozen teacher look at the same ones.
+The assistant (trained, thrown away after) and the frozen teacher look at the same RoIs or levels; a dense student is the one
+that proposes the RoIs.
 
-    L = L_student + L_assistant + 2 w(t) sum_l MSE(Lin_l(A_l), T_l) + 2 w(t) MSE(Lin_3(S), T_2')
-                    assist, copy_only    akd                         head
+    L = L_student + a L_assistant + b w(t) sum_l distance(A_l, T_l) + c w(t) [t < stop] distance(S, T)
+                    assist, copy_only   akd                           head
+
+Of the paper's pair A_l and T_l are the fully connected layers, S the student's last classification conv at a RoI's anchor cell
+and T the teacher's last fully connected layer; ``assistants.py`` and ``ckd.py`` say what they are for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import FCOS, Detector, Proposals, RetinaNet, RoIHead, RoIs
-from headkd_ray.detectors.fcos_head import FCOSOutputs
-from headkd_ray.detectors.matching import Truth
-from headkd_ray.detectors.retina_head import RetinaOutputs
-from headkd_ray.detectors.roi_head import Look, RoIOutputs
-from headkd_ray.detectors.rois import sample_rois
+from headkd_ray.detectors import Detector
 from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.assistants import Advice, Assistant, Insight
 from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.scene import Pick, Scene, observe
 from headkd_ray.distill.trainee import Trainee, ckd_factor, warmup
 from headkd_ray.job import DistillSpec
 
-ASSISTANT_STRIDES = (8, 16, 32, 64)
-"""The assistant pools from P3 to P6, one level coarser than the teacher's P2 to P5."""
-
 
 class Trace(NamedTuple):
-    """Everything a step computed on its way to the losses; for inspection."""
+    """What a step computed on its way to the losses; for inspection."""
 
-    features: list[Tensor]
-    """P3 to P7, (B, channels, H, W)."""
-    outputs: RetinaOutputs | FCOSOutputs
-    proposals: Proposals
-    rois: RoIs
-    assisted: RoIOutputs
-    """The assistant's view of the RoIs; its taps are A_l."""
-    taught: list[Tensor]
-    """T_l (R, width); empty without a teacher."""
-    adapted: list[Tensor]
-    """Lin_l(A_l); empty without AKD."""
-    rows: Tensor | None
-    """S (R', width); None without CKD."""
+    scene: Scene
+    advice: Advice
+    taught: Insight | None
+    """The teacher's; None without one."""
 
 
 class HEAD(Trainee):
     """Methods assist (no teacher), copy_only (assistant's weights copied), akd (``akd`` given), head (``ckd`` too)."""
 
-    student: RetinaNet | FCOS
-
     def __init__(
         self,
-        student: RetinaNet | FCOS,
-        assistant: RoIHead,
+        student: Detector,
+        assistant: Assistant,
         spec: DistillSpec,
         teacher: Detector | None = None,
         akd: AKD | None = None,
@@ -92,37 +79,26 @@ class HEAD(Trainee):
         labels: Tensor,
         step: int,
         generator: torch.Generator | None = None,
-        pick: Callable[[Proposals], RoIs] | None = None,
-        extents: Tensor | None = None,
+        pick: Pick | None = None,
     ) -> tuple[dict[str, Tensor], Trace]:
-        """One step from normalised images ``x`` (B, 3, H, W) to weighted losses, and all that lies between.
+        """One step from normalised images ``x`` (B, 3, H, W) to weighted losses, and what lies between.
 
-        Arguments as in :meth:`Trainee.forward`; ``pick`` replaces :meth:`sample`, ``extents`` is :meth:`RetinaHead.losses`'s.
+        Arguments as in :meth:`Trainee.forward`; ``pick`` as in :func:`observe`.
         """
-        features = self.student.features(x)
-        outputs = self.student.head(features)
-        anchors_count = {} if extents is None else {"extents": extents}  # a head without anchors knows no such thing
-        losses = self.student.head.losses(outputs, sizes, boxes, labels, **anchors_count)
-
-        proposals = self.student.head.proposals(outputs, sizes)
-        rois = pick(proposals) if pick else self.sample(proposals, boxes, labels, generator)
-
-        assisted = self.assistant(features, rois.boxes, rois.image)
-        for name, loss in self.assistant.losses([Look(rois, assisted)]).items():
-            losses[f"loss_assist_{name}"] = self.spec.assistant_weight * loss
-
+        losses, scene = observe(self.student, x, sizes, boxes, labels, generator, pick)
+        advice = self.assistant(scene)
         weight = warmup(step, self.spec.warmup_steps)
-        taught = self._guest.taps(teacher_x, rois.boxes, rois.image) if self._guest and (self.akd or self.ckd) else []
-        adapted = self.akd(assisted.taps) if self.akd else []
-        if self.akd:
-            for i, loss in enumerate(self.akd.losses(adapted, taught), start=1):
-                losses[f"loss_akd_{i}"] = self.spec.akd_weight * weight * loss
-        rows = self.ckd(outputs.taps, rois) if self.ckd else None
-        if self.ckd and rows is not None:
-            factor = ckd_factor(step, self.spec.warmup_steps, self.ckd_stop)
-            losses["loss_ckd"] = self.spec.ckd_weight * factor * self.ckd.loss(rows, taught[-1], rois)
-        return losses, Trace(features, outputs, proposals, rois, assisted, taught, adapted, rows)
+        gt_weight = self.spec.assistant_weight * (weight if self.spec.warm_assistant else 1.0)
+        for name, loss in advice.losses.items():
+            losses[f"loss_assist_{name}"] = gt_weight * loss
+        if self._guest is None:
+            return losses, Trace(scene, advice, None)
 
-    def sample(self, proposals: Proposals, boxes: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> RoIs:
-        """The RoIs of one step: ``proposals`` and ground truth, matched and sampled as the assistant's spec says."""
-        return sample_rois(proposals, Truth.of(boxes, labels), self.assistant.spec, self.student.num_classes, generator)
+        taught = self._guest.insight(teacher_x, [look.rois for look in advice.looks])
+        if self.akd is not None:
+            for i, loss in enumerate(self.akd(advice.insight.taps, taught.taps), start=1):
+                losses[f"loss_akd_{i}"] = self.spec.akd_weight * weight * loss
+        if self.ckd is not None:
+            factor = ckd_factor(step, self.spec.warmup_steps, self.ckd_stop)
+            losses["loss_ckd"] = self.spec.ckd_weight * factor * self.ckd(scene.tap, taught.lead, advice.rois(scene))
+        return losses, Trace(scene, advice, taught)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import FCOS, Detector, FasterRCNN, RetinaNet
+from headkd_ray.detectors import DenseDetector, Detector, RoIs, TwoStageDetector
+from headkd_ray.distill.assistants import Insight
 
 
 class Guest:
@@ -32,19 +33,14 @@ class Guest:
         return self.detector.features(x)
 
     @torch.no_grad()
-    def towers(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Taps of the teacher's classification and box towers on its P3 to P7 of normalised images ``x`` (B, 3, H, W).
+    def insight(self, x: Tensor, rois: Sequence[RoIs]) -> Insight:
+        """What the teacher's head makes of normalised images ``x`` (B, 3, H, W).
 
-        Only for a RetinaNet or FCOS.
+        A two-stage teacher is asked about ``rois``, stage by stage, and its RPN never runs; a dense one looks at everything.
         """
-        assert isinstance(self.detector, (RetinaNet, FCOS))
-        return self.detector.head.towers(self.detector.features(x))
-
-    @torch.no_grad()
-    def taps(self, x: Tensor, rois: Tensor, image: Tensor) -> list[Tensor]:
-        """T1, T2, ...: the post-ReLU fc outputs (R, width) of the teacher's RoI head on ``rois`` (R, 4) of ``image`` (R,).
-
-        Its RPN never runs. Only for a Faster R-CNN.
-        """
-        assert isinstance(self.detector, FasterRCNN)
-        return self.detector.roi(self.detector.features(x), rois, image).taps
+        features = self.detector.features(x)
+        if isinstance(self.detector, TwoStageDetector):
+            stages = zip(self.detector.roi.stages, rois, strict=True)
+            return Insight.of_stages([stage(features, own.boxes, own.image) for stage, own in stages])
+        assert isinstance(self.detector, DenseDetector)
+        return Insight.of_maps(self.detector.head.taps(features))

@@ -13,35 +13,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors import FCOS, RetinaNet
-from headkd_ray.distill.assistants import DenseAssistant, RoIAssistant, Scene
+from headkd_ray.detectors import Detector
+from headkd_ray.distill.assistants import Assistant
+from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.scene import observe
 from headkd_ray.distill.trainee import Trainee, ckd_factor, warmup
 
 
-class Weights(NamedTuple):
-    """Of one assistant's losses."""
+class Member(NamedTuple):
+    """An assistant and what its losses weigh."""
 
-    gt: float
-    ckd: float
+    assistant: Assistant
+    ckd: CKD
+    gt_weight: float
+    ckd_weight: float
 
 
 class TFHEAD(Trainee):
     """Method tf_head."""
 
-    student: RetinaNet | FCOS
-
-    def __init__(
-        self,
-        student: RetinaNet | FCOS,
-        assistants: Mapping[str, DenseAssistant | RoIAssistant],
-        weights: Mapping[str, Weights],
-        warmup_steps: int,
-        ckd_stop: int | None,
-    ) -> None:
-        """``ckd_stop``: optimizer step from which on CKD has weight 0; None = never. ``weights`` has the assistants' names."""
+    def __init__(self, student: Detector, members: Mapping[str, Member], warmup_steps: int, ckd_stop: int | None) -> None:
+        """``ckd_stop``: optimizer step from which on CKD has weight 0; None = never."""
         super().__init__(student)
-        self.assistants = nn.ModuleDict(assistants)
-        self.weights = dict(weights)
+        self.assistants = nn.ModuleDict({name: member.assistant for name, member in members.items()})
+        self.ckds = nn.ModuleDict({name: member.ckd for name, member in members.items()})
+        self.members = dict(members)
         self.warmup_steps = warmup_steps
         self.ckd_stop = ckd_stop
 
@@ -54,17 +50,13 @@ class TFHEAD(Trainee):
         step: int,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        features = self.student.features(self.student.normalise(images, sizes))
-        outputs = self.student.head(features)
-        losses = self.student.head.losses(outputs, sizes, boxes, labels)
-
-        proposes = any(isinstance(assistant, RoIAssistant) for assistant in self.assistants.values())
-        proposals = self.student.head.proposals(outputs, sizes) if proposes else None
-        scene = Scene(features, outputs.taps, proposals, sizes, boxes, labels, generator)
+        x = self.student.normalise(images, sizes)
+        losses, scene = observe(self.student, x, sizes, boxes, labels, generator)
         gt, ckd = warmup(step, self.warmup_steps), ckd_factor(step, self.warmup_steps, self.ckd_stop)
-        for name, assistant in self.assistants.items():
-            advice = assistant(scene)
+        for name, member in self.members.items():
+            advice = member.assistant(scene)
             for part, loss in advice.losses.items():
-                losses[f"loss_{name}_{part}"] = gt * self.weights[name].gt * loss
-            losses[f"loss_{name}_ckd"] = ckd * self.weights[name].ckd * advice.ckd
+                losses[f"loss_{name}_{part}"] = gt * member.gt_weight * loss
+            imitation = member.ckd(scene.tap, advice.insight.lead, advice.rois(scene))
+            losses[f"loss_{name}_ckd"] = ckd * member.ckd_weight * imitation
         return losses

@@ -101,21 +101,20 @@ def _tensors(run: Replay, ids: Tensor, place: Tensor) -> dict[str, Tensor]:
     if run.roi_outputs is not None and run.roi_outputs.taps:
         taps = run.roi_outputs.taps
         tensors |= {"rcnn_bbox_aux": taps[0][place], "rcnn_bbox": taps[-1][place]}
-    trace = run.trace
-    if trace is not None and trace.taught:
-        tensors |= {"teacher_rcnn_bbox_aux": trace.taught[0][place], "teacher_rcnn_bbox": trace.taught[-1][place]}
-    if trace is not None and trace.adapted:
-        tensors |= {"rcnn_bbox_aux_adapted": trace.adapted[0][place], "rcnn_bbox_adapted": trace.adapted[-1][place]}
-    if trace is not None and trace.rows is not None and run.ckd_adapted is not None:
+    if run.taught:
+        tensors |= {"teacher_rcnn_bbox_aux": run.taught[0][place], "teacher_rcnn_bbox": run.taught[-1][place]}
+    if run.akd_adapted:
+        tensors |= {"rcnn_bbox_aux_adapted": run.akd_adapted[0][place], "rcnn_bbox_adapted": run.akd_adapted[-1][place]}
+    if run.ckd_rows is not None and run.ckd_adapted is not None:
         own = ids[:, 1] >= 0  # rows of S: RoIs that came from a cell, in our order
         kept = place[own[place]]
         row = (own.cumsum(0) - 1)[kept]
         image, level, y, x, anchor = ids[kept].unbind(1)
         tensors |= {
-            "teacher_rcnn_bbox_filtered": trace.taught[-1][kept],
+            "teacher_rcnn_bbox_filtered": run.taught[-1][kept],
             "bbox_poses": torch.stack([level, image, y, x], dim=1),
             "anchor_ids": anchor,
-            "retina_cls_indexed": trace.rows[row],
+            "retina_cls_indexed": run.ckd_rows[row],
             "retina_cls_decoupled": run.ckd_adapted[row],
         }
     return tensors

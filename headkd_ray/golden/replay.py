@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +16,10 @@ from headkd_ray.detectors.roi_head import Look, RoIOutputs
 from headkd_ray.detectors.weights import LoadedDetector, load_mmdet
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.assistants import RoIAssistant
 from headkd_ray.distill.ckd import CKD
-from headkd_ray.distill.head import HEAD, Trace
+from headkd_ray.distill.head import HEAD
+from headkd_ray.distill.scene import Tap
 from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.golden.conventions import ALL, golden_rois, own_losses
 from headkd_ray.golden.file import Golden
@@ -57,7 +60,12 @@ class Replay:
     proposed: Proposed | None = None
     rois: RoIs | None = None
     roi_outputs: RoIOutputs | None = None
-    trace: Trace | None = None
+    taught: Sequence[Tap] = ()
+    """T_1, T_2."""
+    akd_adapted: list[Tensor] = field(default_factory=list)
+    """Lin_1(A_1), Lin_2(A_2)."""
+    ckd_rows: Tensor | None = None
+    """S."""
     ckd_adapted: Tensor | None = None
     """Lin_3(S)."""
     evaluations: list[tuple[str, list[Tensor], Detections]] = field(default_factory=list)
@@ -123,7 +131,7 @@ def _trainee(student: LoadedDetector, teacher: LoadedDetector | None, source: st
         raise DataError(f"{source}: adapters {sorted(student.adapters)} for {layers} fully connected layers are not HEAD's")
     return HEAD(
         student.detector,
-        student.assistant,
+        RoIAssistant(student.assistant),
         DistillSpec(),
         teacher.detector if teacher and student.adapters else None,
         AKD(akd) if akd else None,
@@ -137,17 +145,22 @@ def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Ten
     step = int(golden.tensor("step")) if golden.has("step") else 0
 
     def pick(proposals: Proposals) -> RoIs:
-        return golden_rois(golden, proposals, Truth.of(boxes, labels), num_classes, trainee.assistant.spec.positive_iou)
+        return golden_rois(golden, proposals, Truth.of(boxes, labels), num_classes, trainee.assistant.head.spec.positive_iou)
 
-    losses, run.trace = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
-    outputs = run.trace.outputs
+    losses, (scene, advice, taught) = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
+    outputs = scene.outputs
     assert isinstance(head, RetinaHead) and isinstance(outputs, RetinaOutputs)  # _trainee's condition
     own, run.notes = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
     best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
-    run.proposed = Proposed.of(run.trace.proposals, head.spec.proposals, best, outputs.deltas, head.anchors, sizes)
-    run.features, run.rois, run.roi_outputs = run.trace.features, run.trace.rois, run.trace.assisted
-    if trainee.ckd and run.trace.rows is not None:
-        run.ckd_adapted = trainee.ckd.adapter(run.trace.rows)
+    proposals = head.proposals(outputs, sizes)
+    run.proposed = Proposed.of(proposals, head.spec.proposals, best, outputs.deltas, head.anchors, sizes)
+    run.features, (run.rois, run.roi_outputs) = scene.features, advice.looks[0]
+    if trainee.akd and taught:
+        run.taught = taught.taps
+        run.akd_adapted = [adapter(tap) for adapter, tap in zip(trainee.akd.adapters, run.roi_outputs.taps, strict=True)]
+    if trainee.ckd:
+        run.ckd_rows = trainee.ckd.rows(outputs.taps[0], run.rois)
+        run.ckd_adapted = trainee.ckd.adapter(run.ckd_rows)
     return {_HEAD_LOSSES[name]: loss for name, loss in {**losses, **own}.items()}
 
 

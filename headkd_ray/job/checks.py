@@ -61,8 +61,11 @@ Check = Callable[[Get], Iterator[tuple[str, str]]]
 
 def warnings(job: Job) -> list[str]:
     """What a job may say but probably does not mean."""
-    if job.method == "tf_head" and getattr(job.distill.assistants, job.student.kind, None) is not None:
-        return [f"distill.assistants.{job.student.kind}: of the student's own kind; the method lives on other kinds"]
+    own = {"faster_rcnn": "rcnn", "cascade_rcnn": "rcnn"}.get(job.student.kind, job.student.kind)
+    if job.method == "tf_head" and getattr(job.distill.assistants, own, None) is not None:
+        return [f"distill.assistants.{own}: of the student's own kind; the method lives on other kinds"]
+    if job.method == "assist" and own == "rcnn":
+        return ["method assist: its R-CNN assistant is of the student's own kind; the method lives on other kinds"]
     return []
 
 
@@ -77,9 +80,8 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
 
 def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
     method, kind = get("method"), get("student.kind")
-    dense = ("retinanet",) if method == "fitnet" else ("retinanet", "fcos")
-    if method != "supervised" and kind not in dense:
-        yield "student.kind", f"method {method} needs a dense student ({' or '.join(dense)}), got {kind}"
+    if method == "fitnet" and kind != "retinanet":
+        yield "student.kind", f"method fitnet needs a retinanet student, got {kind}"
 
 
 def _tf_assistants(get: Get) -> Iterator[tuple[str, str]]:

@@ -74,6 +74,9 @@ class DistillSpec(Spec):
     complete: keys left out take the paper's values, not the teacher's."""
     assistant_weight: NonNegativeFloat = 1.0
     """Weight of the assistant's ground-truth losses."""
+    warm_assistant: bool = False
+    """Let assistant_weight rise over warmup_steps too, as the research branch does for all but the R-CNN teacher; method
+    tf_head always does."""
     copy_head: bool = True
     """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
     the pyramid's channels included."""

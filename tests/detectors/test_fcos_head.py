@@ -211,7 +211,7 @@ def test_towers_with_and_without_norm(groups: int | None, kinds: list[type]) -> 
 def test_the_tap_and_where_the_centerness_is_read(on_reg: bool) -> None:
     module, features = head(centerness_on_reg=on_reg), pyramid()
     outputs = module(features)
-    for level, tap in enumerate(outputs.taps):
+    for level, tap in enumerate(outputs.taps[0]):
         assert (tap >= 0).all()
         torch.testing.assert_close(module.cls_out(tap), outputs.logits[level])
         hidden = module.box_tower(features[level]) if on_reg else tap

@@ -1,4 +1,4 @@
-"""Every student with every teacher and every set of assistants: all parts learn, and the dense pairs keep to their formula."""
+"""Every student with every teacher: all parts learn, the teacher does not, and each sort of pair keeps to its formula."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors import FCOS, Detector, RetinaNet, build_detector
-from headkd_ray.distill import DenseHEAD, Trainee, build_trainee
+from headkd_ray.detectors import Detector, TwoStageDetector, build_detector
+from headkd_ray.distill import HEAD, build_trainee
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
 CLASSES = 3
-STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec()}
-TEACHERS = {"faster_rcnn": faster_rcnn_spec(), "retinanet": retinanet_spec(channels=12), "fcos": fcos_spec(channels=8)}
+STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec(), "faster_rcnn": faster_rcnn_spec()}
+TEACHERS = {
+    "faster_rcnn": faster_rcnn_spec(fc_channels=20),
+    "retinanet": retinanet_spec(channels=12),
+    "fcos": fcos_spec(channels=8),
+}
+TAPS = {"faster_rcnn": 2, "retinanet": 2, "fcos": 2}
+"""AKD terms of a teacher."""
 
 
 def teacher_of(kind: str) -> Detector:
@@ -26,7 +32,7 @@ def teacher_of(kind: str) -> Detector:
     return teacher
 
 
-def trainee_of(student: str, teacher: str, method: str = "head", **distill: Any) -> Trainee:
+def trainee_of(student: str, teacher: str, method: str = "head", **distill: Any) -> HEAD:
     job = Job.model_validate(
         {
             "run": {"name": "test"},
@@ -38,11 +44,13 @@ def trainee_of(student: str, teacher: str, method: str = "head", **distill: Any)
         }
     )
     torch.manual_seed(0)
-    return build_trainee(job, CLASSES, teacher_of(teacher), steps_per_epoch=10).train()
+    trainee = build_trainee(job, CLASSES, teacher_of(teacher), steps_per_epoch=10).train()
+    assert isinstance(trainee, HEAD)
+    return trainee
 
 
-def step(trainee: Trainee, at: int = 5) -> dict[str, Tensor]:
-    data = batch()
+def step(trainee: HEAD, at: int = 5, **change: Tensor) -> dict[str, Tensor]:
+    data = {**batch(), **change}
     return trainee(data["images"], data["sizes"], data["boxes"], data["labels"], at, torch.Generator().manual_seed(3))
 
 
@@ -53,7 +61,8 @@ def test_every_pair_trains_all_its_parts_and_leaves_the_teacher(student: str, te
     trainee = trainee_of(student, teacher, method)
     losses = step(trainee)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
-    assert ("loss_akd_1" in losses, "loss_ckd" in losses) == (method != "copy_only", method == "head")
+    terms = sum(name.startswith("loss_akd_") for name in losses)
+    assert (terms, "loss_ckd" in losses) == (0 if method == "copy_only" else TAPS[teacher], method == "head")
     torch.stack(list(losses.values())).sum().backward()
     assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     if trainee.teacher is not None:
@@ -61,17 +70,43 @@ def test_every_pair_trains_all_its_parts_and_leaves_the_teacher(student: str, te
         assert not [name for name in trainee.state_dict() if "teacher" in name]
 
 
-@pytest.mark.parametrize("teacher", ["retinanet", "fcos"])
+@pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("student", STUDENTS)
+def test_every_assistant_starts_as_the_teacher_s_head_and_ckd_trains_the_student_alone(student: str, teacher: str) -> None:
+    trainee = trainee_of(student, teacher)
+    heavy = trainee.teacher
+    assert heavy is not None
+    theirs = (heavy.roi if isinstance(heavy, TwoStageDetector) else heavy.head).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trainee.assistant.head.state_dict().items())
+    losses = step(trainee)
+    reached = torch.autograd.grad(losses["loss_ckd"], list(trainee.parameters()), retain_graph=True, allow_unused=True)
+    names = [n for (n, _), g in zip(trainee.named_parameters(), reached, strict=True) if g is not None and g.abs().sum() > 0]
+    parts = {".".join(name.split(".")[:2]) for name in names}
+    own = "student.roi" if isinstance(trainee.student, TwoStageDetector) else "student.head"
+    assert parts == {"student.backbone", "student.neck", own, "ckd.adapter"}
+    assert not [name for name in names if "_out." in name or "box_tower" in name]
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_every_pair_bears_a_batch_without_objects(student: str, teacher: str) -> None:
+    data, trainee = batch(), trainee_of(student, teacher)
+    losses = step(trainee, boxes=torch.zeros_like(data["boxes"]), labels=torch.full_like(data["labels"], -1))
+    assert all(loss.isfinite() for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("teacher", ["retinanet", "fcos"])
+@pytest.mark.parametrize("student", ["retinanet", "fcos"])
 def test_dense_pairs_are_the_formula(student: str, teacher: str) -> None:
     trainee = trainee_of(student, teacher, ckd_epochs=1)
-    assert isinstance(trainee, DenseHEAD) and isinstance(trainee.teacher, (RetinaNet, FCOS))
-    assert trainee.akd is not None and trainee.ckd is not None
+    assert trainee.teacher is not None and trainee.akd is not None and trainee.ckd is not None
     losses, data = step(trainee), batch()
     x = trainee.student.normalise(data["images"], data["sizes"])
     features = trainee.student.features(x)
-    own, assisted = trainee.student.head(features), trainee.assistant(features)
-    taught = trainee.teacher.head(trainee.teacher.features(x))
+    own, assisted = trainee.student.head(features).taps, trainee.assistant.head(features).taps
+    taught = trainee.teacher.head(trainee.teacher.features(x)).taps
 
     def distance(adapter: nn.Module, maps: list[Tensor], targets: list[Tensor]) -> Tensor:
         kernel, bias = adapter.weight[:, :, 0, 0].double(), adapter.bias.double()  # type: ignore[index, union-attr]
@@ -82,27 +117,42 @@ def test_dense_pairs_are_the_formula(student: str, teacher: str) -> None:
         return total
 
     expected = {
-        "loss_akd_1": 2 * distance(trainee.akd[0], assisted.taps, taught.taps),
-        "loss_akd_2": 2 * distance(trainee.akd[1], assisted.box_taps, taught.box_taps),
-        "loss_ckd": 2 * distance(trainee.ckd, own.taps, taught.taps),
+        "loss_akd_1": 2 * distance(trainee.akd.adapters[0], assisted[0], taught[0]),
+        "loss_akd_2": 2 * distance(trainee.akd.adapters[1], assisted[1], taught[1]),
+        "loss_ckd": 2 * distance(trainee.ckd.adapter, own[0], taught[0]),
     }
     for name, value in expected.items():
         torch.testing.assert_close(losses[name].double(), value, rtol=1e-5, atol=0)
     assert step(trainee, at=10)["loss_ckd"] == 0 and step(trainee, at=10)["loss_akd_1"] == losses["loss_akd_1"]
 
 
-def test_the_dense_assistant_starts_as_the_teacher_s_head_and_ckd_does_not_train_it() -> None:
-    trainee = trainee_of("retinanet", "fcos")
-    assert isinstance(trainee, DenseHEAD) and isinstance(trainee.teacher, FCOS)
-    theirs = trainee.teacher.head.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trainee.assistant.state_dict().items())
-    losses = step(trainee)
-    reached = torch.autograd.grad(
-        losses["loss_ckd"], list(trainee.assistant.parameters()), retain_graph=True, allow_unused=True
-    )
-    assert all(gradient is None for gradient in reached)
-    towers = torch.autograd.grad(losses["loss_ckd"], list(trainee.student.head.cls_tower.parameters()), allow_unused=True)
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in towers)
+@pytest.mark.parametrize("teacher", ["retinanet", "fcos"])
+def test_a_two_stage_student_shows_a_dense_assistant_levels_of_the_teacher_s_size(teacher: str) -> None:
+    """P3 to P7: its own P3 to P6 and a pooled P7. AKD compares them with the teacher's cell by cell."""
+    trainee, data = trainee_of("faster_rcnn", teacher), batch()
+    x = trainee.student.normalise(data["images"], data["sizes"])
+    _, trace = trainee.trace(x, x, data["sizes"], data["boxes"], data["labels"], 0, torch.Generator().manual_seed(0))
+    assert trace.taught is not None
+    for level, (mine, theirs) in enumerate(zip(trace.scene.levels, trace.taught.taps[0], strict=True)):
+        assert mine.shape[-2:] == theirs.shape[-2:]
+        if level < 4:
+            assert torch.equal(mine, trace.scene.features[level + 1])
+
+
+def test_a_two_stage_student_and_its_assistant_see_the_same_rois() -> None:
+    trainee, data = trainee_of("faster_rcnn", "faster_rcnn"), batch()
+    x = trainee.student.normalise(data["images"], data["sizes"])
+    _, trace = trainee.trace(x, x, data["sizes"], data["boxes"], data["labels"], 0, torch.Generator().manual_seed(0))
+    assert trace.scene.own is trace.advice.looks[0].rois
+    assert trainee.assistant.head.strides == (4, 8, 16, 32)
+
+
+def test_the_assistant_s_own_losses_can_warm_up_too() -> None:
+    plain, warm = (trainee_of("retinanet", "fcos", warmup_steps=10, warm_assistant=warm) for warm in (False, True))
+    for at, factor in ((0, 0.0), (5, 0.5), (10, 1.0)):
+        for name, loss in step(plain, at).items():
+            own = factor if name.startswith("loss_assist") else 1.0
+            torch.testing.assert_close(step(warm, at)[name], own * loss)
 
 
 def test_an_rcnn_assistant_of_a_dense_teacher_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.rois import sample_rois
 from headkd_ray.distill import TFHEAD, build_trainee
-from headkd_ray.job import FCOSSpec, Job, RetinaNetSpec
+from headkd_ray.job import DetectorSpec, Job
 from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
 CLASSES = 3
@@ -21,11 +21,11 @@ HEADS: dict[str, dict[str, Any]] = {
     "rcnn": faster_rcnn_spec().roi.model_dump(),
     "retinanet": retinanet_spec(channels=12).head.model_dump(),
 }
-STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec()}
+STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec(), "faster_rcnn": faster_rcnn_spec()}
 
 
 def trainee_of(
-    names: Iterable[str], student: RetinaNetSpec | FCOSSpec | None = None, keys: dict[str, Any] | None = None, **distill: Any
+    names: Iterable[str], student: DetectorSpec | None = None, keys: dict[str, Any] | None = None, **distill: Any
 ) -> TFHEAD:
     """A TF-HEAD trainee with the named assistants; ``keys`` go to each of them."""
     job = Job.model_validate(
@@ -69,19 +69,20 @@ def test_ckd_of_the_rcnn_assistant_is_the_formula(decouple: bool) -> None:
     x = trainee.student.normalise(data["images"], data["sizes"])
     features = trainee.student.features(x)
     outputs = trainee.student.head(features)
-    assistant = trainee.assistants["rcnn"]
+    assistant = trainee.assistants["rcnn"].head
     proposals = trainee.student.head.proposals(outputs, data["sizes"])
     truth = Truth.of(data["boxes"], data["labels"])
-    rois = sample_rois(proposals, truth, assistant.head.spec, CLASSES, torch.Generator().manual_seed(3))
-    taught = assistant.head(features, rois.boxes, rois.image).taps[-1]
+    rois = sample_rois(proposals, truth, assistant.spec, CLASSES, torch.Generator().manual_seed(3))
+    taught = assistant(features, rois.boxes, rois.image).taps[-1]
 
-    weight, bias = assistant.ckd.adapter.weight.double(), assistant.ckd.adapter.bias.double()
+    adapter = trainee.ckds["rcnn"].adapter
+    weight, bias = adapter.weight.double(), adapter.bias.double()
     width = taught.shape[1]
     squares, rows, anchors = [], 0, set()
     for row, (level, y, x_, anchor) in enumerate(rois.cells.tolist()):
         if level < 0:
             continue
-        seen = outputs.taps[level][rois.image[row], :, y, x_].double()
+        seen = outputs.taps[0][level][rois.image[row], :, y, x_].double()
         start = anchor * width if decouple else 0
         adapted = weight[start : start + width] @ seen + bias[start : start + width]
         squares.append((adapted - taught[row]).square().sum())
@@ -99,10 +100,10 @@ def test_ckd_of_a_dense_assistant_is_the_formula(name: str) -> None:
     losses = step(trainee)
     data = batch()
     features = trainee.student.features(trainee.student.normalise(data["images"], data["sizes"]))
-    assistant = trainee.assistants[name]
-    kernel, bias = assistant.adapter.weight[:, :, 0, 0].double(), assistant.adapter.bias.double()
+    assistant, adapter = trainee.assistants[name], trainee.ckds[name].adapter
+    kernel, bias = adapter.weight[:, :, 0, 0].double(), adapter.bias.double()
     expected = torch.zeros((), dtype=torch.float64)
-    for own, theirs in zip(trainee.student.head(features).taps, assistant.head(features).taps, strict=True):
+    for own, theirs in zip(trainee.student.head(features).taps[0], assistant.head(features).taps[0], strict=True):
         adapted = torch.einsum("oc,bchw->bohw", kernel, own.double()) + bias[:, None, None]
         expected = expected + (adapted - theirs).square().mean()
     torch.testing.assert_close(losses[f"loss_{name}_ckd"].double(), expected, rtol=1e-5, atol=0)
@@ -113,7 +114,7 @@ def reached(loss: Tensor, trainee: TFHEAD) -> set[str]:
     gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
     touched = {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().sum() > 0}
     parts = ["student.backbone", "student.neck", "student.head.cls_tower", "student.head.cls_out", "student.head.box"]
-    parts += [f"assistants.{a}.{p}" for a in trainee.assistants for p in ("head", "adapter", "ckd")]
+    parts += [f"{part}.{name}" for name in trainee.assistants for part in ("assistants", "ckds")]
     return {part for part in parts if any(name.startswith(part) for name in touched)}
 
 
@@ -122,9 +123,8 @@ def test_gradients_reach_what_they_should_and_nothing_else() -> None:
     losses = step(trainee)
     below = {"student.backbone", "student.neck"}
     for name in HEADS:
-        assert reached(losses[f"loss_{name}_cls"], trainee) == below | {f"assistants.{name}.head"}
-        adapter = f"assistants.{name}.{'ckd' if name == 'rcnn' else 'adapter'}"
-        assert reached(losses[f"loss_{name}_ckd"], trainee) == below | {"student.head.cls_tower", adapter}
+        assert reached(losses[f"loss_{name}_cls"], trainee) == below | {f"assistants.{name}"}
+        assert reached(losses[f"loss_{name}_ckd"], trainee) == below | {"student.head.cls_tower", f"ckds.{name}"}
     assert reached(losses["loss_cls"], trainee) == below | {"student.head.cls_tower", "student.head.cls_out"}
 
 
@@ -157,6 +157,6 @@ def test_a_batch_without_objects_is_finite() -> None:
 def test_the_research_branch_weights_are_the_defaults() -> None:
     """method.md section 4: FCOS 0.5 and 1.0, R-CNN 1 and 1.3."""
     trainee = trainee_of(HEADS)
-    assert trainee.weights["fcos"] == (0.5, 1.0) and trainee.weights["rcnn"] == (1.0, 1.3)
-    assert trainee.assistants["rcnn"].ckd.anchors == 9
-    assert trainee_of(["rcnn"], fcos_spec()).assistants["rcnn"].ckd.anchors == 1
+    assert trainee.members["fcos"][2:] == (0.5, 1.0) and trainee.members["rcnn"][2:] == (1.0, 1.3)
+    assert trainee.ckds["rcnn"].anchors == 9
+    assert trainee_of(["rcnn"], fcos_spec()).ckds["rcnn"].anchors == 1

@@ -89,7 +89,7 @@ def reached(loss: Tensor, trainee: Trainee) -> set[str]:
     parts = ("student.backbone", "student.neck", "student.head.cls_tower", "student.head.cls_out", "student.head.box")
     return {
         part
-        for part in (*parts, "assistant.fcs", "assistant.box_out", "akd", "ckd")
+        for part in (*parts, "assistant.head.fcs", "assistant.head.box_out", "akd", "ckd")
         if any(t.startswith(part) for t in touched)
     }
 
@@ -100,9 +100,9 @@ def test_each_loss_of_head_reaches_what_it_should() -> None:
     below = {"student.backbone", "student.neck"}
     assert reached(losses["loss_cls"], trainee) == below | {"student.head.cls_tower", "student.head.cls_out"}
     assert reached(losses["loss_box"], trainee) == below | {"student.head.box"}
-    assert reached(losses["loss_assist_cls"], trainee) == below | {"assistant.fcs"}
-    assert reached(losses["loss_akd_1"], trainee) == below | {"assistant.fcs", "akd"}
-    assert reached(losses["loss_akd_2"], trainee) == below | {"assistant.fcs", "akd"}
+    assert reached(losses["loss_assist_cls"], trainee) == below | {"assistant.head.fcs"}
+    assert reached(losses["loss_akd_1"], trainee) == below | {"assistant.head.fcs", "akd"}
+    assert reached(losses["loss_akd_2"], trainee) == below | {"assistant.head.fcs", "akd"}
     assert reached(losses["loss_ckd"], trainee) == below | {"student.head.cls_tower", "ckd"}
 
 
@@ -141,12 +141,12 @@ def test_the_assistant_starts_as_the_teachers_head_and_then_lives_its_own_life(m
     trainee = build_trainee(job(method), CLASSES, teacher, STEPS_PER_EPOCH)
     assert isinstance(trainee, HEAD)
     theirs = teacher.roi.state_dict()  # type: ignore[union-attr]
-    assert all(torch.equal(t, theirs[n]) for n, t in trainee.assistant.state_dict().items())
+    assert all(torch.equal(t, theirs[n]) for n, t in trainee.assistant.head.state_dict().items())
     with torch.no_grad():
-        for parameter in trainee.assistant.parameters():
+        for parameter in trainee.assistant.head.parameters():
             parameter.add_(1)
-    assert not any(torch.equal(t, theirs[n]) for n, t in trainee.assistant.state_dict().items())
-    assert trainee.assistant.strides == (8, 16, 32, 64)
+    assert not any(torch.equal(t, theirs[n]) for n, t in trainee.assistant.head.state_dict().items())
+    assert trainee.assistant.head.strides == (8, 16, 32, 64)
 
 
 def test_copying_can_be_switched_off() -> None:
@@ -154,7 +154,7 @@ def test_copying_can_be_switched_off() -> None:
     assert teacher is not None
     trainee = build_trainee(job("head", copy_head=False), CLASSES, teacher, STEPS_PER_EPOCH)
     assert isinstance(trainee, HEAD)
-    assert not torch.equal(trainee.assistant.cls_out.weight, teacher.roi.cls_out.weight)  # type: ignore[union-attr]
+    assert not torch.equal(trainee.assistant.head.cls_out.weight, teacher.roi.cls_out.weight)  # type: ignore[union-attr]
 
 
 def test_fitnet_copies_the_dense_head() -> None:
@@ -202,11 +202,14 @@ def test_teacher_and_assistant_see_the_same_rois() -> None:
     data = batch()
     x = trainee.student.normalise(data["images"], data["sizes"])
     _, trace = trainee.trace(x, x, data["sizes"], data["boxes"], data["labels"], 0, torch.Generator().manual_seed(0))
-    theirs = trainee.teacher.roi(trainee.teacher.features(x), trace.rois.boxes, trace.rois.image)  # type: ignore[union-attr, operator]
-    for mine, tap in zip(trace.taught, theirs.taps, strict=True):
+    (rois, _), *more = trace.advice.looks
+    theirs = trainee.teacher.roi(trainee.teacher.features(x), rois.boxes, rois.image)  # type: ignore[union-attr, operator]
+    assert trace.taught is not None and not more
+    for mine, tap in zip(trace.taught.taps, theirs.taps, strict=True):
         torch.testing.assert_close(mine, tap)
-    assert trace.rows is not None
-    assert 0 < len(trace.rows) == int(trace.rois.from_proposal.sum()) < len(trace.rois.boxes) == 3 * 16
+    assert trainee.ckd is not None
+    rows = trainee.ckd.rows(trace.scene.outputs.taps[0], rois)
+    assert 0 < len(rows) == int(rois.from_proposal.sum()) < len(rois.boxes) == 3 * 16
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -327,7 +330,7 @@ def test_torchvision_s_strong_teacher_needs_no_special_case() -> None:
     v2 = Job.model_validate({**job("head").model_dump(), "student": wide})
     trainee = build_trainee(v2, CLASSES, teacher, STEPS_PER_EPOCH).train()
     assert isinstance(trainee, HEAD) and isinstance(teacher, FasterRCNN)
-    copied = trainee.assistant.state_dict()
+    copied = trainee.assistant.head.state_dict()
     assert all(torch.equal(tensor, copied[name]) for name, tensor in teacher.roi.state_dict().items())
     losses = step(trainee)
     assert tuple(losses) == (*STUDENT, *ASSISTANT, "loss_akd_1", "loss_ckd")

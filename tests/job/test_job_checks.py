@@ -34,9 +34,9 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         ({"method": "fitnet", "teacher": None}, "teacher", "method fitnet needs a teacher"),
         ({"method": "assist"}, "teacher", "method assist uses no teacher"),
         (
-            {"student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}},
+            {"method": "fitnet", "student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}},
             "student.kind",
-            "method head needs a dense student",
+            "method fitnet needs a retinanet student",
         ),
         ({"method": "copy_only", "distill": {"copy_head": False}}, "distill.copy_head", "method copy_only copies"),
         ({"optim": {"milestones": [8, 8]}}, "optim.milestones", r"[8, 8] does not ascend"),
