@@ -29,7 +29,8 @@ FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml"))
 
 
 def test_every_promised_job_is_there():
-    paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_fcos", "head_mnv2", "teacher"]
+    paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_cascade"]
+    paper += ["head_fcos", "head_mnv2", "head_reppoints", "teacher"]
     paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_r50"]
     small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER
@@ -96,7 +97,7 @@ def test_paper_schedule_is_the_official_one(file):
     assert job.run.seed == 3407
 
 
-@pytest.mark.parametrize("file", [file for file in PAPER if file != "teacher.yaml"])
+@pytest.mark.parametrize("file", [file for file in PAPER if file not in ("teacher.yaml", "head_cascade.yaml")])
 def test_paper_student(file):
     student = load_job(JOBS / file).student
     mobile = file == "head_mnv2.yaml"
@@ -120,6 +121,13 @@ def test_paper_student(file):
     assert (head.positive_iou, head.negative_iou, head.focal_alpha, head.focal_gamma) == (0.5, 0.4, 0.25, 2)
 
 
+def test_paper_two_stage_student():
+    student = load_job(JOBS / "head_cascade.yaml").student
+    teacher = load_job(JOBS / "teacher.yaml").student
+    backbone = {"name": "resnet18.tv_in1k"}
+    assert student.model_dump() == {**teacher.model_dump(), "backbone": {**teacher.backbone.model_dump(), **backbone}}
+
+
 def test_paper_teacher():
     teacher = load_job(JOBS / "teacher.yaml").student
     assert isinstance(teacher, FasterRCNNSpec)
@@ -137,6 +145,8 @@ def test_paper_teacher():
 
 
 R50_FASTER = "checkpoints/faster_rcnn_r50_fpn_mstrain_3x_coco_20210524_110822-e10bd31c.pth"
+REPPOINTS = "checkpoints/reppoints_moment_r50_fpn_gn-neck+head_2x_coco_20200329-91babaa2.pth"
+CASCADE = "checkpoints/cascade_rcnn_r50_fpn_mstrain_3x_coco.pth"
 R50_RETINA = "checkpoints/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-88476508.pth"
 
 
@@ -146,6 +156,18 @@ R50_RETINA = "checkpoints/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-8847
         ("head.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         ("head_fcos.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 1.0, "ckd_epochs": 11}),
         ("head_mnv2.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
+        (
+            "head_reppoints.yaml",
+            "head",
+            REPPOINTS,
+            {"copy_head": True, "warm_assistant": True, "akd_weight": 1.0, "ckd_weight": 1.0},
+        ),
+        (
+            "head_cascade.yaml",
+            "head",
+            CASCADE,
+            {"copy_head": True, "warm_assistant": True, "akd_weight": 1.0, "ckd_weight": 2.0},
+        ),
         ("akd.yaml", "akd", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "warmup_steps": 2000}),
         ("copy_only.yaml", "copy_only", R50_FASTER, {"copy_head": True}),
         ("assist.yaml", "assist", None, {}),
