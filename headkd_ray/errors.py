@@ -30,6 +30,10 @@ class JobError(UserError):
     """The job file has unknown, missing or contradictory keys."""
 
 
+class CacheError(UserError):
+    """A cache of soft targets is missing, incomplete, damaged or of another teacher, recipe or data set."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged or of another architecture."""
 

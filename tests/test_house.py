@@ -15,15 +15,18 @@ import headkd_ray
 from tests.support import micro_job
 
 PACKAGE = Path(headkd_ray.__file__).parent
-DETECTORS, LEARNING = {"detectors", "job", "errors"}, {"distill", "detectors", "job", "errors"}
-ENGINE = {"engine", "data", "storage", *LEARNING}
+DETECTORS, LEARNING = {"detectors", "job", "errors"}, {"distill", "detectors", "job", "errors", "targets"}
+TEACHING = {"data", "storage", "targets", *DETECTORS}
+ENGINE = {"engine", "teacher", *TEACHING, *LEARNING}
 ROOMS = {
     "errors": set[str](),
     "storage": {"errors"},
     "job": {"errors"},
     "detectors": DETECTORS - {"detectors"},
-    "distill": DETECTORS,
-    "data": {"storage", "job", "errors"},
+    "distill": DETECTORS | {"targets"},
+    "targets": set[str](),
+    "data": {"storage", "job", "errors", "targets"},
+    "teacher": TEACHING,
     "engine": ENGINE - {"engine"},
     "golden": LEARNING,
     "cluster": ENGINE,

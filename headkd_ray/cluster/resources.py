@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import ClusterSpec
+from headkd_ray.job import ClusterSpec, Job
 
 OWN_CLUSTER = {
     # Ray ends processes that idle for a second if there are more than CPUs: decoding would start, and import torch, for ever.
@@ -75,8 +75,9 @@ def _join_or_start(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
 
 
-def check_resources(spec: ClusterSpec) -> Resources:
-    """Raises ClusterError, saying what was asked and what exists, if the workers and their data tasks do not fit."""
+def check_resources(job: Job) -> Resources:
+    """Raises ClusterError, saying what was asked and what exists, if workers, data tasks and teacher processes do not fit."""
+    spec = job.cluster
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
@@ -104,9 +105,32 @@ def check_resources(spec: ClusterSpec) -> Resources:
             f"{gpus_per_worker:g} GPUs (nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); "
             "ask for less per worker"
         )
+    problems += _pool_problems(job, nodes)
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
+
+
+def _pool_problems(job: Job, nodes: list[dict[str, float]]) -> list[str]:
+    """What keeps the fewest teacher processes from starting beside the workers."""
+    if job.teacher is None or job.teacher.placement != "pool":
+        return []
+    pool, count = job.teacher.pool, job.cluster.workers * job.teacher.pool.actors[0]
+    each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+    able = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
+    if not able:
+        has = [{name: node.get(name, 0.0) for name in each} for node in nodes]
+        return [f"teacher.pool: no node has what a process asks ({asked}); nodes: {has}; ask for less, or start such a node"]
+    for name, amount in each.items():
+        taken = job.cluster.workers * (job.cluster.cpus_per_worker + job.cluster.data_cpus) if name == "CPU" else 0.0
+        there = sum(node.get(name, 0.0) for node in able)
+        if there < count * amount + taken:
+            return [
+                f"teacher.pool.actors: {count} processes ({pool.actors[0]} for each of {job.cluster.workers} workers) "
+                f"of {amount:g} {name} each, beside {taken:g} for the workers, but the nodes have {there:g}; ask for less"
+            ]
+    return []
 
 
 def _places(node: dict[str, float], cpus: float, gpus: float) -> int:

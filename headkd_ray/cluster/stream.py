@@ -1,10 +1,13 @@
 """A rank's batches through Ray Data: same windows, same two functions and same batches as ``data.stream.local_stream``.
 
 One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once a run. It has two
-stages, each in the order of the windows (``preserve_order``):
+stages, or three, each in the order of the windows (``preserve_order``):
 
 1. *read*: one task at a time reads windows and emits chunks of a few batches, images still encoded. It needs no CPU of its own.
 2. *decode*: tasks, in parallel, turn a chunk into batches: pixels in one buffer, the rest pickled.
+
+3. *teach*, with teacher.placement pool: teacher processes add soft targets to a chunk's batches. Ray starts a process that was
+   lost again and gives it the chunks that it had; nothing else is repeated.
 
 Decoding by chunk instead of by window is what makes the tasks run in parallel although batches leave in order: a whole window
 is too much to hold while waiting for its turn. A chunk is one Ray block of about CHUNK_BYTES; a rank holds a few at a time.
@@ -18,17 +21,18 @@ from __future__ import annotations
 import math
 import pickle
 import time
+import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from headkd_ray.data.batch import TENSORS, Batch
@@ -36,8 +40,11 @@ from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.engine.streams import Decode
+from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
-from headkd_ray.job import ClusterSpec
+from headkd_ray.job import Job
+from headkd_ray.targets import SoftTargets
+from headkd_ray.teacher import soft_teacher
 
 Row = dict[str, Any]
 
@@ -53,8 +60,10 @@ WINDOWS_PER_BLOCK = 16
 """Windows one read task goes through: what is read again if its node is lost."""
 
 
-def decode_on_ray(cluster: ClusterSpec) -> Decode:
-    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank. Needs ``ray.init``."""
+def decode_on_ray(job: Job) -> Decode:
+    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank, and asks the teacher in
+    processes beside them if that is its placement. Needs ``ray.init``."""
+    pooled = job.teacher is not None and job.teacher.placement == "pool"
 
     @contextmanager
     def decode(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> Iterator[Iterator[Batch]]:
@@ -62,7 +71,7 @@ def decode_on_ray(cluster: ClusterSpec) -> Decode:
         if not rows:
             yield iter(())
             return
-        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus))
+        batches = _batches(_dataset(rows, shards, maker, job, teach=pooled and maker.train))
         try:
             yield batches
         finally:
@@ -71,19 +80,38 @@ def decode_on_ray(cluster: ClusterSpec) -> Decode:
     return decode
 
 
-def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float) -> ray.data.Dataset:
+def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, job: Job, teach: bool) -> ray.data.Dataset:
+    cpus = job.cluster.data_cpus
+    pool = job.teacher.pool if teach and job.teacher is not None else None
+    least, most = pool.actors if pool else (0, 0)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # every row, that is every chunk, is a block of its own: decoded by its own task
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Unhurried]
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=STORE_BYTES)
+    context.execution_options.resource_limits = ExecutionResources(
+        cpu=cpus + (most * pool.cpus if pool else 0.0),
+        gpu=most * pool.gpus if pool else 0.0,
+        object_store_memory=STORE_BYTES,
+    )
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
         # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
         chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
-        return chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+        decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+        if pool is None:
+            return decoded
+        return decoded.map(
+            Teaching,
+            fn_constructor_kwargs={"job": job.model_dump(mode="json"), "classes": shards.meta.classes},
+            compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            resources=pool.resources,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
 
 
 class _Unhurried(ExecutionCallback):
@@ -110,7 +138,7 @@ class _Read:
 
     def __call__(self, row: Row) -> Iterator[Row]:
         try:
-            yield from map(_chunk_row, self._chunks(load_window(self.shards, pickle.loads(row["window"]))))
+            yield from map(_chunk_row, self._chunks(load_window(self.shards, pickle.loads(row["window"]), self.maker)))
         except UserError as error:
             yield {"chunk": b"", "error": pickle.dumps(error)}
 
@@ -147,26 +175,56 @@ class _Decode:
             return {"head": b"", "pixels": b"", "error": pickle.dumps(error)}
 
 
+class Teaching:
+    """Batches -> the same with soft targets. Ray Data makes actors of it."""
+
+    def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
+        whole = Job.model_validate(job)
+        assert whole.teacher is not None
+        torch.set_num_threads(max(1, int(whole.teacher.pool.cpus)))
+        torch.manual_seed(whole.run.seed)
+        teacher = load_teacher(whole, tuple(classes))
+        assert teacher is not None
+        self.teacher = soft_teacher(whole, teacher.detector, "cuda" if whole.teacher.pool.gpus else "cpu")
+        self.restarted = uuid.uuid4().hex if ray.get_runtime_context().was_current_actor_reconstructed else ""
+
+    def __call__(self, row: Row) -> Row:
+        if row["error"]:
+            return {**row, "restarted": self.restarted}
+        batches = [
+            replace(batch, targets=self.teacher(batch.to(self.teacher.device)).map(torch.Tensor.cpu))
+            for batch in decoded(row["head"], row["pixels"])
+        ]
+        return {**encode(batches), "error": b"", "restarted": self.restarted}
+
+
 def encode(batches: list[Batch]) -> Row:
     """Batches as one row: ``head`` bytes (pickled, all but pixels), ``pixels`` bytes (images of all batches, end to end)."""
     small = [name for name in TENSORS if name != "images"]
     heads = [
-        (batch.step, batch.idle, tuple(batch.images.shape), {name: getattr(batch, name).numpy() for name in small})
+        (
+            {"step": batch.step, "idle": batch.idle},
+            tuple(batch.images.shape),
+            {name: getattr(batch, name).numpy() for name in small},
+            None if batch.targets is None else [tensor.numpy() for tensor in batch.targets],
+        )
         for batch in batches
     ]
     return {"head": pickle.dumps(heads), "pixels": b"".join(batch.images.numpy().data for batch in batches)}
 
 
-def decoded(head: bytes, pixels: pa.Buffer) -> Iterator[Batch]:
+def decoded(head: bytes, pixels: pa.Buffer | bytes) -> Iterator[Batch]:
     """The batches of one encoded row; ``images`` are views of ``pixels`` and keep it alive."""
     # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
     whole = np.frombuffer(pixels, dtype=np.uint8)
     end = 0
-    for step, idle, shape, small in pickle.loads(head):
+    for fields, shape, small, targets in pickle.loads(head):
         start, end = end, end + math.prod(shape)
         images = torch.from_numpy(whole[start:end]).view(shape)
-        yield Batch(images=images, step=step, idle=idle, **{name: torch.from_numpy(array) for name, array in small.items()})
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in small.items()}
+        soft = None if targets is None else SoftTargets(*map(torch.from_numpy, targets))
+        yield Batch(images=images, targets=soft, **fields, **tensors)
 
 
 def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
@@ -176,6 +234,7 @@ def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
     the process leaves Ray makes Ray end the whole process.
     """
     blocks = (block for bundle in dataset.iter_internal_ref_bundles() for block in bundle.block_refs)
+    lost: set[str] = set()
     following = next(blocks, None)
     while following is not None:
         current, following = following, next(blocks, None)
@@ -183,7 +242,10 @@ def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
             ray.wait([following], timeout=0, fetch_local=True)  # starts the transfer if the block is on another machine
         block = ray.get(current)
         del current
+        if "restarted" in block.column_names:
+            lost |= set(block["restarted"].to_pylist()) - {""}
         for head, pixels, error in zip(block["head"], block["pixels"], block["error"], strict=True):
             if error.as_py():
                 raise pickle.loads(error.as_py())
-            yield from decoded(head.as_py(), pixels.as_buffer())
+            for batch in decoded(head.as_py(), pixels.as_buffer()):
+                yield replace(batch, teacher_restarts=len(lost))

@@ -42,7 +42,7 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
-        resources = check_resources(job.cluster)
+        resources = check_resources(job)
         open_run(job)
         with forwarded(tell) as queue:
             try:
@@ -89,12 +89,17 @@ def with_absolute_paths(job: Job) -> Job:
     backbone = job.student.backbone
     if Path(backbone.weights).suffix:  # a file, not none or timm
         backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
+    teacher = job.teacher
+    if teacher is not None:
+        path = teacher.cache.path
+        cache = teacher.cache.model_copy(update={"path": None if path is None else absolute(path)})
+        teacher = teacher.model_copy(update={"checkpoint": absolute(teacher.checkpoint), "cache": cache})
     return job.model_copy(
         update={
             "run": job.run.model_copy(update={"storage": absolute(job.run.storage)}),
             "data": job.data.model_copy(update={"train": absolute(job.data.train), "val": absolute(job.data.val)}),
             "student": job.student.model_copy(update={"backbone": backbone}),
-            "teacher": job.teacher and job.teacher.model_copy(update={"checkpoint": absolute(job.teacher.checkpoint)}),
+            "teacher": teacher,
         }
     )
 
@@ -105,7 +110,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
     context = ray_train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_on_ray(job.cluster))
+    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_on_ray(job))
 
     with ExitStack() as files:
 

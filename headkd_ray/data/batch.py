@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TENSORS = ("images", "sizes", "boxes", "labels", "image_ids", "original_sizes")
+from headkd_ray.targets import SoftTargets, ViewTargets, stack
+
+TENSORS = ("images", "sizes", "boxes", "labels", "image_ids", "original_sizes", "views")
 """Fields of a Batch that are tensors."""
 
 
@@ -31,8 +34,14 @@ class Batch:
     """int64 (B,): COCO image ids; -1 in an idle batch."""
     original_sizes: Tensor
     """int64 (B, 2): height and width of the stored image, pixels."""
+    views: Tensor
+    """int64 (B,): number of each image's view; -1 in an idle batch and at evaluation."""
     step: int
     """Global micro-batch number, counted over all epochs; the same on every rank."""
+    targets: SoftTargets | None = None
+    """What a teacher said about the views, if it was asked before the batch came here."""
+    teacher_restarts: int = 0
+    """Teacher processes that this stream has lost and started again, up to this batch."""
     idle: bool = False
     """This rank has no image left for the step: one blank image, to run with a loss of 0 so that DDP stays in step."""
 
@@ -46,11 +55,12 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors, so that their memory is not reused before it has."""
-        for tensor in self._tensors().values():
+        for tensor in [*self._tensors().values(), *(self.targets or ())]:
             tensor.record_stream(stream)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(step=self.step, idle=self.idle, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, targets=self.targets and self.targets.map(function), **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in TENSORS}
@@ -69,10 +79,15 @@ class Example:
     image_id: int
     original_size: tuple[int, int]
     """Height and width of the stored image."""
+    view: int = -1
+    """Number of the view."""
+    targets: ViewTargets | None = None
+    """From a cache; None without one."""
 
 
-def collate(examples: Sequence[Example], step: int, pad: int) -> Batch:
-    """Pad ``examples`` (at least one) to one size, a multiple of ``pad`` pixels.
+def collate(examples: Sequence[Example], step: int, pad: int, budget: int = 0) -> Batch:
+    """Pad ``examples`` (at least one) to one size, a multiple of ``pad`` pixels, and their targets, if all have any, to
+    ``budget`` RoIs.
 
     Written with NumPy: in a prefetch thread each torch copy would start an OpenMP team of its own beside the training's.
     """
@@ -80,6 +95,7 @@ def collate(examples: Sequence[Example], step: int, pad: int) -> Batch:
     sizes = np.array([example.image.shape[1:] for example in examples], dtype=np.int64)
     height, width = (-(-int(side) // pad) * pad for side in sizes.max(axis=0))
     most = max(1, max(len(example.boxes) for example in examples))
+    targets = [example.targets for example in examples if example.targets is not None]
     images = np.zeros((count, 3, height, width), dtype=np.uint8)
     boxes = np.zeros((count, most, 4), dtype=np.float32)
     labels = np.full((count, most), -1, dtype=np.int64)
@@ -94,7 +110,9 @@ def collate(examples: Sequence[Example], step: int, pad: int) -> Batch:
         labels=torch.from_numpy(labels),
         image_ids=torch.tensor([example.image_id for example in examples], dtype=torch.int64),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.int64),
+        views=torch.tensor([example.view for example in examples], dtype=torch.int64),
         step=step,
+        targets=stack(targets, budget) if len(targets) == count else None,
     )
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
+from headkd_ray.targets import PackedTargets
 
 VERSION = 1
 META, INDEX, ANNOTATIONS = "meta.json", "index.parquet", "annotations.json"
@@ -152,6 +153,8 @@ class Sample:
     """int64 (n,), contiguous."""
     size: tuple[int, int]
     """Stored height and width, pixels."""
+    targets: PackedTargets | None = None
+    """Soft targets of the view that is wanted, from a cache."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ stream (``headkd_ray.cluster.stream``) runs the same two functions, so both give
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol
 
 from headkd_ray.data.batch import Batch, Example, collate, idle_batch
 from headkd_ray.data.images import decode
@@ -19,8 +20,26 @@ from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.data.views import View, apply_view, eval_view, train_view, view_number, view_size
 from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
+from headkd_ray.targets import PackedTargets, ViewTargets, stack
 
 READERS = 8  # row groups read at once: hides a remote filesystem's latency, costs nothing on a local one
+
+
+class TargetReader(Protocol):
+    """A cache of soft targets, laid out as the shards are."""
+
+    @property
+    def budget(self) -> int:
+        """RoIs a view."""
+
+    def read_group(self, shard: int, group: int, rows: Sequence[int], view: int) -> list[PackedTargets]:
+        """The targets of ``view`` of the images at ``rows`` of a shard, all within one row group."""
+
+    def unpack(self, packed: PackedTargets, image_id: int, view: int) -> ViewTargets:
+        """The targets, of this very view."""
+
+    def nothing(self) -> ViewTargets:
+        """The targets of an image that is not there."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +52,11 @@ class PendingBatch:
     """Empty = idle."""
 
 
-def load_window(shards: ShardSet, window: Window) -> list[PendingBatch]:
-    """Read the window's images, still encoded, in the order of its batches. Raises DataError."""
+def load_window(shards: ShardSet, window: Window, maker: BatchMaker) -> list[PendingBatch]:
+    """Read the window's images, and their targets if ``maker`` has a cache, still packed, in the order of its batches.
+
+    Raises DataError, CacheError.
+    """
     index, rows = shards.index, window.rows
     wanted: dict[tuple[int, int], list[int]] = {}
     for row in rows.tolist():
@@ -42,7 +64,12 @@ def load_window(shards: ShardSet, window: Window) -> list[PendingBatch]:
 
     def read(group: tuple[tuple[int, int], list[int]]) -> list[Sample]:
         (shard, number), members = group
-        return shards.read_group(shard, number, [int(index.row[row]) for row in members])
+        places = [int(index.row[row]) for row in members]
+        samples = shards.read_group(shard, number, places)
+        if maker.cache is None:
+            return samples
+        packed = maker.cache.read_group(shard, number, places, view_number(window.epoch, maker.spec))
+        return [replace(sample, targets=own) for sample, own in zip(samples, packed, strict=True)]
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="headkd-read") as pool:
         groups = list(pool.map(read, wanted.items()))
@@ -58,33 +85,42 @@ class BatchMaker:
     seed: int
     train: bool
     """True: random views of the epoch. False: the evaluation view."""
+    cache: TargetReader | None = None
+    """Soft targets to go with the views."""
 
     def __call__(self, pending: PendingBatch) -> Batch:
         """One batch. Raises DataError naming the image."""
         if not pending.samples:
-            return idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
-        return collate([self._example(sample, pending.epoch) for sample in pending.samples], pending.step, self.spec.pad)
+            idle = idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
+            return idle if self.cache is None else replace(idle, targets=stack([self.cache.nothing()], self.cache.budget))
+        examples = [self.example(sample, view_number(pending.epoch, self.spec)) for sample in pending.samples]
+        return collate(examples, pending.step, self.spec.pad, self.cache.budget if self.cache else 0)
 
-    def view(self, image_id: int, epoch: int) -> View:
-        """How ``epoch`` shows the image."""
-        return train_view(image_id, view_number(epoch, self.spec), self.seed, self.spec) if self.train else eval_view(self.spec)
+    def view(self, image_id: int, number: int) -> View:
+        """View ``number`` of the image."""
+        return train_view(image_id, number, self.seed, self.spec) if self.train else eval_view(self.spec)
 
     def pixels(self, pending: PendingBatch) -> int:
         """Bytes of the batch's images, before padding: known without decoding them."""
-        sizes = (view_size(*sample.size, self.view(sample.image_id, pending.epoch)) for sample in pending.samples)
+        number = view_number(pending.epoch, self.spec)
+        sizes = (view_size(*sample.size, self.view(sample.image_id, number)) for sample in pending.samples)
         return 3 * sum(height * width for height, width in sizes)
 
-    def _example(self, sample: Sample, epoch: int) -> Example:
+    def example(self, sample: Sample, number: int) -> Example:
+        """View ``number`` of an image. Raises DataError, CacheError."""
         try:
-            image, boxes = apply_view(decode(sample.image), sample.boxes, self.view(sample.image_id, epoch))
+            image, boxes = apply_view(decode(sample.image), sample.boxes, self.view(sample.image_id, number))
         except ValueError as error:
             raise DataError(f"image {sample.image_id} in the prepared shards: {error}; prepare the split again") from error
-        return Example(image, boxes, sample.labels, sample.image_id, sample.size)
+        targets = None
+        if self.cache is not None and sample.targets is not None:
+            targets = self.cache.unpack(sample.targets, sample.image_id, number)
+        return Example(image, boxes, sample.labels, sample.image_id, sample.size, number if self.train else -1, targets)
 
 
 def read_window(shards: ShardSet, window: Window, maker: BatchMaker) -> Iterator[Batch]:
     """The window's batches, in order, in this thread."""
-    yield from map(maker, load_window(shards, window))
+    yield from map(maker, load_window(shards, window, maker))
 
 
 def local_stream(
@@ -104,7 +140,7 @@ def local_stream(
     decoders = ThreadPoolExecutor(threads, thread_name_prefix="headkd-decode")
     try:
         batches: deque[Future[Batch]] = deque()
-        for pending in _read_ahead(shards, windows, reader):
+        for pending in _read_ahead(shards, windows, maker, reader):
             batches.append(decoders.submit(maker, pending))
             if len(batches) > limit:
                 yield batches.popleft().result()
@@ -115,11 +151,13 @@ def local_stream(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_ahead(shards: ShardSet, windows: Iterable[Window], reader: ThreadPoolExecutor) -> Iterator[PendingBatch]:
+def _read_ahead(
+    shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, reader: ThreadPoolExecutor
+) -> Iterator[PendingBatch]:
     """Undecoded batches in order, one window read ahead."""
     coming: deque[Future[list[PendingBatch]]] = deque()
     for window in windows:
-        coming.append(reader.submit(load_window, shards, window))
+        coming.append(reader.submit(load_window, shards, window, maker))
         if len(coming) > 1:
             yield from coming.popleft().result()
     while coming:

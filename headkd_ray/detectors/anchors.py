@@ -78,6 +78,25 @@ class Anchors:
         counts = tuple(len(level) for level in boxes)
         return AnchorGrid(torch.cat(boxes), torch.cat(origins), counts, shapes)
 
+    def nearest(self, boxes: Tensor, shapes: Sequence[Shape]) -> Tensor:
+        """(N, 4) int64 (level, y, x, anchor) of the anchor nearest to each of ``boxes`` (N, 4) on levels of ``shapes`` (H, W).
+
+        In closed form: of all levels and anchors the shape that overlaps the box most when both have one centre, then the cell
+        of that level whose anchors centre nearest to the box. The anchor of greatest IoU over all cells can be another one, on
+        a finer level, where a coarse level's cells all lie far from the box's centre.
+        """
+        base = torch.stack([self.base(stride) for stride in self.strides]).to(boxes)  # (levels, A, 4)
+        size, sides = boxes[:, 2:] - boxes[:, :2], (base[..., 2:] - base[..., :2]).flatten(0, 1)
+        overlap = torch.minimum(size.unsqueeze(1), sides).prod(-1)
+        iou = overlap / (size.prod(-1, keepdim=True) + sides.prod(-1) - overlap)
+        best = iou.argmax(dim=1)
+        level, anchor = best // self.per_cell, best % self.per_cell
+        stride = torch.tensor(self.strides, device=boxes.device)[level].unsqueeze(1)
+        centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5
+        last = torch.tensor([(w - 1, h - 1) for h, w in shapes], device=boxes.device)[level]
+        x, y = torch.minimum((centre / stride - self.offset).round().long().clamp(min=0), last).unbind(1)
+        return torch.stack([level, y, x, anchor], dim=1)
+
     def cells(self, index: Tensor, level: int, width: int) -> Tensor:
         """(..., 4) int64 (level, y, x, anchor) of the anchors at position ``index`` (...) of a level ``width`` cells wide."""
         cell = index // self.per_cell

@@ -125,6 +125,11 @@ class RetinaHead(nn.Module):
         return propose(best, outputs.deltas, self.anchors, sizes, self.spec.proposals, to_boxes)
 
     @torch.no_grad()
+    def nearest_cells(self, outputs: RetinaOutputs, boxes: Tensor) -> Tensor:
+        """(N, 4) int64 (level, y, x, anchor): the anchor that would propose each of ``boxes`` (N, 4); see Anchors.nearest."""
+        return self.anchors.nearest(boxes, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
+
+    @torch.no_grad()
     def detect(self, outputs: RetinaOutputs, sizes: Tensor) -> Detections:
         """Detections at test settings; ``sizes`` (B, 2) unpadded (h, w)."""
         grid = self.anchors.grid(outputs.logits)

@@ -20,14 +20,22 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
-def sample(positive: Tensor, negative: Tensor, spec: SamplerSpec, generator: torch.Generator | None = None) -> Sample:
+def sample(
+    positive: Tensor,
+    negative: Tensor,
+    spec: SamplerSpec,
+    generator: torch.Generator | None = None,
+    ticket: Tensor | None = None,
+) -> Sample:
     """Draw up to ``spec.size`` candidates an image from the masks ``positive`` and ``negative`` (B, N).
 
     Positives fill at most ``positive_fraction`` of the size; negatives fill the rest. If there are no more candidates than
     places all are taken and the result does not depend on ``generator`` (on the masks' device; None = torch's default).
+    ``ticket`` (B, N) in [0, 1) replaces the random numbers; the highest are drawn.
     """
     batch, count = positive.shape
-    ticket = torch.rand(batch, count, device=positive.device, generator=generator)
+    if ticket is None:
+        ticket = torch.rand(batch, count, device=positive.device, generator=generator)
     rank = torch.arange(min(spec.size, count), device=positive.device)
 
     quota = min(int(spec.size * spec.positive_fraction), count)

@@ -79,7 +79,8 @@ def _head(student: Detector, teacher: Detector | None, job: Job, ckd_stop: int |
     widths = zip(assistant.head.tap_channels, source.tap_channels, strict=True)
     akd = AKD([_adapter(own, theirs, maps=isinstance(assistant, DenseAssistant)) for own, theirs in widths])
     ckd = _ckd(student, assistant, source.lead_channels) if job.method == "head" else None
-    return HEAD(student, assistant, job.distill, teacher, akd, ckd, ckd_stop)
+    asked = teacher if job.distill.rois == "student" else None  # else its answers come with the batches
+    return HEAD(student, assistant, job.distill, asked, akd, ckd, ckd_stop)
 
 
 def _tf_head(student: Detector, spec: DistillSpec, ckd_stop: int | None) -> TFHEAD:
@@ -132,6 +133,11 @@ def _check_teacher(job: Job, num_classes: int, teacher: Detector | None) -> list
         problems.append(
             "distill.assistant: describes an R-CNN head, but the assistant of this teacher is a head like its own, a "
             f"{teacher.spec.kind}; use null"
+        )
+    if job.distill.rois == "teacher" and not isinstance(teacher, FasterRCNN):
+        problems.append(
+            "distill.rois: teacher needs a faster_rcnn teacher, whose answers belong to RoIs; this one is a "
+            f"{teacher.spec.kind}: use student"
         )
     if teacher.num_classes != num_classes:
         problems.append(f"teacher.checkpoint: the teacher knows {teacher.num_classes} classes, the data has {num_classes}")

@@ -13,18 +13,22 @@ and T the teacher's last fully connected layer; ``assistants.py`` and ``ckd.py``
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import DenseDetector, Detector
+from headkd_ray.detectors.matching import Truth
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.assistants import Advice, Assistant, Insight
 from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.given import given_insight, given_rois
 from headkd_ray.distill.scene import Pick, Scene, observe
 from headkd_ray.distill.trainee import Trainee, ckd_factor, warmup
 from headkd_ray.job import DistillSpec
+from headkd_ray.targets import SoftTargets
 
 
 class Trace(NamedTuple):
@@ -49,7 +53,7 @@ class HEAD(Trainee):
         ckd: CKD | None = None,
         ckd_stop: int | None = None,
     ) -> None:
-        """``teacher`` is needed by ``akd`` and ``ckd``, and only by them; CKD has weight 0 from step ``ckd_stop`` on."""
+        """``akd`` and ``ckd`` need a ``teacher``, or its targets in every step; CKD has weight 0 from step ``ckd_stop`` on."""
         super().__init__(student, teacher)
         self.spec = spec
         self.assistant = assistant
@@ -65,10 +69,12 @@ class HEAD(Trainee):
         labels: Tensor,
         step: int,
         generator: torch.Generator | None = None,
+        targets: SoftTargets | None = None,
     ) -> dict[str, Tensor]:
+        """As :meth:`Trainee.forward`. With ``targets`` RoIs and answers are theirs, and no teacher is asked here."""
         x = self.student.normalise(images, sizes)
         teacher_x = self._guest.view(images, sizes, x, self.student) if self._guest else x
-        return self.trace(x, teacher_x, sizes, boxes, labels, step, generator)[0]
+        return self.trace(x, teacher_x, sizes, boxes, labels, step, generator, targets=targets)[0]
 
     def trace(
         self,
@@ -80,21 +86,28 @@ class HEAD(Trainee):
         step: int,
         generator: torch.Generator | None = None,
         pick: Pick | None = None,
+        targets: SoftTargets | None = None,
     ) -> tuple[dict[str, Tensor], Trace]:
         """One step from normalised images ``x`` (B, 3, H, W) to weighted losses, and what lies between.
 
         Arguments as in :meth:`Trainee.forward`; ``pick`` as in :func:`observe`.
         """
+        if targets is not None:
+            given, student, spec = targets, self.student, self.assistant.head.spec
+            assert isinstance(student, DenseDetector)
+            pick = partial(given_rois, given, student, truth=Truth.of(boxes, labels), spec=spec)
         losses, scene = observe(self.student, x, sizes, boxes, labels, generator, pick)
         advice = self.assistant(scene)
         weight = warmup(step, self.spec.warmup_steps)
         gt_weight = self.spec.assistant_weight * (weight if self.spec.warm_assistant else 1.0)
         for name, loss in advice.losses.items():
             losses[f"loss_assist_{name}"] = gt_weight * loss
-        if self._guest is None:
+        if targets is not None:
+            taught = given_insight(targets)
+        elif self._guest is not None:
+            taught = self._guest.insight(teacher_x, [look.rois for look in advice.looks])
+        else:
             return losses, Trace(scene, advice, None)
-
-        taught = self._guest.insight(teacher_x, [look.rois for look in advice.looks])
         if self.akd is not None:
             for i, loss in enumerate(self.akd(advice.insight.taps, taught.taps), start=1):
                 losses[f"loss_akd_{i}"] = self.spec.akd_weight * weight * loss

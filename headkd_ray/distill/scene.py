@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headkd_ray.detectors import DenseDetector, Detector, Proposals, RoIs, TwoStageDetector
+from headkd_ray.detectors import DenseDetector, Detector, RoIs, TwoStageDetector
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.rois import sample_rois
 from headkd_ray.job import RoIHeadSpec
@@ -21,7 +21,8 @@ Maps = list[Tensor]
 Tap = Maps | Tensor
 """A post-ReLU feature that distillation reads: a dense head's maps, or a RoI head's rows (R, C), one a RoI."""
 
-Pick = Callable[[Proposals], RoIs]
+Pick = Callable[[Any], RoIs]
+"""From the outputs of a dense student's head to RoIs."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def observe(
 ) -> tuple[dict[str, Tensor], Scene]:
     """The student's own losses on normalised images ``x`` (B, 3, H, W), and the scene.
 
-    Arguments as in :meth:`Trainee.forward`; ``pick`` chooses a dense student's RoIs instead of sampling.
+    Arguments as in :meth:`Trainee.forward`; ``pick`` chooses a dense student's RoIs instead of sampling its proposals.
     """
     features = student.features(x)
     if isinstance(student, TwoStageDetector):
@@ -80,9 +81,9 @@ def observe(
     losses = student.head.losses(outputs, sizes, boxes, labels)
 
     def draw(spec: RoIHeadSpec) -> RoIs:
-        proposals = student.head.proposals(outputs, sizes)
         if pick is not None:
-            return pick(proposals)
+            return pick(outputs)
+        proposals = student.head.proposals(outputs, sizes)
         return sample_rois(proposals, Truth.of(boxes, labels), spec, student.num_classes, generator)
 
     return losses, Scene(features, features, outputs, outputs.taps[0], None, draw, sizes, boxes, labels, generator)

@@ -35,6 +35,7 @@ class StepWindow:
         self.waited = 0.0
         self.images = 0
         self.steps = 0
+        self.restarts = 0
         self.sums: dict[str, torch.Tensor] = {}
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -51,25 +52,30 @@ class StepWindow:
         """One micro-batch: scalar tensors by name; those of an idle batch are left out of the means."""
         self.images += 0 if batch.idle else len(batch.images)
         self.steps += not batch.idle
+        self.restarts = batch.teacher_restarts
         for name, value in values.items():
             value = value.detach().float() if not batch.idle else torch.zeros_like(value, dtype=torch.float32)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def record(self) -> Record:
-        """Means over steps and ranks; images/s of all ranks, share of time spent waiting for data, peak memory in MiB."""
+        """Means over steps and ranks; images/s of all ranks, share of time spent waiting for data, peak memory in MiB;
+        and teacher processes lost since the start, if any."""
         names = sorted(self.sums)
         seconds = time.perf_counter() - self.started
         on_gpu = self.world.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.world.device) / 2**20 if on_gpu else host_peak_mib()
-        own = torch.tensor([self.steps, self.images / seconds, self.waited / seconds, peak], device=self.world.device)
+        numbers = [self.steps, self.images / seconds, self.waited / seconds, peak, self.restarts]
+        own = torch.tensor(numbers, device=self.world.device)
         means = self.world.mean(torch.cat([torch.stack([self.sums[name] for name in names]), own]))
-        *sums, steps, rate, wait, memory = means.tolist()
+        *sums, steps, rate, wait, memory, restarts = means.tolist()
         self.reset()
+        lost = {"teacher_restarts": round(restarts * self.world.size)} if restarts else {}
         return {
             "losses": {name: value / steps for name, value in zip(names, sums, strict=True)},
             "images_per_second": rate * self.world.size,
             "data_wait": wait,
             "memory_mib": memory,
+            **lost,
         }
 
 

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import headkd_ray
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.keyed import key_bits
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import Trainee, build_trainee
@@ -32,6 +33,8 @@ from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, TrainingError
 from headkd_ray.job import Job
+from headkd_ray.targets import SoftTargets
+from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
 
 
 def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open_sink: Callable[[int], Sink]) -> Record:
@@ -56,6 +59,7 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     torch.manual_seed(job.run.seed)  # here, so that a student starts from the same weights whoever helps it
     trainee = build_trainee(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
+    asked, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, world.device)
     total_steps = steps_per_epoch * job.optim.epochs
     global_batch = job.data.batch_size * world.size * accumulate
     optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)
@@ -72,7 +76,7 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     model = DistributedDataParallel(trainee) if world.size > 1 else trainee
     trainee.train()
     window = StepWindow(world)
-    with streams.train(first=state.step * accumulate) as stream:
+    with streams.train(first=state.step * accumulate, cache=cache) as stream:
         batches = window.timed(on_device(stream, world.device))
         while state.step < total_steps:
             optimizer.zero_grad(set_to_none=True)
@@ -85,7 +89,7 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
                     trainee.eval()  # a blank image must not enter BatchNorm's statistics
                 torch.manual_seed(key_bits("step", job.run.seed, batch.step, world.rank) % 2**63)
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
-                    losses = model(batch.images, batch.sizes, batch.boxes, batch.labels, state.step)
+                    losses = model(batch.images, batch.sizes, batch.boxes, batch.labels, state.step, **answers(batch, asked))
                 total = torch.stack(list(losses.values())).sum()
                 (total * (0.0 if batch.idle else 1.0 / accumulate)).backward()
                 window.add({**losses, "total": total}, batch)
@@ -207,6 +211,30 @@ def validate(job: Job, world: World, streams: Streams, student: Detector) -> Coc
     truth = streams.val_set.ground_truth() if world.rank == 0 else None
     with streams.val() as batches:
         return evaluate(student, batches, world, truth, streams.val_set.meta.category_ids, job.optim.precision)
+
+
+def soft_targets(
+    job: Job, shards: ShardSet, teacher: Detector | None, device: torch.device
+) -> tuple[SoftTeacher | None, Cache | None]:
+    """Who says what a teacher thinks of a batch, if not the trainee's own: one to be asked here, a cache, or the stream.
+
+    Raises CacheError if the cache is not there, incomplete, or of something else.
+    """
+    if job.teacher is None or teacher is None or job.distill.rois == "student":
+        return None, None
+    if job.teacher.placement == "inline":
+        return soft_teacher(job, teacher, device), None
+    if job.teacher.placement == "pool":
+        return None, None
+    cache = open_cache(job, shards, teacher)
+    cache.check()
+    return None, cache
+
+
+def answers(batch: Batch, asked: SoftTeacher | None) -> dict[str, SoftTargets]:
+    """The targets of the batch, as a keyword of the trainee's, if there are any."""
+    targets = batch.targets if asked is None else asked(batch)
+    return {} if targets is None else {"targets": targets}
 
 
 def check_finite(record: Record) -> None:

@@ -14,6 +14,7 @@ from headkd_ray.engine.run import check_run
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
 from headkd_ray.job import Job
+from headkd_ray.teacher import open_cache
 
 
 def preflight(job: Job) -> None:
@@ -35,7 +36,7 @@ def preflight(job: Job) -> None:
     if len(splits) == 2:
         lists = {f"data.{name} ({getattr(job.data, name)})": split.meta.classes for name, split in splits.items()}
         checks.append(lambda: check_same_classes(lists))
-    checks.append(lambda: _build(job, splits["train"].meta.classes if "train" in splits else None))
+    checks.append(lambda: _build(job, splits.get("train")))
     for check in checks:
         try:
             check()
@@ -45,9 +46,12 @@ def preflight(job: Job) -> None:
         raise UserError(problems, headline=f"run {job.run.name} cannot start:" if len(problems) > 1 else None)
 
 
-def _build(job: Job, classes: tuple[str, ...] | None) -> None:
-    """Try the models; ``classes`` None = unknown, for the data cannot be read."""
+def _build(job: Job, shards: ShardSet | None) -> None:
+    """Try the models, and look at the cache if the job reads one; ``shards`` None = the data cannot be read."""
+    classes = None if shards is None else shards.meta.classes
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
         build_trainee(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
+    if shards is not None and teacher is not None and job.teacher is not None and job.teacher.placement == "cache":
+        open_cache(job, shards, teacher.detector).check()

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, closing
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.plan import Window, eval_windows, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, local_stream
+from headkd_ray.data.stream import BatchMaker, TargetReader, local_stream
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
+from headkd_ray.teacher.recipe import view_seed
 
 Decode = Callable[[ShardSet, Iterable[Window], BatchMaker], AbstractContextManager[Iterator[Batch]]]
 
@@ -29,8 +30,8 @@ class Streams:
         self.micro_batches_per_epoch = steps_per_epoch(len(self.rows), job.data.batch_size, world.size, job.optim.accumulate)
         """The same for every epoch and rank; a multiple of optim.accumulate."""
 
-    def train(self, first: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Batches of all epochs from micro-batch ``first`` on."""
+    def train(self, first: int, cache: TargetReader | None = None) -> AbstractContextManager[Iterator[Batch]]:
+        """Batches of all epochs from micro-batch ``first`` on, with the targets of ``cache`` if there is one."""
         windows = train_windows(
             self.train_set.index,
             self.rows,
@@ -43,7 +44,7 @@ class Streams:
             accumulate=self.job.optim.accumulate,
             start_step=first,
         )
-        return self.decode(self.train_set, windows, BatchMaker(self.job.data, self.job.run.seed, train=True))
+        return self.decode(self.train_set, windows, BatchMaker(self.job.data, view_seed(self.job), train=True, cache=cache))
 
     def val(self) -> AbstractContextManager[Iterator[Batch]]:
         """This rank's share of the validation images, each once."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headkd_ray.detectors import Detections, FasterRCNN, Proposals, RetinaNet, RoIs
+from headkd_ray.detectors import Detections, FasterRCNN, RetinaNet, RoIs
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.retina_head import RetinaHead, RetinaOutputs
 from headkd_ray.detectors.roi_head import Look, RoIOutputs
@@ -142,14 +142,16 @@ def _trainee(student: LoadedDetector, teacher: LoadedDetector | None, source: st
 def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
     boxes, labels = golden.truth()
     head, num_classes = trainee.student.head, trainee.student.num_classes
+    assert isinstance(head, RetinaHead)  # _trainee's condition
     step = int(golden.tensor("step")) if golden.has("step") else 0
 
-    def pick(proposals: Proposals) -> RoIs:
+    def pick(outputs: RetinaOutputs) -> RoIs:
+        proposals = head.proposals(outputs, sizes)
         return golden_rois(golden, proposals, Truth.of(boxes, labels), num_classes, trainee.assistant.head.spec.positive_iou)
 
     losses, (scene, advice, taught) = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
     outputs = scene.outputs
-    assert isinstance(head, RetinaHead) and isinstance(outputs, RetinaOutputs)  # _trainee's condition
+    assert isinstance(outputs, RetinaOutputs)
     own, run.notes = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
     best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
     proposals = head.proposals(outputs, sizes)

@@ -23,7 +23,6 @@ from headkd_ray.job.job import (
     Method,
     OptimSpec,
     RunSpec,
-    TeacherSpec,
 )
 from headkd_ray.job.load import load_job
 from headkd_ray.job.parts import (
@@ -43,11 +42,13 @@ from headkd_ray.job.parts import (
     SamplerSpec,
 )
 from headkd_ray.job.render import render_job
+from headkd_ray.job.teacher import CacheSpec, PoolSpec, TeacherSpec
 
 __all__ = [
     "AnchorSpec",
     "AssistantsSpec",
     "BackboneSpec",
+    "CacheSpec",
     "CheckpointSpec",
     "ClusterSpec",
     "DataSpec",
@@ -65,6 +66,7 @@ __all__ = [
     "Method",
     "OptimSpec",
     "PixelSpec",
+    "PoolSpec",
     "PooledFPNSpec",
     "PostprocessSpec",
     "Problem",

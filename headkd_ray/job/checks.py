@@ -201,8 +201,34 @@ def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
             )
 
 
+def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
+    method, rois = get("method"), get("distill.rois")
+    if rois == "teacher" and method not in ("akd", "head"):
+        yield "distill.rois", f"method {method} compares no RoIs with a teacher's; use student, or method akd or head"
+    if rois == "teacher" and get("student.kind") in ("faster_rcnn", "cascade_rcnn"):
+        yield "distill.rois", f"a {get('student.kind')} student looks at RoIs of its own; use student"
+    if get("teacher") is None or (placement := get("teacher.placement")) == "inline":
+        return
+    if method not in ("akd", "head"):
+        yield "teacher.placement", f"method {method} asks its teacher nothing that could be asked elsewhere; use inline"
+    elif rois == "student" and placement == "cache":
+        yield (
+            "teacher.placement",
+            "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them; "
+            "use distill.rois: teacher, or placement inline",
+        )
+    elif rois == "student":
+        yield "teacher.placement", "pool needs distill.rois: teacher (the student's RoIs are known in the train worker alone)"
+    if placement == "pool" and get("cluster.workers") == 0:
+        yield "teacher.placement", "pool needs Ray; use cluster.workers of at least 1, or placement inline or cache"
+    low, high = get("teacher.pool.actors")
+    if low > high:
+        yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
+
+
 CHECKS: tuple[Check, ...] = (
     _method_and_teacher,
+    _teacher_placement,
     _method_and_student,
     _tf_assistants,
     _tf_head_weights,

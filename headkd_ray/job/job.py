@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from headkd_ray.job.assistants import AssistantsSpec
 from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec, RoIHeadSpec
 from headkd_ray.job.parts import Fraction, Spec, Text
+from headkd_ray.job.teacher import TeacherSpec
 
 Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
 
@@ -54,16 +55,8 @@ class DataSpec(Spec):
     """Images read together and shuffled among themselves; their row groups are drawn at random from the whole epoch."""
     views: PositiveInt | None = None
     """Distinct augmented views per image: epoch e shows view e mod views; null = a new one each epoch."""
-
-
-class TeacherSpec(Spec):
-    """The frozen detector that teaches."""
-
-    checkpoint: Text
-    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file.
-    A relative path starts at the command's current folder."""
-    classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
-    """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
+    view_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seeds the views alone, so that runs of several run.seed share a cache of soft targets; null = run.seed."""
 
 
 class DistillSpec(Spec):
@@ -91,6 +84,12 @@ class DistillSpec(Spec):
     ckd_epochs: PositiveInt | None = None
     """Epochs with CKD (methods head, tf_head); its weight is 0 in the later ones, while the assistants go on. The research
     branch stops it at the first drop of the learning rate. null = never."""
+    rois: Literal["student", "teacher"] = "student"
+    """Whose RoIs AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
+    ground-truth boxes and the teacher's own proposals, sampled once for each view, so that what the teacher says about them
+    depends on the view alone and can be computed elsewhere or kept. Dense student, Faster R-CNN teacher."""
+    roi_budget: PositiveInt = 128
+    """RoIs a view with rois: teacher."""
     warmup_steps: NonNegativeInt = 2000
     """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head the weights
     of the assistants' ground-truth losses too."""

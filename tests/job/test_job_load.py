@@ -57,7 +57,7 @@ def test_minimal_job_takes_the_paper_s_defaults(write):
         ("optim: {lrr: 0.1}", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("optimizer: {lr: 0.1}", "optimizer: unknown key; did you mean optim?"),
         ("optimizer: sgd", "optimizer: unknown key; did you mean optim.optimizer?"),
-        ("batch_size: 2", "batch_size: unknown key; did you mean data.batch_size or eval.batch_size?"),
+        ("batch_size: 2", "batch_size: unknown key; did you mean data.batch_size or teacher.batch_size or eval.batch_size?"),
         ("log: {every_step: 2}", "log.every_step: unknown key; did you mean log.every_steps?"),
         (
             "distill: {assistant: {fcss: 2}}",

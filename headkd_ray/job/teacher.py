@@ -1,0 +1,53 @@
+"""The teacher's keys: which detector, where it runs, and what of it is kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from headkd_ray.job.parts import Spec, Text
+
+
+class PoolSpec(Spec):
+    """Teacher processes beside the train workers (placement pool; also what builds a cache on a cluster)."""
+
+    actors: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """[fewest, most] processes of each train worker; Ray starts more while batches wait for a teacher. A cache is built by the
+    greatest number."""
+    cpus: NonNegativeFloat = 1.0
+    """CPUs that Ray reserves for a process."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs of a process, also parts of one; 0 = on the CPU."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom Ray resources of a process, for example {teacher: 1} on nodes that are started with such."""
+
+
+class CacheSpec(Spec):
+    """Soft targets on disk (placement cache)."""
+
+    path: Text | None = None
+    """Folder or URI of the cache; null = the folder soft_targets in data.train."""
+    dtype: Literal["fp16", "int8"] = "fp16"
+    """How the features are stored; int8 = 8 bits with a scale per channel."""
+
+
+class TeacherSpec(Spec):
+    """The frozen detector that teaches."""
+
+    checkpoint: Text
+    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file.
+    A relative path starts at the command's current folder."""
+    classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
+    placement: Literal["inline", "pool", "cache"] = "inline"
+    """Who asks the teacher: inline = the train worker, in every step; pool = processes of its own, in the data stream; cache =
+    nobody, its answers are read from disk (python -m headkd_ray.cache build JOB). The last two need distill.rois: teacher."""
+    batch_size: PositiveInt = 8
+    """Views a forward pass of the teacher when it builds a cache."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the teacher's forward passes with distill.rois: teacher; bf16 = autocast. (With rois: student, optim.precision.)"""
+    pool: PoolSpec = PoolSpec()
+    """Teacher processes beside the train workers."""
+    cache: CacheSpec = CacheSpec()
+    """Soft targets on disk."""

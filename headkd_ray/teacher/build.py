@@ -1,0 +1,92 @@
+"""Filling a cache: each (shard, view) unit by itself, in any order, on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headkd_ray.data.batch import Example, collate
+from headkd_ray.data.shards import Sample
+from headkd_ray.data.stream import BatchMaker
+from headkd_ray.targets import SoftTargets, ViewTargets
+from headkd_ray.teacher.cache import Cache
+from headkd_ray.teacher.soft import SoftTeacher
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Asks ``teacher`` about views and keeps its answers."""
+
+    cache: Cache
+    teacher: SoftTeacher
+    maker: BatchMaker
+    batch_size: int
+    """Views a forward pass."""
+    threads: int = 2
+    """Decoding threads."""
+
+    def build(self, shard: int, view: int) -> int:
+        """Write the file of one unit, unless it is there and sound; its size in bytes, 0 if it was there.
+
+        Raises DataError (a shard cannot be read), CacheError (the cache cannot be written).
+        """
+        if self.cache.sound(shard, view):
+            return 0
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="headkd-decode") as pool:
+            return self.cache.write(shard, view, self._groups(shard, view, pool))
+
+    def answers(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[int, ViewTargets]]:
+        """(image id, targets) of ``view`` of the images at ``rows`` of a shard, all within one row group."""
+        samples = self.cache.shards.read_group(shard, group, rows)
+        return self._ask([(sample, self._show(sample, view)) for sample in samples])
+
+    def _groups(self, shard: int, view: int, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, ViewTargets]]]:
+        """Row groups in order; the next one is read and decoded while the teacher looks at one."""
+        meta = self.cache.shards.meta
+        starts = range(0, meta.shards[shard].images, meta.row_group)
+
+        def show(start: int) -> list[tuple[Sample, Future[Example | None]]]:
+            rows = range(start, min(start + meta.row_group, meta.shards[shard].images))
+            samples = self.cache.shards.read_group(shard, start // meta.row_group, rows)
+            return [(sample, pool.submit(self._show, sample, view)) for sample in samples]
+
+        with ThreadPoolExecutor(1, thread_name_prefix="headkd-read") as reader:
+            coming = [reader.submit(show, starts[0])] if len(starts) else []
+            for start in [*starts[1:], None]:
+                current = coming.pop().result()
+                if start is not None:
+                    coming.append(reader.submit(show, start))
+                yield self._ask([(sample, shown.result()) for sample, shown in current])
+
+    def _show(self, sample: Sample, view: int) -> Example | None:
+        """The view; None for an image that is not trained on."""
+        if not len(sample.labels) and not self.maker.spec.keep_empty:
+            return None
+        return self.maker.example(sample, view)
+
+    def _ask(self, shown: Sequence[tuple[Sample, Example | None]]) -> list[tuple[int, ViewTargets]]:
+        """The teacher's answers, views of one padded size together."""
+        pad = self.maker.spec.pad
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, example) in enumerate(shown):
+            if example is not None:
+                alike.setdefault(tuple(-(-side // pad) for side in example.image.shape[1:]), []).append(place)
+        answers = [(sample.image_id, self.cache.nothing()) for sample, _ in shown]
+        for places in alike.values():
+            for start in range(0, len(places), self.batch_size):
+                some = places[start : start + self.batch_size]
+                batch = collate([example for place in some if (example := shown[place][1]) is not None], 0, pad)
+                targets = self.teacher(batch.to(self.teacher.device)).map(Tensor.cpu)
+                for row, place in enumerate(some):
+                    answers[place] = (answers[place][0], unstack(targets, row))
+        return answers
+
+
+def unstack(targets: SoftTargets, row: int) -> ViewTargets:
+    """The targets of one view of a batch, without padding."""
+    kept = targets.valid[row]
+    boxes, truth, taps = targets.boxes[row][kept], targets.truth[row][kept], targets.taps[row][:, kept]
+    return ViewTargets(boxes.numpy(), truth.numpy(), taps.numpy())

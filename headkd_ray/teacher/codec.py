@@ -1,0 +1,52 @@
+"""Soft targets of one view as bytes: RoIs exactly, features in 16 or 8 bits.
+
+The features are outputs of a ReLU: never negative, many of them 0. In 8 bits they are stored channel by channel, with a scale
+for each channel, so that what is 0 for all RoIs makes long runs for Parquet's compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headkd_ray.targets import ViewTargets
+
+LEVELS = 255
+"""Steps of an 8-bit feature."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How features are stored."""
+
+    dtype: Literal["fp16", "int8"]
+    layers: int
+    width: int
+
+    def scales(self, views: Sequence[ViewTargets]) -> NDArray[np.float32]:
+        """(L, D) size of one step of each channel, for the ``views`` of a row group; ones for fp16."""
+        most = np.zeros((self.layers, self.width), dtype=np.float32)
+        if self.dtype == "fp16":
+            return most + 1
+        for view in views:
+            if len(view.boxes):
+                np.maximum(most, view.taps.max(axis=1), out=most)
+        return np.where(most > 0, most / LEVELS, 1).astype(np.float32)
+
+    def pack(self, view: ViewTargets, scales: NDArray[np.float32]) -> bytes:
+        """The features (L, k, D) of a view."""
+        if self.dtype == "fp16":
+            return view.taps.astype("<f2").tobytes()
+        steps = np.rint(view.taps / scales[:, None]).clip(0, LEVELS).astype(np.uint8)
+        return steps.transpose(0, 2, 1).tobytes()
+
+    def unpack(self, packed: bytes, count: int, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(L, k, D) features of ``count`` = k RoIs."""
+        if self.dtype == "fp16":
+            return np.frombuffer(packed, dtype="<f2").reshape(self.layers, count, self.width).astype(np.float32)
+        steps = np.frombuffer(packed, dtype=np.uint8).reshape(self.layers, self.width, count)
+        return np.ascontiguousarray(steps.transpose(0, 2, 1)) * scales[:, None]

@@ -1,0 +1,43 @@
+"""The parts of a job's soft targets, put together."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.stream import BatchMaker
+from headkd_ray.detectors import Detector, FasterRCNN
+from headkd_ray.job import Job
+from headkd_ray.storage import Folder
+from headkd_ray.teacher.build import Builder
+from headkd_ray.teacher.cache import Cache
+from headkd_ray.teacher.codec import Codec
+from headkd_ray.teacher.recipe import recipe_of, view_seed, views_of
+from headkd_ray.teacher.soft import SoftTeacher
+
+
+def soft_teacher(job: Job, teacher: Detector, device: torch.device | str = "cpu") -> SoftTeacher:
+    """The job's teacher as one that chooses its own RoIs, on ``device``; ``build_trainee`` has checked its kind."""
+    assert job.teacher is not None and isinstance(teacher, FasterRCNN)
+    detector = teacher.to(device).to(memory_format=torch.channels_last)
+    return SoftTeacher(detector, job.distill.roi_budget, view_seed(job), job.data.pad, job.teacher.precision)
+
+
+def open_cache(job: Job, shards: ShardSet, teacher: Detector) -> Cache:
+    """The job's cache, as it should be: nothing is read or checked yet."""
+    assert job.teacher is not None and isinstance(teacher, FasterRCNN)
+    where = job.teacher.cache.path
+    folder = shards.folder / "soft_targets" if where is None else Folder.open(where)
+    roi = teacher.roi.spec
+    codec = Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels)
+    return Cache(folder, recipe_of(job, shards, teacher), shards, views_of(job), codec, job.distill.roi_budget)
+
+
+def builder_of(job: Job, shards: ShardSet, teacher: Detector, device: torch.device | str = "cpu") -> Builder:
+    """What fills the job's cache."""
+    assert job.teacher is not None
+    cache, soft = open_cache(job, shards, teacher), soft_teacher(job, teacher, device)
+    maker = BatchMaker(job.data, view_seed(job), train=True)
+    return Builder(cache, soft, maker, job.teacher.batch_size, threads=min(8, os.cpu_count() or 1))

@@ -1,0 +1,104 @@
+"""A teacher that chooses its own RoIs: what it says is a function of the view alone, so it may be asked anywhere, at any time.
+
+The RoIs of a view are its ground-truth boxes and a sample of the teacher's own proposals. Which ones is drawn by a hash of
+(seed, image, view, candidate), and each view is seen without the padding that its batch would give it, so neither the batch nor
+the machine matters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.keyed import key_bits
+from headkd_ray.detectors import FasterRCNN, Proposals
+from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.rois import candidates
+from headkd_ray.detectors.sampling import sample
+from headkd_ray.job import SamplerSpec
+from headkd_ray.targets import SoftTargets
+
+PROPOSAL = 1 << 20
+"""Where the candidates' numbers of proposals begin; ground-truth boxes have those below."""
+
+
+class SoftTeacher:
+    """Asks a frozen Faster R-CNN."""
+
+    def __init__(self, detector: FasterRCNN, budget: int, seed: int, pad: int, precision: str = "fp32") -> None:
+        """``budget``: RoIs a view; ``pad``: a view is padded to a multiple of this, in pixels, on its own."""
+        self.detector = detector.eval().requires_grad_(False)
+        self.seed = seed
+        self.pad = pad
+        self.precision = precision
+        roi = detector.roi.spec
+        self.sampler = SamplerSpec(size=budget, positive_fraction=roi.sampler.positive_fraction)
+        self.layers, self.width = roi.fcs, roi.fc_channels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return next(self.detector.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> SoftTargets:
+        """The teacher's targets for ``batch``, on the batch's device, which must be the teacher's. An idle one gets none."""
+        targets = self._nothing(len(batch.sizes))
+        if batch.idle:
+            return targets
+        # Views of one padded size go through together.
+        extents = (batch.sizes + self.pad - 1) // self.pad * self.pad
+        for height, width in extents.unique(dim=0).tolist():
+            rows = (extents == extents.new_tensor([height, width])).all(1).nonzero().squeeze(1)
+            group = self._look(batch, rows, height, width)
+            for whole, part in zip(targets, group, strict=True):
+                whole[rows] = part
+        return targets
+
+    def _look(self, batch: Batch, rows: Tensor, height: int, width: int) -> SoftTargets:
+        """The targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""
+        sizes, truth = batch.sizes[rows], Truth.of(batch.boxes[rows], batch.labels[rows])
+        x = self.detector.normalise(batch.images[rows, :, :height, :width], sizes)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.detector.features(x)
+            proposals = self.detector.rpn.proposals(self.detector.rpn(features), sizes)
+            pool = candidates(proposals, truth, self.detector.roi.spec.positive_iou)
+            tickets = self._tickets(batch, rows, truth, proposals)
+            positive = pool.matched >= 0
+            chosen = sample(positive & pool.valid, ~positive & pool.valid, self.sampler, ticket=tickets)
+            places = chosen.picked.unsqueeze(-1)
+            boxes = pool.boxes.gather(1, places.expand(-1, -1, 4)) * chosen.valid.unsqueeze(-1)
+            image, place = chosen.valid.nonzero(as_tuple=True)
+            taps = self.detector.roi(features, boxes[image, place], image).taps
+        targets, count = self._nothing(len(rows)), chosen.picked.shape[1]
+        targets.boxes[:, :count] = boxes
+        targets.truth[:, :count] = (chosen.picked < truth.labels.shape[1]) & chosen.valid
+        targets.valid[:, :count] = chosen.valid
+        for layer, tap in enumerate(taps):
+            targets.taps[image, layer, place] = tap.float()
+        return targets
+
+    def _nothing(self, views: int) -> SoftTargets:
+        return SoftTargets.empty(views, self.sampler.size, self.layers, self.width).map(lambda tensor: tensor.to(self.device))
+
+    def _tickets(self, batch: Batch, rows: Tensor, truth: Truth, proposals: Proposals) -> Tensor:
+        """(N, G + P) numbers in [0, 1) that belong to (seed, image, view, candidate)."""
+        views = zip(batch.image_ids[rows].tolist(), batch.views[rows].tolist(), strict=True)
+        keys = [key_bits("rois", self.seed, image, view) & 0xFFFFFFFF for image, view in views]
+        own, theirs = (torch.arange(n, device=self.device) for n in (truth.labels.shape[1], proposals.valid.shape[1]))
+        number = torch.cat([own, theirs + PROPOSAL])
+        return hashed(torch.tensor(keys, device=self.device).unsqueeze(1) ^ hashed_bits(number)) / float(1 << 32)
+
+
+def hashed(bits: Tensor) -> Tensor:
+    """``hashed_bits``, as float64."""
+    return hashed_bits(bits).double()
+
+
+def hashed_bits(bits: Tensor) -> Tensor:
+    """32 well-mixed bits of each of 32 ``bits`` (int64); products stay below 2^63, so every device computes the same."""
+    for multiplier in (0x7FEB352D, 0x2C1B3C6D):
+        bits = bits ^ (bits >> 16)
+        bits = (bits * multiplier) & 0xFFFFFFFF
+    return bits ^ (bits >> 15)
