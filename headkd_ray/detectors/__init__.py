@@ -8,8 +8,9 @@ from headkd_ray.detectors.fcos_head import FCOSHead
 from headkd_ray.detectors.proposals import Detections, Proposals
 from headkd_ray.detectors.retina_head import RetinaHead
 from headkd_ray.detectors.retinanet import RetinaNet
-from headkd_ray.detectors.roi_head import RoIHead
+from headkd_ray.detectors.roi_head import Look, RoIHead
 from headkd_ray.detectors.rois import RoIs
+from headkd_ray.detectors.two_stage import TwoStageDetector
 
 __all__ = [
     "FCOS",
@@ -17,10 +18,12 @@ __all__ = [
     "Detector",
     "FCOSHead",
     "FasterRCNN",
+    "Look",
     "Proposals",
     "RetinaHead",
     "RetinaNet",
     "RoIHead",
     "RoIs",
+    "TwoStageDetector",
     "build_detector",
 ]

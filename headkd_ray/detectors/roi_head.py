@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 from headkd_ray.detectors import init
 from headkd_ray.detectors.boxes import ROI_STDS, area, clip, decode, encode, exceeds
 from headkd_ray.detectors.losses import cross_entropy_mean, l1_sum
+from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Detections, suppress
 from headkd_ray.detectors.rois import RoIs
 from headkd_ray.job import RoIHeadSpec
@@ -27,6 +28,13 @@ class RoIOutputs(NamedTuple):
     """(R, C + 1), background last."""
     deltas: Tensor
     """(R, C, 4), or (R, 1, 4) if class-agnostic; stds .1 .1 .2 .2."""
+
+
+class Look(NamedTuple):
+    """What one stage of a RoI head saw."""
+
+    rois: RoIs
+    outputs: RoIOutputs
 
 
 def roi_levels(rois: Tensor, levels: int, finest_scale: float) -> Tensor:
@@ -93,8 +101,24 @@ class RoIHead(nn.Module):
             taps.append(hidden)
         return RoIOutputs(taps, self.cls_out(hidden), self.box_out(hidden).unflatten(1, (-1, 4)))
 
-    def losses(self, outputs: RoIOutputs, rois: RoIs) -> dict[str, Tensor]:
+    @property
+    def stages(self) -> tuple[RoIHead, ...]:
+        """The heads that look one after the other: here one."""
+        return (self,)
+
+    def looks(
+        self, features: Sequence[Tensor], rois: RoIs, truth: Truth, sizes: Tensor, generator: torch.Generator | None = None
+    ) -> list[Look]:
+        """What a training step sees of ``rois``, a look for each stage: here one.
+
+        ``truth``, ``sizes`` (B, 2) unpadded (h, w) and ``generator`` are for heads of more stages, which move the RoIs and
+        sample them again.
+        """
+        return [Look(rois, self(features, rois.boxes, rois.image))]
+
+    def losses(self, looks: Sequence[Look]) -> dict[str, Tensor]:
         """``cls``: cross entropy averaged over all R; ``box``: L1 on the positives' own class, divided by R too."""
+        ((rois, outputs),) = looks
         positive = rois.labels < self.num_classes
         column = rois.labels.clamp(max=outputs.deltas.shape[1] - 1)
         deltas = outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
@@ -102,8 +126,13 @@ class RoIHead(nn.Module):
         return {"cls": cross_entropy_mean(outputs.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
 
     @torch.no_grad()
-    def detect(self, outputs: RoIOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detections at test settings from the head's view of ``rois`` (R, 4) of images ``image`` (R,)."""
+    def detect(self, features: Sequence[Tensor], rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
+        """Detections at test settings in ``rois`` (R, 4) of images ``image`` (R,); ``sizes`` (B, 2) unpadded (h, w)."""
+        return self.conclude(self(features, rois, image), rois, image, sizes)
+
+    @torch.no_grad()
+    def conclude(self, outputs: RoIOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
+        """Detections from what was said about ``rois``; arguments as in :meth:`detect`."""
         rules = self.spec.postprocess
         scores = outputs.logits.float().softmax(-1)[:, :-1]
         row, label = (scores > rules.score).nonzero(as_tuple=True)

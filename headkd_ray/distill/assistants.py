@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headkd_ray.detectors import FCOSHead, Proposals, RetinaHead, RoIHead
 from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.roi_head import Look
 from headkd_ray.detectors.rois import sample_rois
 from headkd_ray.distill.ckd import CKD, level_errors
 
@@ -74,4 +75,4 @@ class RoIAssistant(nn.Module):
         rois = sample_rois(scene.proposals, truth, self.head.spec, self.head.num_classes, scene.generator)
         outputs = self.head(scene.features, rois.boxes, rois.image)
         rows = self.ckd(scene.taps, rois)
-        return Advice(self.head.losses(outputs, rois), self.ckd.loss(rows, outputs.taps[-1], rois))
+        return Advice(self.head.losses([Look(rois, outputs)]), self.ckd.loss(rows, outputs.taps[-1], rois))

@@ -18,7 +18,7 @@ from headkd_ray.detectors import FCOS, Detector, Proposals, RetinaNet, RoIHead, 
 from headkd_ray.detectors.fcos_head import FCOSOutputs
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.retina_head import RetinaOutputs
-from headkd_ray.detectors.roi_head import RoIOutputs
+from headkd_ray.detectors.roi_head import Look, RoIOutputs
 from headkd_ray.detectors.rois import sample_rois
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.ckd import CKD
@@ -108,7 +108,7 @@ class HEAD(Trainee):
         rois = pick(proposals) if pick else self.sample(proposals, boxes, labels, generator)
 
         assisted = self.assistant(features, rois.boxes, rois.image)
-        for name, loss in self.assistant.losses(assisted, rois).items():
+        for name, loss in self.assistant.losses([Look(rois, assisted)]).items():
             losses[f"loss_assist_{name}"] = self.spec.assistant_weight * loss
 
         weight = warmup(step, self.spec.warmup_steps)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from headkd_ray.detectors import Detections, FasterRCNN, Proposals, RetinaNet, RoIs
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.retina_head import RetinaHead, RetinaOutputs
-from headkd_ray.detectors.roi_head import RoIOutputs
+from headkd_ray.detectors.roi_head import Look, RoIOutputs
 from headkd_ray.detectors.weights import LoadedDetector, load_mmdet
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.distill.akd import AKD
@@ -175,7 +175,7 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     run.proposed = Proposed.of(proposals, rules, scores, outputs.deltas, anchors, sizes)
     rois = golden_rois(golden, proposals, Truth.of(boxes, labels), student.num_classes, student.roi.spec.positive_iou)
     run.rois, run.roi_outputs = rois, student.roi(run.features, rois.boxes, rois.image)
-    losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses(run.roi_outputs, rois).items()}
+    losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses([Look(rois, run.roi_outputs)]).items()}
     return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
 
 

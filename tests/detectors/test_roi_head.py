@@ -9,12 +9,13 @@ from headkd_ray.detectors import RoIHead, RoIs
 from headkd_ray.detectors.boxes import ROI_STDS, decode, encode
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Proposals
-from headkd_ray.detectors.roi_head import RoIOutputs, pool_rois, roi_levels
+from headkd_ray.detectors.roi_head import Look, RoIOutputs, pool_rois, roi_levels
 from headkd_ray.detectors.rois import candidates, choose, draw, flatten
 from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 STRIDES = (8, 16, 32, 64)
 CLASSES = 3
+NO_TRUTH = Truth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
 
 
 def spec(**keys: Any) -> RoIHeadSpec:
@@ -84,7 +85,7 @@ def test_losses_in_float64(agnostic: bool) -> None:
     head = RoIHead(spec(class_agnostic=agnostic), 4, CLASSES, STRIDES)
     sample = rois([0, 2, 3, 1, 3])  # 3 = background
     logits, deltas = torch.randn(5, 4), torch.randn(5, 1 if agnostic else CLASSES, 4)
-    losses = head.losses(RoIOutputs([], logits, deltas), sample)
+    losses = head.losses([Look(sample, RoIOutputs([], logits, deltas))])
     cls, box = 0.0, 0.0
     for n, label in enumerate(sample.labels.tolist()):
         cls -= float(logits[n].double().log_softmax(0)[label])
@@ -100,8 +101,7 @@ def test_no_rois_no_loss_but_gradients_of_zero() -> None:
     features = [f.requires_grad_() for f in features]
     head = RoIHead(spec(), 4, CLASSES, STRIDES)
     nothing = rois([])
-    outputs = head(features, torch.zeros(0, 4), nothing.image)
-    losses = head.losses(outputs, nothing)
+    losses = head.losses(head.looks(features, nothing, NO_TRUTH, torch.tensor([[256, 256]] * 2)))
     (losses["cls"] + losses["box"]).backward()
     assert losses["cls"].item() == losses["box"].item() == 0
     assert all(p.grad is not None and (p.grad == 0).all() for p in head.parameters())
@@ -113,7 +113,7 @@ def test_detections_by_hand() -> None:
     boxes, image = torch.rand(30, 4).cumsum(1) * 60, torch.arange(30) % 2
     outputs = RoIOutputs([], torch.randn(30, 4) * 2, torch.randn(30, CLASSES, 4))
     sizes = torch.tensor([[64, 96], [50, 60]])
-    found = head.detect(outputs, boxes, image, sizes)
+    found = head.conclude(outputs, boxes, image, sizes)
     for i in range(2):
         kept = []
         for c in range(CLASSES):
