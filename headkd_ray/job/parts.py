@@ -29,6 +29,7 @@ class Spec(BaseModel):
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class BackboneSpec(Spec):
