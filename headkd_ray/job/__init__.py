@@ -36,6 +36,9 @@ from headkd_ray.job.parts import (
 )
 from headkd_ray.job.render import render_job
 from headkd_ray.job.two_stage import (
+    CascadeHeadSpec,
+    CascadeRCNNSpec,
+    CascadeRPNSpec,
     FasterRCNNSpec,
     RoIHeadSpec,
     RPNSpec,
@@ -45,6 +48,9 @@ __all__ = [
     "AnchorSpec",
     "AssistantsSpec",
     "BackboneSpec",
+    "CascadeHeadSpec",
+    "CascadeRCNNSpec",
+    "CascadeRPNSpec",
     "CheckpointSpec",
     "ClusterSpec",
     "DataSpec",

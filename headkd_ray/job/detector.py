@@ -21,7 +21,7 @@ from headkd_ray.job.parts import (
     ProposalSpec,
     Spec,
 )
-from headkd_ray.job.two_stage import FasterRCNNSpec
+from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec
 
 
 class RetinaHeadSpec(Spec):
@@ -98,7 +98,8 @@ class RetinaNetSpec(Spec):
     """RetinaNet: a dense detector on P3 to P7."""
 
     kind: Literal["retinanet"] = "retinanet"
-    """The detector's kind: retinanet (one dense head), fcos (one without anchors) or faster_rcnn (RPN and RoI head)."""
+    """The detector's kind: retinanet (one dense head), fcos (one without anchors), faster_rcnn (RPN and RoI head) or
+    cascade_rcnn (RPN and three RoI heads in a row)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FPNSpec = FPNSpec()
@@ -113,7 +114,8 @@ class FCOSSpec(Spec):
     """FCOS: a dense detector without anchors on P3 to P7."""
 
     kind: Literal["fcos"] = "fcos"
-    """The detector's kind: fcos (one dense head without anchors), retinanet (one with) or faster_rcnn (RPN and RoI head)."""
+    """The detector's kind: fcos (one dense head without anchors), retinanet (one with), faster_rcnn (RPN and RoI head) or
+    cascade_rcnn (RPN and three RoI heads in a row)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FCOSFPNSpec = FCOSFPNSpec()
@@ -124,4 +126,4 @@ class FCOSSpec(Spec):
     """Input normalisation."""
 
 
-DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec, Field(discriminator="kind")]
+DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec | CascadeRCNNSpec, Field(discriminator="kind")]

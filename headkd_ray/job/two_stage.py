@@ -1,13 +1,14 @@
 """The architecture keys of two-stage detectors.
 
-Defaults are the paper's R50 Faster R-CNN teacher (official code, ``configs/_base_/models``).
+Defaults are the paper's R50 Faster R-CNN teacher and the Cascade R-CNN of its research branch (official code,
+``configs/_base_/models``).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from headkd_ray.job.parts import (
     Fraction,
@@ -26,7 +27,7 @@ from headkd_ray.job.parts import (
 
 
 class RPNSpec(Spec):
-    """Region proposal network of Faster R-CNN."""
+    """Region proposal network of Faster R-CNN and Cascade R-CNN."""
 
     convs: PositiveInt = 1
     """3x3 conv + ReLU layers before the two outputs (torchvision v2: 2)."""
@@ -99,7 +100,8 @@ class FasterRCNNSpec(Spec):
     """Faster R-CNN: RPN on P2 to P6, RoI head on P2 to P5."""
 
     kind: Literal["faster_rcnn"] = "faster_rcnn"
-    """The detector's kind: faster_rcnn (RPN and RoI head), retinanet (one dense head) or fcos (one without anchors)."""
+    """The detector's kind: faster_rcnn (RPN and RoI head), cascade_rcnn (RPN and three RoI heads in a row), retinanet (one
+    dense head) or fcos (one without anchors)."""
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: PooledFPNSpec = PooledFPNSpec()
@@ -108,5 +110,69 @@ class FasterRCNNSpec(Spec):
     """Region proposal network."""
     roi: RoIHeadSpec = RoIHeadSpec()
     """RoI head."""
+    pixels: PixelSpec = PixelSpec()
+    """Input normalisation."""
+
+
+class CascadeHeadSpec(BoxHeadSpec):
+    """Box heads of equal shape in a row, each on the boxes that the one before it refined. What differs is a list, with one
+    value for each stage; sampling and loss are the same for all, and only the last one's boxes become detections."""
+
+    class_agnostic: bool = True
+    """One box for all classes instead of one per class."""
+    box_beta: NonNegativeFloat = 1.0
+    """Box loss: smooth L1, quadratic where a delta is off by less than this (in units of deltas after stds); 0 = L1."""
+    positive_ious: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.5, 0.6, 0.7)
+    """For each stage, the IoU from which a RoI is positive; below it is background. As many as there are stages."""
+    stds: tuple[Stds, ...] = (
+        (0.1, 0.1, 0.2, 0.2),
+        (0.05, 0.05, 0.1, 0.1),
+        (0.033, 0.033, 0.067, 0.067),
+    )
+    """For each stage, the scale of its box deltas dx, dy, dw, dh, as the boxes to correct get better."""
+    weights: tuple[NonNegativeFloat, ...] = (1.0, 0.5, 0.25)
+    """For each stage, the weight of its class and box loss."""
+    average: Literal["logits", "scores"] = "logits"
+    """What a detection's score averages over the stages: logits = the softmax of the mean logits (mmdet, with whose weights it
+    agrees); scores = the mean of the softmax scores (Detectron2)."""
+
+    @property
+    def stages(self) -> tuple[RoIHeadSpec, ...]:
+        """One head's spec for each stage."""
+        shared = {name: getattr(self, name) for name in BoxHeadSpec.model_fields}
+        places = zip(self.positive_ious, self.stds, strict=True)
+        return tuple(RoIHeadSpec(**shared, positive_iou=iou, stds=stds) for iou, stds in places)
+
+
+class CascadeProposalSpec(ProposalSpec):
+    """How the RPN of Cascade R-CNN proposes RoIs while training."""
+
+    post_nms: PositiveInt = 2000
+    """Proposals kept per image after NMS."""
+
+
+class CascadeRPNSpec(RPNSpec):
+    """Region proposal network of Cascade R-CNN."""
+
+    box_beta: NonNegativeFloat = 1 / 9
+    """Box loss: smooth L1, quadratic where a delta is off by less than this (in units of deltas); 0 = L1."""
+    train_proposals: CascadeProposalSpec = CascadeProposalSpec()
+    """Proposals while training."""
+
+
+class CascadeRCNNSpec(Spec):
+    """Cascade R-CNN: RPN on P2 to P6, RoI heads in a row on P2 to P5."""
+
+    kind: Literal["cascade_rcnn"] = "cascade_rcnn"
+    """The detector's kind: cascade_rcnn (RPN and three RoI heads in a row), faster_rcnn (RPN and RoI head), retinanet (one
+    dense head) or fcos (one without anchors)."""
+    backbone: ResNet50Spec = ResNet50Spec()
+    """Backbone."""
+    neck: PooledFPNSpec = PooledFPNSpec()
+    """Feature pyramid, P2 to P6."""
+    rpn: CascadeRPNSpec = CascadeRPNSpec()
+    """Region proposal network."""
+    roi: CascadeHeadSpec = CascadeHeadSpec()
+    """RoI heads."""
     pixels: PixelSpec = PixelSpec()
     """Input normalisation."""
