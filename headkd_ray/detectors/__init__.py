@@ -1,6 +1,8 @@
-"""Detectors in plain PyTorch: timm backbones, FPN, RetinaNet, FCOS, Faster R-CNN, and their weights in and out."""
+"""Detectors in plain PyTorch: timm backbones, FPN, RetinaNet, FCOS, Faster and Cascade R-CNN, and their weights in and out."""
 
 from headkd_ray.detectors.build import build_detector
+from headkd_ray.detectors.cascade_head import CascadeHead
+from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.detector import Detector
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
@@ -15,6 +17,8 @@ from headkd_ray.detectors.two_stage import TwoStageDetector
 
 __all__ = [
     "FCOS",
+    "CascadeHead",
+    "CascadeRCNN",
     "DenseDetector",
     "Detections",
     "Detector",

@@ -8,16 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from headkd_ray.job import Stds
+
 MAX_LOG_RATIO = math.log(1000 / 16)
 """Largest |log| by which a decoded side may differ from its reference's (Detectron's constant, also mmdet's)."""
 
 UNIT_STDS = (1.0, 1.0, 1.0, 1.0)
 """Delta scale of dense heads."""
-
-ROI_STDS = (0.1, 0.1, 0.2, 0.2)
-"""Delta scale of RoI heads."""
-
-Stds = tuple[float, float, float, float]
 
 
 def area(boxes: Tensor) -> Tensor:

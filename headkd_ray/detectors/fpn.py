@@ -1,4 +1,4 @@
-"""Feature pyramid network: C3-C5 to P3-P7 (RetinaNet, FCOS) or C2-C5 to P2-P6 (Faster R-CNN)."""
+"""Feature pyramid network: C3-C5 to P3-P7 (RetinaNet, FCOS) or C2-C5 to P2-P6 (Faster and Cascade R-CNN)."""
 
 from __future__ import annotations
 

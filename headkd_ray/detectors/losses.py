@@ -31,9 +31,16 @@ def _power(value: Tensor, exponent: float) -> Tensor:
     return value * value if exponent == 2 else value.pow(exponent)
 
 
-def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Sum of |predicted - target| over the rows (...,) that are ``counted``; predicted and target are (..., 4)."""
-    return (predicted.float() - target).abs().sum(-1).masked_fill(~counted, 0.0).sum()
+def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0) -> Tensor:
+    """Sum of d = |predicted - target| over the rows (...,) that are ``counted``; predicted and target are (..., 4).
+
+    With a ``beta`` above 0 smooth L1: d - beta / 2, but d^2 / (2 beta) where d is below ``beta``.
+    """
+    if beta > 0:
+        distance = F.smooth_l1_loss(predicted.float(), target, reduction="none", beta=beta)
+    else:
+        distance = (predicted.float() - target).abs()
+    return distance.sum(-1).masked_fill(~counted, 0.0).sum()
 
 
 def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["giou", "iou"]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from headkd_ray.detectors import init
-from headkd_ray.detectors.boxes import ROI_STDS, area, clip, decode, encode, exceeds
+from headkd_ray.detectors.boxes import area, clip, decode, encode, exceeds
 from headkd_ray.detectors.losses import cross_entropy_mean, l1_sum
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Detections, suppress
@@ -27,7 +27,7 @@ class RoIOutputs(NamedTuple):
     logits: Tensor
     """(R, C + 1), background last."""
     deltas: Tensor
-    """(R, C, 4), or (R, 1, 4) if class-agnostic; stds .1 .1 .2 .2."""
+    """(R, C, 4), or (R, 1, 4) if class-agnostic; in units of the spec's ``stds``."""
 
 
 class Look(NamedTuple):
@@ -57,6 +57,12 @@ def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, 
         for f, stride, part in zip(features, strides, parts, strict=True)
     ]
     return torch.cat(pooled).index_select(0, order.argsort())
+
+
+def deltas_of(outputs: RoIOutputs, labels: Tensor) -> Tensor:
+    """(R, 4): the deltas of each RoI for its class in ``labels`` (R,); any of them for background."""
+    column = labels.clamp(max=outputs.deltas.shape[1] - 1)
+    return outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
 
 
 class RoIHead(nn.Module):
@@ -127,12 +133,12 @@ class RoIHead(nn.Module):
         return [Look(rois, self(features, rois.boxes, rois.image))]
 
     def losses(self, looks: Sequence[Look]) -> dict[str, Tensor]:
-        """``cls``: cross entropy averaged over all R; ``box``: L1 on the positives' own class, divided by R too."""
+        """``cls``: cross entropy averaged over all R; ``box``: (smooth) L1 on the positives' own class, divided by R too."""
         ((rois, outputs),) = looks
         positive = rois.labels < self.num_classes
-        column = rois.labels.clamp(max=outputs.deltas.shape[1] - 1)
-        deltas = outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
-        box = l1_sum(deltas, encode(rois.targets, rois.boxes, ROI_STDS), positive)
+        # A RoI that a cascade moved off its image has no sides to encode by; it is background.
+        wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
+        box = l1_sum(deltas_of(outputs, rois.labels), wanted, positive, self.spec.box_beta)
         return {"cls": cross_entropy_mean(outputs.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
 
     @torch.no_grad()
@@ -147,7 +153,7 @@ class RoIHead(nn.Module):
         scores = outputs.logits.float().softmax(-1)[:, :-1]
         row, label = (scores > rules.score).nonzero(as_tuple=True)
         column = label if outputs.deltas.shape[1] > 1 else torch.zeros_like(label)
-        boxes = decode(outputs.deltas[row, column].float(), rois[row], ROI_STDS, self.spec.clamp_shrink)
+        boxes = decode(outputs.deltas[row, column].float(), rois[row], self.spec.stds, self.spec.clamp_shrink)
         boxes = clip(boxes.unsqueeze(1), sizes[image[row]]).squeeze(1)
         kept = exceeds(boxes, rules.min_size)
         return suppress(

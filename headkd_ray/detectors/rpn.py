@@ -1,4 +1,4 @@
-"""Region proposal network of Faster R-CNN, on P2 to P6."""
+"""Region proposal network of Faster R-CNN and Cascade R-CNN, on P2 to P6."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RPN(nn.Module):
         generator: torch.Generator | None = None,
         extents: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Cross entropy and L1 on sampled anchors, each divided by the number of samples in the batch (mmdet).
+        """Cross entropy and (smooth) L1 on sampled anchors, each divided by the number of samples in the batch (mmdet).
 
         Arguments as in :meth:`RetinaHead.losses`; ``generator`` draws the samples.
         """
@@ -79,7 +79,7 @@ class RPN(nn.Module):
         samples = positive.sum(1).clamp(min=1).sum() + negatives
         return {
             "loss_rpn_cls": binary_cross_entropy_sum(logits, positive, chosen.valid) / samples,
-            "loss_rpn_box": l1_sum(deltas, encode(target_boxes, anchors), positive) / samples,
+            "loss_rpn_box": l1_sum(deltas, encode(target_boxes, anchors), positive, self.spec.box_beta) / samples,
         }
 
     @torch.no_grad()

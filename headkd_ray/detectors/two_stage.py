@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headkd_ray.detectors.cascade_head import CascadeHead
 from headkd_ray.detectors.detector import Detector
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Detections
 from headkd_ray.detectors.roi_head import Look, RoIHead
 from headkd_ray.detectors.rois import flatten, sample_rois
 from headkd_ray.detectors.rpn import RPN
-from headkd_ray.job import FasterRCNNSpec
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec
 
 ROI_STRIDES = (4, 8, 16, 32)
 """Pixels a cell of P2 to P5."""
@@ -20,10 +21,10 @@ ROI_STRIDES = (4, 8, 16, 32)
 class TwoStageDetector(Detector):
     """Backbone, FPN on C2 to C5, RPN, and the RoI head that a subclass sets."""
 
-    spec: FasterRCNNSpec
-    roi: RoIHead
+    spec: FasterRCNNSpec | CascadeRCNNSpec
+    roi: RoIHead | CascadeHead
 
-    def __init__(self, spec: FasterRCNNSpec, num_classes: int) -> None:
+    def __init__(self, spec: FasterRCNNSpec | CascadeRCNNSpec, num_classes: int) -> None:
         super().__init__(spec, num_classes, finest=0)
         self.rpn = RPN(spec.rpn, spec.neck.channels)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import FCOS, Detections, FasterRCNN, RetinaNet
+from headkd_ray.detectors import FCOS, CascadeRCNN, Detections, FasterRCNN, RetinaNet, TwoStageDetector
 from headkd_ray.golden.compare import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import Replay, replay
@@ -187,9 +187,9 @@ def _detections(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _compare_images(
-    name: str, detector: RetinaNet | FasterRCNN | FCOS, ours: Detections, wanted: list[Tensor], note: str = ""
+    name: str, detector: RetinaNet | FasterRCNN | FCOS | CascadeRCNN, ours: Detections, wanted: list[Tensor], note: str = ""
 ) -> list[Row]:
-    rules = detector.roi.spec.postprocess if isinstance(detector, FasterRCNN) else detector.head.spec.postprocess
+    rules = detector.roi.spec.postprocess if isinstance(detector, TwoStageDetector) else detector.head.spec.postprocess
     rows = []
     for i, golden in enumerate(wanted):
         real = ours.labels[i] >= 0

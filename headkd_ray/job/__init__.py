@@ -2,16 +2,7 @@
 
 from headkd_ray.job.assistants import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
 from headkd_ray.job.checks import Problem, problems, warnings
-from headkd_ray.job.detector import (
-    DetectorSpec,
-    FasterRCNNSpec,
-    FCOSHeadSpec,
-    FCOSSpec,
-    RetinaHeadSpec,
-    RetinaNetSpec,
-    RoIHeadSpec,
-    RPNSpec,
-)
+from headkd_ray.job.detector import DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
 from headkd_ray.job.job import (
     CheckpointSpec,
     ClusterSpec,
@@ -40,15 +31,27 @@ from headkd_ray.job.parts import (
     RPNSamplerSpec,
     RPNTestProposalSpec,
     SamplerSpec,
+    Stds,
 )
 from headkd_ray.job.render import render_job
 from headkd_ray.job.teacher import CacheSpec, PoolSpec, TeacherSpec
+from headkd_ray.job.two_stage import (
+    CascadeHeadSpec,
+    CascadeRCNNSpec,
+    CascadeRPNSpec,
+    FasterRCNNSpec,
+    RoIHeadSpec,
+    RPNSpec,
+)
 
 __all__ = [
     "AnchorSpec",
     "AssistantsSpec",
     "BackboneSpec",
     "CacheSpec",
+    "CascadeHeadSpec",
+    "CascadeRCNNSpec",
+    "CascadeRPNSpec",
     "CheckpointSpec",
     "ClusterSpec",
     "DataSpec",
@@ -84,6 +87,7 @@ __all__ = [
     "RoIPostprocessSpec",
     "RunSpec",
     "SamplerSpec",
+    "Stds",
     "TeacherSpec",
     "load_job",
     "problems",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import NonNegativeFloat
 
-from headkd_ray.job.detector import FCOSHeadSpec, RetinaHeadSpec, RoIHeadSpec
+from headkd_ray.job.detector import FCOSHeadSpec, RetinaHeadSpec
 from headkd_ray.job.parts import Spec
+from headkd_ray.job.two_stage import RoIHeadSpec
 
 
 class FCOSAssistantSpec(Spec):

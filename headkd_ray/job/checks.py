@@ -164,8 +164,18 @@ def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
     kind, extra = get("student.kind"), get("student.neck.extra")
     if kind in ("retinanet", "fcos") and extra == "pool":
         yield "student.neck.extra", f"pool makes no P7; {kind} needs conv_c5 or conv_p5"
-    if kind == "faster_rcnn" and extra != "pool":
-        yield "student.neck.extra", f"faster_rcnn needs pool, got {extra}"
+    if kind in ("faster_rcnn", "cascade_rcnn") and extra != "pool":
+        yield "student.neck.extra", f"{kind} needs pool, got {extra}"
+
+
+def _cascade_stages(get: Get) -> Iterator[tuple[str, str]]:
+    if get("student.kind") != "cascade_rcnn":
+        return
+    stages = len(get("student.roi.positive_ious"))
+    for key in ("stds", "weights"):
+        given = len(get(f"student.roi.{key}"))
+        if given != stages:
+            yield f"student.roi.{key}", f"{given} values for the {stages} stages of student.roi.positive_ious"
 
 
 def _fcos_heads(get: Get) -> Iterator[tuple[str, str]]:
@@ -181,7 +191,8 @@ def _fcos_heads(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
-    sections = {"retinanet": ["student.head"], "faster_rcnn": ["student.rpn"], "fcos": []}[get("student.kind")]
+    places = {"retinanet": ["student.head"], "faster_rcnn": ["student.rpn"], "cascade_rcnn": ["student.rpn"], "fcos": []}
+    sections = places[get("student.kind")]
     sections += ["distill.assistants.retinanet.head"] if get("distill.assistants.retinanet") is not None else []
     for section in sections:
         low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
@@ -240,6 +251,7 @@ CHECKS: tuple[Check, ...] = (
     _random_weights_must_learn,
     _backbone_arguments,
     _pyramid,
+    _cascade_stages,
     _fcos_heads,
     _iou_thresholds,
 )

@@ -1,19 +1,14 @@
 """The architecture keys of a detector: shared by the job file, the checkpoint's meta and the model builders.
 
-Defaults are the paper's R18 RetinaNet student and R50 Faster R-CNN teacher (official code, ``configs/_base_/models``), and
-the FCOS of the paper's TF-HEAD. A detector's classes are not here: they come with the data.
+Defaults are the paper's R18 RetinaNet student (official code, ``configs/_base_/models``) and the FCOS of the paper's TF-HEAD;
+the two-stage detectors have their own module. A detector's classes are not here: they come with the data.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from headkd_ray.job.parts import (
     AnchorSpec,
@@ -22,17 +17,11 @@ from headkd_ray.job.parts import (
     FPNSpec,
     Fraction,
     PixelSpec,
-    PooledFPNSpec,
     PostprocessSpec,
     ProposalSpec,
-    ResNet50Spec,
-    RoIPostprocessSpec,
-    RPNAnchorSpec,
-    RPNSamplerSpec,
-    RPNTestProposalSpec,
-    SamplerSpec,
     Spec,
 )
+from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec
 
 
 class RetinaHeadSpec(Spec):
@@ -105,69 +94,12 @@ class FCOSHeadSpec(Spec):
     """Detections at test time."""
 
 
-class RPNSpec(Spec):
-    """Region proposal network of Faster R-CNN."""
-
-    convs: PositiveInt = 1
-    """3x3 conv + ReLU layers before the two outputs (torchvision v2: 2)."""
-    tower_std: PositiveFloat | None = 0.01
-    """Initial weights of those layers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation, for
-    narrow ones, in which 0.01 lets the signal vanish."""
-    anchors: RPNAnchorSpec = RPNAnchorSpec()
-    """Anchors."""
-    positive_iou: Fraction = 0.7
-    """IoU from which an anchor is positive."""
-    negative_iou: Fraction = 0.3
-    """IoU below which an anchor is negative; also the least IoU of a low-quality match."""
-    sampler: RPNSamplerSpec = RPNSamplerSpec()
-    """Anchors that enter the loss."""
-    clamp_shrink: bool = True
-    """Limit how much a box may shrink from its anchor to 16/1000, as growth always is to 1000/16 (torchvision: false)."""
-    train_proposals: ProposalSpec = ProposalSpec()
-    """Proposals while training."""
-    test_proposals: RPNTestProposalSpec = RPNTestProposalSpec()
-    """Proposals at test time."""
-
-
-class RoIHeadSpec(Spec):
-    """Box head on RoI features; also the architecture of HEAD's assistant."""
-
-    convs: NonNegativeInt = 0
-    """3x3 conv layers before the fully connected ones (torchvision v2: 4)."""
-    conv_channels: PositiveInt = 256
-    """Width of those convs."""
-    conv_norm: bool = False
-    """BatchNorm after each of those convs (torchvision v2)."""
-    fcs: PositiveInt = 2
-    """Fully connected layers with ReLU; each one's output is a tap for AKD."""
-    fc_channels: PositiveInt = 1024
-    """Width of the fully connected layers."""
-    pool: PositiveInt = 7
-    """RoIAlign output side, in bins."""
-    sampling_ratio: NonNegativeInt = 0
-    """RoIAlign samples per bin and axis; 0 = adaptive (paper); torchvision's models use 2."""
-    aligned: bool = True
-    """RoIAlign with the half-pixel shift (paper: true; torchvision's models: false)."""
-    finest_scale: PositiveFloat = 56.0
-    """RoI to level: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, 3), pixels of the network input.
-    torchvision's 224-at-level-4 map on P2 to P5 equals 56."""
-    class_agnostic: bool = False
-    """One box for all classes instead of one per class."""
-    clamp_shrink: bool = True
-    """Limit how much a box may shrink from its RoI to 16/1000, as growth always is to 1000/16 (torchvision: false)."""
-    positive_iou: Fraction = 0.5
-    """IoU from which a RoI is positive; below it is background."""
-    sampler: SamplerSpec = SamplerSpec()
-    """RoIs that enter the loss; ground-truth boxes are added in front."""
-    postprocess: RoIPostprocessSpec = RoIPostprocessSpec()
-    """Detections at test time."""
-
-
 class RetinaNetSpec(Spec):
     """RetinaNet: a dense detector on P3 to P7."""
 
     kind: Literal["retinanet"] = "retinanet"
-    """The detector's kind: retinanet (one dense head), fcos (one without anchors) or faster_rcnn (RPN and RoI head)."""
+    """The detector's kind: retinanet (one dense head), fcos (one without anchors), faster_rcnn (RPN and RoI head) or
+    cascade_rcnn (RPN and three RoI heads in a row)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FPNSpec = FPNSpec()
@@ -178,28 +110,12 @@ class RetinaNetSpec(Spec):
     """Input normalisation."""
 
 
-class FasterRCNNSpec(Spec):
-    """Faster R-CNN: RPN on P2 to P6, RoI head on P2 to P5."""
-
-    kind: Literal["faster_rcnn"] = "faster_rcnn"
-    """The detector's kind: faster_rcnn (RPN and RoI head), retinanet (one dense head) or fcos (one without anchors)."""
-    backbone: ResNet50Spec = ResNet50Spec()
-    """Backbone."""
-    neck: PooledFPNSpec = PooledFPNSpec()
-    """Feature pyramid, P2 to P6."""
-    rpn: RPNSpec = RPNSpec()
-    """Region proposal network."""
-    roi: RoIHeadSpec = RoIHeadSpec()
-    """RoI head."""
-    pixels: PixelSpec = PixelSpec()
-    """Input normalisation."""
-
-
 class FCOSSpec(Spec):
     """FCOS: a dense detector without anchors on P3 to P7."""
 
     kind: Literal["fcos"] = "fcos"
-    """The detector's kind: fcos (one dense head without anchors), retinanet (one with) or faster_rcnn (RPN and RoI head)."""
+    """The detector's kind: fcos (one dense head without anchors), retinanet (one with), faster_rcnn (RPN and RoI head) or
+    cascade_rcnn (RPN and three RoI heads in a row)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FCOSFPNSpec = FCOSFPNSpec()
@@ -210,4 +126,4 @@ class FCOSSpec(Spec):
     """Input normalisation."""
 
 
-DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec, Field(discriminator="kind")]
+DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec | CascadeRCNNSpec, Field(discriminator="kind")]

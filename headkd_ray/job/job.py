@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from headkd_ray.job.assistants import AssistantsSpec
-from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec, RoIHeadSpec
+from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.parts import Fraction, Spec, Text
 from headkd_ray.job.teacher import TeacherSpec
+from headkd_ray.job.two_stage import RoIHeadSpec
 
 Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
 

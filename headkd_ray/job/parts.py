@@ -29,6 +29,7 @@ class Spec(BaseModel):
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class BackboneSpec(Spec):
@@ -67,13 +68,13 @@ class PixelSpec(Spec):
 
 
 class FPNSpec(Spec):
-    """Feature pyramid network; the lowest level follows from the detector (P3 for RetinaNet and FCOS, P2 for Faster R-CNN)."""
+    """Feature pyramid network; the lowest level follows from the detector (P3 for RetinaNet and FCOS, P2 for the R-CNNs)."""
 
     channels: PositiveInt = 256
     """Channels of every pyramid level."""
     extra: Literal["conv_c5", "conv_p5", "pool"] = "conv_c5"
     """Levels above P5: conv_c5 = two stride-2 3x3 convs, the first on C5 (paper's RetinaNet); conv_p5 = the first on P5;
-    pool = one level, P5 subsampled by 2 (Faster R-CNN, and only there)."""
+    pool = one level, P5 subsampled by 2 (Faster and Cascade R-CNN, and only there)."""
     relu_before_p7: bool = False
     """ReLU between P6 and P7 (torchvision's RetinaNet: true; the paper's: false); without effect for pool."""
     norm: bool = False
@@ -81,10 +82,10 @@ class FPNSpec(Spec):
 
 
 class PooledFPNSpec(FPNSpec):
-    """Feature pyramid of Faster R-CNN, P2 to P6."""
+    """Feature pyramid of Faster and Cascade R-CNN, P2 to P6."""
 
     extra: Literal["conv_c5", "conv_p5", "pool"] = "pool"
-    """Levels above P5; Faster R-CNN takes pool: one level, P5 subsampled by 2."""
+    """Levels above P5; Faster and Cascade R-CNN take pool: one level, P5 subsampled by 2."""
 
 
 class FCOSFPNSpec(FPNSpec):

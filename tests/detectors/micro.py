@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
 
 BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
@@ -32,6 +32,14 @@ def faster_rcnn_spec(**roi: Any) -> FasterRCNNSpec:
             "roi": {"fc_channels": 24, "pool": 3, "sampler": {"size": 16}, **roi},
         }
     )
+
+
+def cascade_spec(**roi: Any) -> CascadeRCNNSpec:
+    whole = faster_rcnn_spec().model_dump(include={"backbone", "neck"})
+    proposals = {"pre_nms": 100, "post_nms": 50}
+    rpn = {"train_proposals": proposals, "test_proposals": proposals, "sampler": {"size": 32}}
+    roi = {"fc_channels": 24, "pool": 3, "sampler": {"size": 16}, **roi}
+    return CascadeRCNNSpec.model_validate({**whole, "rpn": rpn, "roi": roi})
 
 
 def fcos_spec(**head: Any) -> FCOSSpec:

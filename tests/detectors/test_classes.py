@@ -3,14 +3,21 @@ import torch
 
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes, with_classes
-from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RetinaNetSpec
-from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
 NAMES = ("ant", "N/A", "bee", "N/A", "cat")
+DENSE = [retinanet_spec(), fcos_spec()]
+TWO_STAGE = [
+    faster_rcnn_spec(),
+    faster_rcnn_spec(class_agnostic=True),
+    cascade_spec(),
+    cascade_spec(class_agnostic=False),
+]
 
 
-@pytest.mark.parametrize("spec", [retinanet_spec(), fcos_spec(), faster_rcnn_spec(), faster_rcnn_spec(class_agnostic=True)])
-def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec) -> None:
+@pytest.mark.parametrize("spec", [*DENSE, *TWO_STAGE])
+def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec | CascadeRCNNSpec) -> None:
     torch.manual_seed(0)
     whole = build_detector(spec, 5).eval()
     liven(whole)
@@ -23,9 +30,10 @@ def test_the_other_outputs_stay_as_they_are(spec: RetinaNetSpec | FCOSSpec | Fas
             torch.testing.assert_close(mine.unflatten(1, (-1, 3)), theirs.unflatten(1, (-1, 5))[:, :, [0, 2, 4]])
     else:
         boxes, image = torch.tensor([[4.0, 4, 40, 36], [8, 8, 30, 44]]), torch.tensor([0, 2])
-        mine, theirs = (net.roi(features, boxes, image) for net in (fewer, whole))  # type: ignore[union-attr, operator]
-        torch.testing.assert_close(mine.logits, theirs.logits[:, [0, 2, 4, 5]])
-        torch.testing.assert_close(mine.deltas, theirs.deltas if spec.roi.class_agnostic else theirs.deltas[:, [0, 2, 4]])
+        for heads in zip(fewer.roi.stages, whole.roi.stages, strict=True):  # type: ignore[union-attr]
+            mine, theirs = (head(features, boxes, image) for head in heads)
+            torch.testing.assert_close(mine.logits, theirs.logits[:, [0, 2, 4, 5]])
+            torch.testing.assert_close(mine.deltas, theirs.deltas if spec.roi.class_agnostic else theirs.deltas[:, [0, 2, 4]])
 
 
 def test_nothing_to_drop() -> None:
@@ -35,8 +43,18 @@ def test_nothing_to_drop() -> None:
         assert drop_unused_classes(loaded) is loaded
 
 
-@pytest.mark.parametrize("spec", [retinanet_spec(), fcos_spec(), faster_rcnn_spec()])
-def test_classes_are_found_by_name_and_new_ones_are_fresh(spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec) -> None:
+@pytest.mark.parametrize(
+    ("spec", "layer"),
+    [
+        (retinanet_spec(), "head.cls_out"),
+        (fcos_spec(), "head.cls_out"),
+        (faster_rcnn_spec(), "roi.cls_out"),
+        *((cascade_spec(), f"roi.stages.{i}.cls_out") for i in range(3)),
+    ],
+)
+def test_classes_are_found_by_name_and_new_ones_are_fresh(
+    spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec | CascadeRCNNSpec, layer: str
+) -> None:
     torch.manual_seed(0)
     whole = build_detector(spec, 3)
     liven(whole)
@@ -44,13 +62,12 @@ def test_classes_are_found_by_name_and_new_ones_are_fresh(spec: RetinaNetSpec | 
     other = with_classes(LoadedDetector(whole, ("ant", "bee", "cat"), "mmdet"), ["cat", "dog", "ant"]).detector
     torch.manual_seed(5)
     fresh = build_detector(spec, 3)
-    layer = "roi.cls_out" if isinstance(spec, FasterRCNNSpec) else "head.cls_out"
     groups = 9 if isinstance(spec, RetinaNetSpec) else 1
     for tensor in ("weight", "bias"):
         mine, theirs, new = (net.get_submodule(layer).get_parameter(tensor) for net in (other, whole, fresh))
         mine, theirs, new = (t.unflatten(0, (groups, -1)) for t in (mine, theirs, new))
         assert torch.equal(mine[:, 0], theirs[:, 2]) and torch.equal(mine[:, 2], theirs[:, 0])
         assert torch.equal(mine[:, 1], new[:, 1])
-        if isinstance(spec, FasterRCNNSpec):
+        if layer.startswith("roi."):
             assert torch.equal(mine[:, 3], theirs[:, 3]), "background"
     assert torch.equal(other.neck.state_dict()["lateral.0.weight"], whole.neck.state_dict()["lateral.0.weight"])

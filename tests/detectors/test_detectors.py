@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detector, FasterRCNN, build_detector
+from headkd_ray.detectors import Detector, FasterRCNN, TwoStageDetector, build_detector
 from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
-from tests.detectors.micro import BACKBONE, batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from tests.detectors.micro import BACKBONE, batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
-SPECS = {"retinanet": retinanet_spec, "faster_rcnn": faster_rcnn_spec, "fcos": fcos_spec}
+SPECS = {"retinanet": retinanet_spec, "faster_rcnn": faster_rcnn_spec, "fcos": fcos_spec, "cascade_rcnn": cascade_spec}
 NAMES = {
     "retinanet": {"loss_cls", "loss_box"},
     "fcos": {"loss_cls", "loss_box", "loss_centerness"},
     "faster_rcnn": {"loss_rpn_cls", "loss_rpn_box", "loss_roi_cls", "loss_roi_box"},
+    "cascade_rcnn": {"loss_rpn_cls", "loss_rpn_box"} | {f"loss_roi_s{i}_{name}" for i in range(3) for name in ("cls", "box")},
 }
 
 
@@ -66,7 +67,7 @@ def test_the_generator_decides_the_samples(kind: str) -> None:
     liven(detector)
     first, again, other = (losses(detector, data, seed) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert (kind != "faster_rcnn") == all(torch.equal(first[name], other[name]) for name in first)
+    assert (not kind.endswith("rcnn")) == all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -110,6 +111,24 @@ def test_rpn_proposes_by_train_rules_only_in_train_mode() -> None:
     outputs = detector.rpn(detector.features(detector.normalise(data["images"], data["sizes"])))
     assert detector.train().rpn.proposals(outputs, data["sizes"]).boxes.shape[1] > 5
     assert detector.eval().rpn.proposals(outputs, data["sizes"]).boxes.shape[1] == 5
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn"])
+def test_a_two_stage_detector_hands_back_what_its_losses_saw(kind: str) -> None:
+    detector, data = micro(kind).train(), batch()
+    assert isinstance(detector, TwoStageDetector)
+    liven(detector)
+    features = detector.features(detector.normalise(data["images"], data["sizes"]))
+    generator = torch.Generator().manual_seed(0)
+    found, looks = detector.look(features, data["sizes"], data["boxes"], data["labels"], generator)
+    alone = losses(detector, data)
+    assert found.keys() == alone.keys() and all(torch.equal(found[name], alone[name]) for name in found)
+    assert len(looks) == len(detector.roi.stages) == {"faster_rcnn": 1, "cascade_rcnn": 3}[kind]
+    again = detector.roi.losses(looks)
+    assert all(torch.equal(found[f"loss_roi_{name}"], loss) for name, loss in again.items())
+    for stage, look in zip(detector.roi.stages, looks, strict=True):
+        outputs = stage(features, look.rois.boxes, look.rois.image)
+        assert torch.equal(outputs.logits, look.outputs.logits)
 
 
 def test_rpn_loss_is_normalised_by_the_samples_of_the_batch() -> None:

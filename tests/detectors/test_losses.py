@@ -52,6 +52,7 @@ def test_sums_over_nothing_are_zero_with_zero_gradients() -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     total = focal_loss_sum(logits, torch.full((2, 3), -1), nothing, 0.25, 2.0)
     total = total + l1_sum(logits, torch.full((2, 3, 4), float("inf")), nothing)
+    total = total + l1_sum(logits, torch.full((2, 3, 4), float("inf")), nothing, beta=1.0)
     total = total + binary_cross_entropy_sum(logits[..., 0], nothing, nothing)
     empty = logits.reshape(-1, 4)[:0]
     total = total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64))
@@ -66,6 +67,9 @@ def test_plain_formulas() -> None:
     ours, theirs = torch.randn(5, 4), torch.randn(5, 4)
     counted = torch.tensor([True, False, True, True, False])
     torch.testing.assert_close(l1_sum(ours, theirs, counted), (ours - theirs)[counted].abs().sum())
+    smooth = [d * d / 1.4 if d < 0.7 else d - 0.35 for d in (ours - theirs)[counted].abs().flatten().tolist()]
+    assert {d < 0.35 for d in smooth} == {True, False}, "both sides of beta"
+    assert float(l1_sum(ours, theirs, counted, beta=0.7)) == pytest.approx(sum(smooth), rel=1e-5)
     torch.testing.assert_close(mean_squared_error(ours, theirs), ((ours - theirs) ** 2).mean())
     probability = ours[:, 0].sigmoid()
     expected = -torch.where(counted, probability.log(), (1 - probability).log())[1:].sum()

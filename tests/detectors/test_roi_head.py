@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import nms, roi_align
 
 from headkd_ray.detectors import RoIHead, RoIs
-from headkd_ray.detectors.boxes import ROI_STDS, decode, encode
+from headkd_ray.detectors.boxes import decode, encode
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Proposals
 from headkd_ray.detectors.roi_head import Look, RoIOutputs, pool_rois, roi_levels
@@ -15,6 +15,7 @@ from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 STRIDES = (8, 16, 32, 64)
 CLASSES = 3
+STDS = (0.1, 0.1, 0.2, 0.2)
 NO_TRUTH = Truth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
 
 
@@ -81,8 +82,9 @@ def rois(labels: list[int]) -> RoIs:
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_losses_in_float64(agnostic: bool) -> None:
-    head = RoIHead(spec(class_agnostic=agnostic), 4, CLASSES, STRIDES)
+@pytest.mark.parametrize(("stds", "beta"), [(STDS, 0.0), (STDS, 1.0), ((0.05, 0.1, 0.3, 0.2), 1.0)])
+def test_losses_in_float64(agnostic: bool, stds: tuple[float, ...], beta: float) -> None:
+    head = RoIHead(spec(class_agnostic=agnostic, stds=stds, box_beta=beta), 4, CLASSES, STRIDES)
     sample = rois([0, 2, 3, 1, 3])  # 3 = background
     logits, deltas = torch.randn(5, 4), torch.randn(5, 1 if agnostic else CLASSES, 4)
     losses = head.losses([Look(sample, RoIOutputs([], logits, deltas))])
@@ -90,8 +92,11 @@ def test_losses_in_float64(agnostic: bool) -> None:
     for n, label in enumerate(sample.labels.tolist()):
         cls -= float(logits[n].double().log_softmax(0)[label])
         if label < CLASSES:
-            wanted = encode(sample.targets[n].double(), sample.boxes[n].double(), ROI_STDS)
-            box += float((deltas[n, 0 if agnostic else label].double() - wanted).abs().sum())
+            shift = encode(sample.targets[n].double(), sample.boxes[n].double())
+            wanted = [float(d) / std for d, std in zip(shift, stds, strict=True)]
+            for said, d in zip(deltas[n, 0 if agnostic else label].tolist(), wanted, strict=True):
+                off = abs(said - d)
+                box += 0.5 * off**2 / beta if off < beta else off - 0.5 * beta
     assert float(losses["cls"]) == pytest.approx(cls / 5, rel=1e-5)
     assert float(losses["box"]) == pytest.approx(box / 5, rel=1e-5)
 
@@ -118,7 +123,7 @@ def test_detections_by_hand() -> None:
         kept = []
         for c in range(CLASSES):
             rows = [n for n in range(30) if image[n] == i and outputs.logits[n].softmax(0)[c] > 0.2]
-            decoded = decode(outputs.deltas[rows, c], boxes[rows], ROI_STDS)
+            decoded = decode(outputs.deltas[rows, c], boxes[rows], STDS)
             decoded[:, 0::2] = decoded[:, 0::2].clamp(0, float(sizes[i, 1]))
             decoded[:, 1::2] = decoded[:, 1::2].clamp(0, float(sizes[i, 0]))
             scores = outputs.logits[rows].softmax(1)[:, c]

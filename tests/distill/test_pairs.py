@@ -8,20 +8,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors import Detector, TwoStageDetector, build_detector
+from headkd_ray.detectors import CascadeRCNN, Detector, TwoStageDetector, build_detector
 from headkd_ray.distill import HEAD, build_trainee
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
-from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
 
 CLASSES = 3
-STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec(), "faster_rcnn": faster_rcnn_spec()}
+STUDENTS = {
+    "retinanet": retinanet_spec(),
+    "fcos": fcos_spec(),
+    "faster_rcnn": faster_rcnn_spec(),
+    "cascade_rcnn": cascade_spec(),
+}
 TEACHERS = {
     "faster_rcnn": faster_rcnn_spec(fc_channels=20),
+    "cascade_rcnn": cascade_spec(fc_channels=12),
     "retinanet": retinanet_spec(channels=12),
     "fcos": fcos_spec(channels=8),
 }
-TAPS = {"faster_rcnn": 2, "retinanet": 2, "fcos": 2}
+TAPS = {"faster_rcnn": 2, "cascade_rcnn": 6, "retinanet": 2, "fcos": 2}
 """AKD terms of a teacher."""
 
 
@@ -95,6 +101,30 @@ def test_every_pair_bears_a_batch_without_objects(student: str, teacher: str) ->
     assert all(loss.isfinite() for loss in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("student", ["retinanet", "faster_rcnn"])
+def test_a_cascade_teacher_looks_at_what_each_stage_of_its_assistant_looks_at(student: str) -> None:
+    trainee, data = trainee_of(student, "cascade_rcnn"), batch()
+    assert isinstance(trainee.teacher, CascadeRCNN) and trainee.akd is not None and trainee.ckd is not None
+    losses = step(trainee)
+    x = trainee.student.normalise(data["images"], data["sizes"])
+    _, (scene, advice, _) = trainee.trace(
+        x, x, data["sizes"], data["boxes"], data["labels"], 5, torch.Generator().manual_seed(3)
+    )
+    features = trainee.teacher.features(x)
+    pairs, number = zip(trainee.teacher.roi.stages, advice.looks, strict=True), 0
+    for stage, (rois, outputs) in pairs:
+        for own, theirs in zip(outputs.taps, stage(features, rois.boxes, rois.image).taps, strict=True):
+            adapted = trainee.akd.adapters[number](own)
+            number += 1
+            expected = 2 * (adapted - theirs).double().square().mean()
+            torch.testing.assert_close(losses[f"loss_akd_{number}"].double(), expected, rtol=1e-5, atol=1e-8)
+    assert number == 6
+    assert not torch.equal(advice.looks[0].rois.boxes, advice.looks[1].rois.boxes)
+    first = advice.looks[0].rois
+    lead = trainee.teacher.roi.stages[0](features, first.boxes, first.image).taps[-1]
+    torch.testing.assert_close(losses["loss_ckd"], 2 * trainee.ckd(scene.tap, lead, first))
 
 
 @pytest.mark.parametrize("teacher", ["retinanet", "fcos"])

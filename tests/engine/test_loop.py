@@ -5,8 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
+from headkd_ray.detectors import CascadeRCNN
+from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.train import train
-from tests.support import assert_same_weights, micro_job, student_weights
+from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
 
 ONE_EPOCH = {"epochs": 1, "milestones": []}
 
@@ -30,3 +34,16 @@ def test_a_run_killed_after_its_last_checkpoint_ends_as_if_not(tmp_path: Path, d
     records: list[dict] = []
     assert train(job, records.append) == result and not records
     assert_same_weights(student_weights(result), weights)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cascade_trains_evaluates_and_is_exported(precision: str, tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    records: list[dict] = []
+    student = {**MICRO_TEACHER, "kind": "cascade_rcnn"}
+    job = micro_job(tmp_path, drawn_splits, student=student, optim={**ONE_EPOCH, "precision": precision})
+    result = train(job, records.append)
+    stages = {f"loss_roi_s{i}_{name}" for i in range(3) for name in ("cls", "box")}
+    assert records[0]["losses"].keys() == {"loss_rpn_cls", "loss_rpn_box", *stages, "total"}
+    assert result["last"]["step"] == 11
+    loaded = load_checkpoint(tmp_path / "run" / "student")
+    assert isinstance(loaded.detector, CascadeRCNN) and loaded.detector.spec == job.student

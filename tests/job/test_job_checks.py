@@ -85,14 +85,25 @@ def test_each_contradiction_alone(changes, key, message):
     assert found_message.startswith(message)
 
 
-def test_a_supervised_faster_rcnn_may_not_have_another_pyramid():
-    student = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}, "neck": {"extra": "conv_c5"}}
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn"])
+def test_a_supervised_two_stage_detector_may_not_have_another_pyramid(kind):
+    student = {"kind": kind, "backbone": {"weights": "timm"}, "neck": {"extra": "conv_c5"}}
     assert found(method="supervised", teacher=None, student=student) == [
-        ("student.neck.extra", "faster_rcnn needs pool, got conv_c5")
+        ("student.neck.extra", f"{kind} needs pool, got conv_c5")
     ]
-    student = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}, "rpn": {"positive_iou": 0.2}}
+    student = {"kind": kind, "backbone": {"weights": "timm"}, "rpn": {"positive_iou": 0.2}}
     assert found(method="supervised", teacher=None, student=student) == [
         ("student.rpn.negative_iou", "0.3 is above positive_iou (0.2)")
+    ]
+
+
+def test_a_supervised_cascade():
+    student = {"kind": "cascade_rcnn", "backbone": {"weights": "timm"}}
+    assert found(method="supervised", teacher=None, student=student) == []
+    student |= {"roi": {"positive_ious": [0.5, 0.6]}}
+    assert found(method="supervised", teacher=None, student=student) == [
+        ("student.roi.stds", "3 values for the 2 stages of student.roi.positive_ious"),
+        ("student.roi.weights", "3 values for the 2 stages of student.roi.positive_ious"),
     ]
 
 

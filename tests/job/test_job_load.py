@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headkd_ray.errors import JobError
-from headkd_ray.job import FasterRCNNSpec, Job, RetinaNetSpec, load_job
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job
 
 MINIMAL = """\
 run:
@@ -119,8 +119,8 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("data.short_side=[1, 2, 3]", "[1, 2, 3] has 3 values; 2 are expected"),
         ("method=heads", "'heads' is none of supervised, assist, akd, head, copy_only, fitnet, tf_head; did you mean head?"),
         ("optim.precision=int4", "'int4' is none of fp32, bf16"),
-        ("student.kind=retina", "'retina' is none of retinanet, faster_rcnn, fcos; did you mean retinanet?"),
-        ("student.kind=null", "null is none of retinanet, faster_rcnn, fcos"),
+        ("student.kind=retina", "'retina' is none of retinanet, faster_rcnn, fcos, cascade_rcnn; did you mean retinanet?"),
+        ("student.kind=null", "null is none of retinanet, faster_rcnn, fcos, cascade_rcnn"),
         ("student.head.anchors.ratios=[]", "the list is empty"),
         ("optim=3", "3 is not a section (a mapping of keys)"),
         ("optim=null", "is empty; give its keys or remove it"),
@@ -176,7 +176,7 @@ lr: 3
         "set student.backbone.weights (timm, or a file) or frozen_stages: 0",
         "job.yaml:13: student.backbone.norm_eval: true would keep BatchNorm from learning its statistics; "
         "set student.backbone.weights (timm, or a file) or norm_eval: false",
-        "job.yaml:14: student.kind: 'retinanat' is none of retinanet, faster_rcnn, fcos; did you mean retinanet?",
+        "job.yaml:14: student.kind: 'retinanat' is none of retinanet, faster_rcnn, fcos, cascade_rcnn; did you mean retinanet?",
         "job.yaml:16: student.head.channel: unknown key; did you mean student.head.channels?",
         "job.yaml:17: teacher: method supervised uses no teacher; remove the section (or override teacher=null)",
         "job.yaml:20: lr: unknown key; did you mean optim.lr?",
@@ -196,7 +196,7 @@ def test_missing_sections_are_named_at_the_top(write):
 def test_unknown_kind_is_guessed_so_that_its_section_is_checked(write):
     text = MINIMAL.replace("kind: retinanet", "roi: {fcss: 2}")
     assert mistakes(write(text)) == [
-        "job.yaml:7: student.kind: missing; one of retinanet, faster_rcnn, fcos",
+        "job.yaml:7: student.kind: missing; one of retinanet, faster_rcnn, fcos, cascade_rcnn",
         "job.yaml:8: student.roi.fcss: unknown key; did you mean student.roi.fcs?",
     ]
 
@@ -278,6 +278,23 @@ def test_partial_sections_keep_the_defaults_of_their_place(write):
     assert job.student.backbone.name == "resnet50"
     assert job.student.rpn.sampler.positive_fraction == paper.rpn.sampler.positive_fraction == 0.5
     assert job.student.rpn.anchors.base_scale == paper.rpn.anchors.base_scale == 8.0
+
+
+def test_a_cascade_s_lists_are_one_value_a_stage(write):
+    path = write(MINIMAL.replace("retinanet", "cascade_rcnn"))
+    keys = ["student.roi.fc_channels=32", "student.roi.positive_ious=[0.4, 0.6]", "student.roi.weights=[1, 1]"]
+    job = load_job(path, [*keys, "student.roi.stds=[[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1]]"])
+    assert isinstance(job.student, CascadeRCNNSpec)
+    assert [stage.positive_iou for stage in job.student.roi.stages] == [0.4, 0.6]
+    assert [stage.stds for stage in job.student.roi.stages] == [(0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1)]
+    assert all((s.fc_channels, s.class_agnostic, s.box_beta) == (32, True, 1.0) for s in job.student.roi.stages)
+    assert mistakes(path, *keys[1:]) == [
+        f"override {keys[1]}: student.roi.stds: 3 values for the 2 stages of student.roi.positive_ious"
+    ]
+    assert mistakes(path, "student.roi.stds=[[0.1, 0.1, 0.2]]") == [
+        "override student.roi.stds=[[0.1, 0.1, 0.2]]: student.roi.stds[0][3]: missing; the list needs one more value",
+    ]
+    assert mistakes(path, "student.roi.positive_ious=[]")[0].endswith("student.roi.positive_ious: the list is empty")
 
 
 @pytest.mark.parametrize(

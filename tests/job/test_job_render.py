@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headkd_ray.job import FasterRCNNSpec, Job, RoIHeadSpec, load_job, render_job
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RoIHeadSpec, load_job, render_job
 
 TEXT = st.text(min_size=1, max_size=12).filter(
     lambda text: not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
@@ -52,15 +52,16 @@ RETINANET = st.fixed_dictionaries(
         ),
     }
 )
-STUDENTS = RETINANET | st.just(FasterRCNNSpec.model_validate({"backbone": {"weights": "timm"}, "neck": {"channels": 8}}))
+TWO_STAGE = FasterRCNNSpec | CascadeRCNNSpec
+STUDENTS = RETINANET | st.sampled_from([FasterRCNNSpec, CascadeRCNNSpec]).map(
+    lambda kind: kind.model_validate({"backbone": {"weights": "timm"}, "neck": {"channels": 8}})
+)
 
 
 @st.composite
 def jobs(draw: Any) -> Job:
     student = draw(STUDENTS)
-    method = (
-        "supervised" if isinstance(student, FasterRCNNSpec) else draw(st.sampled_from(["head", "akd", "supervised", "assist"]))
-    )
+    method = "supervised" if isinstance(student, TWO_STAGE) else draw(st.sampled_from(["head", "akd", "supervised", "assist"]))
     teacher = {"checkpoint": draw(TEXT), "classes": draw(st.none() | st.lists(TEXT, min_size=1, max_size=3))}
     return Job.model_validate(
         {

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors.build import build_detector
+from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.retinanet import RetinaNet
+from headkd_ray.detectors.roi_head import RoIHead
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 
 UNUSED = "N/A"
@@ -51,14 +53,19 @@ def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector
     return replace(loaded, detector=detector, classes=tuple(names))
 
 
-def _rows(old: RetinaNet | FasterRCNN | FCOS, here: Tensor, there: Tensor, classes: int) -> list[tuple[str, Tensor, Tensor]]:
+def _rows(
+    old: RetinaNet | FasterRCNN | FCOS | CascadeRCNN, here: Tensor, there: Tensor, classes: int
+) -> list[tuple[str, Tensor, Tensor]]:
     """(layer, its new rows, the old rows to put there) of the layers that know classes."""
-    if not isinstance(old, FasterRCNN):  # RetinaNet, FCOS: anchor-major
+    if isinstance(old, (RetinaNet, FCOS)):  # anchor-major
         anchor = torch.arange(old.head.anchors.per_cell)[:, None]
         return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]
     last = torch.tensor([classes]), torch.tensor([old.num_classes])  # background
-    rows = [("roi.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]]))]
-    if not old.roi.spec.class_agnostic:
-        side = torch.arange(4)
-        rows.append(("roi.box_out", (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()))
+    side = torch.arange(4)
+    rows = []
+    for name, head in old.named_modules():
+        if isinstance(head, RoIHead):  # one, or the stages of a cascade
+            rows.append((f"{name}.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]])))
+            if not head.spec.class_agnostic:
+                rows.append((f"{name}.box_out", (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()))
     return rows

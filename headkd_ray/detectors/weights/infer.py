@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, FCOSHeadSpec, FPNSpec, RetinaHeadSpec, RoIHeadSpec, RPNSpec
+from headkd_ray.job import BackboneSpec, CascadeHeadSpec, FCOSHeadSpec, FPNSpec, RetinaHeadSpec, RoIHeadSpec, RPNSpec
 
 State = Mapping[str, Tensor]
 
@@ -153,3 +153,19 @@ def roi_head(state: State, prefix: str, in_channels: int) -> tuple[RoIHeadSpec, 
         class_agnostic=box_out.shape[0] == 4 and num_classes > 1,
     )
     return spec, num_classes
+
+
+def is_cascade(state: State) -> bool:
+    """Whether the RoI head of ``state`` has stages."""
+    return any(name.startswith("roi.stages.") for name in state)
+
+
+def cascade_head(state: State, in_channels: int) -> tuple[CascadeHeadSpec, int]:
+    """The cascade of ``state`` and its number of classes; what no shape tells (IoUs, delta scales, weights) is mmdet's."""
+    stages, usual = count(state, r"roi\.stages\.(\d+)\."), len(CascadeHeadSpec().stages)
+    if stages != usual:
+        raise CheckpointError(f"a cascade of {stages} stages; only {usual} are supported")
+    first, num_classes = roi_head(state, "roi.stages.0.", in_channels)
+    shape = {name: getattr(first, name) for name in ("convs", "conv_channels", "conv_norm", "fcs", "fc_channels", "pool")}
+    agnostic = state["roi.stages.0.box_out.weight"].shape[0] == 4
+    return CascadeHeadSpec(**shape, class_agnostic=agnostic), num_classes

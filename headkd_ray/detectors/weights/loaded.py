@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.retinanet import RetinaNet
@@ -17,7 +18,7 @@ from headkd_ray.detectors.roi_head import RoIHead
 class LoadedDetector:
     """A detector from a file, on the CPU."""
 
-    detector: RetinaNet | FasterRCNN | FCOS
+    detector: RetinaNet | FasterRCNN | FCOS | CascadeRCNN
     classes: tuple[str, ...] | None
     """Class names in the order of the outputs; None if the file does not say."""
     source: str

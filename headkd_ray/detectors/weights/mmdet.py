@@ -1,4 +1,4 @@
-"""mmdet 2.x and 3.x checkpoints: RetinaNet, FCOS and Faster R-CNN (ResNet, MobileNetV2), and HEAD's own students."""
+"""mmdet 2.x and 3.x checkpoints: RetinaNet, FCOS, Faster and Cascade R-CNN (ResNet, MobileNetV2), and HEAD's own students."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
@@ -18,13 +19,13 @@ from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, FasterRCNNSpec, FCOSSpec, FPNSpec, RetinaNetSpec
+from headkd_ray.job import BackboneSpec, CascadeRCNNSpec, CascadeRPNSpec, FasterRCNNSpec, FCOSSpec, FPNSpec, RetinaNetSpec
 
 ASSISTANT_STRIDES = (8, 16, 32, 64)
 """HEAD's assistant pools from P3 to P6."""
 
 
-Built = RetinaNet | FasterRCNN | FCOS
+Built = RetinaNet | FasterRCNN | FCOS | CascadeRCNN
 
 
 def is_mmdet(keys: Iterable[str]) -> bool:
@@ -72,6 +73,10 @@ def _build(ours: Mapping[str, Tensor], config: str) -> tuple[Built, RoIHead | No
     elif any(name.startswith("head.") for name in ours):
         head, num_classes = infer.retina_head(ours)
         detector = RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
+    elif infer.is_cascade(ours):
+        cascade, num_classes = infer.cascade_head(ours, neck.channels)
+        parts |= {"rpn": CascadeRPNSpec(convs=infer.rpn(ours).convs), "roi": cascade}
+        detector = CascadeRCNN(CascadeRCNNSpec.model_validate(parts), num_classes)
     else:
         roi, num_classes = infer.roi_head(ours, "roi.", neck.channels)
         detector = FasterRCNN(FasterRCNNSpec.model_validate(parts | {"rpn": infer.rpn(ours), "roi": roi}), num_classes)

@@ -17,7 +17,8 @@ def mmdet_names(keys: Iterable[str]) -> dict[str, str]:
     """{mmdet key: our name}; keys that no supported model has are left out.
 
     RetinaNet's and FCOS's head is ``bbox_head`` in plain mmdet and ``rpn_head`` in HEAD's two-headed students, whose
-    ``roi_head`` is the assistant; in Faster R-CNN the same two are RPN and RoI head.
+    ``roi_head`` is the assistant; in Faster and Cascade R-CNN the same two are RPN and RoI
+    head.
     """
     keys = list(keys)
     is_retina = any(".retina_cls." in key for key in keys)
@@ -45,6 +46,9 @@ def _name(key: str, is_retina: bool, is_dense: bool, laterals: int) -> str | Non
     if match := re.fullmatch(r"roi_head\.bbox_head\.(\w+?)((?:\.\d+)?\.(?:weight|bias))", key):
         part = _ROI.get(match[1])
         return f"{'assistant' if is_dense else 'roi'}.{part}{match[2]}" if part else None
+    if not is_dense and (match := re.fullmatch(r"roi_head\.bbox_head\.(\d+)\.(\w+?)((?:\.\d+)?\.(?:weight|bias))", key)):
+        part = _ROI.get(match[2])  # of a stage of a cascade
+        return f"roi.stages.{match[1]}.{part}{match[3]}" if part else None
     if is_retina and (match := re.fullmatch(r"(?:bbox|rpn)_head\.(cls|reg)_convs\.(\d+)\.conv\.(weight|bias)", key)):
         return f"head.{_RETINA[match[1] + '_convs']}.{2 * int(match[2])}.{match[3]}"  # a ReLU follows each conv
     if is_retina and (match := re.fullmatch(r"(?:bbox|rpn)_head\.(retina_cls|retina_reg)\.(weight|bias)", key)):
