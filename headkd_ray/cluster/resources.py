@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import ClusterSpec, Job
+from headkd_ray.job import ClusterSpec, Job, PoolSpec
 
 OWN_CLUSTER = {
     # Ray ends processes that idle for a second if there are more than CPUs: decoding would start, and import torch, for ever.
@@ -105,17 +105,25 @@ def check_resources(job: Job) -> Resources:
             f"{gpus_per_worker:g} GPUs (nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); "
             "ask for less per worker"
         )
-    problems += _pool_problems(job, nodes)
+    if job.teacher is not None and job.teacher.placement == "pool":
+        count = spec.workers * job.teacher.pool.actors[0]  # the fewest, for each worker
+        problems += _pool_problems(job.teacher.pool, nodes, count, beside=wanted)
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
 
 
-def _pool_problems(job: Job, nodes: list[dict[str, float]]) -> list[str]:
-    """What keeps the fewest teacher processes from starting beside the workers."""
-    if job.teacher is None or job.teacher.placement != "pool":
-        return []
-    pool, count = job.teacher.pool, job.cluster.workers * job.teacher.pool.actors[0]
+def check_pool(job: Job) -> None:
+    """Raises ClusterError if the teacher processes that build a cache do not all fit."""
+    assert job.teacher is not None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside=0.0)
+    if problems:
+        raise ClusterError(problems)
+
+
+def _pool_problems(pool: PoolSpec, nodes: list[dict[str, float]], count: int, beside: float) -> list[str]:
+    """What keeps ``count`` teacher processes from starting where others take ``beside`` CPUs."""
     each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
     asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
     able = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
@@ -123,12 +131,13 @@ def _pool_problems(job: Job, nodes: list[dict[str, float]]) -> list[str]:
         has = [{name: node.get(name, 0.0) for name in each} for node in nodes]
         return [f"teacher.pool: no node has what a process asks ({asked}); nodes: {has}; ask for less, or start such a node"]
     for name, amount in each.items():
-        taken = job.cluster.workers * (job.cluster.cpus_per_worker + job.cluster.data_cpus) if name == "CPU" else 0.0
+        taken = beside if name == "CPU" else 0.0
         there = sum(node.get(name, 0.0) for node in able)
         if there < count * amount + taken:
             return [
-                f"teacher.pool.actors: {count} processes ({pool.actors[0]} for each of {job.cluster.workers} workers) "
-                f"of {amount:g} {name} each, beside {taken:g} for the workers, but the nodes have {there:g}; ask for less"
+                f"teacher.pool.actors: {count} processes of {amount:g} {name} each"
+                + (f", beside {taken:g} for the train workers," if taken else "")
+                + f" asked, the nodes have {there:g}; ask for less"
             ]
     return []
 
