@@ -9,22 +9,27 @@ from headkd_ray.detectors.backbone_names import backbone_names
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
+from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.safe_load import read_file, state_dict_of
-from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from headkd_ray.job import FasterRCNNSpec, FCOSSpec, RepPointsSpec, RetinaNetSpec
+
+Built = RetinaNet | FasterRCNN | FCOS | RepPoints
 
 
-def build_detector(spec: RetinaNetSpec | FasterRCNNSpec | FCOSSpec, num_classes: int) -> RetinaNet | FasterRCNN | FCOS:
+def build_detector(spec: RetinaNetSpec | FasterRCNNSpec | FCOSSpec | RepPointsSpec, num_classes: int) -> Built:
     """A freshly initialised detector for ``num_classes`` classes, with the backbone weights that ``spec`` names.
 
     Random numbers come from torch's default generator. Raises JobError for a backbone that timm cannot build, CheckpointError
     for backbone weights that do not fit.
     """
-    detector: RetinaNet | FasterRCNN | FCOS
+    detector: Built
     if spec.kind == "retinanet":
         detector = RetinaNet(spec, num_classes)
     elif spec.kind == "fcos":
         detector = FCOS(spec, num_classes)
+    elif spec.kind == "reppoints":
+        detector = RepPoints(spec, num_classes)
     else:
         detector = FasterRCNN(spec, num_classes)
     if spec.backbone.weights not in ("none", "timm"):

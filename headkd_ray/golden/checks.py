@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import FCOS, Detections, FasterRCNN, RetinaNet
+from headkd_ray.detectors import FCOS, Detections, FasterRCNN, RepPoints, RetinaNet
 from headkd_ray.golden.compare import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import Replay, replay
@@ -188,7 +188,11 @@ def _detections(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _compare_images(
-    name: str, detector: RetinaNet | FasterRCNN | FCOS, ours: Detections, wanted: list[Tensor], note: str = ""
+    name: str,
+    detector: RetinaNet | FasterRCNN | FCOS | RepPoints,
+    ours: Detections,
+    wanted: list[Tensor],
+    note: str = "",
 ) -> list[Row]:
     rules = detector.roi.spec.postprocess if isinstance(detector, FasterRCNN) else detector.head.spec.postprocess
     rows = []

@@ -43,6 +43,7 @@ from headkd_ray.job.parts import (
     SamplerSpec,
 )
 from headkd_ray.job.render import render_job
+from headkd_ray.job.reppoints import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
 
 __all__ = [
     "AnchorSpec",
@@ -74,6 +75,9 @@ __all__ = [
     "RPNSamplerSpec",
     "RPNSpec",
     "RPNTestProposalSpec",
+    "RepPointsFPNSpec",
+    "RepPointsHeadSpec",
+    "RepPointsSpec",
     "ResNet50Spec",
     "RetinaAssistantSpec",
     "RetinaHeadSpec",

@@ -33,6 +33,7 @@ from headkd_ray.job.parts import (
     SamplerSpec,
     Spec,
 )
+from headkd_ray.job.reppoints import RepPointsSpec
 
 
 class RetinaHeadSpec(Spec):
@@ -167,7 +168,8 @@ class RetinaNetSpec(Spec):
     """RetinaNet: a dense detector on P3 to P7."""
 
     kind: Literal["retinanet"] = "retinanet"
-    """The detector's kind: retinanet (one dense head), fcos (one without anchors) or faster_rcnn (RPN and RoI head)."""
+    """The detector's kind: retinanet (one dense head), fcos (one without anchors), reppoints (one of point sets) or
+    faster_rcnn (RPN and RoI head)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FPNSpec = FPNSpec()
@@ -182,7 +184,8 @@ class FasterRCNNSpec(Spec):
     """Faster R-CNN: RPN on P2 to P6, RoI head on P2 to P5."""
 
     kind: Literal["faster_rcnn"] = "faster_rcnn"
-    """The detector's kind: faster_rcnn (RPN and RoI head), retinanet (one dense head) or fcos (one without anchors)."""
+    """The detector's kind: faster_rcnn (RPN and RoI head), retinanet (one dense head), fcos (one without anchors) or
+    reppoints (one of point sets)."""
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: PooledFPNSpec = PooledFPNSpec()
@@ -199,7 +202,8 @@ class FCOSSpec(Spec):
     """FCOS: a dense detector without anchors on P3 to P7."""
 
     kind: Literal["fcos"] = "fcos"
-    """The detector's kind: fcos (one dense head without anchors), retinanet (one with) or faster_rcnn (RPN and RoI head)."""
+    """The detector's kind: fcos (one dense head without anchors), retinanet (one with), reppoints (one of point sets) or
+    faster_rcnn (RPN and RoI head)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FCOSFPNSpec = FCOSFPNSpec()
@@ -210,4 +214,4 @@ class FCOSSpec(Spec):
     """Input normalisation."""
 
 
-DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec, Field(discriminator="kind")]
+DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec | RepPointsSpec, Field(discriminator="kind")]

@@ -12,6 +12,7 @@ from headkd_ray.detectors.build import build_detector
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
+from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 
@@ -51,9 +52,11 @@ def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector
     return replace(loaded, detector=detector, classes=tuple(names))
 
 
-def _rows(old: RetinaNet | FasterRCNN | FCOS, here: Tensor, there: Tensor, classes: int) -> list[tuple[str, Tensor, Tensor]]:
+def _rows(
+    old: RetinaNet | FasterRCNN | FCOS | RepPoints, here: Tensor, there: Tensor, classes: int
+) -> list[tuple[str, Tensor, Tensor]]:
     """(layer, its new rows, the old rows to put there) of the layers that know classes."""
-    if not isinstance(old, FasterRCNN):  # RetinaNet, FCOS: anchor-major
+    if not isinstance(old, FasterRCNN):  # dense: anchor-major
         anchor = torch.arange(old.head.anchors.per_cell)[:, None]
         return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]
     last = torch.tensor([classes]), torch.tensor([old.num_classes])  # background

@@ -9,6 +9,7 @@ from torch import nn
 
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
+from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.roi_head import RoIHead
 
@@ -17,7 +18,7 @@ from headkd_ray.detectors.roi_head import RoIHead
 class LoadedDetector:
     """A detector from a file, on the CPU."""
 
-    detector: RetinaNet | FasterRCNN | FCOS
+    detector: RetinaNet | FasterRCNN | FCOS | RepPoints
     classes: tuple[str, ...] | None
     """Class names in the order of the outputs; None if the file does not say."""
     source: str
