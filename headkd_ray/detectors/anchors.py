@@ -90,12 +90,16 @@ class Anchors:
         overlap = torch.minimum(size.unsqueeze(1), sides).prod(-1)
         iou = overlap / (size.prod(-1, keepdim=True) + sides.prod(-1) - overlap)
         best = iou.argmax(dim=1)
-        level, anchor = best // self.per_cell, best % self.per_cell
+        return self.cells_around(boxes, best // self.per_cell, shapes, best % self.per_cell)
+
+    def cells_around(self, boxes: Tensor, level: Tensor, shapes: Sequence[Shape], anchor: Tensor | None = None) -> Tensor:
+        """(N, 4) int64 (level, y, x, anchor): of the given ``level`` (N,) the cell whose anchors centre nearest to each of
+        ``boxes`` (N, 4), with ``anchor`` (N,), 0 by default."""
         stride = torch.tensor(self.strides, device=boxes.device)[level].unsqueeze(1)
         centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5
         last = torch.tensor([(w - 1, h - 1) for h, w in shapes], device=boxes.device)[level]
         x, y = torch.minimum((centre / stride - self.offset).round().long().clamp(min=0), last).unbind(1)
-        return torch.stack([level, y, x, anchor], dim=1)
+        return torch.stack([level, y, x, torch.zeros_like(level) if anchor is None else anchor], dim=1)
 
     def cells(self, index: Tensor, level: int, width: int) -> Tensor:
         """(..., 4) int64 (level, y, x, anchor) of the anchors at position ``index`` (...) of a level ``width`` cells wide."""

@@ -1,4 +1,4 @@
-"""mmdet 2.x and 3.x checkpoints: RetinaNet, FCOS, Faster and Cascade R-CNN (ResNet, MobileNetV2), and HEAD's own students."""
+"""mmdet 2.x and 3.x checkpoints of every kind of detector here (ResNet, MobileNetV2), and HEAD's own students."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
+from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.roi_head import RoIHead
 from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, CascadeRCNNSpec, CascadeRPNSpec, FasterRCNNSpec, FCOSSpec, FPNSpec, RetinaNetSpec
+from headkd_ray.job import (
+    BackboneSpec,
+    CascadeRCNNSpec,
+    CascadeRPNSpec,
+    FasterRCNNSpec,
+    FCOSSpec,
+    FPNSpec,
+    RepPointsSpec,
+    RetinaNetSpec,
+)
 
 ASSISTANT_STRIDES = (8, 16, 32, 64)
 """HEAD's assistant pools from P3 to P6."""
-
-
-Built = RetinaNet | FasterRCNN | FCOS | CascadeRCNN
 
 
 def is_mmdet(keys: Iterable[str]) -> bool:
@@ -36,7 +44,7 @@ def is_mmdet(keys: Iterable[str]) -> bool:
 def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
     """A detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
-    A dense ``rpn_head`` marks a HEAD student: a RetinaNet or FCOS whose assistant (``roi_head``) and adapters are returned
+    A dense ``rpn_head`` marks a HEAD student: a dense detector whose assistant (``roi_head``) and adapters are returned
     beside it. Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
     """
     meta = meta or {}
@@ -49,7 +57,7 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
         raise CheckpointError(f"{source}: caffe-style backbone (stride in the 1x1 conv, BGR input); only pytorch style is read")
 
     ours = {name: state[key] for key, name in names.items()}
-    if infer.is_fcos(ours):
+    if infer.is_fcos(ours) or infer.is_reppoints(ours):
         ours |= _zero_biases(ours)
     with infer.inferring(source):
         detector, assistant, adapters = _build(ours, config)
@@ -62,14 +70,17 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     return LoadedDetector(detector, _classes(meta), "mmdet", assistant=assistant, adapters=adapters)
 
 
-def _build(ours: Mapping[str, Tensor], config: str) -> tuple[Built, RoIHead | None, dict[int, nn.Linear]]:
+def _build(ours: Mapping[str, Tensor], config: str) -> tuple[AnyDetector, RoIHead | None, dict[int, nn.Linear]]:
     """Detector, assistant and adapters of the shapes in ``ours``, with initial weights."""
     neck = infer.fpn(ours)
     parts: dict[str, Any] = {"backbone": _backbone(ours, config), "neck": neck}
-    detector: Built
+    detector: AnyDetector
     if infer.is_fcos(ours):
         parts["neck"] = _fcos_neck(neck, config)
         detector = _fcos(ours, parts, config)
+    elif infer.is_reppoints(ours):
+        points, num_classes = infer.reppoints_head(ours)
+        detector = RepPoints(RepPointsSpec.model_validate(parts | {"head": points}), num_classes)
     elif any(name.startswith("head.") for name in ours):
         head, num_classes = infer.retina_head(ours)
         detector = RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
@@ -89,7 +100,7 @@ def _build(ours: Mapping[str, Tensor], config: str) -> tuple[Built, RoIHead | No
 
 
 def _zero_biases(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The biases of FCOS's tower convs if none has one (``conv_bias='auto'`` beside a norm): zeros."""
+    """The biases of a dense head's tower convs if none has one (``bias='auto'`` beside a norm): zeros."""
     towers = ("head.cls_tower.", "head.box_tower.")
     convs = [name for name, tensor in ours.items() if name.startswith(towers) and tensor.dim() == 4]
     biases = {name.removesuffix("weight") + "bias": torch.zeros(ours[name].shape[0]) for name in convs}
