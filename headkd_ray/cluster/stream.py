@@ -42,7 +42,7 @@ from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.engine.streams import Decode
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
-from headkd_ray.job import Job
+from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.targets import SoftTargets
 from headkd_ray.teacher import soft_teacher
 
@@ -60,10 +60,11 @@ WINDOWS_PER_BLOCK = 16
 """Windows one read task goes through: what is read again if its node is lost."""
 
 
-def decode_on_ray(job: Job) -> Decode:
-    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank, and asks the teacher in
-    processes beside them if that is its placement. Needs ``ray.init``."""
-    pooled = job.teacher is not None and job.teacher.placement == "pool"
+def decode_on_ray(cluster: ClusterSpec, taught: Job | None = None) -> Decode:
+    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank. Needs ``ray.init``.
+
+    With ``taught`` the training batches come with the soft targets of that job's teacher, asked in processes beside the tasks.
+    """
 
     @contextmanager
     def decode(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> Iterator[Iterator[Batch]]:
@@ -71,7 +72,7 @@ def decode_on_ray(job: Job) -> Decode:
         if not rows:
             yield iter(())
             return
-        batches = _batches(_dataset(rows, shards, maker, job, teach=pooled and maker.train))
+        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus, taught if maker.train else None))
         try:
             yield batches
         finally:
@@ -80,9 +81,8 @@ def decode_on_ray(job: Job) -> Decode:
     return decode
 
 
-def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, job: Job, teach: bool) -> ray.data.Dataset:
-    cpus = job.cluster.data_cpus
-    pool = job.teacher.pool if teach and job.teacher is not None else None
+def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, taught: Job | None) -> ray.data.Dataset:
+    pool = taught.teacher.pool if taught is not None and taught.teacher is not None else None
     least, most = pool.actors if pool else (0, 0)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -100,17 +100,16 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, job: Job, tea
         # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
         chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
         decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
-        if pool is None:
+        if pool is None or taught is None:
             return decoded
         return decoded.map(
             Teaching,
-            fn_constructor_kwargs={"job": job.model_dump(mode="json"), "classes": shards.meta.classes},
+            fn_constructor_kwargs={"job": taught.model_dump(mode="json"), "classes": shards.meta.classes},
             compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             resources=pool.resources,
-            max_restarts=-1,
-            max_task_retries=-1,
+            memory=1,  # a byte, for the stages' sake: with equal arguments Ray would fuse this one with the decoding
         )
 
 
