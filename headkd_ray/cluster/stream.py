@@ -35,6 +35,7 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from headkd_ray.cluster.holders import held, holders
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
@@ -63,7 +64,8 @@ WINDOWS_PER_BLOCK = 16
 def decode_on_ray(cluster: ClusterSpec, taught: Job | None = None) -> Decode:
     """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank. Needs ``ray.init``.
 
-    With ``taught`` the training batches come with the soft targets of that job's teacher, asked in processes beside the tasks.
+    With ``taught`` the training batches come with the soft targets of that job's teacher, asked in processes beside the tasks;
+    or, if the student chooses the RoIs, with somebody to ask about them.
     """
 
     @contextmanager
@@ -72,9 +74,15 @@ def decode_on_ray(cluster: ClusterSpec, taught: Job | None = None) -> Decode:
         if not rows:
             yield iter(())
             return
-        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus, taught if maker.train else None))
+        asked = taught if maker.train else None
+        chosen_here = asked is not None and asked.distill.rois == "student"
+        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus, None if chosen_here else asked))
         try:
-            yield batches
+            if asked is None or not chosen_here:
+                yield batches
+            else:
+                with holders(asked, shards.meta.classes) as actors:
+                    yield held(batches, actors)
         finally:
             batches.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,18 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
     return str(folder)
 
 
-def job_of(folder: Path, splits: dict[str, str], teacher: str, placement: str, name: str = "run", **sections: Any) -> Job:
-    keys = {"checkpoint": teacher, "placement": placement, "pool": POOL, "cache": {"path": str(folder / "cache")}}
-    distill = {"rois": "teacher", "roi_budget": 24, "warmup_steps": 4}
-    return micro_job(folder, splits, name, method="head", teacher=keys, distill=distill, **sections)
+def job_of(
+    folder: Path,
+    splits: dict[str, str],
+    teacher: str,
+    placement: str,
+    name: str = "run",
+    rois: str = "teacher",
+    **keys: Any,
+) -> Job:
+    kept = {"checkpoint": teacher, "placement": placement, "pool": POOL, "cache": {"path": str(folder / "cache")}}
+    distill = {"rois": rois, "roi_budget": 24, "warmup_steps": 4}
+    return micro_job(folder, splits, name, method="head", teacher=kept, distill=distill, **keys)
 
 
 def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
@@ -62,14 +71,19 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
     own = load_teacher(job, sets[0].meta.classes)
     assert own is not None
     torch.manual_seed(0)
-    trainee = build_trainee(job, len(sets[0].meta.classes), own.detector, steps_per_epoch=10).train()
+    trainee = (
+        build_trainee(job, len(sets[0].meta.classes), own.detector, steps_per_epoch=10)
+        .train()
+        .to(memory_format=torch.channels_last)
+    )
     asked, cache = soft_targets(job, sets[0], own.detector, world.device)
     with streams.train(first=0, cache=cache) as batches:
         for batch in batches:
             with torch.no_grad():
                 given = answers(batch, asked)
-                losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, 100, **given)
-            yield batch, {"targets": given["targets"], **losses}
+                draws = torch.Generator().manual_seed(batch.step)
+                losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, 100, draws, **given)
+            yield (batch if asked is None else replace(batch, targets=given["targets"])), losses
 
 
 def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
@@ -82,12 +96,18 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
     count = 0
     for inline, pool, cache in zip(*(losses_of(jobs[name]) for name in ("inline", "pool", "cache")), strict=True):
         batch, expected = inline
-        targets = expected.pop("targets")
-        assert not batch.idle and targets.valid.any() and "loss_akd_1" in expected and expected["loss_ckd"] > 0
+        targets = batch.targets
+        assert (
+            targets is not None
+            and not batch.idle
+            and targets.valid.any()
+            and "loss_akd_1" in expected
+            and expected["loss_ckd"] > 0
+        )
         for other, (said, losses) in (("pool", pool), ("cache", cache)):
             assert torch.equal(said.image_ids, batch.image_ids) and torch.equal(said.views, batch.views)
-            theirs = losses.pop("targets")
-            assert losses.keys() == expected.keys() and torch.equal(theirs.truth, targets.truth)
+            theirs = said.targets
+            assert theirs is not None and losses.keys() == expected.keys() and torch.equal(theirs.truth, targets.truth)
             if other == "pool":
                 assert all(torch.equal(one, two) for one, two in zip(theirs, targets, strict=True))
                 assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
@@ -97,6 +117,23 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
                 torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-6)
         count += 1
     assert count == 2 * 11
+
+
+def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
+    """Exactly as the teacher in place does; also when the process that holds the features is killed."""
+    one_cpu = {"workers": 1, "data_cpus": 1}
+    jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, rois="student", cluster=one_cpu) for name in ("inline", "pool")}
+    restarts = []
+    for number, (inline, pool) in enumerate(zip(*(losses_of(job) for job in jobs.values()), strict=True)):
+        (batch, expected), (same, losses) = inline, pool
+        assert torch.equal(batch.image_ids, same.image_ids) and losses.keys() == expected.keys()
+        assert expected["loss_akd_1"] > 0 and expected["loss_ckd"] > 0
+        assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
+        restarts.append(same.teacher_restarts)
+        if number == 5:
+            (pid,) = descendants("ray::Holder")
+            os.kill(pid, signal.SIGKILL)
+    assert restarts[5] == 0 and 0 < restarts[-1] <= 3
 
 
 class TeacherKiller:
