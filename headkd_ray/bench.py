@@ -7,6 +7,7 @@ pool, and from a cache, taken in turns, and recommends a placement. The job must
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -61,6 +62,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
             from headkd_ray.cluster.resources import check_resources, connected
             from headkd_ray.cluster.stream import decode_on_ray
 
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
             stack.enter_context(connected(job.cluster))
             check_resources(pool.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})}))
             decode = decode_on_ray(job.cluster)

@@ -107,9 +107,10 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
         # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
         chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
-        decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
         if pool is None or taught is None:
-            return decoded
+            return chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+        # A thousandth less than a CPU, or than the teacher's share: stages that ask for the same Ray would fuse.
+        decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus) - 0.001)
         return decoded.map(
             Teaching,
             fn_constructor_kwargs={"job": taught.model_dump(mode="json"), "classes": shards.meta.classes},
@@ -117,7 +118,6 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             resources=pool.resources,
-            memory=1,  # a byte, for the stages' sake: with equal arguments Ray would fuse this one with the decoding
         )
 
 
