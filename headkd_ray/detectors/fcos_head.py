@@ -135,12 +135,10 @@ class FCOSHead(nn.Module):
     def nearest_cells(self, outputs: FCOSOutputs, boxes: Tensor) -> Tensor:
         """(N, 4) int64 (level, y, x, 0): the point nearest to the centre of each of ``boxes`` (N, 4), on the level that
         boxes of its size belong to by ``regress_ranges``."""
-        centre, reach = (boxes[:, :2] + boxes[:, 2:]) * 0.5, (boxes[:, 2:] - boxes[:, :2]).amax(1) * 0.5
+        reach = (boxes[:, 2:] - boxes[:, :2]).amax(1) * 0.5
         level = torch.bucketize(reach, boxes.new_tensor(self.spec.regress_ranges))
-        stride = torch.tensor(STRIDES, device=boxes.device)[level].unsqueeze(1)
-        last = torch.tensor([(m.shape[-1] - 1, m.shape[-2] - 1) for m in outputs.logits], device=boxes.device)[level]
-        x, y = torch.minimum((centre / stride - self.anchors.offset).round().long().clamp(min=0), last).unbind(1)
-        return torch.stack([level, y, x, torch.zeros_like(level)], dim=1)
+        cell = self.anchors.nearest_cell(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
+        return torch.cat([level.unsqueeze(1), cell, torch.zeros_like(cell[:, :1])], dim=1)
 
     @torch.no_grad()
     def detect(self, outputs: FCOSOutputs, sizes: Tensor) -> Detections:
