@@ -38,13 +38,21 @@ def build(job: Job, builder: Builder, done: Callable[[tuple[int, int], int], Non
     cache = builder.cache
     cache.folder.check_writable()
     cache.begin()
+    left = len(cache.missing())
+
+    def built(unit: tuple[int, int], size: int) -> None:
+        nonlocal left
+        left -= size > 0
+        done(unit, size)
+        cache.check_room(left * size)
+
     if job.cluster.workers == 0:
         for unit in cache.units():
-            done(unit, builder.build(*unit))
+            built(unit, builder.build(*unit))
     else:
         from headkd_ray.cluster.caching import build_on_ray  # workers: 0 must run where Ray is not installed
 
-        build_on_ray(job, cache.units(), done)
+        build_on_ray(job, cache.units(), built)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sample", type=positive, default=32, metavar="N", help="views that verify compares (default %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with user_errors():
         job = load_job(options.job, options.overrides)
         action = {"build": _build, "verify": lambda job: _verify(job, options.sample), "info": _info}[options.action]

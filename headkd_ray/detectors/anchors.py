@@ -67,10 +67,8 @@ class Anchors:
         return self._memo[key]
 
     def _make(self, shapes: tuple[Shape, ...], device: torch.device) -> AnchorGrid:
-        image = tuple(side * self.strides[0] for side in shapes[0])  # exact: batches are padded to multiples of the stride
         boxes, origins = [], []
-        for (height, width), stride in zip(shapes, self.strides, strict=True):
-            step = (image[0] // height, image[1] // width) if self.spec.rounding else (stride, stride)
+        for (height, width), stride, step in zip(shapes, self.strides, self._steps(shapes), strict=True):
             y, x = (torch.arange(n, device=device, dtype=torch.float32) * s for n, s in zip((height, width), step, strict=True))
             corner = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)[:, :, None].expand(-1, -1, self.per_cell, -1)
             boxes.append((corner.flip(-1).repeat(1, 1, 1, 2) + self.base(stride).to(device)).reshape(-1, 4))
@@ -78,12 +76,19 @@ class Anchors:
         counts = tuple(len(level) for level in boxes)
         return AnchorGrid(torch.cat(boxes), torch.cat(origins), counts, shapes)
 
+    def _steps(self, shapes: Sequence[Shape]) -> list[Shape]:
+        """Pixels (down, across) from one cell to the next, of each level."""
+        if not self.spec.rounding:
+            return [(stride, stride) for stride in self.strides]
+        image = tuple(side * self.strides[0] for side in shapes[0])  # exact: batches are padded to multiples of the stride
+        return [(image[0] // height, image[1] // width) for height, width in shapes]
+
     def nearest(self, boxes: Tensor, shapes: Sequence[Shape]) -> Tensor:
         """(N, 4) int64 (level, y, x, anchor) of the anchor nearest to each of ``boxes`` (N, 4) on levels of ``shapes`` (H, W).
 
         In closed form: of all levels and anchors the shape that overlaps the box most when both have one centre, then the cell
-        of that level whose anchors centre nearest to the box. The anchor of greatest IoU over all cells can be another one, on
-        a finer level, where a coarse level's cells all lie far from the box's centre.
+        of that level whose anchors centre nearest to the box. Where that is far from the box's centre, the anchor of greatest
+        IoU over all cells can be of another shape or level.
         """
         base = torch.stack([self.base(stride) for stride in self.strides]).to(boxes)  # (levels, A, 4)
         size, sides = boxes[:, 2:] - boxes[:, :2], (base[..., 2:] - base[..., :2]).flatten(0, 1)
@@ -95,10 +100,11 @@ class Anchors:
     def cells_around(self, boxes: Tensor, level: Tensor, shapes: Sequence[Shape], anchor: Tensor | None = None) -> Tensor:
         """(N, 4) int64 (level, y, x, anchor): of the given ``level`` (N,) the cell whose anchors centre nearest to each of
         ``boxes`` (N, 4), with ``anchor`` (N,), 0 by default."""
-        stride = torch.tensor(self.strides, device=boxes.device)[level].unsqueeze(1)
-        centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5
-        last = torch.tensor([(w - 1, h - 1) for h, w in shapes], device=boxes.device)[level]
-        x, y = torch.minimum((centre / stride - self.offset).round().long().clamp(min=0), last).unbind(1)
+        offset = self.offset * boxes.new_tensor(self.strides)[level].unsqueeze(1)
+        step = boxes.new_tensor(self._steps(shapes))[level]
+        last = torch.tensor(shapes, device=boxes.device)[level] - 1
+        centre = ((boxes[:, :2] + boxes[:, 2:]) * 0.5).flip(1)
+        y, x = torch.minimum(((centre - offset) / step).round().long().clamp(min=0), last).unbind(1)
         return torch.stack([level, y, x, torch.zeros_like(level) if anchor is None else anchor], dim=1)
 
     def cells(self, index: Tensor, level: int, width: int) -> Tensor:

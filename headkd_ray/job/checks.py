@@ -239,8 +239,6 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
             "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them; "
             "use distill.rois: teacher, or placement inline",
         )
-    elif rois == "student":
-        yield "teacher.placement", "pool needs distill.rois: teacher (the student's RoIs are known in the train worker alone)"
     if placement == "pool" and get("cluster.workers") == 0:
         yield "teacher.placement", "pool needs Ray; use cluster.workers of at least 1, or placement inline or cache"
     low, high = get("teacher.pool.actors")

@@ -57,6 +57,9 @@ class BackboneSpec(Spec):
     """Epsilon of every BatchNorm; null keeps timm's (1e-5)."""
     final_conv: bool = False
     """Take C5 after the classifier's last 1x1 conv (paper's MobileNetV2: 1280 channels) instead of before it."""
+    stride_in_1x1: bool = False
+    """ResNets with bottlenecks: halve the resolution in a stage's first 1x1 conv (caffe's ResNet, and the "caffe" style of
+    mmdet's) instead of in the 3x3 conv (PyTorch's). Weights fit one of the two."""
 
 
 class PixelSpec(Spec):

@@ -88,7 +88,7 @@ class Cache:
         card = self.folder.named(CARD)
         try:
             found = json.loads(self.folder.read(CARD))
-            theirs, version = found["recipe"], found["version"]
+            theirs, version = dict(found["recipe"]), found["version"]
         except FileNotFoundError as error:
             raise CacheError(f"{self.folder.uri}: there is no cache; {BUILD}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -118,10 +118,20 @@ class Cache:
         except OSError as error:
             raise CacheError(f"{self.folder.uri}: cannot be written ({error}); choose another teacher.cache.path") from error
 
+    def check_room(self, size: int) -> None:
+        """Raises CacheError if the cache's disk is known to have less than ``size`` bytes left."""
+        room = self.folder.room()
+        if room is not None and room < size:
+            raise CacheError(
+                f"{self.folder.uri}: about {size / 1e9:.2f} GB are still to be written, the disk has {room / 1e9:.2f} GB left; "
+                "make room, lower distill.roi_budget or data.views, use teacher.cache.dtype int8, or choose another "
+                "teacher.cache.path (what is built so far stays valid)"
+            )
+
     def write(self, shard: int, view: int, groups: Iterable[Sequence[tuple[int, ViewTargets]]]) -> int:
         """Write one file from its row groups of (image id, targets); its size in bytes.
 
-        Raises CacheError if the disk is full or read-only; files that are already there stay valid.
+        Raises CacheError if the disk is full or read-only, or a feature cannot be stored; files that are there stay valid.
         """
         name = self.file(shard, view)
         schema = SCHEMA.with_metadata({"recipe": self.digest})
@@ -143,6 +153,13 @@ class Cache:
             ) from error
 
     def _rows(self, view: int, group: Sequence[tuple[int, ViewTargets]]) -> pa.Table:
+        for image_id, targets in group:
+            most = targets.taps.max(initial=0.0)
+            if not most <= self.codec.limit:  # also if it is NaN
+                raise CacheError(
+                    f"image {image_id}, view {view}: a feature of the teacher is {most}, teacher.cache.dtype "
+                    f"{self.codec.dtype} holds up to {self.codec.limit:g}; use int8, teacher.precision fp32 or another teacher"
+                )
         scales = self.codec.scales([targets for _, targets in group])
         rows = [
             {
@@ -172,11 +189,12 @@ class Cache:
         try:
             source = self.folder.fs.open_input_file(self.folder.at(name))
             with pq.ParquetFile(source, pre_buffer=self.folder.remote, page_checksum_verification=True) as file:
-                found = (file.schema_arrow.metadata or {}).get(b"recipe", b"").decode()
-                if found != self.digest:
+                if not file.schema_arrow.equals(SCHEMA):
+                    raise pa.ArrowInvalid("other columns")
+                if (file.schema_arrow.metadata or {}).get(b"recipe") != self.digest.encode():
                     raise CacheError(f"{self.folder.named(name)}: of another recipe; delete it and {BUILD}")
                 return file.read_row_group(group, use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last where the columns' names are damaged
             raise CacheError(
                 f"{self.folder.named(name)}: damaged ({error}); {BUILD}, which rebuilds this file alone"
             ) from error

@@ -27,6 +27,11 @@ class Codec:
     layers: int
     width: int
 
+    @property
+    def limit(self) -> float:
+        """Largest feature that can be stored."""
+        return float(np.finfo(np.float16 if self.dtype == "fp16" else np.float32).max)
+
     def scales(self, views: Sequence[ViewTargets]) -> NDArray[np.float32]:
         """(L, D) size of one step of each channel, for the ``views`` of a row group; ones for fp16."""
         most = np.zeros((self.layers, self.width), dtype=np.float32)
@@ -35,7 +40,8 @@ class Codec:
         for view in views:
             if len(view.boxes):
                 np.maximum(most, view.taps.max(axis=1), out=most)
-        return np.where(most > 0, most / LEVELS, 1).astype(np.float32)
+        steps = most / LEVELS
+        return np.where(steps > 0, steps, 1).astype(np.float32)
 
     def pack(self, view: ViewTargets, scales: NDArray[np.float32]) -> bytes:
         """The features (L, k, D) of a view."""

@@ -2,7 +2,8 @@
 
 The RoIs of a view are its ground-truth boxes and a sample of the teacher's own proposals. Which ones is drawn by a hash of
 (seed, image, view, candidate), and each view is seen without the padding that its batch would give it, so neither the batch nor
-the machine matters.
+the machine matters but for rounding errors. A proposal goes by the anchor it came from and not by its rank, which is no name:
+where rounding errors let one proposal in or out, all ranks below it would move and another sample be drawn.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ from torch import Tensor
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.keyed import key_bits
-from headkd_ray.detectors import FasterRCNN, Proposals
+from headkd_ray.detectors import FasterRCNN
 from headkd_ray.detectors.matching import Truth
-from headkd_ray.detectors.rois import candidates
+from headkd_ray.detectors.rois import Candidates, candidates
 from headkd_ray.detectors.sampling import sample
 from headkd_ray.job import SamplerSpec
 from headkd_ray.targets import SoftTargets
-
-PROPOSAL = 1 << 20
-"""Where the candidates' numbers of proposals begin; ground-truth boxes have those below."""
 
 
 class SoftTeacher:
@@ -64,7 +62,7 @@ class SoftTeacher:
             features = self.detector.features(x)
             proposals = self.detector.rpn.proposals(self.detector.rpn(features), sizes)
             pool = candidates(proposals, truth, self.detector.roi.spec.positive_iou)
-            tickets = self._tickets(batch, rows, truth, proposals)
+            tickets = self._tickets(batch, rows, pool)
             positive = pool.matched >= 0
             chosen = sample(positive & pool.valid, ~positive & pool.valid, self.sampler, ticket=tickets)
             places = chosen.picked.unsqueeze(-1)
@@ -82,18 +80,14 @@ class SoftTeacher:
     def _nothing(self, views: int) -> SoftTargets:
         return SoftTargets.empty(views, self.sampler.size, self.layers, self.width).map(lambda tensor: tensor.to(self.device))
 
-    def _tickets(self, batch: Batch, rows: Tensor, truth: Truth, proposals: Proposals) -> Tensor:
+    def _tickets(self, batch: Batch, rows: Tensor, pool: Candidates) -> Tensor:
         """(N, G + P) numbers in [0, 1) that belong to (seed, image, view, candidate)."""
         views = zip(batch.image_ids[rows].tolist(), batch.views[rows].tolist(), strict=True)
         keys = [key_bits("rois", self.seed, image, view) & 0xFFFFFFFF for image, view in views]
-        own, theirs = (torch.arange(n, device=self.device) for n in (truth.labels.shape[1], proposals.valid.shape[1]))
-        number = torch.cat([own, theirs + PROPOSAL])
-        return hashed(torch.tensor(keys, device=self.device).unsqueeze(1) ^ hashed_bits(number)) / float(1 << 32)
-
-
-def hashed(bits: Tensor) -> Tensor:
-    """``hashed_bits``, as float64."""
-    return hashed_bits(bits).double()
+        bits = torch.tensor(keys, device=self.device).unsqueeze(1)
+        for part in pool.cells.unbind(-1):
+            bits = hashed_bits(bits ^ (part & 0xFFFFFFFF))
+        return bits.double() / (1 << 32)
 
 
 def hashed_bits(bits: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""Caches of drawn soft targets, for a split that holds nothing but its layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from headkd_ray.data.shards import Meta, ShardFile, ShardIndex, ShardSet
+from headkd_ray.storage import Folder
+from headkd_ray.targets import ViewTargets
+from headkd_ray.teacher import Cache
+from headkd_ray.teacher.codec import Codec
+
+LAYERS, WIDTH, BUDGET = 2, 16, 6
+ROW_GROUP = 3
+IMAGES = (7, 3)
+"""Of each shard: row groups of 3, 3 and 1 images, and of 3."""
+RECIPE: dict[str, Any] = {"data.flip": 0.5, "data.short_side": [640, 800], "teacher.precision": "fp32"}
+
+
+def split(folder: Path) -> ShardSet:
+    """A split of which only the layout is there."""
+    shards = tuple(ShardFile(f"shard-{i:05d}.parquet", images, 0, "") for i, images in enumerate(IMAGES))
+    meta = Meta(("a",), (1,), sum(IMAGES), 0, 0, ROW_GROUP, shards, "fingerprint")
+    nothing = np.zeros(0, dtype=np.int32)
+    index = ShardIndex(nothing.astype(np.int64), nothing, nothing, nothing, nothing, nothing, ROW_GROUP)
+    return ShardSet(Folder.open(folder), meta, index)
+
+
+def cache_at(folder: Path, dtype: Literal["fp16", "int8"] = "fp16", views: int = 2, **recipe: Any) -> Cache:
+    """A cache in ``folder``; ``recipe`` replaces fields of its recipe, dots written as ``__``."""
+    fields = RECIPE | {key.replace("__", "."): value for key, value in recipe.items()}
+    return Cache(Folder.open(folder), fields, split(folder), views, Codec(dtype, LAYERS, WIDTH), BUDGET)
+
+
+def drawn(rois: int, seed: int, scale: float = 3.0) -> ViewTargets:
+    """Targets of ``rois`` RoIs; half of the features are 0, and so is one channel everywhere."""
+    rng = np.random.default_rng(seed)
+    taps = scale * rng.standard_normal((LAYERS, rois, WIDTH)).clip(0).astype(np.float32)
+    taps[:, :, 5] = 0
+    return ViewTargets(rng.uniform(0, 800, (rois, 4)).astype(np.float32), rng.random(rois) < 0.3, taps.astype(np.float32))
+
+
+def groups_of(shard: int, view: int) -> list[list[tuple[int, ViewTargets]]]:
+    """(image id, targets) of a file, group by group; the second image of each shard has no RoIs."""
+    rows = [
+        (1000 * shard + row, drawn(0 if row == 1 else 1 + row % BUDGET, seed=row + 10 * view)) for row in range(IMAGES[shard])
+    ]
+    return [rows[start : start + ROW_GROUP] for start in range(0, len(rows), ROW_GROUP)]
+
+
+def filled(folder: Path, dtype: Literal["fp16", "int8"] = "fp16", **options: Any) -> Cache:
+    """A complete cache."""
+    cache = cache_at(folder, dtype, **options)
+    cache.begin()
+    for shard, view in cache.units():
+        cache.write(shard, view, groups_of(shard, view))
+    return cache
