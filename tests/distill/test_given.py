@@ -1,0 +1,218 @@
+"""RoIs and answers that a teacher gave beforehand: the same losses, and no teacher in the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.detectors import Detector, FasterRCNN, build_detector
+from headkd_ray.detectors.boxes import encode, pairwise_iou
+from headkd_ray.distill import HEAD, build_trainee
+from headkd_ray.errors import JobError
+from headkd_ray.job import Job
+from headkd_ray.targets import SoftTargets
+from headkd_ray.teacher import SoftTeacher
+from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+
+CLASSES = 3
+BUDGET = 10
+WIDTH = 24
+STUDENTS = {"retinanet": retinanet_spec, "fcos": fcos_spec}
+WEIGHTS = {"assistant_weight": 0.5, "akd_weight": 3.0, "ckd_weight": 5.0}
+
+
+def teacher_of(spec: Any = None) -> Detector:
+    torch.manual_seed(11)
+    teacher = build_detector(spec or faster_rcnn_spec(), CLASSES)
+    liven(teacher)
+    return teacher
+
+
+def trainee_of(student: str = "retinanet", method: str = "head", teacher: Detector | None = None, **distill: Any) -> HEAD:
+    job = Job.model_validate(
+        {
+            "run": {"name": "test"},
+            "method": method,
+            "data": {"train": "t", "val": "v"},
+            "student": STUDENTS[student]().model_dump(),
+            "teacher": {"checkpoint": "c"},
+            "distill": {"rois": "teacher", "roi_budget": BUDGET, **WEIGHTS, **distill},
+        }
+    )
+    torch.manual_seed(0)
+    trainee = build_trainee(job, CLASSES, teacher or teacher_of(), 10)
+    assert isinstance(trainee, HEAD)
+    return trainee
+
+
+def targets_for(data: dict[str, Tensor]) -> SoftTargets:
+    """Nine RoIs, four, and none: the ground truth, boxes close to it, and boxes anywhere; noise for the teacher's features."""
+    generator = torch.Generator().manual_seed(5)
+    targets = SoftTargets.empty(3, BUDGET, 2, WIDTH)
+    for i, count in enumerate((9, 4, 0)):
+        own = data["boxes"][i][data["labels"][i] >= 0]
+        near = own + 4 * torch.rand(len(own), 4, generator=generator) - 2
+        corner = 40 * torch.rand(count, 2, generator=generator)
+        anywhere = torch.cat([corner, corner + 4 + 30 * torch.rand(count, 2, generator=generator)], dim=1)
+        targets.boxes[i, :count] = torch.cat([own, near, anywhere])[:count]
+        targets.truth[i, : len(own)] = count > 0
+        targets.valid[i, :count] = True
+        targets.taps[i, :, :count] = torch.rand(2, count, WIDTH, generator=generator)
+    return targets
+
+
+def step(trainee: HEAD, data: dict[str, Tensor], targets: SoftTargets | None, at: int = 10_000) -> dict[str, Tensor]:
+    return trainee(data["images"], data["sizes"], data["boxes"], data["labels"], at, targets=targets)
+
+
+def by_hand(trainee: HEAD, data: dict[str, Tensor], targets: SoftTargets) -> dict[str, float]:
+    """The terms of the loss that hang on RoIs, RoI by RoI, in float64 from the features on."""
+    student, head = trainee.student, trainee.assistant.head
+    features = student.features(student.normalise(data["images"], data["sizes"]))
+    outputs = student.head(features)  # type: ignore[operator, union-attr]
+    image, place = targets.valid.nonzero(as_tuple=True)
+    boxes = targets.boxes[image, place]
+    looked = head(features[:4], boxes, image)
+    cells = student.head.nearest_cells(outputs, boxes)  # type: ignore[operator, union-attr]
+    akd, ckd, cls, box = [[], []], [], [], []  # type: ignore[var-annotated]
+    for row, (i, k) in enumerate(zip(image.tolist(), place.tolist(), strict=True)):
+        for layer in range(2):
+            adapted = trainee.akd.adapters[layer](looked.taps[layer][row])  # type: ignore[union-attr]
+            akd[layer].append((adapted - targets.taps[i, layer, k]).double() ** 2)
+        if not targets.truth[i, k]:
+            level, y, x, _ = cells[row].tolist()
+            seen = outputs.taps[0][level][i, :, y, x]
+            ckd.append((trainee.ckd.adapter(seen) - targets.taps[i, -1, k]).double() ** 2)  # type: ignore[union-attr]
+        present = data["labels"][i] >= 0
+        iou = pairwise_iou(boxes[row][None, None], data["boxes"][i][present][None])[0, 0]
+        label = int(data["labels"][i][iou.argmax()]) if len(iou) and iou.max() >= 0.5 else CLASSES
+        cls.append(F.cross_entropy(looked.logits[row].double(), torch.tensor(label)))
+        if label < CLASSES:
+            wanted = encode(data["boxes"][i][iou.argmax()], boxes[row], head.spec.stds)
+            box.append((looked.deltas[row, label] - wanted).double().abs().sum())
+    assert 3 < len(box) < len(cls) == 13 and 0 < len(ckd) < 13
+    return {
+        "loss_assist_cls": WEIGHTS["assistant_weight"] * float(torch.stack(cls).mean()),
+        "loss_assist_box": WEIGHTS["assistant_weight"] * float(torch.stack(box).sum() / len(cls)),
+        "loss_akd_1": WEIGHTS["akd_weight"] * float(torch.stack(akd[0]).mean()),
+        "loss_akd_2": WEIGHTS["akd_weight"] * float(torch.stack(akd[1]).mean()),
+        "loss_ckd": WEIGHTS["ckd_weight"] * float(torch.stack(ckd).mean()),
+    }
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_formula(student: str) -> None:
+    trainee, data = trainee_of(student).eval(), batch()
+    liven(trainee.assistant)
+    targets = targets_for(data)
+    with torch.no_grad():
+        losses = step(trainee, data, targets)
+        expected = by_hand(trainee, data, targets)
+    assert expected.keys() <= losses.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-5), name
+    with torch.no_grad():  # half of the way up, AKD and CKD weigh half
+        half = step(trainee, data, targets, at=1000)
+    for name in losses:
+        factor = 0.5 if name.startswith(("loss_akd", "loss_ckd")) else 1.0
+        torch.testing.assert_close(half[name], factor * losses[name])
+
+
+def test_padding_of_the_targets_and_of_the_truth_is_never_read() -> None:
+    trainee, data = trainee_of().eval(), batch()
+    targets = targets_for(data)
+    noise = torch.Generator().manual_seed(1)
+    spoilt = targets._replace(
+        boxes=torch.where(targets.valid[..., None], targets.boxes, 50 * torch.rand(targets.boxes.shape, generator=noise)),
+        truth=targets.truth | ~targets.valid,
+        taps=torch.where(targets.valid[:, None, :, None], targets.taps, torch.nan),
+    )
+    wider = data | {"boxes": F.pad(data["boxes"], (0, 0, 0, 3)), "labels": F.pad(data["labels"], (0, 3), value=-1)}
+    with torch.no_grad():
+        first, *others = (step(trainee, data, targets), step(trainee, data, spoilt), step(trainee, wider, targets))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
+    """Given the RoIs that ``SoftTeacher`` chose, a guest says the same about them, and about those alone."""
+    teacher, data = teacher_of(), batch() | {"sizes": torch.tensor([[64, 96], [50, 90], [64, 90]])}  # padded alike
+    assert isinstance(teacher, FasterRCNN)
+    asked = Batch(
+        **data, image_ids=torch.arange(3), original_sizes=data["sizes"], views=torch.zeros(3, dtype=torch.int64), step=0
+    )
+    targets = SoftTeacher(teacher, BUDGET, seed=0, pad=32)(asked)
+    given, guest = trainee_of(teacher=teacher).eval(), trainee_of(teacher=teacher, rois="student").eval()
+    guest.load_state_dict(given.state_dict())
+    assert given.teacher is None and guest.teacher is teacher
+    x = given.student.normalise(data["images"], data["sizes"])
+    with torch.no_grad():
+        losses, trace = given.trace(x, x, data["sizes"], data["boxes"], data["labels"], 5000, targets=targets)
+        chosen = trace.advice.looks[0].rois
+        expected, other = guest.trace(x, x, data["sizes"], data["boxes"], data["labels"], 5000, pick=lambda outputs: chosen)
+    assert torch.equal(chosen.boxes, targets.boxes[targets.valid]) and losses.keys() == expected.keys()
+    assert trace.taught is not None and other.taught is not None
+    for mine, theirs in zip(trace.taught.taps, other.taught.taps, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=0)
+
+
+def test_no_teacher_is_in_the_trainee() -> None:
+    teacher = teacher_of()
+    trainee = trainee_of(teacher=teacher)
+    assert trainee.teacher is None and trainee._guest is None and trainee.akd is not None and trainee.ckd is not None
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in trainee.parameters()}
+    assert not any("teacher" in name for name in trainee.state_dict())
+    with_guest = trainee_of(teacher=teacher, rois="student")
+    assert with_guest.teacher is teacher and with_guest.state_dict().keys() == trainee.state_dict().keys()
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("method", ["akd", "head"])
+@pytest.mark.parametrize("rois", ["all", "truth", "none"])
+def test_every_parameter_gets_a_gradient(student: str, method: str, rois: str) -> None:
+    """Also where the batch has no RoI at all, or none but ground truth, which CKD leaves out."""
+    trainee, data = trainee_of(student, method).train(), batch()
+    targets = targets_for(data)
+    if rois != "all":
+        kept = targets.truth if rois == "truth" else torch.zeros_like(targets.truth)
+        targets = targets._replace(valid=kept)
+    losses = step(trainee, data, targets)
+    torch.stack(list(losses.values())).sum().backward()
+    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    distance = [name for name in losses if name.startswith(("loss_akd", "loss_ckd"))]
+    assert len(distance) == (3 if method == "head" else 2)
+    for name in distance:
+        assert (losses[name].item() == 0) == (rois == "none" or (rois == "truth" and name == "loss_ckd"))
+
+
+def test_the_step_draws_nothing() -> None:
+    trainee, data = trainee_of().eval(), batch()
+    targets = targets_for(data)
+    torch.manual_seed(1)
+    first = step(trainee, data, targets)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert all(torch.equal(loss, first[name]) for name, loss in step(trainee, data, targets).items())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mixed_precision() -> None:
+    trainee, data = trainee_of().train(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = step(trainee, data, targets_for(data))
+    assert {loss.dtype for loss in losses.values()} == {torch.float32} and all(loss.isfinite() for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+
+
+@pytest.mark.parametrize("spec", [retinanet_spec(), cascade_spec()], ids=["retinanet", "cascade_rcnn"])
+def test_only_a_faster_rcnn_chooses_rois(spec: Any) -> None:
+    with pytest.raises(JobError, match=r"distill.rois: teacher needs a faster_rcnn teacher.*this one is a (retinanet|cascade)"):
+        trainee_of(teacher=teacher_of(spec))
+    assert isinstance(trainee_of(teacher=teacher_of(spec), rois="student", copy_head=False), HEAD)
