@@ -208,6 +208,7 @@ printf '%s\\n' "$(basename "$0") $*" >> '{log}'
 """
 
 
+@pytest.mark.slow
 def test_ray_up_and_down_as_written(
     moto: dict[str, str], aws: dict[str, Any], account: Callable[[str], Any], tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def for_two_machines_here(config: dict[str, Any], head: str, worker: str, gcs: i
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a second loopback address")
+@pytest.mark.slow
 def test_ray_up_starts_machines_that_are_there(scratch: Path) -> None:
     """As the page says, and a job on them. Only the transport is a stand-in: ssh and rsync to a machine run here."""
     from ray.util import get_node_ip_address
