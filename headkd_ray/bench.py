@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         job = load_job(options.job, options.overrides)
         if job.method not in ("akd", "head"):
             raise JobError(f"method: {job.method} has no teacher that could be placed; give a job of method head or akd")
+        if job.student.kind in ("faster_rcnn", "cascade_rcnn"):
+            raise JobError(f"student.kind: a {job.student.kind} looks at RoIs of its own, so there is nothing to compare")
         measure_teacher(job, options.steps, options.rounds)
     return 0
 
@@ -56,12 +58,14 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="headkd-bench-"))
         own = _changed(job, "student", "inline", scratch)
-        theirs, pool, cache = (_changed(job, "teacher", name, scratch) for name in ("inline", "pool", "cache"))
+        theirs, cache = (_changed(job, "teacher", name, scratch) for name in ("inline", "cache"))
         decode: Decode = decode_here
         if job.cluster.workers > 0:
             from headkd_ray.cluster.resources import check_resources, connected
             from headkd_ray.cluster.stream import decode_on_ray
+            from headkd_ray.cluster.train import with_absolute_paths
 
+            pool, held = (with_absolute_paths(_changed(job, rois, "pool", scratch)) for rois in ("teacher", "student"))
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             stack.enter_context(connected(job.cluster))
             check_resources(pool.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})}))
@@ -74,11 +78,10 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
             Placement("cache", cache, decode, cache=builder.cache),
         ]
         if job.cluster.workers > 0:
-            held = _changed(job, "student", "pool", scratch)
             placements.insert(2, Placement("pool, student's RoIs", held, decode_on_ray(job.cluster, held)))
             placements.insert(4, Placement("pool, teacher's RoIs", pool, decode_on_ray(job.cluster, pool)))
         measure(placements, shards, steps, rounds)
-    rates = {placement.name: images_per_second(placement, steps) for placement in placements}
+    rates = {placement.name: images_per_second(placement) for placement in placements}
     _tell(placements, rates, building)
     _recommend(job, rates, building, len(ShardSet.open(job.data.train).index))
 

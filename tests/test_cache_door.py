@@ -65,7 +65,7 @@ def test_build_verify_info_and_what_a_changed_job_is_told(
     assert cache.main(["build", job]) == 0
     assert "built 0 files" in capsys.readouterr().out
     assert cache.main(["verify", job, "--sample", "10"]) == 0
-    assert "same RoIs: 10 of 10" in capsys.readouterr().out
+    assert "the same in 10 of 10 views" in capsys.readouterr().out
     assert cache.main(["info", job]) == 0
     assert "6 of 6 files" in capsys.readouterr().out
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import torch
 
 from headkd_ray.cluster.resources import check_pool, connected
+from headkd_ray.cluster.teachers import PATIENCE, actors_of, answer_of, set_up
 from headkd_ray.cluster.train import with_absolute_paths
 from headkd_ray.engine.caching import open_builder
 from headkd_ray.job import Job
@@ -21,10 +21,10 @@ class _Teacher:
 
     def __init__(self, job: dict[str, Any]) -> None:
         whole = Job.model_validate(job)
-        assert whole.teacher is not None
-        pool = whole.teacher.pool
-        torch.set_num_threads(max(1, int(pool.cpus)))
-        self.builder = open_builder(whole, "cuda" if pool.gpus else "cpu")
+        self.builder = open_builder(whole, set_up(whole))
+
+    def ready(self) -> None:
+        """Answers when it has started."""
 
     def build(self, shard: int, view: int) -> int:
         return self.builder.build(shard, view)
@@ -40,26 +40,24 @@ def build_on_ray(job: Job, units: list[Unit], done: Callable[[Unit, int], None])
     pool = job.teacher.pool
     with connected(job.cluster):
         check_pool(job)
-        options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources}
-        remote = ray.remote(_Teacher).options(**options, max_restarts=-1, max_task_retries=-1)
-        arguments = with_absolute_paths(job).model_dump(mode="json")
-        actors = [remote.remote(arguments) for _ in range(min(pool.actors[1], len(units)))]
-        waiting, running = list(reversed(units)), {}
+        units = list(units)
+        actors = actors_of(_Teacher, pool, min(pool.actors[1], len(units)), with_absolute_paths(job).model_dump(mode="json"))
+        waiting = units[::-1]
+        running: dict[Any, tuple[Any, Unit | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
         try:
-            for actor in actors:
-                unit = waiting.pop()
-                running[actor.build.remote(*unit)] = (actor, unit)
-            while running:
-                (finished,), _ = ray.wait(list(running), num_returns=1)
-                actor, unit = running.pop(finished)
-                try:
-                    size = ray.get(finished)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from None
-                done(unit, size)
-                if waiting:
-                    following = waiting.pop()
-                    running[actor.build.remote(*following)] = (actor, following)
+            while waiting or any(unit is not None for _, unit in running.values()):
+                # Only who has started gets a unit: one for which there is no room holds up nobody.
+                finished, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
+                for call in finished:
+                    actor, unit = running.pop(call)
+                    size = answer_of(call, pool)
+                    if unit is not None:
+                        done(unit, size)
+                    if waiting:
+                        following = waiting.pop()
+                        running[actor.build.remote(*following)] = (actor, following)
+                if not finished and all(unit is None for _, unit in running.values()):
+                    answer_of(next(iter(running)), pool)  # none has started
         finally:
             for actor in actors:
                 ray.kill(actor)

@@ -7,10 +7,11 @@ RoIs and to get the answers.
 
 from __future__ import annotations
 
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from headkd_ray.cluster.teachers import actors_of, answer_of, set_up, teacher_of
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import RoIs
 from headkd_ray.distill import Guest, Insight
-from headkd_ray.engine.teacher import load_teacher
-from headkd_ray.job import Job
+from headkd_ray.job import Job, PoolSpec
 
 AHEAD = 2
 """Batches whose features are computed ahead: what a train worker and its teachers hold."""
@@ -36,13 +37,10 @@ class Holder:
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
         whole = Job.model_validate(job)
         assert whole.teacher is not None
-        torch.set_num_threads(max(1, int(whole.teacher.pool.cpus)))
-        torch.manual_seed(whole.run.seed)
-        teacher = load_teacher(whole, tuple(classes))
-        assert teacher is not None
-        self.device = torch.device("cuda" if whole.teacher.pool.gpus else "cpu")
-        self.guest = Guest(teacher.detector.to(self.device).to(memory_format=torch.channels_last))
+        self.device = set_up(whole)
+        self.guest = Guest(teacher_of(whole, classes).to(self.device).to(memory_format=torch.channels_last))
         self.bf16 = whole.teacher.precision == "bf16"
+        self.born = uuid.uuid4().hex
         self.held: dict[int, list[torch.Tensor]] = {}
 
     def look(self, step: int, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
@@ -51,15 +49,19 @@ class Holder:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             self.held[step] = self.guest.features(x)
 
-    def answer(self, step: int, rois: Sequence[tuple[Arrays, ...]]) -> list[Any] | None:
-        """The taps of the batch's ``rois``, stage by stage, as arrays; None if it is not held. It is forgotten then."""
+    def answer(self, step: int, rois: Sequence[tuple[Arrays, ...]]) -> tuple[str, list[Any] | None]:
+        """Who this is, and the taps of the batch's ``rois``, stage by stage, as arrays; None if it is not held.
+
+        The batch is forgotten then.
+        """
         features = self.held.pop(step, None)
         if features is None:
-            return None
+            return self.born, None
         asked = [RoIs(*(torch.tensor(array, device=self.device) for array in stage)) for stage in rois]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             taps = self.guest.insight_of(features, asked).taps
-        return [_array(tap) if isinstance(tap, torch.Tensor) else [_array(level) for level in tap] for tap in taps]
+        arrays = [_array(tap) if isinstance(tap, torch.Tensor) else [_array(level) for level in tap] for tap in taps]
+        return self.born, arrays
 
 
 @contextmanager
@@ -67,9 +69,7 @@ def holders(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
     """The fewest teacher processes of the job's pool; they end with the context. One that dies is started again."""
     assert job.teacher is not None
     pool = job.teacher.pool
-    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources}
-    remote = ray.remote(Holder).options(**options, max_restarts=-1, max_task_retries=-1)
-    actors = [remote.remote(job.model_dump(mode="json"), classes) for _ in range(pool.actors[0])]
+    actors = actors_of(Holder, pool, pool.actors[0], job.model_dump(mode="json"), classes)
     try:
         yield actors
     finally:
@@ -77,17 +77,18 @@ def holders(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
             ray.kill(actor)
 
 
-def held(batches: Iterator[Batch], actors: Sequence[Any]) -> Iterator[Batch]:
+def held(batches: Iterator[Batch], actors: Sequence[Any], pool: PoolSpec) -> Iterator[Batch]:
     """``batches``, each with the teacher to ask about it, which has been shown it AHEAD batches before."""
-    lost = Lost()
+    born: dict[int, set[str]] = {number: set() for number in range(len(actors))}
     coming: deque[tuple[Batch, Asker]] = deque()
 
     def first() -> Batch:
         batch, asker = coming.popleft()
-        return replace(batch, ask=asker, teacher_restarts=lost.count)
+        return replace(batch, ask=asker, teacher_restarts=sum(max(0, len(lives) - 1) for lives in born.values()))
 
     for number, batch in enumerate(batches):
-        asker = Asker(actors[number % len(actors)], batch, lost)
+        place = number % len(actors)
+        asker = Asker(actors[place], batch, pool, born[place])
         asker.show()
         coming.append((batch, asker))
         if len(coming) > AHEAD:
@@ -96,40 +97,31 @@ def held(batches: Iterator[Batch], actors: Sequence[Any]) -> Iterator[Batch]:
         yield first()
 
 
-@dataclass
-class Lost:
-    """Batches that a teacher had to be shown again, because it had died."""
-
-    count: int = 0
-
-
-@dataclass(frozen=True)
 class Asker:
-    """Asks a teacher about one batch."""
+    """Asks a teacher about one batch, which is on the CPU. ``born`` collects who answered: one process after another."""
 
-    actor: Any
-    batch: Batch
-    """On the CPU."""
-    lost: Lost = field(default_factory=Lost)
+    def __init__(self, actor: Any, batch: Batch, pool: PoolSpec, born: set[str]) -> None:
+        self.actor, self.batch, self.pool, self.born = actor, batch, pool, born
+        self.shown: Any = None
 
     def show(self) -> None:
         """Start computing the features."""
-        self.actor.look.remote(self.batch.step, self.batch.images.numpy(), self.batch.sizes.numpy())
+        self.shown = self.actor.look.remote(self.batch.step, self.batch.images.numpy(), self.batch.sizes.numpy())
 
-    def __call__(self, rois: Sequence[RoIs]) -> Insight:
-        """What the teacher makes of ``rois``, stage by stage, on their device."""
+    def __call__(self, rois: Sequence[RoIs], device: torch.device) -> Insight:
+        """What the teacher makes of ``rois``, stage by stage, on ``device``. Raises ClusterError if no teacher answers."""
         arrays = [tuple(tensor.cpu().numpy() for tensor in stage) for stage in rois]
-        found = ray.get(self.actor.answer.remote(self.batch.step, arrays))
-        if found is None:
-            self.lost.count += 1
-            self.show()
-            found = ray.get(self.actor.answer.remote(self.batch.step, arrays))
-        device = rois[0].boxes.device if rois else torch.device("cpu")
+        found = None
+        while found is None:
+            answer_of(self.shown, self.pool)  # what went wrong there, if anything did
+            who, found = answer_of(self.actor.answer.remote(self.batch.step, arrays), self.pool)
+            self.born.add(who)
+            if found is None:  # it has died since, and with it what it held
+                self.show()
         taps = [
             _tensor(tap, device) if isinstance(tap, np.ndarray) else [_tensor(level, device) for level in tap] for tap in found
         ]
-        layers = len(taps) // len(rois) if rois else 1
-        return Insight(taps, taps[layers - 1] if rois else taps[0])
+        return Insight(taps, taps[len(taps) // len(rois) - 1] if rois else taps[0])
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:

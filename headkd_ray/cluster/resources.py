@@ -113,7 +113,8 @@ def check_resources(job: Job) -> Resources:
         )
     if job.teacher is not None and job.teacher.placement == "pool":
         count = spec.workers * job.teacher.pool.actors[0]  # the fewest, for each worker
-        problems += _pool_problems(job.teacher.pool, nodes, count, beside=wanted)
+        beside = {"CPU": wanted, "GPU": spec.workers * gpus_per_worker}
+        problems += _pool_problems(job.teacher.pool, nodes, count, beside)
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
@@ -123,7 +124,7 @@ def check_pool(job: Job) -> None:
     """Raises ClusterError if the teacher processes that build a cache do not all fit."""
     assert job.teacher is not None
     nodes, _ = _nodes()
-    problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside=0.0)
+    problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside={})
     if problems:
         raise ClusterError(problems)
 
@@ -141,24 +142,24 @@ def _nodes() -> tuple[list[dict[str, float]], str]:
     return [node for node in alive if "node:__internal_head__" in node] + started, "may grow to"
 
 
-def _pool_problems(pool: PoolSpec, nodes: list[dict[str, float]], count: int, beside: float) -> list[str]:
-    """What keeps ``count`` teacher processes from starting where others take ``beside`` CPUs."""
+def _pool_problems(pool: PoolSpec, nodes: list[dict[str, float]], count: int, beside: dict[str, float]) -> list[str]:
+    """What keeps ``count`` teacher processes from starting where train workers take what ``beside`` says."""
     each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
     asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
     able = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
     if not able:
         has = [{name: node.get(name, 0.0) for name in each} for node in nodes]
         return [f"teacher.pool: no node has what a process asks ({asked}); nodes: {has}; ask for less, or start such a node"]
-    needs = [(name, amount, 0.0, able) for name, amount in each.items()]
-    if "CPU" in each:
-        needs.append(("CPU", pool.cpus, beside, nodes))  # train workers take CPUs on these nodes or on others
-    for name, amount, taken, where in needs:
-        there = sum(node.get(name, 0.0) for node in where)
-        if there < count * amount + taken:
+    fits = [min(node[name] / amount for name, amount in each.items()) if each else math.inf for node in able]
+    places = sum(math.floor(min(number, count) + 1e-9) for number in fits)
+    if places < count:
+        return [f"teacher.pool.actors: {count} processes of {asked} asked, the nodes have room for {places}; ask for less"]
+    for name, taken in beside.items():  # train workers take theirs on these nodes or on others
+        there = sum(node.get(name, 0.0) for node in nodes)
+        if name in each and there < count * each[name] + taken:
             return [
-                f"teacher.pool.actors: {count} processes of {amount:g} {name} each"
-                + (f", beside {taken:g} for the train workers," if taken else "")
-                + f" asked, the nodes have {there:g}; ask for less"
+                f"teacher.pool.actors: {count} processes of {each[name]:g} {name} each asked, beside {taken:g} for the train "
+                f"workers, the nodes have {there:g}; ask for less"
             ]
     return []
 

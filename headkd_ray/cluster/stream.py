@@ -36,12 +36,12 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoo
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from headkd_ray.cluster.holders import held, holders
+from headkd_ray.cluster.teachers import set_up, teacher_of
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.engine.streams import Decode
-from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.targets import SoftTargets
@@ -82,7 +82,8 @@ def decode_on_ray(cluster: ClusterSpec, taught: Job | None = None) -> Decode:
                 yield batches
             else:
                 with holders(asked, shards.meta.classes) as actors:
-                    yield held(batches, actors)
+                    assert asked.teacher is not None
+                    yield held(batches, actors, asked.teacher.pool)
         finally:
             batches.close()
 
@@ -187,12 +188,8 @@ class Teaching:
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
         whole = Job.model_validate(job)
-        assert whole.teacher is not None
-        torch.set_num_threads(max(1, int(whole.teacher.pool.cpus)))
-        torch.manual_seed(whole.run.seed)
-        teacher = load_teacher(whole, tuple(classes))
-        assert teacher is not None
-        self.teacher = soft_teacher(whole, teacher.detector, "cuda" if whole.teacher.pool.gpus else "cpu")
+        device = set_up(whole)
+        self.teacher = soft_teacher(whole, teacher_of(whole, classes), device)
         self.restarted = uuid.uuid4().hex if ray.get_runtime_context().was_current_actor_reconstructed else ""
 
     def __call__(self, row: Row) -> Row:

@@ -43,7 +43,7 @@ class Batch:
     ask: Any = None
     """Whom to ask what the teacher says about RoIs in this batch (``headkd_ray.distill.head.Ask``), if not one in place."""
     teacher_restarts: int = 0
-    """Times that this stream has lost a teacher process, or what it held, up to this batch."""
+    """Teacher processes that this stream has lost and seen started again, up to this batch."""
     idle: bool = False
     """This rank has no image left for the step: one blank image, to run with a loss of 0 so that DDP stays in step."""
 

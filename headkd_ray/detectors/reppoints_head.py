@@ -16,7 +16,7 @@ from torchvision.ops import DeformConv2d
 from headkd_ray.detectors import init
 from headkd_ray.detectors.anchors import AnchorGrid, Anchors, padded_extents, valid_anchors
 from headkd_ray.detectors.boxes import decode_distances, encode_distances
-from headkd_ray.detectors.losses import focal_loss_sum, smooth_l1_sum
+from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
 from headkd_ray.detectors.matching import NEGATIVE, Truth, gather_rows, match, match_nearest
 from headkd_ray.detectors.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
 from headkd_ray.detectors.retina_head import STRIDES, init_dense_head, tower
@@ -154,7 +154,7 @@ class RepPointsHead(nn.Module):
         """Smooth L1 of ``distances`` (B, N, 4) to the boxes of ``truth`` that are ``matched`` (B, N)."""
         scale = self.spec.base_scale
         target = encode_distances(gather_rows(truth.boxes, matched), grid.boxes)
-        total = smooth_l1_sum(distances / scale, target / scale, matched >= 0, self.spec.smooth_l1_beta)
+        total = l1_sum(distances / scale, target / scale, matched >= 0, self.spec.smooth_l1_beta)
         return total / _positives(matched)
 
     @torch.no_grad()

@@ -31,8 +31,8 @@ from headkd_ray.distill.trainee import Trainee, ckd_factor, warmup
 from headkd_ray.job import DistillSpec
 from headkd_ray.targets import SoftTargets
 
-Ask = Callable[[Sequence[RoIs]], Insight]
-"""From RoIs, stage by stage, to what the teacher says about them; none for a dense teacher."""
+Ask = Callable[[Sequence[RoIs], torch.device], Insight]
+"""From RoIs, stage by stage (none for a dense teacher), to what the teacher says about them, on a device."""
 
 
 class Trace(NamedTuple):
@@ -111,10 +111,11 @@ class HEAD(Trainee):
         if targets is not None:
             taught = given_insight(targets)
         elif ask is not None:
-            taught = ask([look.rois for look in advice.looks])
+            taught = ask([look.rois for look in advice.looks], x.device)
         elif self._guest is not None:
             taught = self._guest.insight(teacher_x, [look.rois for look in advice.looks])
         else:
+            assert self.akd is None and self.ckd is None, "nobody answers for the teacher"
             return losses, Trace(scene, advice, None)
         if self.akd is not None:
             for i, loss in enumerate(self.akd(advice.insight.taps, taught.taps), start=1):

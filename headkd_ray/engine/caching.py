@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from headkd_ray.data.batch import collate
 from headkd_ray.data.keyed import key_permutation
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import FasterRCNN
@@ -15,6 +16,7 @@ from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from headkd_ray.targets import ViewTargets
 from headkd_ray.teacher import Builder, builder_of
+from headkd_ray.teacher.build import unstack
 
 
 def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
@@ -42,9 +44,10 @@ class Agreement:
 
     views: int
     same_rois: int
-    """Views whose RoIs are the very same; only these enter the rest."""
+    """Views for which it would choose the very same RoIs now. Another device or batch rounds another way, and may let one in
+    or out."""
     cosine: float
-    """Mean over RoIs and layers of the cosine of cached and live features; NaN if there are none."""
+    """Mean over RoIs and layers of the cosine of cached features and those of now, of the cached RoIs; NaN if none."""
     least_cosine: float
     worst: float
     """Greatest difference of a feature, as a share of the greatest feature."""
@@ -62,14 +65,15 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
         row, view = int(trained[number // cache.views]), number % cache.views
         shard, place = int(index.shard[row]), int(index.row[row])
         group = place // index.row_group
-        ((image_id, live),) = builder.answers(shard, group, view, [place])
+        ((sample_of, example),) = builder.shown(shard, group, view, [place])
+        assert example is not None  # it is trained on
         (packed,) = cache.read_group(shard, group, [place], view)
-        kept = cache.unpack(packed, image_id, view)
-        if not same_rois(kept, live):
-            continue
-        same += 1
-        cosines.append(cosine(kept.taps, live.taps))
-        gap, most = max(gap, float(np.abs(kept.taps - live.taps).max(initial=0))), max(most, float(live.taps.max(initial=0)))
+        kept = cache.unpack(packed, sample_of.image_id, view)
+        batch = collate([example], 0, builder.maker.spec.pad).to(builder.teacher.device)
+        same += same_rois(kept, unstack(builder.teacher(batch).map(torch.Tensor.cpu), 0))
+        live = builder.teacher.taps_at(batch, torch.from_numpy(kept.boxes).to(builder.teacher.device)).cpu().numpy()
+        cosines.append(cosine(kept.taps, live))
+        gap, most = max(gap, float(np.abs(kept.taps - live).max(initial=0))), max(most, float(live.max(initial=0)))
     every = np.concatenate([c.ravel() for c in cosines]) if cosines else np.array([np.nan])
     return Agreement(len(order), same, float(every.mean()), float(every.min()), gap / most if most else 0.0)
 

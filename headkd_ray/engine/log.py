@@ -59,7 +59,7 @@ class StepWindow:
 
     def record(self) -> Record:
         """Means over steps and ranks; images/s of all ranks, share of time spent waiting for data, peak memory in MiB;
-        and teacher processes lost since the start, if any."""
+        and teacher processes lost since this worker started, if any."""
         names = sorted(self.sums)
         seconds = time.perf_counter() - self.started
         on_gpu = self.world.device.type == "cuda"

@@ -13,11 +13,13 @@ import torch
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import FasterRCNN
 from headkd_ray.distill import HEAD, build_trainee
 from headkd_ray.engine.loop import answers, on_device
 from headkd_ray.engine.streams import Decode, Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
+from headkd_ray.errors import DataError, JobError
 from headkd_ray.job import Job
 from headkd_ray.teacher import Builder, Cache, SoftTeacher, builder_of, soft_teacher
 
@@ -44,6 +46,8 @@ class Placement:
     """Of the stretches."""
     waited: list[float] = field(default_factory=list)
     """Of these, spent waiting for batches."""
+    rates: list[float] = field(default_factory=list)
+    """Images a second of the stretches."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,16 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -
     optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-6)  # as much work as any rate, and no loss explodes
     streams = Streams(job, world, shards, shards, placement.decode)
     waited = started = 0.0
+    images = 0
     with ExitStack() as stack:
         stream = stack.enter_context(streams.train(first=0, cache=placement.cache))
         batches = _timed(islice(on_device(stream, world.device), WARM_UP + steps))
         for number, (batch, seconds) in enumerate(batches):
             if number == WARM_UP:
                 _finish(world)
-                started, waited = time.perf_counter() - seconds, 0.0
+                started, waited, images = time.perf_counter() - seconds, 0.0, 0
             waited += seconds
+            images += len(batch.images)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
                 given = answers(batch, placement.asked)
                 losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, number, **given)
@@ -108,7 +114,12 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
         _finish(world)
+        if not started:
+            raise DataError(
+                f"{job.data.train}: too few images for {WARM_UP + 1} steps of data.batch_size {job.data.batch_size}"
+            )
         placement.seconds.append(time.perf_counter() - started)
+        placement.rates.append(images / placement.seconds[-1])
         placement.waited.append(waited)
 
 
@@ -127,9 +138,9 @@ def _finish(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def images_per_second(placement: Placement, steps: int) -> float:
+def images_per_second(placement: Placement) -> float:
     """Of the median stretch."""
-    return steps * placement.job.data.batch_size / median(placement.seconds)
+    return median(placement.rates)
 
 
 def fill(job: Job, shards: ShardSet, world: World) -> tuple[Builder, Building]:
@@ -137,6 +148,11 @@ def fill(job: Job, shards: ShardSet, world: World) -> tuple[Builder, Building]:
     torch.manual_seed(job.run.seed)
     teacher = load_teacher(job, shards.meta.classes)
     assert teacher is not None
+    if not isinstance(teacher.detector, FasterRCNN):
+        kind = teacher.detector.spec.kind
+        raise JobError(
+            f"teacher.checkpoint: only a faster_rcnn chooses RoIs for others, so there is nothing to compare; got a {kind}"
+        )
     builder = builder_of(job, shards, teacher.detector, world.device)
     cache = builder.cache
     cache.begin()

@@ -18,6 +18,8 @@ RESULT_FILE = "result.json"
 # Sections that may change when a run is resumed: they decide where and how loudly it trains, not what it learns.
 # (Some changes of cluster.workers are refused nevertheless: below, and in loop.State.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
+# Likewise of the teacher: where it is asked, not what it says.
+FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
 
 
 def run_folder(job: Job) -> Folder:
@@ -43,7 +45,9 @@ def check_run(job: Job) -> None:
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_SECTIONS and key != "run.storage"
+        if before.get(key) != after.get(key)
+        and key.split(".")[0] not in FREE_SECTIONS
+        and not key.startswith(("run.storage", *FREE_KEYS))
     ]
     workers = before["cluster.workers"], job.cluster.workers
     if bool(workers[0]) != bool(workers[1]) and not folder.has(RESULT_FILE):
@@ -53,6 +57,10 @@ def check_run(job: Job) -> None:
         )
     if differing:
         raise JobError(differing)
+
+
+def _free(key: str) -> bool:
+    return key.split(".")[0] in FREE_SECTIONS or key.startswith(("run.storage", *FREE_KEYS))
 
 
 def open_run(job: Job) -> Folder:

@@ -246,7 +246,15 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
         yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
 
 
+def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:
+    users = {"akd_weight": ("akd", "head", "tf_head"), "ckd_weight": ("head", "tf_head")}  # tf_head is told by its own check
+    for key, methods in users.items():
+        if get("method") not in methods and get(f"distill.{key}") != getattr(DistillSpec(), key):
+            yield f"distill.{key}", f"method {get('method')} has no such loss; remove the key, or use method head"
+
+
 CHECKS: tuple[Check, ...] = (
+    _idle_weights,
     _method_and_teacher,
     _teacher_placement,
     _method_and_student,

@@ -11,7 +11,9 @@ Parquet page has a checksum, so a damaged file is told from a sound one wherever
 
 from __future__ import annotations
 
+import contextlib
 import json
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -134,23 +136,27 @@ class Cache:
         Raises CacheError if the disk is full or read-only, or a feature cannot be stored; files that are there stay valid.
         """
         name = self.file(shard, view)
+        draft = f"{name}.{uuid.uuid4().hex[:8]}.tmp"  # nobody else's, for others may build the same cache
         schema = SCHEMA.with_metadata({"recipe": self.digest})
         try:
             with (
-                self.folder.fs.open_output_stream(self.folder.at(name + ".tmp")) as stream,
+                self.folder.fs.open_output_stream(self.folder.at(draft)) as stream,
                 pq.ParquetWriter(
                     stream, schema, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True
                 ) as writer,
             ):
                 for group in groups:
                     writer.write_table(self._rows(view, group), row_group_size=max(len(group), 1))
-            self.folder.publish(name)
+            self.folder.fs.move(self.folder.at(draft), self.folder.at(name))
             return self.folder.size(name) or 0
         except OSError as error:
             raise CacheError(
                 f"{self.folder.named(name)}: cannot be written ({error}); make room or choose another teacher.cache.path, "
                 "and run the build again: it keeps the files that are complete"
             ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                self.folder.delete(draft)
 
     def _rows(self, view: int, group: Sequence[tuple[int, ViewTargets]]) -> pa.Table:
         for image_id, targets in group:

@@ -20,7 +20,7 @@ def recipe_of(job: Job, shards: ShardSet, teacher: Detector) -> Recipe:
     return {
         "teacher.checkpoint (weights)": _digest(teacher),
         "teacher.precision": job.teacher.precision,
-        "data.train (contents)": shards.meta.fingerprint,
+        "data.train (contents)": _contents(shards),
         "data.short_side": list(data.short_side),
         "data.long_side": data.long_side,
         "data.flip": data.flip,
@@ -45,6 +45,12 @@ def view_seed(job: Job) -> int:
 def views_of(job: Job) -> int:
     """Distinct views of each image that the run's epochs show."""
     return job.optim.epochs if job.data.views is None else min(job.data.views, job.optim.epochs)
+
+
+def _contents(shards: ShardSet) -> str:
+    """SHA-256 of annotations, layout and images."""
+    parts = [shards.meta.fingerprint, *(shard.sha256 for shard in shards.meta.shards)]
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
 def _digest(teacher: Detector) -> str:

@@ -1,6 +1,6 @@
 """A teacher that chooses its own RoIs: what it says is a function of the view alone, so it may be asked anywhere, at any time.
 
-The RoIs of a view are its ground-truth boxes and a sample of the teacher's own proposals. Which ones is drawn by a hash of
+The RoIs of a view are a sample of its ground-truth boxes and of the teacher's own proposals. Which ones is drawn by a hash of
 (seed, image, view, candidate), and each view is seen without the padding that its batch would give it, so neither the batch nor
 the machine matters but for rounding errors. A proposal goes by the anchor it came from and not by its rank, which is no name:
 where rounding errors let one proposal in or out, all ranks below it would move and another sample be drawn.
@@ -53,6 +53,16 @@ class SoftTeacher:
             for whole, part in zip(targets, group, strict=True):
                 whole[rows] = part
         return targets
+
+    @torch.no_grad()
+    def taps_at(self, batch: Batch, boxes: Tensor) -> Tensor:
+        """(L, k, D) what it says about ``boxes`` (k, 4) in a ``batch`` of one view."""
+        height, width = ((batch.sizes[0] + self.pad - 1) // self.pad * self.pad).tolist()
+        x = self.detector.normalise(batch.images[:, :, :height, :width], batch.sizes)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            image = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+            taps = self.detector.roi(self.detector.features(x), boxes, image).taps
+        return torch.stack([tap.float() for tap in taps])
 
     def _look(self, batch: Batch, rows: Tensor, height: int, width: int) -> SoftTargets:
         """The targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""

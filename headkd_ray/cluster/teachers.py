@@ -1,0 +1,54 @@
+"""What every teacher process has in common: what Ray reserves for it, and how it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+
+from headkd_ray.detectors import Detector
+from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.errors import ClusterError
+from headkd_ray.job import Job, PoolSpec
+
+PATIENCE = 300.0
+"""Seconds without an answer after which a teacher counts as gone for good: it may have to be started again elsewhere first."""
+
+
+def actors_of(kind: type, pool: PoolSpec, count: int, *arguments: Any) -> list[Any]:
+    """``count`` actors of class ``kind``, as the pool says. Ray starts one that dies again, and gives it its calls again."""
+    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources}
+    remote = ray.remote(kind).options(**options, max_restarts=-1, max_task_retries=-1)
+    return [remote.remote(*arguments) for _ in range(count)]
+
+
+def set_up(job: Job) -> torch.device:
+    """Use what the pool reserves for this process; the device to be on."""
+    assert job.teacher is not None
+    torch.set_num_threads(max(1, int(job.teacher.pool.cpus)))
+    return torch.device("cuda" if job.teacher.pool.gpus else "cpu")
+
+
+def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
+    """The job's teacher, with the outputs that a train worker gives it."""
+    torch.manual_seed(job.run.seed)
+    teacher = load_teacher(job, tuple(classes))
+    assert teacher is not None
+    return teacher.detector
+
+
+def answer_of(call: Any, pool: PoolSpec) -> Any:
+    """The result of an actor's ``call``. Raises ClusterError if none comes; what the teacher raised, as it raised it."""
+    try:
+        return ray.get(call, timeout=PATIENCE)
+    except ray.exceptions.GetTimeoutError:
+        asked = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}
+        raise ClusterError(
+            f"teacher.pool: no answer for {PATIENCE:.0f} s from a teacher process that asks for {asked}; is its node gone, or "
+            "does it run out of memory there? Started again, the run goes on from its last checkpoint"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayActorError as error:
+        raise ClusterError(f"teacher.pool: a teacher process cannot start: {str(error).strip().splitlines()[-1]}") from None
