@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,10 @@ class Folder:
         """Bytes of each file; None where there is no such file."""
         infos = self.fs.get_file_info([self.at(name) for name in names]) if names else []
         return [info.size if info.type == pafs.FileType.File else None for info in infos]
+
+    def room(self) -> int | None:
+        """Bytes left on this machine's disk that holds the folder, which must exist; None for a remote one."""
+        return None if self.remote else shutil.disk_usage(self.path).free
 
     def names(self) -> list[str]:
         """Names of the files directly in the folder, sorted; empty if there is no folder."""

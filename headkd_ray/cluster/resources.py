@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import ray
 
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import ClusterSpec, Job
+from headkd_ray.job import ClusterSpec, Job, PoolSpec
 
 OWN_CLUSTER = {
     # Ray ends processes that idle for a second if there are more than CPUs: decoding would start, and import torch, for ever.
@@ -22,6 +23,11 @@ OWN_CLUSTER = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Environment of a cluster that we start for one run."""
+
+GROWS = "HEADKD_RAY_NODES"
+"""Environment variable by which a cluster file tells what its autoscaler may start, the head aside, as JSON, for example
+[{"count": 2, "CPU": 48, "GPU": 4}]. Ray does not tell, and on a cluster that is only its head as yet no job would fit.
+Unset: the cluster is what it is."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def _join_or_start(address: str | None) -> None:
 def check_resources(job: Job) -> Resources:
     """Raises ClusterError, saying what was asked and what exists, if workers, data tasks and teacher processes do not fit."""
     spec = job.cluster
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes, has = _nodes()
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     wants_gpu = spec.gpus_per_worker
@@ -88,15 +94,15 @@ def check_resources(job: Job) -> Resources:
     if gpus_per_worker and gpus < spec.workers * gpus_per_worker:
         problems.append(
             f"cluster.workers {spec.workers} x cluster.gpus_per_worker {gpus_per_worker:g} = "
-            f"{spec.workers * gpus_per_worker:g} GPUs asked, the cluster has {gpus:g}; lower one of them, or set "
+            f"{spec.workers * gpus_per_worker:g} GPUs asked, the cluster {has} {gpus:g}; lower one of them, or set "
             "cluster.gpus_per_worker to 0 to train on CPUs"
         )
     wanted = spec.workers * (spec.cpus_per_worker + spec.data_cpus)
     if cpus < wanted:
         problems.append(
             f"cluster.workers {spec.workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus "
-            f"{spec.data_cpus:g}) = {wanted:g} CPUs asked, the cluster has {cpus:g}; lower cluster.workers, or give each less "
-            "(fractions are allowed)"
+            f"{spec.data_cpus:g}) = {wanted:g} CPUs asked, the cluster {has} {cpus:g}; lower cluster.workers, or give each "
+            "less (fractions are allowed)"
         )
     places = sum(_places(node, spec.cpus_per_worker, gpus_per_worker) for node in nodes)
     if not problems and places < spec.workers:
@@ -105,30 +111,54 @@ def check_resources(job: Job) -> Resources:
             f"{gpus_per_worker:g} GPUs (nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); "
             "ask for less per worker"
         )
-    problems += _pool_problems(job, nodes)
+    if job.teacher is not None and job.teacher.placement == "pool":
+        count = spec.workers * job.teacher.pool.actors[0]  # the fewest, for each worker
+        problems += _pool_problems(job.teacher.pool, nodes, count, beside=wanted)
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
 
 
-def _pool_problems(job: Job, nodes: list[dict[str, float]]) -> list[str]:
-    """What keeps the fewest teacher processes from starting beside the workers."""
-    if job.teacher is None or job.teacher.placement != "pool":
-        return []
-    pool, count = job.teacher.pool, job.cluster.workers * job.teacher.pool.actors[0]
+def check_pool(job: Job) -> None:
+    """Raises ClusterError if the teacher processes that build a cache do not all fit."""
+    assert job.teacher is not None
+    nodes, _ = _nodes()
+    problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside=0.0)
+    if problems:
+        raise ClusterError(problems)
+
+
+def _nodes() -> tuple[list[dict[str, float]], str]:
+    """Resources of each node, those included that an autoscaler may start; and the verb that goes with them."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not os.environ.get(GROWS):
+        return alive, "has"
+    try:
+        groups = [dict(group) for group in json.loads(os.environ[GROWS])]
+        started = [group for group in groups for _ in range(group.pop("count"))]
+    except (ValueError, TypeError, KeyError):
+        raise ClusterError(f'{GROWS}={os.environ[GROWS]!r} is not a JSON list like [{{"count": 2, "CPU": 48}}]') from None
+    return [node for node in alive if "node:__internal_head__" in node] + started, "may grow to"
+
+
+def _pool_problems(pool: PoolSpec, nodes: list[dict[str, float]], count: int, beside: float) -> list[str]:
+    """What keeps ``count`` teacher processes from starting where others take ``beside`` CPUs."""
     each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
     asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
     able = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
     if not able:
         has = [{name: node.get(name, 0.0) for name in each} for node in nodes]
         return [f"teacher.pool: no node has what a process asks ({asked}); nodes: {has}; ask for less, or start such a node"]
-    for name, amount in each.items():
-        taken = job.cluster.workers * (job.cluster.cpus_per_worker + job.cluster.data_cpus) if name == "CPU" else 0.0
-        there = sum(node.get(name, 0.0) for node in able)
+    needs = [(name, amount, 0.0, able) for name, amount in each.items()]
+    if "CPU" in each:
+        needs.append(("CPU", pool.cpus, beside, nodes))  # train workers take CPUs on these nodes or on others
+    for name, amount, taken, where in needs:
+        there = sum(node.get(name, 0.0) for node in where)
         if there < count * amount + taken:
             return [
-                f"teacher.pool.actors: {count} processes ({pool.actors[0]} for each of {job.cluster.workers} workers) "
-                f"of {amount:g} {name} each, beside {taken:g} for the workers, but the nodes have {there:g}; ask for less"
+                f"teacher.pool.actors: {count} processes of {amount:g} {name} each"
+                + (f", beside {taken:g} for the train workers," if taken else "")
+                + f" asked, the nodes have {there:g}; ask for less"
             ]
     return []
 

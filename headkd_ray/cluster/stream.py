@@ -35,6 +35,7 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from headkd_ray.cluster.holders import held, holders
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
@@ -42,7 +43,7 @@ from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.engine.streams import Decode
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
-from headkd_ray.job import Job
+from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.targets import SoftTargets
 from headkd_ray.teacher import soft_teacher
 
@@ -60,10 +61,12 @@ WINDOWS_PER_BLOCK = 16
 """Windows one read task goes through: what is read again if its node is lost."""
 
 
-def decode_on_ray(job: Job) -> Decode:
-    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank, and asks the teacher in
-    processes beside them if that is its placement. Needs ``ray.init``."""
-    pooled = job.teacher is not None and job.teacher.placement == "pool"
+def decode_on_ray(cluster: ClusterSpec, taught: Job | None = None) -> Decode:
+    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank. Needs ``ray.init``.
+
+    With ``taught`` the training batches come with the soft targets of that job's teacher, asked in processes beside the tasks;
+    or, if the student chooses the RoIs, with somebody to ask about them.
+    """
 
     @contextmanager
     def decode(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> Iterator[Iterator[Batch]]:
@@ -71,18 +74,23 @@ def decode_on_ray(job: Job) -> Decode:
         if not rows:
             yield iter(())
             return
-        batches = _batches(_dataset(rows, shards, maker, job, teach=pooled and maker.train))
+        asked = taught if maker.train else None
+        chosen_here = asked is not None and asked.distill.rois == "student"
+        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus, None if chosen_here else asked))
         try:
-            yield batches
+            if asked is None or not chosen_here:
+                yield batches
+            else:
+                with holders(asked, shards.meta.classes) as actors:
+                    yield held(batches, actors)
         finally:
             batches.close()
 
     return decode
 
 
-def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, job: Job, teach: bool) -> ray.data.Dataset:
-    cpus = job.cluster.data_cpus
-    pool = job.teacher.pool if teach and job.teacher is not None else None
+def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, taught: Job | None) -> ray.data.Dataset:
+    pool = taught.teacher.pool if taught is not None and taught.teacher is not None else None
     least, most = pool.actors if pool else (0, 0)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -99,18 +107,17 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, job: Job, tea
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
         # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
         chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
-        decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
-        if pool is None:
-            return decoded
+        if pool is None or taught is None:
+            return chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+        # A thousandth less than a CPU, or than the teacher's share: stages that ask for the same Ray would fuse.
+        decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus) - 0.001)
         return decoded.map(
             Teaching,
-            fn_constructor_kwargs={"job": job.model_dump(mode="json"), "classes": shards.meta.classes},
+            fn_constructor_kwargs={"job": taught.model_dump(mode="json"), "classes": shards.meta.classes},
             compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             resources=pool.resources,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
 
 

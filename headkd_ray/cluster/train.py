@@ -110,7 +110,9 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
     context = ray_train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_on_ray(job))
+    taught = job if job.teacher is not None and job.teacher.placement == "pool" else None
+    sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
+    streams = Streams(job, world, *sets, decode_on_ray(job.cluster, taught))
 
     with ExitStack() as files:
 

@@ -40,8 +40,10 @@ class Batch:
     """Global micro-batch number, counted over all epochs; the same on every rank."""
     targets: SoftTargets | None = None
     """What a teacher said about the views, if it was asked before the batch came here."""
+    ask: Any = None
+    """Whom to ask what the teacher says about RoIs in this batch (``headkd_ray.distill.head.Ask``), if not one in place."""
     teacher_restarts: int = 0
-    """Teacher processes that this stream has lost and started again, up to this batch."""
+    """Times that this stream has lost a teacher process, or what it held, up to this batch."""
     idle: bool = False
     """This rank has no image left for the step: one blank image, to run with a loss of 0 so that DDP stays in step."""
 

@@ -1,4 +1,4 @@
-"""Detectors in plain PyTorch: timm backbones, FPN, RetinaNet, FCOS, Faster and Cascade R-CNN, and their weights in and out."""
+"""Detectors in plain PyTorch: dense (RetinaNet, FCOS, RepPoints) and two-stage (Faster, Cascade R-CNN), and their weights."""
 
 from headkd_ray.detectors.build import build_detector
 from headkd_ray.detectors.cascade_head import CascadeHead
@@ -9,6 +9,8 @@ from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fcos_head import FCOSHead
 from headkd_ray.detectors.proposals import Detections, Proposals
+from headkd_ray.detectors.reppoints import RepPoints
+from headkd_ray.detectors.reppoints_head import RepPointsHead
 from headkd_ray.detectors.retina_head import RetinaHead
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.roi_head import Look, RoIHead
@@ -26,6 +28,8 @@ __all__ = [
     "FasterRCNN",
     "Look",
     "Proposals",
+    "RepPoints",
+    "RepPointsHead",
     "RetinaHead",
     "RetinaNet",
     "RoIHead",

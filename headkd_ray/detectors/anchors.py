@@ -95,17 +95,17 @@ class Anchors:
         overlap = torch.minimum(size.unsqueeze(1), sides).prod(-1)
         iou = overlap / (size.prod(-1, keepdim=True) + sides.prod(-1) - overlap)
         best = iou.argmax(dim=1)
-        level, anchor = best // self.per_cell, best % self.per_cell
-        return torch.cat([level.unsqueeze(1), self.nearest_cell(boxes, level, shapes), anchor.unsqueeze(1)], dim=1)
+        return self.cells_around(boxes, best // self.per_cell, shapes, best % self.per_cell)
 
-    def nearest_cell(self, boxes: Tensor, level: Tensor, shapes: Sequence[Shape]) -> Tensor:
-        """(N, 2) int64 (y, x) of the cell whose anchors centre nearest to each of ``boxes`` (N, 4), on its ``level`` (N,) of
-        levels of ``shapes`` (H, W)."""
+    def cells_around(self, boxes: Tensor, level: Tensor, shapes: Sequence[Shape], anchor: Tensor | None = None) -> Tensor:
+        """(N, 4) int64 (level, y, x, anchor): of the given ``level`` (N,) the cell whose anchors centre nearest to each of
+        ``boxes`` (N, 4), with ``anchor`` (N,), 0 by default."""
         offset = self.offset * boxes.new_tensor(self.strides)[level].unsqueeze(1)
         step = boxes.new_tensor(self._steps(shapes))[level]
         last = torch.tensor(shapes, device=boxes.device)[level] - 1
         centre = ((boxes[:, :2] + boxes[:, 2:]) * 0.5).flip(1)
-        return torch.minimum(((centre - offset) / step).round().long().clamp(min=0), last)
+        y, x = torch.minimum(((centre - offset) / step).round().long().clamp(min=0), last).unbind(1)
+        return torch.stack([level, y, x, torch.zeros_like(level) if anchor is None else anchor], dim=1)
 
     def cells(self, index: Tensor, level: int, width: int) -> Tensor:
         """(..., 4) int64 (level, y, x, anchor) of the anchors at position ``index`` (...) of a level ``width`` cells wide."""

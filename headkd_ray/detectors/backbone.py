@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from timm.layers import Format
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,10 +27,12 @@ class Backbone(nn.Module):
     """timm builds a dozen classes of feature extractors; what they share is ``feature_info``."""
 
     def __init__(self, spec: BackboneSpec) -> None:
-        """Raises JobError if timm does not know the model or it has no maps at strides 4 to 32."""
+        """Raises JobError if timm does not know the model, it has no maps at strides 4 to 32 or not the blocks for a key."""
         super().__init__()
         self.spec = spec
         self.body = _body(spec)
+        if spec.stride_in_1x1:
+            _stride_in_1x1(self.body, spec.name)
         info: Any = self.body.feature_info  # of a whole model (final_conv) it is a plain list, of an extractor a FeatureInfo
         taps: list[dict[str, Any]] = info if isinstance(info, list) else info.get_dicts()
         last = {tap["reduction"]: i for i, tap in enumerate(taps)}
@@ -95,6 +98,15 @@ def _body(spec: BackboneSpec) -> nn.Module:
         return timm.create_model(spec.name, pretrained=pretrained, features_only=True, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # OSError: weights that it cannot download
         raise JobError(f"backbone: timm cannot build {spec.name} with {kwargs}: {error}") from error
+
+
+def _stride_in_1x1(body: nn.Module, name: str) -> None:
+    """Move the stride of every bottleneck of ``body`` from its 3x3 conv to its first 1x1 conv, as caffe's ResNets have it."""
+    strided = [block for block in body.modules() if isinstance(block, Bottleneck) and max(block.conv2.stride) > 1]
+    if not strided:
+        raise JobError(f"backbone.stride_in_1x1: {name} has no ResNet bottlenecks whose 3x3 conv has a stride; use false")
+    for block in strided:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _up_to(body: nn.Module, stage: str) -> list[nn.Module]:

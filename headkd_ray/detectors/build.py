@@ -10,24 +10,27 @@ from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
+from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.safe_load import read_file, state_dict_of
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from headkd_ray.job import DetectorSpec
+
+AnyDetector = RetinaNet | FCOS | RepPoints | FasterRCNN | CascadeRCNN
 
 
-def build_detector(
-    spec: RetinaNetSpec | FasterRCNNSpec | FCOSSpec | CascadeRCNNSpec, num_classes: int
-) -> RetinaNet | FasterRCNN | FCOS | CascadeRCNN:
+def build_detector(spec: DetectorSpec, num_classes: int) -> AnyDetector:
     """A freshly initialised detector for ``num_classes`` classes, with the backbone weights that ``spec`` names.
 
     Random numbers come from torch's default generator. Raises JobError for a backbone that timm cannot build, CheckpointError
     for backbone weights that do not fit.
     """
-    detector: RetinaNet | FasterRCNN | FCOS | CascadeRCNN
+    detector: AnyDetector
     if spec.kind == "retinanet":
         detector = RetinaNet(spec, num_classes)
     elif spec.kind == "fcos":
         detector = FCOS(spec, num_classes)
+    elif spec.kind == "reppoints":
+        detector = RepPoints(spec, num_classes)
     elif spec.kind == "cascade_rcnn":
         detector = CascadeRCNN(spec, num_classes)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headkd_ray.detectors.backbone import Backbone
 from headkd_ray.detectors.fpn import FPN
 from headkd_ray.detectors.proposals import Detections
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from headkd_ray.job import DetectorSpec
 
 
 class Detector(nn.Module, ABC):
@@ -19,9 +19,7 @@ class Detector(nn.Module, ABC):
     _mean: Tensor
     _std: Tensor
 
-    def __init__(
-        self, spec: RetinaNetSpec | FasterRCNNSpec | FCOSSpec | CascadeRCNNSpec, num_classes: int, finest: int
-    ) -> None:
+    def __init__(self, spec: DetectorSpec, num_classes: int, finest: int) -> None:
         """``finest``: index in C2, C3, C4, C5 of the finest map that the pyramid uses."""
         super().__init__()
         self.spec = spec

@@ -137,8 +137,7 @@ class FCOSHead(nn.Module):
         boxes of its size belong to by ``regress_ranges``."""
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(1) * 0.5
         level = torch.bucketize(reach, boxes.new_tensor(self.spec.regress_ranges))
-        cell = self.anchors.nearest_cell(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
-        return torch.cat([level.unsqueeze(1), cell, torch.zeros_like(cell[:, :1])], dim=1)
+        return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
     @torch.no_grad()
     def detect(self, outputs: FCOSOutputs, sizes: Tensor) -> Detections:

@@ -18,19 +18,23 @@ class FPN(nn.Module):
         super().__init__()
         self.spec = spec
         width = spec.channels
-        self.lateral = nn.ModuleList(self._conv(c, width, 1) for c in in_channels)
-        self.output = nn.ModuleList(self._conv(width, width, 3) for _ in in_channels)
+        self.lateral = nn.ModuleList(self._conv(c, width, 1, spec.norm) for c in in_channels)
+        self.output = nn.ModuleList(self._conv(width, width, 3, spec.norm) for _ in in_channels)
         self.extra = nn.ModuleList()
         if spec.extra != "pool":
             first = in_channels[-1] if spec.extra == "conv_c5" else width
-            self.extra.extend(nn.Conv2d(c, width, 3, stride=2, padding=1) for c in (first, width))
+            extra_norm = "group" if spec.norm == "group" else "none"
+            self.extra.extend(self._conv(c, width, 3, extra_norm, stride=2) for c in (first, width))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init.xavier(module)
 
-    def _conv(self, in_channels: int, channels: int, kernel: int) -> nn.Module:
-        conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=not self.spec.norm)
-        return nn.Sequential(conv, nn.BatchNorm2d(channels)) if self.spec.norm else conv
+    def _conv(self, in_channels: int, channels: int, kernel: int, norm: str, stride: int = 1) -> nn.Module:
+        conv = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=norm == "none")
+        if norm == "none":
+            return conv
+        layer = nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(self.spec.norm_groups, channels)
+        return nn.Sequential(conv, layer)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Backbone ``maps`` (B, C_i, H_i, W_i), finest first, to pyramid levels (B, channels, H, W), finest first."""

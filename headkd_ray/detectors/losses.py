@@ -43,6 +43,13 @@ def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0
     return distance.sum(-1).masked_fill(~counted, 0.0).sum()
 
 
+def smooth_l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float) -> Tensor:
+    """Sum over the rows (...,) that are ``counted`` of d^2 / (2 beta) where d = |predicted - target| is below ``beta``, else
+    d - beta / 2; predicted and target are (..., 4)."""
+    price = F.smooth_l1_loss(predicted.float(), target, reduction="none", beta=beta)
+    return price.sum(-1).masked_fill(~counted, 0.0).sum()
+
+
 def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
     """Sum over boxes ``predicted`` and ``target`` (..., 4) with ``weights`` (...), 0 = no loss.
 

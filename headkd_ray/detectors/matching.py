@@ -1,4 +1,4 @@
-"""Which ground-truth box, if any, an anchor, a RoI (mmdet's MaxIoUAssigner) or a point (FCOS) answers for; batched."""
+"""Which ground-truth box, if any, an anchor, RoI (mmdet's MaxIoUAssigner) or point (FCOS, RepPoints) answers for; batched."""
 
 from __future__ import annotations
 
@@ -85,6 +85,30 @@ def match_points(reference: Tensor, truth: Truth, low: Tensor, high: Tensor, rad
         eligible &= (x > centre_x - reach) & (x < centre_x + reach) & (y > centre_y - reach) & (y < centre_y + reach)
     smallest, index = torch.where(eligible, area(truth.boxes).unsqueeze(1), torch.inf).min(dim=2)
     return index.masked_fill(smallest.isinf(), NEGATIVE)
+
+
+@torch.no_grad()
+def match_nearest(reference: Tensor, truth: Truth, base_scale: float, valid: Tensor) -> Tensor:
+    """(B, N) int64: index of the ground-truth box that each point answers for, or NEGATIVE (mmdet's PointAssigner, 1 a box).
+
+    Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level, a power of 2. A box
+    belongs to the level whose stride is the power of 2 at or below sqrt(w * h) / ``base_scale``, within the levels there are.
+    It claims the ``valid`` (B, N) point there that is nearest to its centre, in units of its width and height, the first of
+    equals; where several claim one point the nearest wins, the first of equals, and the others go without.
+    """
+    centre = (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2
+    size = (truth.boxes[..., 2:] - truth.boxes[..., :2]).clamp(min=1e-6)
+    x, y = ((reference[:, :2] + reference[:, 2:]) * 0.5).unsqueeze(-1).unbind(1)
+    level = (reference[:, 2] - reference[:, 0]).log2().round()
+    level_of_truth = (size / base_scale).log2().mean(-1).trunc().clamp(level.min(), level.max())
+    eligible = (level.unsqueeze(-1) == level_of_truth.unsqueeze(1)) & truth.present.unsqueeze(1) & valid.unsqueeze(-1)
+
+    (centre_x, centre_y), (width, height) = centre.unsqueeze(1).unbind(-1), size.unsqueeze(1).unbind(-1)
+    apart = torch.hypot((x - centre_x) / width, (y - centre_y) / height).masked_fill_(~eligible, torch.inf)
+    claimed = apart.argmin(dim=1)
+    claims = (claimed.unsqueeze(1) == torch.arange(len(reference), device=apart.device).unsqueeze(-1)) & eligible
+    nearest, index = apart.masked_fill_(~claims, torch.inf).min(dim=2)
+    return index.masked_fill(nearest.isinf(), NEGATIVE)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def _head(student: Detector, teacher: Detector | None, job: Job, ckd_stop: int |
     widths = zip(assistant.head.tap_channels, source.tap_channels, strict=True)
     akd = AKD([_adapter(own, theirs, maps=isinstance(assistant, DenseAssistant)) for own, theirs in widths])
     ckd = _ckd(student, assistant, source.lead_channels) if job.method == "head" else None
-    asked = teacher if job.distill.rois == "student" else None  # else its answers come with the batches
+    here = job.distill.rois == "student" and (job.teacher is None or job.teacher.placement == "inline")
+    asked = teacher if here else None  # else its answers come with the batches
     return HEAD(student, assistant, job.distill, asked, akd, ckd, ckd_stop)
 
 

@@ -13,13 +13,14 @@ and T the teacher's last fully connected layer; ``assistants.py`` and ``ckd.py``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import DenseDetector, Detector
+from headkd_ray.detectors import DenseDetector, Detector, RoIs
 from headkd_ray.detectors.matching import Truth
 from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.assistants import Advice, Assistant, Insight
@@ -29,6 +30,9 @@ from headkd_ray.distill.scene import Pick, Scene, observe
 from headkd_ray.distill.trainee import Trainee, ckd_factor, warmup
 from headkd_ray.job import DistillSpec
 from headkd_ray.targets import SoftTargets
+
+Ask = Callable[[Sequence[RoIs]], Insight]
+"""From RoIs, stage by stage, to what the teacher says about them; none for a dense teacher."""
 
 
 class Trace(NamedTuple):
@@ -70,11 +74,12 @@ class HEAD(Trainee):
         step: int,
         generator: torch.Generator | None = None,
         targets: SoftTargets | None = None,
+        ask: Ask | None = None,
     ) -> dict[str, Tensor]:
-        """As :meth:`Trainee.forward`. With ``targets`` RoIs and answers are theirs, and no teacher is asked here."""
+        """As :meth:`Trainee.forward`. With ``targets`` RoIs and answers are theirs; with ``ask`` it answers for the teacher."""
         x = self.student.normalise(images, sizes)
         teacher_x = self._guest.view(images, sizes, x, self.student) if self._guest else x
-        return self.trace(x, teacher_x, sizes, boxes, labels, step, generator, targets=targets)[0]
+        return self.trace(x, teacher_x, sizes, boxes, labels, step, generator, targets=targets, ask=ask)[0]
 
     def trace(
         self,
@@ -87,6 +92,7 @@ class HEAD(Trainee):
         generator: torch.Generator | None = None,
         pick: Pick | None = None,
         targets: SoftTargets | None = None,
+        ask: Ask | None = None,
     ) -> tuple[dict[str, Tensor], Trace]:
         """One step from normalised images ``x`` (B, 3, H, W) to weighted losses, and what lies between.
 
@@ -104,6 +110,8 @@ class HEAD(Trainee):
             losses[f"loss_assist_{name}"] = gt_weight * loss
         if targets is not None:
             taught = given_insight(targets)
+        elif ask is not None:
+            taught = ask([look.rois for look in advice.looks])
         elif self._guest is not None:
             taught = self._guest.insight(teacher_x, [look.rois for look in advice.looks])
         else:

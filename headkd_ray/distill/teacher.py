@@ -38,7 +38,11 @@ class Guest:
 
         A two-stage teacher is asked about ``rois``, stage by stage, and its RPN never runs; a dense one looks at everything.
         """
-        features = self.detector.features(x)
+        return self.insight_of(self.detector.features(x), rois)
+
+    @torch.no_grad()
+    def insight_of(self, features: list[Tensor], rois: Sequence[RoIs]) -> Insight:
+        """The same from its pyramid ``features``."""
         if isinstance(self.detector, TwoStageDetector):
             stages = zip(self.detector.roi.stages, rois, strict=True)
             return Insight.of_stages([stage(features, own.boxes, own.image) for stage, own in stages])

@@ -33,7 +33,6 @@ from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, TrainingError
 from headkd_ray.job import Job
-from headkd_ray.targets import SoftTargets
 from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
 
 
@@ -231,10 +230,12 @@ def soft_targets(
     return None, cache
 
 
-def answers(batch: Batch, asked: SoftTeacher | None) -> dict[str, SoftTargets]:
-    """The targets of the batch, as a keyword of the trainee's, if there are any."""
+def answers(batch: Batch, asked: SoftTeacher | None) -> dict[str, Any]:
+    """The batch's soft targets, or whom to ask about RoIs, as a keyword of the trainee's; neither if its own teacher is."""
     targets = batch.targets if asked is None else asked(batch)
-    return {} if targets is None else {"targets": targets}
+    if targets is not None:
+        return {"targets": targets}
+    return {} if batch.ask is None else {"ask": batch.ask}
 
 
 def check_finite(record: Record) -> None:

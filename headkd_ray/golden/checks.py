@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import FCOS, CascadeRCNN, Detections, FasterRCNN, RetinaNet, TwoStageDetector
+from headkd_ray.detectors import Detections, TwoStageDetector
+from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.golden.compare import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import Replay, replay
@@ -186,9 +187,7 @@ def _detections(golden: Golden, run: Replay) -> Iterator[Row]:
         yield from _compare_images("teacher_detections", run.teacher.detector, run.teacher_detections, wanted)
 
 
-def _compare_images(
-    name: str, detector: RetinaNet | FasterRCNN | FCOS | CascadeRCNN, ours: Detections, wanted: list[Tensor], note: str = ""
-) -> list[Row]:
+def _compare_images(name: str, detector: AnyDetector, ours: Detections, wanted: list[Tensor], note: str = "") -> list[Row]:
     rules = detector.roi.spec.postprocess if isinstance(detector, TwoStageDetector) else detector.head.spec.postprocess
     rows = []
     for i, golden in enumerate(wanted):

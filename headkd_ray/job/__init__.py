@@ -34,6 +34,7 @@ from headkd_ray.job.parts import (
     Stds,
 )
 from headkd_ray.job.render import render_job
+from headkd_ray.job.reppoints import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
 from headkd_ray.job.teacher import CacheSpec, PoolSpec, TeacherSpec
 from headkd_ray.job.two_stage import (
     CascadeHeadSpec,
@@ -79,6 +80,9 @@ __all__ = [
     "RPNSamplerSpec",
     "RPNSpec",
     "RPNTestProposalSpec",
+    "RepPointsFPNSpec",
+    "RepPointsHeadSpec",
+    "RepPointsSpec",
     "ResNet50Spec",
     "RetinaAssistantSpec",
     "RetinaHeadSpec",

@@ -162,7 +162,7 @@ def _backbone_arguments(get: Get) -> Iterator[tuple[str, str]]:
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
     kind, extra = get("student.kind"), get("student.neck.extra")
-    if kind in ("retinanet", "fcos") and extra == "pool":
+    if kind in ("retinanet", "fcos", "reppoints") and extra == "pool":
         yield "student.neck.extra", f"pool makes no P7; {kind} needs conv_c5 or conv_p5"
     if kind in ("faster_rcnn", "cascade_rcnn") and extra != "pool":
         yield "student.neck.extra", f"{kind} needs pool, got {extra}"
@@ -178,21 +178,32 @@ def _cascade_stages(get: Get) -> Iterator[tuple[str, str]]:
             yield f"student.roi.{key}", f"{given} values for the {stages} stages of student.roi.positive_ious"
 
 
-def _fcos_heads(get: Get) -> Iterator[tuple[str, str]]:
-    heads = ["student.head"] if get("student.kind") == "fcos" else []
-    heads += ["distill.assistants.fcos.head"] if get("distill.assistants.fcos") is not None else []
-    for head in heads:
+def _regress_ranges(get: Get) -> Iterator[tuple[str, str]]:
+    for head in _fcos_heads(get):
         ranges = list(get(f"{head}.regress_ranges"))
         if ranges != sorted(set(ranges)):
             yield f"{head}.regress_ranges", f"{ranges} does not ascend"
-        groups, channels = get(f"{head}.norm_groups"), get(f"{head}.channels")
+
+
+def _norm_groups(get: Get) -> Iterator[tuple[str, str]]:
+    sections = ["student.neck"] if get("student.neck.norm") == "group" else []
+    sections += ["student.head"] if get("student.kind") == "reppoints" else []
+    sections += _fcos_heads(get)
+    for section in sections:
+        groups, channels = get(f"{section}.norm_groups"), get(f"{section}.channels")
         if groups and channels % groups:
-            yield f"{head}.norm_groups", f"{groups} does not divide {head}.channels ({channels})"
+            yield f"{section}.norm_groups", f"{groups} does not divide {section}.channels ({channels})"
+
+
+def _fcos_heads(get: Get) -> list[str]:
+    heads = ["student.head"] if get("student.kind") == "fcos" else []
+    return heads + (["distill.assistants.fcos.head"] if get("distill.assistants.fcos") is not None else [])
 
 
 def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
-    places = {"retinanet": ["student.head"], "faster_rcnn": ["student.rpn"], "cascade_rcnn": ["student.rpn"], "fcos": []}
-    sections = places[get("student.kind")]
+    dense, two_stage = dict.fromkeys(("retinanet", "reppoints"), "student.head"), ("faster_rcnn", "cascade_rcnn")
+    places = {**dense, **dict.fromkeys(two_stage, "student.rpn")}
+    sections = [places[get("student.kind")]] if get("student.kind") in places else []
     sections += ["distill.assistants.retinanet.head"] if get("distill.assistants.retinanet") is not None else []
     for section in sections:
         low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
@@ -228,8 +239,6 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
             "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them; "
             "use distill.rois: teacher, or placement inline",
         )
-    elif rois == "student":
-        yield "teacher.placement", "pool needs distill.rois: teacher (the student's RoIs are known in the train worker alone)"
     if placement == "pool" and get("cluster.workers") == 0:
         yield "teacher.placement", "pool needs Ray; use cluster.workers of at least 1, or placement inline or cache"
     low, high = get("teacher.pool.actors")
@@ -252,6 +261,7 @@ CHECKS: tuple[Check, ...] = (
     _backbone_arguments,
     _pyramid,
     _cascade_stages,
-    _fcos_heads,
+    _regress_ranges,
+    _norm_groups,
     _iou_thresholds,
 )

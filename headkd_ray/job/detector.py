@@ -21,6 +21,7 @@ from headkd_ray.job.parts import (
     ProposalSpec,
     Spec,
 )
+from headkd_ray.job.reppoints import RepPointsSpec
 from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec
 
 
@@ -98,8 +99,8 @@ class RetinaNetSpec(Spec):
     """RetinaNet: a dense detector on P3 to P7."""
 
     kind: Literal["retinanet"] = "retinanet"
-    """The detector's kind: retinanet (one dense head), fcos (one without anchors), faster_rcnn (RPN and RoI head) or
-    cascade_rcnn (RPN and three RoI heads in a row)."""
+    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
+    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FPNSpec = FPNSpec()
@@ -114,8 +115,8 @@ class FCOSSpec(Spec):
     """FCOS: a dense detector without anchors on P3 to P7."""
 
     kind: Literal["fcos"] = "fcos"
-    """The detector's kind: fcos (one dense head without anchors), retinanet (one with), faster_rcnn (RPN and RoI head) or
-    cascade_rcnn (RPN and three RoI heads in a row)."""
+    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
+    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FCOSFPNSpec = FCOSFPNSpec()
@@ -126,4 +127,6 @@ class FCOSSpec(Spec):
     """Input normalisation."""
 
 
-DetectorSpec = Annotated[RetinaNetSpec | FasterRCNNSpec | FCOSSpec | CascadeRCNNSpec, Field(discriminator="kind")]
+DetectorSpec = Annotated[
+    RetinaNetSpec | FCOSSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec, Field(discriminator="kind")
+]

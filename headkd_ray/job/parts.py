@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    field_validator,
 )
 
 
@@ -56,6 +57,9 @@ class BackboneSpec(Spec):
     """Epsilon of every BatchNorm; null keeps timm's (1e-5)."""
     final_conv: bool = False
     """Take C5 after the classifier's last 1x1 conv (paper's MobileNetV2: 1280 channels) instead of before it."""
+    stride_in_1x1: bool = False
+    """ResNets with bottlenecks: halve the resolution in a stage's first 1x1 conv (caffe's ResNet, and the "caffe" style of
+    mmdet's) instead of in the 3x3 conv (PyTorch's). Weights fit one of the two."""
 
 
 class PixelSpec(Spec):
@@ -68,7 +72,7 @@ class PixelSpec(Spec):
 
 
 class FPNSpec(Spec):
-    """Feature pyramid network; the lowest level follows from the detector (P3 for RetinaNet and FCOS, P2 for the R-CNNs)."""
+    """Feature pyramid network; the lowest level follows from the detector (P3 for the dense ones, P2 for the R-CNNs)."""
 
     channels: PositiveInt = 256
     """Channels of every pyramid level."""
@@ -77,8 +81,19 @@ class FPNSpec(Spec):
     pool = one level, P5 subsampled by 2 (Faster and Cascade R-CNN, and only there)."""
     relu_before_p7: bool = False
     """ReLU between P6 and P7 (torchvision's RetinaNet: true; the paper's: false); without effect for pool."""
-    norm: bool = False
-    """BatchNorm instead of a bias in the lateral and output convs (torchvision's Faster R-CNN v2)."""
+    norm: Literal["none", "batch", "group"] = "none"
+    """Norms instead of the convs' biases: none; batch = BatchNorm behind the lateral and output convs (torchvision's Faster
+    R-CNN v2); group = GroupNorm behind these and the extra convs (mmdet's RepPoints)."""
+    norm_groups: PositiveInt = 32
+    """Groups of the GroupNorm; without effect for the other norms."""
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _norm_of_flag(cls, value: object) -> object:
+        """Checkpoints and jobs of version 0.1.0 say true for batch, false for none."""
+        if isinstance(value, bool):
+            return "batch" if value else "none"
+        return value
 
 
 class PooledFPNSpec(FPNSpec):

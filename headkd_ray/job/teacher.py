@@ -13,8 +13,8 @@ class PoolSpec(Spec):
     """Teacher processes beside the train workers (placement pool; also what builds a cache on a cluster)."""
 
     actors: tuple[PositiveInt, PositiveInt] = (1, 1)
-    """[fewest, most] processes of each train worker; Ray starts more while batches wait for a teacher. A cache is built by the
-    greatest number."""
+    """[fewest, most] processes of each train worker; Ray starts more while batches wait for a teacher (with rois: student it
+    stays at the fewest). A cache is built by the greatest number."""
     cpus: NonNegativeFloat = 1.0
     """CPUs that Ray reserves for a process."""
     gpus: NonNegativeFloat = 0.0
@@ -41,12 +41,13 @@ class TeacherSpec(Spec):
     classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
     placement: Literal["inline", "pool", "cache"] = "inline"
-    """Who asks the teacher: inline = the train worker, in every step; pool = processes of its own, in the data stream; cache =
-    nobody, its answers are read from disk (python -m headkd_ray.cache build JOB). The last two need distill.rois: teacher."""
+    """Where the teacher is: inline = in the train worker; pool = in processes of its own, which with distill.rois: teacher give
+    each batch its answers on the way to the worker, and with rois: student hold its features and answer the worker; cache =
+    nowhere, its answers are read from disk (python -m headkd_ray.cache build JOB), which needs distill.rois: teacher."""
     batch_size: PositiveInt = 8
     """Views a forward pass of the teacher when it builds a cache."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the teacher's forward passes with distill.rois: teacher; bf16 = autocast. (With rois: student, optim.precision.)"""
+    """Of the teacher's forward passes; bf16 = autocast. (In the train worker with rois: student, optim.precision.)"""
     pool: PoolSpec = PoolSpec()
     """Teacher processes beside the train workers."""
     cache: CacheSpec = CacheSpec()

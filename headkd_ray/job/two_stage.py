@@ -100,8 +100,8 @@ class FasterRCNNSpec(Spec):
     """Faster R-CNN: RPN on P2 to P6, RoI head on P2 to P5."""
 
     kind: Literal["faster_rcnn"] = "faster_rcnn"
-    """The detector's kind: faster_rcnn (RPN and RoI head), cascade_rcnn (RPN and three RoI heads in a row), retinanet (one
-    dense head) or fcos (one without anchors)."""
+    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
+    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: PooledFPNSpec = PooledFPNSpec()
@@ -164,8 +164,8 @@ class CascadeRCNNSpec(Spec):
     """Cascade R-CNN: RPN on P2 to P6, RoI heads in a row on P2 to P5."""
 
     kind: Literal["cascade_rcnn"] = "cascade_rcnn"
-    """The detector's kind: cascade_rcnn (RPN and three RoI heads in a row), faster_rcnn (RPN and RoI head), retinanet (one
-    dense head) or fcos (one without anchors)."""
+    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
+    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: PooledFPNSpec = PooledFPNSpec()

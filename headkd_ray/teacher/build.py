@@ -40,8 +40,12 @@ class Builder:
 
     def answers(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[int, ViewTargets]]:
         """(image id, targets) of ``view`` of the images at ``rows`` of a shard, all within one row group."""
+        return self.ask(self.shown(shard, group, view, rows))
+
+    def shown(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[Sample, Example | None]]:
+        """Images at ``rows`` of a shard, all within one row group, with ``view`` of each that is trained on, else None."""
         samples = self.cache.shards.read_group(shard, group, rows)
-        return self._ask([(sample, self._show(sample, view)) for sample in samples])
+        return [(sample, self._show(sample, view)) for sample in samples]
 
     def _groups(self, shard: int, view: int, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, ViewTargets]]]:
         """Row groups in order; the next one is read and decoded while the teacher looks at one."""
@@ -59,7 +63,7 @@ class Builder:
                 current = coming.pop().result()
                 if start is not None:
                     coming.append(reader.submit(show, start))
-                yield self._ask([(sample, shown.result()) for sample, shown in current])
+                yield self.ask([(sample, shown.result()) for sample, shown in current])
 
     def _show(self, sample: Sample, view: int) -> Example | None:
         """The view; None for an image that is not trained on."""
@@ -67,7 +71,7 @@ class Builder:
             return None
         return self.maker.example(sample, view)
 
-    def _ask(self, shown: Sequence[tuple[Sample, Example | None]]) -> list[tuple[int, ViewTargets]]:
+    def ask(self, shown: Sequence[tuple[Sample, Example | None]]) -> list[tuple[int, ViewTargets]]:
         """The teacher's answers, views of one padded size together."""
         pad = self.maker.spec.pad
         alike: dict[tuple[int, ...], list[int]] = {}

@@ -118,6 +118,16 @@ class Cache:
         except OSError as error:
             raise CacheError(f"{self.folder.uri}: cannot be written ({error}); choose another teacher.cache.path") from error
 
+    def check_room(self, size: int) -> None:
+        """Raises CacheError if the cache's disk is known to have less than ``size`` bytes left."""
+        room = self.folder.room()
+        if room is not None and room < size:
+            raise CacheError(
+                f"{self.folder.uri}: about {size / 1e9:.2f} GB are still to be written, the disk has {room / 1e9:.2f} GB left; "
+                "make room, lower distill.roi_budget or data.views, use teacher.cache.dtype int8, or choose another "
+                "teacher.cache.path (what is built so far stays valid)"
+            )
+
     def write(self, shard: int, view: int, groups: Iterable[Sequence[tuple[int, ViewTargets]]]) -> int:
         """Write one file from its row groups of (image id, targets); its size in bytes.
 

@@ -39,7 +39,7 @@ def test_tf_head_on_ray_learns_and_exports_the_student_alone(
         tmp_path,
         drawn_splits,
         method="tf_head",
-        student={**MICRO_STUDENT, "neck": {"channels": 16, "norm": True}},
+        student={**MICRO_STUDENT, "neck": {"channels": 16, "norm": "batch"}},
         distill={"assistants": TF_HEAD, "warmup_steps": 8, "ckd_epochs": 3},
         optim={"optimizer": "adamw", "lr": 0.001, "epochs": 4, "milestones": [3], "warmup_steps": 4, "lr_batch": None},
         cluster=ON_RAY,

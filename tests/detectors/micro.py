@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RepPointsSpec, RetinaNetSpec
 
 BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
@@ -45,6 +45,13 @@ def cascade_spec(**roi: Any) -> CascadeRCNNSpec:
 def fcos_spec(**head: Any) -> FCOSSpec:
     head = {"convs": 1, "channels": 16, "norm_groups": 4, "proposals": {"pre_nms": 100, "post_nms": 50}, **head}
     return FCOSSpec.model_validate({"backbone": BACKBONE, "neck": {"channels": 16}, "head": head})
+
+
+def reppoints_spec(**head: Any) -> RepPointsSpec:
+    proposals = {"pre_nms": 100, "post_nms": 50}
+    head = {"convs": 1, "channels": 16, "point_channels": 12, "norm_groups": 4, "proposals": proposals, **head}
+    neck = {"channels": 16, "norm_groups": 4}
+    return RepPointsSpec.model_validate({"backbone": BACKBONE, "neck": neck, "head": head})
 
 
 def batch() -> dict[str, Tensor]:

@@ -167,6 +167,29 @@ def test_unknown_and_unfit_backbones_are_job_errors() -> None:
         backbone("vit_tiny_patch16_224")
 
 
+def test_stride_in_the_first_1x1_conv() -> None:
+    torch.manual_seed(0)
+    plain, caffe = (backbone("resnet50", kwargs=NARROW, frozen_stages=2, stride_in_1x1=value).eval() for value in (False, True))
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm's zeros at the blocks' ends would hide what is inside
+    caffe.load_state_dict(plain.state_dict())  # the same tensors fit both
+    strides = {name: m.stride[0] for name, m in caffe.body.named_modules() if isinstance(m, nn.Conv2d)}
+    moved = {f"layer{stage}.0.{conv}" for stage in (2, 3, 4) for conv in ("conv1", "downsample.0")}
+    assert {name for name, stride in strides.items() if stride == 2} == {"conv1", *moved}
+    x = torch.randn(1, 3, 70, 96)
+    for level, (a, b) in enumerate(zip(plain(x), caffe(x), strict=True)):
+        assert a.shape == b.shape
+        assert torch.equal(a, b) == (level == 0)
+    assert [tap.requires_grad for tap in caffe.train()(x)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "resnetaa50"])
+def test_stride_in_the_first_1x1_conv_needs_bottlenecks(name: str) -> None:
+    with pytest.raises(JobError, match=rf"backbone\.stride_in_1x1: {name} has no ResNet bottlenecks .* use false"):
+        backbone(name, stride_in_1x1=True)
+
+
 def test_activation_reaches_every_layer() -> None:
     net = backbone("mobilenetv2_100", leaky_slope=0.1)
     kinds = {type(m) for m in net.modules() if isinstance(m, nn.ReLU | nn.ReLU6 | nn.LeakyReLU)}

@@ -2,16 +2,33 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headkd_ray.detectors import Detector, FasterRCNN, TwoStageDetector, build_detector
-from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
-from tests.detectors.micro import BACKBONE, batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from headkd_ray.detectors.fpn import FPN
+from headkd_ray.job import FasterRCNNSpec, FPNSpec, RetinaNetSpec
+from tests.detectors.micro import (
+    BACKBONE,
+    batch,
+    cascade_spec,
+    faster_rcnn_spec,
+    fcos_spec,
+    liven,
+    reppoints_spec,
+    retinanet_spec,
+)
 
-SPECS = {"retinanet": retinanet_spec, "faster_rcnn": faster_rcnn_spec, "fcos": fcos_spec, "cascade_rcnn": cascade_spec}
+SPECS = {
+    "retinanet": retinanet_spec,
+    "fcos": fcos_spec,
+    "reppoints": reppoints_spec,
+    "faster_rcnn": faster_rcnn_spec,
+    "cascade_rcnn": cascade_spec,
+}
 NAMES = {
     "retinanet": {"loss_cls", "loss_box"},
     "fcos": {"loss_cls", "loss_box", "loss_centerness"},
+    "reppoints": {"loss_cls", "loss_init", "loss_refine"},
     "faster_rcnn": {"loss_rpn_cls", "loss_rpn_box", "loss_roi_cls", "loss_roi_box"},
     "cascade_rcnn": {"loss_rpn_cls", "loss_rpn_box"} | {f"loss_roi_s{i}_{name}" for i in range(3) for name in ("cls", "box")},
 }
@@ -56,7 +73,7 @@ def test_a_batch_without_any_object(kind: str, truths: int) -> None:
     data |= {"boxes": torch.zeros(3, truths, 4), "labels": torch.full((3, truths), -1)}
     found = losses(detector, data)
     torch.stack(list(found.values())).sum().backward()
-    assert all(found[name].item() == 0 for name in found if "box" in name)
+    assert all(found[name].item() == 0 for name in found if name.endswith(("box", "init", "refine")))
     assert all(found[name].item() > 0 for name in found if "cls" in name)
     assert [n for n, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
@@ -153,6 +170,26 @@ def test_p6_reads_what_its_spec_says(extra: str) -> None:
     torch.testing.assert_close(levels[3], p6)
     torch.testing.assert_close(levels[4], detector.neck.extra[1](p6.relu() if extra == "conv_p5" else p6))
     assert [tuple(f.shape[-2:]) for f in levels] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+
+
+@pytest.mark.parametrize(("norm", "normed"), [("none", ""), ("batch", "lateral output"), ("group", "lateral output extra")])
+def test_convs_of_the_pyramid_have_a_bias_or_a_norm(norm: str, normed: str) -> None:
+    neck = FPN(FPNSpec.model_validate({"channels": 16, "norm": norm, "norm_groups": 4}), (8, 16, 16))
+    kind = nn.BatchNorm2d if norm == "batch" else nn.GroupNorm
+    for part, count in (("lateral", 3), ("output", 3), ("extra", 2)):
+        blocks = list(neck.get_submodule(part).children())
+        assert len(blocks) == count
+        for block in blocks:
+            conv, *rest = block.children() if isinstance(block, nn.Sequential) else (block,)
+            assert isinstance(conv, nn.Conv2d) and (conv.bias is None) == (part in normed.split())
+            assert [type(layer) for layer in rest] == [kind] * (part in normed.split())
+    levels = neck([torch.randn(2, c, 8 // s, 12 // s) for c, s in ((8, 1), (16, 2), (16, 4))])
+    assert [tuple(f.shape[-2:]) for f in levels] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+
+
+@pytest.mark.parametrize(("flag", "norm"), [(False, "none"), (True, "batch")])
+def test_the_flag_of_older_checkpoints_is_understood(flag: bool, norm: str) -> None:
+    assert FPNSpec.model_validate({"norm": flag}).norm == norm
 
 
 def test_a_micro_student_is_small() -> None:

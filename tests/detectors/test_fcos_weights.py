@@ -19,7 +19,8 @@ SPEC = {
     "neck": {"channels": 32},
     "head": {"convs": 2, "channels": 32},
 }
-SWITCHES = "center_sampling=True, norm_on_bbox=True, centerness_on_reg=True, relu_before_extra_convs=True"
+NECK = "neck=dict(add_extra_convs='on_output', relu_before_extra_convs=True)"
+SWITCHES = "center_sampling=True, norm_on_bbox=True, centerness_on_reg=True, loss_bbox=dict(type='GIoULoss', loss_weight=1.0)"
 
 
 @torch.no_grad()
@@ -120,7 +121,7 @@ def as_mmdet(detector: Detector, room: str = "bbox_head", outputs: str = "conv")
 @pytest.mark.parametrize("groups", [32, None])
 def test_mmdet_names_there_and_back(groups: int | None, room: str) -> None:
     ours = drawn(norm_groups=groups)
-    config = f"add_extra_convs='on_output', {SWITCHES}"
+    config = f"model = dict({NECK}, {room}=dict({SWITCHES}))"
     for outputs in ("conv", "fcos"):
         loaded = load_mmdet(as_mmdet(ours, room, outputs), {"config": config, "CLASSES": tuple("abcde")})
         assert (loaded.source, loaded.classes, loaded.assistant) == ("mmdet", tuple("abcde"), None)
@@ -134,15 +135,43 @@ def test_mmdet_names_there_and_back(groups: int | None, room: str) -> None:
 
 def test_what_no_shape_tells_comes_from_the_config_or_is_the_papers() -> None:
     state = as_mmdet(drawn())
-    spec = load_mmdet(state, {"config": "type='FCOS'"}).detector.spec
-    assert isinstance(spec, FCOSSpec)
-    head = spec.head
-    assert (head.center_radius, head.norm_on_bbox, head.centerness_on_reg) == (None, False, False)
-    assert (spec.neck.extra, spec.neck.relu_before_p7) == ("conv_c5", False)  # C5 and P5 are equally wide
-    spec = load_mmdet(state).detector.spec
-    assert isinstance(spec, FCOSSpec)
-    head = spec.head
-    assert (head.center_radius, head.norm_on_bbox, head.centerness_on_reg) == (1.5, True, True)
+
+    def spec(neck: str = "", head: str = "", more: str = "") -> FCOSSpec:
+        config = f"model = dict(type='FCOS', neck=dict({neck}), bbox_head=dict({head}), {more})"
+        found = load_mmdet(state, {"config": config}).detector.spec
+        assert isinstance(found, FCOSSpec)
+        return found
+
+    plain = spec()  # mmdet's defaults
+    head = plain.head
+    assert (head.center_radius, head.norm_on_bbox, head.centerness_on_reg, head.box_loss) == (None, False, False, "iou")
+    assert (plain.neck.extra, plain.neck.relu_before_p7) == ("conv_c5", False)  # C5 and P5 are equally wide
+    assert head.postprocess == FCOSSpec().head.postprocess
+
+    assert spec(head="center_sampling=True").head.center_radius == 1.5
+    assert spec(head="center_sampling=True, center_sample_radius=2").head.center_radius == 2.0
+    assert spec(head="center_sampling=False, center_sample_radius=2").head.center_radius is None
+    assert spec(head="loss_bbox=dict(type='IoULoss')").head.box_loss == "iou"
+    assert spec(head="loss_bbox=dict(type='mmdet.models.losses.GIoULoss')").head.box_loss == "giou"
+    assert spec("add_extra_convs='on_input'").neck.extra == "conv_c5"
+    assert spec("add_extra_convs=True").neck.extra == "conv_c5"
+    assert spec("add_extra_convs=True, extra_convs_on_inputs=False").neck.extra == "conv_p5"  # mmdet 1.x
+    with pytest.raises(CheckpointError, match="on_lateral"):
+        spec("add_extra_convs='on_lateral'")
+    rules = spec(more="test_cfg=dict(nms_pre=900, score_thr=0.1, nms=dict(type='nms', iou_threshold=0.6), max_per_img=-1)")
+    assert rules.head.postprocess.model_dump() == {
+        **head.postprocess.model_dump(),
+        "pre_nms": 900,
+        "score": 0.1,
+        "nms_iou": 0.6,
+    }
+    with pytest.raises(CheckpointError, match=r"test_cfg cannot be used.*'score': 5"):
+        spec(more="test_cfg=dict(score_thr=5)")
+
+    without = load_mmdet(state).detector.spec
+    assert isinstance(without, FCOSSpec)
+    head = without.head
+    assert (head.center_radius, head.norm_on_bbox, head.centerness_on_reg, head.box_loss) == (1.5, True, True, "giou")
 
 
 def test_tower_convs_without_bias_get_zeros() -> None:

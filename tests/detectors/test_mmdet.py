@@ -116,7 +116,12 @@ def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
 
 
 def test_a_2x_file(tmp_path: Path) -> None:
-    meta = {"mmdet_version": "2.20.0", "CLASSES": CLASSES, "config": "backbone=dict(style='pytorch')", "epoch": 12}
+    meta = {
+        "mmdet_version": "2.20.0",
+        "CLASSES": CLASSES,
+        "config": "model = dict(backbone=dict(style='pytorch'))",
+        "epoch": 12,
+    }
     torch.save({"meta": meta, "state_dict": plain_retinanet(), "optimizer": {"lr": 0.1}}, tmp_path / "retina.pth")
     loaded = load_checkpoint(tmp_path / "retina.pth")
     assert (loaded.source, loaded.classes) == ("mmdet", CLASSES)
@@ -125,8 +130,9 @@ def test_a_2x_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["classes", "CLASSES"])
 def test_a_3x_file_with_logging_objects_inside(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = history_buffer(monkeypatch)
+    config = "model = dict(backbone=dict(style='pytorch'))"
     content = {
-        "meta": {"dataset_meta": {key: CLASSES, "palette": [(1, 2, 3)]}, "cfg": "style='pytorch'", "best": np.float64(0.5)},
+        "meta": {"dataset_meta": {key: CLASSES, "palette": [(1, 2, 3)]}, "cfg": config, "best": np.float64(0.5)},
         "message_hub": {"log_scalars": {"train/loss": buffer()}, "runtime_info": {"iter": np.int64(7), "seed": 1}},
         "state_dict": golden_state("teacher"),
     }
@@ -192,9 +198,10 @@ def test_every_tensor_that_does_not_match_is_listed() -> None:
 
 
 def test_other_architectures_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="caffe-style"):
-        load_mmdet(plain_retinanet(), {"config": "backbone=dict(style='caffe')"})
     state = plain_retinanet()
+    for key in ("backbone.layer3.0.conv2.conv_offset.weight", "bbox_head.cls_convs.3.conv.conv_offset.bias"):
+        with pytest.raises(CheckpointError, match=rf"deformable convs \(dcn, dcn_on_last_conv\).*{key}"):
+            load_mmdet({**state, key: torch.zeros(1)})
     state["bbox_head.retina_reg.weight"] = torch.zeros(12, 16, 3, 3)
     with pytest.raises(CheckpointError, match="3 anchors a cell"):
         load_mmdet(state)
@@ -226,6 +233,10 @@ def test_mobilenet_is_mmdets_own_architecture() -> None:
     x = torch.randn(2, 3, 64, 96)
     for mine, wanted in zip(loaded.detector.train().backbone(x), theirs(x), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
-    config = {"config": "backbone=dict(type='MobileNetV2', act_cfg=dict(type='LeakyReLU', negative_slope=0.2))"}
-    assert load_mmdet(state, config).detector.spec.backbone.leaky_slope == 0.2
-    assert load_mmdet(state, {"config": "type='MobileNetV2'"}).detector.spec.backbone.leaky_slope is None
+    for act, slope in (
+        ("act_cfg=dict(type='LeakyReLU', negative_slope=0.2)", 0.2),
+        ("act_cfg=dict(type='LeakyReLU')", 0.01),
+        ("", None),
+    ):
+        config = f"model = dict(backbone=dict(type='MobileNetV2', {act}))"
+        assert load_mmdet(state, {"config": config}).detector.spec.backbone.leaky_slope == slope

@@ -8,16 +8,16 @@ from safetensors.torch import load_file, save_file
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import load_checkpoint, load_detector, save_detector
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RetinaNetSpec
-from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from headkd_ray.job import DetectorSpec
+from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, reppoints_spec, retinanet_spec
 
 CLASSES = ("ant", "bee", "wasp")
 
 
-@pytest.mark.parametrize("spec", [retinanet_spec(), fcos_spec(), faster_rcnn_spec(), cascade_spec(average="scores")])
-def test_a_saved_detector_comes_back_as_it_was(
-    spec: RetinaNetSpec | FCOSSpec | FasterRCNNSpec | CascadeRCNNSpec, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "spec", [retinanet_spec(), fcos_spec(), reppoints_spec(), faster_rcnn_spec(), cascade_spec(average="scores")]
+)
+def test_a_saved_detector_comes_back_as_it_was(spec: DetectorSpec, tmp_path: Path) -> None:
     detector = build_detector(spec, 3).eval()
     liven(detector)
     save_detector(tmp_path / "student", detector, CLASSES, {"method": "head", "sizes": [64, 96]})

@@ -12,12 +12,13 @@ from headkd_ray.detectors import CascadeRCNN, Detector, TwoStageDetector, build_
 from headkd_ray.distill import HEAD, build_trainee
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
-from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, reppoints_spec, retinanet_spec
 
 CLASSES = 3
 STUDENTS = {
     "retinanet": retinanet_spec(),
     "fcos": fcos_spec(),
+    "reppoints": reppoints_spec(),
     "faster_rcnn": faster_rcnn_spec(),
     "cascade_rcnn": cascade_spec(),
 }
@@ -26,8 +27,9 @@ TEACHERS = {
     "cascade_rcnn": cascade_spec(fc_channels=12),
     "retinanet": retinanet_spec(channels=12),
     "fcos": fcos_spec(channels=8),
+    "reppoints": reppoints_spec(channels=8, point_channels=12),
 }
-TAPS = {"faster_rcnn": 2, "cascade_rcnn": 6, "retinanet": 2, "fcos": 2}
+TAPS = {"faster_rcnn": 2, "cascade_rcnn": 6, "retinanet": 2, "fcos": 2, "reppoints": 5}
 """AKD terms of a teacher."""
 
 
@@ -127,7 +129,7 @@ def test_a_cascade_teacher_looks_at_what_each_stage_of_its_assistant_looks_at(st
     torch.testing.assert_close(losses["loss_ckd"], 2 * trainee.ckd(scene.tap, lead, first))
 
 
-@pytest.mark.parametrize("teacher", ["retinanet", "fcos"])
+@pytest.mark.parametrize("teacher", ["retinanet", "fcos", "reppoints"])
 @pytest.mark.parametrize("student", ["retinanet", "fcos"])
 def test_dense_pairs_are_the_formula(student: str, teacher: str) -> None:
     trainee = trainee_of(student, teacher, ckd_epochs=1)
@@ -146,11 +148,10 @@ def test_dense_pairs_are_the_formula(student: str, teacher: str) -> None:
             total = total + (adapted - target).square().mean()
         return total
 
-    expected = {
-        "loss_akd_1": 2 * distance(trainee.akd.adapters[0], assisted[0], taught[0]),
-        "loss_akd_2": 2 * distance(trainee.akd.adapters[1], assisted[1], taught[1]),
-        "loss_ckd": 2 * distance(trainee.ckd.adapter, own[0], taught[0]),
-    }
+    expected = {"loss_ckd": 2 * distance(trainee.ckd.adapter, own[0], taught[0])}
+    for i, (mine, theirs) in enumerate(zip(assisted, taught, strict=True)):
+        expected[f"loss_akd_{i + 1}"] = 2 * distance(trainee.akd.adapters[i], mine, theirs)
+    assert len(expected) == 1 + TAPS[teacher]
     for name, value in expected.items():
         torch.testing.assert_close(losses[name].double(), value, rtol=1e-5, atol=0)
     assert step(trainee, at=10)["loss_ckd"] == 0 and step(trainee, at=10)["loss_akd_1"] == losses["loss_akd_1"]

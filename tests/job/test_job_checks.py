@@ -166,6 +166,20 @@ def test_a_supervised_fcos():
     ]
 
 
+def test_a_supervised_reppoints():
+    student = {"kind": "reppoints", "backbone": {"weights": "timm"}}
+    assert found(method="supervised", teacher=None, student=student) == []
+    student |= {"neck": {"extra": "pool", "channels": 48}, "head": {"channels": 40, "negative_iou": 0.6}}
+    assert found(method="supervised", teacher=None, student=student) == [
+        ("student.neck.extra", "pool makes no P7; reppoints needs conv_c5 or conv_p5"),
+        ("student.neck.norm_groups", "32 does not divide student.neck.channels (48)"),
+        ("student.head.norm_groups", "32 does not divide student.head.channels (40)"),
+        ("student.head.negative_iou", "0.6 is above positive_iou (0.5)"),
+    ]
+    student |= {"neck": {"norm": "none", "channels": 48}, "head": {"norm_groups": None, "channels": 40}}
+    assert found(method="supervised", teacher=None, student=student) == []
+
+
 def test_tf_head():
     rcnn = {"assistants": {"rcnn": {}}}
     assert found(method="tf_head", teacher=None, distill=rcnn) == []

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from headkd_ray.errors import JobError
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job
 
+KINDS = "retinanet, fcos, reppoints, faster_rcnn, cascade_rcnn"
+
 MINIMAL = """\
 run:
   name: x
@@ -119,8 +121,11 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("data.short_side=[1, 2, 3]", "[1, 2, 3] has 3 values; 2 are expected"),
         ("method=heads", "'heads' is none of supervised, assist, akd, head, copy_only, fitnet, tf_head; did you mean head?"),
         ("optim.precision=int4", "'int4' is none of fp32, bf16"),
-        ("student.kind=retina", "'retina' is none of retinanet, faster_rcnn, fcos, cascade_rcnn; did you mean retinanet?"),
-        ("student.kind=null", "null is none of retinanet, faster_rcnn, fcos, cascade_rcnn"),
+        (
+            "student.kind=retina",
+            f"'retina' is none of {KINDS}; did you mean retinanet?",
+        ),
+        ("student.kind=null", f"null is none of {KINDS}"),
         ("student.head.anchors.ratios=[]", "the list is empty"),
         ("optim=3", "3 is not a section (a mapping of keys)"),
         ("optim=null", "is empty; give its keys or remove it"),
@@ -176,7 +181,7 @@ lr: 3
         "set student.backbone.weights (timm, or a file) or frozen_stages: 0",
         "job.yaml:13: student.backbone.norm_eval: true would keep BatchNorm from learning its statistics; "
         "set student.backbone.weights (timm, or a file) or norm_eval: false",
-        "job.yaml:14: student.kind: 'retinanat' is none of retinanet, faster_rcnn, fcos, cascade_rcnn; did you mean retinanet?",
+        f"job.yaml:14: student.kind: 'retinanat' is none of {KINDS}; did you mean retinanet?",
         "job.yaml:16: student.head.channel: unknown key; did you mean student.head.channels?",
         "job.yaml:17: teacher: method supervised uses no teacher; remove the section (or override teacher=null)",
         "job.yaml:20: lr: unknown key; did you mean optim.lr?",
@@ -196,7 +201,7 @@ def test_missing_sections_are_named_at_the_top(write):
 def test_unknown_kind_is_guessed_so_that_its_section_is_checked(write):
     text = MINIMAL.replace("kind: retinanet", "roi: {fcss: 2}")
     assert mistakes(write(text)) == [
-        "job.yaml:7: student.kind: missing; one of retinanet, faster_rcnn, fcos, cascade_rcnn",
+        f"job.yaml:7: student.kind: missing; one of {KINDS}",
         "job.yaml:8: student.roi.fcss: unknown key; did you mean student.roi.fcs?",
     ]
 

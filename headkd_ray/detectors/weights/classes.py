@@ -8,12 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.build import build_detector
-from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
-from headkd_ray.detectors.faster_rcnn import FasterRCNN
-from headkd_ray.detectors.fcos import FCOS
+from headkd_ray.detectors.build import AnyDetector, build_detector
+from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.roi_head import RoIHead
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 
@@ -53,11 +50,9 @@ def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector
     return replace(loaded, detector=detector, classes=tuple(names))
 
 
-def _rows(
-    old: RetinaNet | FasterRCNN | FCOS | CascadeRCNN, here: Tensor, there: Tensor, classes: int
-) -> list[tuple[str, Tensor, Tensor]]:
+def _rows(old: AnyDetector, here: Tensor, there: Tensor, classes: int) -> list[tuple[str, Tensor, Tensor]]:
     """(layer, its new rows, the old rows to put there) of the layers that know classes."""
-    if isinstance(old, (RetinaNet, FCOS)):  # anchor-major
+    if isinstance(old, DenseDetector):  # anchor-major
         anchor = torch.arange(old.head.anchors.per_cell)[:, None]
         return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]
     last = torch.tensor([classes]), torch.tensor([old.num_classes])  # background

@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from headkd_ray.detectors.reppoints_head import POINTS
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, CascadeHeadSpec, FCOSHeadSpec, FPNSpec, RetinaHeadSpec, RoIHeadSpec, RPNSpec
+from headkd_ray.job import (
+    BackboneSpec,
+    CascadeHeadSpec,
+    FCOSHeadSpec,
+    FPNSpec,
+    RepPointsHeadSpec,
+    RetinaHeadSpec,
+    RoIHeadSpec,
+    RPNSpec,
+)
 
 State = Mapping[str, Tensor]
 
@@ -88,14 +98,19 @@ def mobilenet_v2(state: State, leaky_slope: float | None, prefix: str = "backbon
 
 def fpn(state: State) -> FPNSpec:
     """The neck of ``state``; where a first extra conv could read C5 or P5 (equal widths) it reads C5, as the paper's does."""
-    norm = "neck.lateral.0.1.weight" in state
+    norm: Literal["none", "batch", "group"] = "none"
+    if "neck.lateral.0.1.weight" in state:
+        norm = "batch" if "neck.lateral.0.1.running_mean" in state else "group"
     last = count(state, r"neck\.lateral\.(\d+)\.") - 1
-    conv = ".0.weight" if norm else ".weight"
-    (lateral,) = need(state, f"neck.lateral.{last}{conv}")
-    first = state.get("neck.extra.0.weight")
+    conv = "weight" if norm == "none" else "0.weight"
+    (lateral,) = need(state, f"neck.lateral.{last}.{conv}")
+    width = lateral.shape[0]
+    if norm == "group":
+        _check_groups("a pyramid", width, FPNSpec().norm_groups)
+    first = state.get("neck.extra.0.0.weight" if norm == "group" else "neck.extra.0.weight")
     if first is None:
-        return FPNSpec(channels=lateral.shape[0], extra="pool", norm=norm)
-    return FPNSpec(channels=lateral.shape[0], extra="conv_c5" if first.shape[1] == lateral.shape[1] else "conv_p5", norm=norm)
+        return FPNSpec(channels=width, extra="pool", norm=norm)
+    return FPNSpec(channels=width, extra="conv_c5" if first.shape[1] == lateral.shape[1] else "conv_p5", norm=norm)
 
 
 def retina_head(state: State) -> tuple[RetinaHeadSpec, int]:
@@ -118,13 +133,42 @@ def fcos_head(state: State) -> tuple[FCOSHeadSpec, int]:
     cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
     if box_out.shape[0] != 4:
         raise CheckpointError(f"an FCOS head with {box_out.shape[0] / 4:g} boxes a cell; only 1 is supported")
-    channels, groups = cls_out.shape[1], FCOSHeadSpec().norm_groups
+    channels = cls_out.shape[1]
+    convs, groups = _tower(state, "an FCOS head", channels, FCOSHeadSpec().norm_groups)
+    return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
+
+
+def is_reppoints(state: State) -> bool:
+    """Whether the dense head of ``state`` is RepPoints': the only one that refines."""
+    return any(name.startswith("head.refine_out.") for name in state)
+
+
+def reppoints_head(state: State) -> tuple[RepPointsHeadSpec, int]:
+    """The RepPoints head of ``state`` and its number of classes; what no shape tells is as in mmdet, 32 groups in the norm."""
+    cls_out, cls_conv, points = need(state, "head.cls_out.weight", "head.cls_conv.weight", "head.refine_out.weight")
+    if points.shape[0] != 2 * POINTS or "head.moment_transfer" not in state:
+        raise CheckpointError(
+            f"a RepPoints head of another kind than moment with {POINTS} points a cell; only that is supported"
+        )
+    channels = cls_conv.shape[1]
+    convs, groups = _tower(state, "a RepPoints head", channels, RepPointsHeadSpec().norm_groups)
+    spec = RepPointsHeadSpec(convs=convs, channels=channels, point_channels=cls_out.shape[1], norm_groups=groups)
+    return spec, cls_out.shape[0]
+
+
+def _tower(state: State, what: str, channels: int, groups: int | None) -> tuple[int, int | None]:
+    """Depth of the classification tower of ``what``, and ``groups`` if it has a norm."""
     if "head.cls_tower.1.weight" not in state:
         groups = None
-    elif groups is not None and channels % groups:
-        raise CheckpointError(f"an FCOS head with GroupNorm on {channels} channels, which {groups} groups do not divide")
-    convs = sum(name.startswith("head.cls_tower.") and tensor.dim() == 4 for name, tensor in state.items())
-    return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
+    elif groups is not None:
+        _check_groups(what, channels, groups)
+    depth = sum(name.startswith("head.cls_tower.") and tensor.dim() == 4 for name, tensor in state.items())
+    return depth, groups
+
+
+def _check_groups(what: str, channels: int, groups: int) -> None:
+    if channels % groups:
+        raise CheckpointError(f"{what} with GroupNorm on {channels} channels, which {groups} groups do not divide")
 
 
 def rpn(state: State) -> RPNSpec:

@@ -7,10 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
-from headkd_ray.detectors.faster_rcnn import FasterRCNN
-from headkd_ray.detectors.fcos import FCOS
-from headkd_ray.detectors.retinanet import RetinaNet
+from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.roi_head import RoIHead
 
 
@@ -18,7 +15,7 @@ from headkd_ray.detectors.roi_head import RoIHead
 class LoadedDetector:
     """A detector from a file, on the CPU."""
 
-    detector: RetinaNet | FasterRCNN | FCOS | CascadeRCNN
+    detector: AnyDetector
     classes: tuple[str, ...] | None
     """Class names in the order of the outputs; None if the file does not say."""
     source: str

@@ -1,0 +1,164 @@
+"""What an mmdet file's training config says that no tensor's shape tells: strides, input, switches, test settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+
+from headkd_ray.detectors.weights.config_text import read_config, section
+from headkd_ray.errors import CheckpointError
+from headkd_ray.job import FCOSHeadSpec, FPNSpec, PixelSpec, PostprocessSpec, ProposalSpec
+
+_Rules = TypeVar("_Rules", bound=PostprocessSpec | ProposalSpec)
+
+
+@dataclass(frozen=True)
+class MMDetConfig:
+    """The training config in an mmdet file, or none."""
+
+    values: Mapping[str, Any]
+    """The config's variables; empty = the file has no config."""
+    source: str
+    """The file, for messages."""
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any], source: str) -> MMDetConfig:
+        """The config that a file's ``meta`` keeps as text: 2.x in ``config``, 3.x in ``cfg``.
+
+        Raises CheckpointError if there is one, but without a readable ``model``: defaults in its place could be silently wrong.
+        """
+        text = meta.get("config") or meta.get("cfg")
+        if not text:
+            return cls({}, source)
+        try:
+            values = dict(text) if isinstance(text, Mapping) else read_config(str(text))
+        except ValueError as error:
+            raise CheckpointError(f"{source}: the training config in the file's meta is not Python: {error}") from error
+        if not section(values, "model"):
+            raise CheckpointError(f"{source}: the training config in the file's meta has no model = dict(...)")
+        return cls(values, source)
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    @property
+    def is_caffe(self) -> bool:
+        """Whether the backbone's bottlenecks have their stride in the first 1x1 conv."""
+        return self._model("backbone").get("style") == "caffe"
+
+    @property
+    def leaky_slope(self) -> float | None:
+        """The negative slope of the backbone's LeakyReLU; None = another activation."""
+        activation = self._model("backbone", "act_cfg")
+        return _number(activation.get("negative_slope"), 0.01) if _kind(activation) == "LeakyReLU" else None
+
+    def pixels(self) -> tuple[PixelSpec, bool]:
+        """Input normalisation in RGB order, and whether the network itself reads BGR.
+
+        3.x says it in ``data_preprocessor``, 2.x in the test pipeline's ``Normalize`` (usually a copy of ``img_norm_cfg``).
+        Where neither does, it is mmdet's usual one for pytorch style; raises CheckpointError for others.
+        """
+        preprocessor = self._model("data_preprocessor") or section(self.values, "data_preprocessor")
+        if preprocessor.get("mean") is not None:
+            said, is_rgb = preprocessor, bool(preprocessor.get("bgr_to_rgb") or preprocessor.get("rgb_to_bgr"))
+        else:
+            places = [section(self.values, "data").get("test")]
+            places += [self.values.get(name) for name in ("test_dataloader", "test_pipeline", "img_norm_cfg")]
+            said = next(_normalisations(places), {})
+            is_rgb = bool(said.get("to_rgb", True))
+        if not said:
+            if preprocessor or self.is_caffe:
+                raise CheckpointError(f"{self.source}: the training config does not say how the input is normalised")
+            return PixelSpec(), False
+        mean, std = said.get("mean"), said.get("std")
+        try:
+            spec = PixelSpec(mean=mean, std=std)  # type: ignore[arg-type]  # whatever the file says: checked here
+        except ValidationError as error:
+            message = f"{self.source}: the training config normalises the input with mean {mean} and std {std}"
+            raise CheckpointError(f"{message}; three numbers each are needed") from error
+        if is_rgb:
+            return spec, False
+        return PixelSpec(mean=spec.mean[::-1], std=spec.std[::-1]), True
+
+    def dense_neck(self, neck: FPNSpec, is_fcos: bool) -> FPNSpec:
+        """``neck`` with P6 and the ReLU before P7 as the config has them.
+
+        Without a config: mmdet's own FCOS has P6 on P5 and a ReLU before P7; all others, HEAD's students too, RetinaNet's
+        pyramid.
+        """
+        if not self:
+            return neck.model_copy(update={"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
+        said = self._model("neck")
+        convs = said.get("add_extra_convs")
+        if convs == "on_lateral":
+            raise CheckpointError(f"{self.source}: a pyramid with add_extra_convs='on_lateral' is not supported")
+        on_output = convs == "on_output" or (convs is True and said.get("extra_convs_on_inputs") is False)  # mmdet 1.x
+        return neck.model_copy(
+            update={
+                "extra": "conv_p5" if on_output else neck.extra,
+                "relu_before_p7": said.get("relu_before_extra_convs") is True,
+            }
+        )
+
+    def fcos_head(self, head: FCOSHeadSpec) -> FCOSHeadSpec:
+        """``head`` with the config's switches; without a config they stay as they are (the paper's)."""
+        if not self:
+            return head
+        said = self._model("bbox_head") or self._model("rpn_head")  # the latter in HEAD's two-headed students
+        radius = _number(said.get("center_sample_radius"), 1.5)
+        return head.model_copy(
+            update={
+                "center_radius": radius if said.get("center_sampling") is True else None,
+                "norm_on_bbox": said.get("norm_on_bbox") is True,
+                "centerness_on_reg": said.get("centerness_on_reg") is True,
+                "box_loss": "giou" if _kind(section(said, "loss_bbox")) == "GIoULoss" else "iou",
+            }
+        )
+
+    def rules(self, spec: _Rules, part: str) -> _Rules:
+        """``spec`` with the thresholds and limits of the config's ``test_cfg``, of its ``part`` (rpn, rcnn) if it has one.
+
+        What ours do not have stays as it is in ``spec``: a limit of -1 (none), and NMS where the config has Soft-NMS.
+        """
+        said = self._model("test_cfg") or section(self.values, "test_cfg")  # the latter before mmdet 2.4
+        said = section(said, part) or said
+        nms = section(said, "nms")
+        limits = {
+            "pre_nms": said.get("nms_pre"),
+            "post_nms": said.get("max_per_img", said.get("max_num")),
+            "score": said.get("score_thr"),
+            "nms_iou": nms.get("iou_threshold", nms.get("iou_thr", said.get("nms_thr"))),
+            "max_detections": said.get("max_per_img"),
+        }
+        kind = type(spec)
+        known = {name: value for name, value in limits.items() if name in kind.model_fields and value not in (None, -1)}
+        try:
+            return cast(_Rules, kind.model_validate(spec.model_dump() | known))
+        except ValidationError as error:
+            raise CheckpointError(f"{self.source}: the training config's test_cfg cannot be used: {known}") from error
+
+    def _model(self, *path: str) -> dict[str, Any]:
+        return section(self.values, "model", *path)
+
+
+def _kind(said: Mapping[str, Any]) -> str:
+    """The class that ``said`` names; 3.x may put its module in front."""
+    return str(said.get("type", "")).rpartition(".")[2]
+
+
+def _number(value: object, default: float) -> float:
+    return float(value) if isinstance(value, int | float) else default
+
+
+def _normalisations(value: object) -> Iterator[dict[str, Any]]:
+    """Every dict at any depth of ``value`` that is an ``img_norm_cfg`` or a pipeline's ``Normalize``."""
+    if isinstance(value, Mapping):
+        if "mean" in value and "std" in value:
+            yield dict(value)
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _normalisations(item)

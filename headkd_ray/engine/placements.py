@@ -1,0 +1,172 @@
+"""What each placement of the teacher costs on this machine: short stretches of real training steps, taken in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from statistics import median
+
+import torch
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.distill import HEAD, build_trainee
+from headkd_ray.engine.loop import answers, on_device
+from headkd_ray.engine.streams import Decode, Streams
+from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.engine.world import World
+from headkd_ray.job import Job
+from headkd_ray.teacher import Builder, Cache, SoftTeacher, builder_of, soft_teacher
+
+WARM_UP = 2
+"""Steps of every stretch that are not counted."""
+
+
+BARE_VIEWS = 64
+"""Views that the teacher alone is asked about."""
+
+
+@dataclass
+class Placement:
+    """A way to get the teacher's answers, and what it was measured to cost."""
+
+    name: str
+    job: Job
+    decode: Decode
+    asked: SoftTeacher | None = None
+    cache: Cache | None = None
+    teacher: bool = True
+    """False: the assistant learns from labels alone."""
+    seconds: list[float] = field(default_factory=list)
+    """Of the stretches."""
+    waited: list[float] = field(default_factory=list)
+    """Of these, spent waiting for batches."""
+
+
+@dataclass(frozen=True)
+class Building:
+    """What filling a cache was measured to cost."""
+
+    views: int
+    seconds: float
+    bytes: int
+    read_seconds: float
+    """To read it all again."""
+    asked_seconds: float
+    """That the teacher alone takes for as many views, already decoded."""
+
+
+def some_shards(shards: ShardSet, images: int) -> ShardSet:
+    """The first shards of a split that together hold at least ``images`` images; all if there are fewer."""
+    count = kept = 0
+    while kept < len(shards.meta.shards) and count < images:
+        count += shards.meta.shards[kept].images
+        kept += 1
+    index, inside = shards.index, shards.index.shard < kept
+    names = ("image_id", "width", "height", "shard", "row", "boxes")
+    fewer = replace(index, **{name: getattr(index, name)[inside] for name in names})
+    meta = replace(shards.meta, shards=shards.meta.shards[:kept], images=count, fingerprint=f"{shards.meta.fingerprint}/{kept}")
+    return ShardSet(shards.folder, meta, fewer)
+
+
+def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: int) -> None:
+    """Train ``rounds`` stretches of ``steps`` steps in each placement, in turns, and note how long they took."""
+    world = World.alone(use_gpu=placements[0].job.cluster.gpus_per_worker != 0)
+    for _ in range(rounds):
+        for placement in placements:
+            _stretch(placement, shards, steps, world)
+
+
+def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -> None:
+    job = placement.job
+    torch.manual_seed(job.run.seed)
+    teacher = load_teacher(job, shards.meta.classes)
+    assert teacher is not None
+    trainee = build_trainee(job, len(shards.meta.classes), teacher.detector, steps_per_epoch=1)
+    assert isinstance(trainee, HEAD)
+    if not placement.teacher:
+        trainee = HEAD(trainee.student, trainee.assistant, job.distill)
+    trainee.to(world.device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-6)  # as much work as any rate, and no loss explodes
+    streams = Streams(job, world, shards, shards, placement.decode)
+    waited = started = 0.0
+    with ExitStack() as stack:
+        stream = stack.enter_context(streams.train(first=0, cache=placement.cache))
+        batches = _timed(islice(on_device(stream, world.device), WARM_UP + steps))
+        for number, (batch, seconds) in enumerate(batches):
+            if number == WARM_UP:
+                _finish(world)
+                started, waited = time.perf_counter() - seconds, 0.0
+            waited += seconds
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
+                given = answers(batch, placement.asked)
+                losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, number, **given)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            optimizer.step()
+        _finish(world)
+        placement.seconds.append(time.perf_counter() - started)
+        placement.waited.append(waited)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that it was waited for."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started
+
+
+def _finish(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def images_per_second(placement: Placement, steps: int) -> float:
+    """Of the median stretch."""
+    return steps * placement.job.data.batch_size / median(placement.seconds)
+
+
+def fill(job: Job, shards: ShardSet, world: World) -> tuple[Builder, Building]:
+    """Fill the job's cache for all its views of ``shards``, read it again, and ask the bare teacher about one file's views."""
+    torch.manual_seed(job.run.seed)
+    teacher = load_teacher(job, shards.meta.classes)
+    assert teacher is not None
+    builder = builder_of(job, shards, teacher.detector, world.device)
+    cache = builder.cache
+    cache.begin()
+    started = time.perf_counter()
+    size = sum(builder.build(*unit) for unit in cache.units())
+    built = time.perf_counter()
+    assert all(cache.sound(*unit) for unit in cache.units())
+    read = time.perf_counter()
+    views = cache.views * int((shards.index.boxes > 0).sum())
+    return builder, Building(views, built - started, size, read - built, views * _bare(builder))
+
+
+def _bare(builder: Builder) -> float:
+    """Seconds a view of the teacher alone, at the builder's batch size, on views that lie decoded in memory."""
+    meta = builder.cache.shards.meta
+    starts = range(0, min(BARE_VIEWS, meta.shards[0].images), meta.row_group)
+    groups = [
+        builder.shown(0, start // meta.row_group, 0, range(start, min(start + meta.row_group, meta.shards[0].images)))
+        for start in starts
+    ]
+    builder.ask(groups[0])  # warms up
+    started = time.perf_counter()
+    for group in groups:
+        builder.ask(group)
+    return (time.perf_counter() - started) / max(1, sum(example is not None for group in groups for _, example in group))
+
+
+def inline(job: Job, shards: ShardSet, world: World) -> SoftTeacher:
+    """The job's teacher, to be asked in place."""
+    torch.manual_seed(job.run.seed)
+    teacher = load_teacher(job, shards.meta.classes)
+    assert teacher is not None
+    return soft_teacher(job, teacher.detector, world.device)

@@ -1,0 +1,56 @@
+"""What the tests of the files in cluster/ share."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+DOCS = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+TRAIN_WORKER = {"CPU": 8, "GPU": 1}
+"""What a train worker of the documented command asks."""
+TEACHER = {"CPU": 1, "GPU": 1, "teacher": 1}
+"""What a process of a teacher pool with gpus: 1 and resources: {teacher: 1} asks."""
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+
+
+def fits(asked: dict[str, float], resources: dict[str, float]) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in asked.items())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def nodes_to_come(config: dict[str, Any]) -> str:
+    """HEADKD_RAY_NODES as the head's start command sets it."""
+    (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    (quoted,) = re.findall(r"HEADKD_RAY_NODES=('.*?')", start, re.DOTALL)
+    return shlex.split(quoted)[0]
+
+
+def check_announced(text: str, types: dict[str, Any]) -> None:
+    """HEADKD_RAY_NODES says what the types have: each kind once, spot or not."""
+    for group in json.loads(text):
+        count = group.pop("count")
+        found = [
+            kind["max_workers"]
+            for kind in types.values()
+            if {name: amount for name, amount in kind["resources"].items() if name in ("CPU", "GPU", "teacher")} == group
+        ]
+        assert found and set(found) == {count}, group

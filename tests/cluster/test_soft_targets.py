@@ -1,0 +1,179 @@
+"""Soft targets through a real Ray: pool and cache say what the teacher says in place, and a killed teacher costs nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headkd_ray.cache import build
+from headkd_ray.cluster.stream import decode_on_ray
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.distill import build_trainee
+from headkd_ray.engine.caching import open_builder
+from headkd_ray.engine.loop import answers, soft_targets
+from headkd_ray.engine.streams import Streams
+from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.engine.world import World
+from headkd_ray.errors import ClusterError
+from headkd_ray.job import FasterRCNNSpec, Job
+from headkd_ray.train import train
+from tests.detectors.micro import liven
+from tests.support import MICRO_TEACHER, assert_same_weights, descendants, micro_job, student_weights
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+POOL = {"actors": [1, 1], "cpus": 1}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
+    """Folder of a micro Faster R-CNN with drawn weights."""
+    classes = ShardSet.open(drawn_splits["train"]).meta.classes
+    torch.manual_seed(3)
+    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
+    liven(detector)
+    folder = tmp_path_factory.mktemp("teacher")
+    save_detector(folder, detector, classes)
+    return str(folder)
+
+
+def job_of(
+    folder: Path,
+    splits: dict[str, str],
+    teacher: str,
+    placement: str,
+    name: str = "run",
+    rois: str = "teacher",
+    **keys: Any,
+) -> Job:
+    kept = {"checkpoint": teacher, "placement": placement, "pool": POOL, "cache": {"path": str(folder / "cache")}}
+    distill = {"rois": rois, "roi_budget": 24, "warmup_steps": 4}
+    return micro_job(folder, splits, name, method="head", teacher=kept, distill=distill, **keys)
+
+
+def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Batches of the job's stream through Ray Data, and the losses of its untrained student on them."""
+    world = World.alone(use_gpu=False)
+    taught = job if job.teacher is not None and job.teacher.placement == "pool" else None
+    sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
+    streams = Streams(job, world, *sets, decode_on_ray(job.cluster, taught))
+    own = load_teacher(job, sets[0].meta.classes)
+    assert own is not None
+    torch.manual_seed(0)
+    trainee = (
+        build_trainee(job, len(sets[0].meta.classes), own.detector, steps_per_epoch=10)
+        .train()
+        .to(memory_format=torch.channels_last)
+    )
+    asked, cache = soft_targets(job, sets[0], own.detector, world.device)
+    with streams.train(first=0, cache=cache) as batches:
+        for batch in batches:
+            with torch.no_grad():
+                given = answers(batch, asked)
+                draws = torch.Generator().manual_seed(batch.step)
+                losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, 100, draws, **given)
+            yield (batch if asked is None else replace(batch, targets=given["targets"])), losses
+
+
+def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
+    """Inline and pool exactly; the cache, for its 16-bit features, has nearly the same losses."""
+    one_cpu = {"workers": 1, "data_cpus": 1}
+    jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, cluster=one_cpu) for name in ("inline", "pool", "cache")}
+    builder = open_builder(jobs["cache"])
+    build(jobs["cache"], builder, lambda unit, size: None)  # by an actor pool, for cluster.workers is 1
+    builder.cache.check()
+    count = 0
+    for inline, pool, cache in zip(*(losses_of(jobs[name]) for name in ("inline", "pool", "cache")), strict=True):
+        batch, expected = inline
+        targets = batch.targets
+        assert (
+            targets is not None
+            and not batch.idle
+            and targets.valid.any()
+            and "loss_akd_1" in expected
+            and expected["loss_ckd"] > 0
+        )
+        for other, (said, losses) in (("pool", pool), ("cache", cache)):
+            assert torch.equal(said.image_ids, batch.image_ids) and torch.equal(said.views, batch.views)
+            theirs = said.targets
+            assert theirs is not None and losses.keys() == expected.keys() and torch.equal(theirs.truth, targets.truth)
+            if other == "pool":
+                assert all(torch.equal(one, two) for one, two in zip(theirs, targets, strict=True))
+                assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
+            else:  # asked about other views together, so that a convolution may round another way
+                torch.testing.assert_close(theirs.boxes, targets.boxes, rtol=0, atol=1e-3)
+                torch.testing.assert_close(theirs.taps, targets.taps, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-6)
+        count += 1
+    assert count == 2 * 11
+
+
+def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
+    """Exactly as the teacher in place does; also when the process that holds the features is killed."""
+    one_cpu = {"workers": 1, "data_cpus": 1}
+    jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, rois="student", cluster=one_cpu) for name in ("inline", "pool")}
+    restarts = []
+    for number, (inline, pool) in enumerate(zip(*(losses_of(job) for job in jobs.values()), strict=True)):
+        (batch, expected), (same, losses) = inline, pool
+        assert torch.equal(batch.image_ids, same.image_ids) and losses.keys() == expected.keys()
+        assert expected["loss_akd_1"] > 0 and expected["loss_ckd"] > 0
+        assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
+        restarts.append(same.teacher_restarts)
+        if number == 5:
+            (pid,) = descendants("ray::Holder")
+            os.kill(pid, signal.SIGKILL)
+    assert restarts[5] == 0 and 0 < restarts[-1] <= 3
+
+
+class TeacherKiller:
+    """Takes log records; at a step, kills the teacher process of this session with SIGKILL."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step, self.killed = at_step, 0
+        self.last: dict[str, Any] = {}
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self.last = record if "losses" in record else self.last
+        if not self.killed and record["step"] >= self.at_step:
+            (self.killed,) = descendants("ray::MapWorker")
+            os.kill(self.killed, signal.SIGKILL)
+
+
+def test_a_killed_teacher_costs_only_its_batches_in_flight(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
+    """The run ends with the weights of one whose teacher nobody killed, and the log has counted it."""
+    keys: dict[str, Any] = {"optim": {"epochs": 4, "milestones": [3]}, "eval": {"every_epochs": 4}}
+    inline = job_of(tmp_path, drawn_splits, teacher, "inline", "inline", **keys)
+    expected = train(inline, lambda record: None)
+    killer = TeacherKiller(at_step=2)
+    pooled = job_of(tmp_path, drawn_splits, teacher, "pool", "pool", cluster={"workers": 1, "threads_per_worker": 1}, **keys)
+    result = train(pooled, killer)
+    assert killer.killed
+    assert_same_weights(student_weights(expected), student_weights(result))
+    assert killer.last["teacher_restarts"] == 1
+
+
+def test_a_pool_that_no_node_can_hold_is_an_error_not_a_hang(
+    tmp_path: Path, drawn_splits: dict[str, str], teacher: str
+) -> None:
+    job = job_of(tmp_path, drawn_splits, teacher, "pool", cluster={"workers": 1})
+    assert job.teacher is not None
+    for keys, message in (
+        ({"resources": {"teacher": 1}}, r"no node has what a process asks \(1 CPU, 1 teacher\)"),
+        ({"gpus": 0.5}, "no node has what a process asks"),
+        ({"actors": [9, 9]}, "9 processes of 1 CPU each"),
+    ):
+        pool = job.teacher.pool.model_copy(update=keys)
+        changed = job.model_copy(update={"teacher": job.teacher.model_copy(update={"pool": pool})})
+        with pytest.raises(ClusterError, match=message):
+            train(changed, lambda record: None)
