@@ -108,11 +108,6 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them",
         ),
         (
-            {"teacher": {"checkpoint": "t", "placement": "pool"}},
-            "teacher.placement",
-            "pool needs distill.rois: teacher",
-        ),
-        (
             {"teacher": {"checkpoint": "t", "placement": "pool"}, "distill": {"rois": "teacher"}, "cluster": {"workers": 0}},
             "teacher.placement",
             "pool needs Ray; use cluster.workers of at least 1",
@@ -217,6 +212,8 @@ def test_a_teacher_that_chooses_its_own_rois_may_be_anywhere(method, placement, 
     assert found(method=method, teacher=teacher, student=student, distill={"rois": "teacher"}) == []
     if placement == "cache":
         assert found(method=method, teacher=teacher, distill={"rois": "teacher"}, cluster={"workers": 0}) == []
+    else:
+        assert found(method=method, teacher=teacher, student=student) == []
 
 
 def test_an_assistant_of_the_student_s_own_kind_is_warned_about():
