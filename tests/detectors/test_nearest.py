@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import FCOSHead, RetinaHead
+from headkd_ray.detectors import FCOSHead, RepPointsHead, RetinaHead
 from headkd_ray.detectors.anchors import Anchors
 from headkd_ray.detectors.boxes import pairwise_iou
 from headkd_ray.detectors.fcos_head import FCOSOutputs
+from headkd_ray.detectors.reppoints_head import RepPointsOutputs
 from headkd_ray.job import AnchorSpec
-from tests.detectors.micro import fcos_spec, retinanet_spec
+from tests.detectors.micro import fcos_spec, reppoints_spec, retinanet_spec
 
 STRIDES = (8, 16, 32, 64, 128)
 ANCHORS = {
@@ -124,32 +125,45 @@ def test_boxes_that_no_image_holds_still_have_a_cell() -> None:
     assert torch.equal(cells, head.anchors.nearest(boxes, shapes_of(sides)))
 
 
-def points(corner: bool, sides: tuple[int, int], level: int) -> tuple[list[float], list[float]]:
-    """y of the rows and x of the columns of a level's points, by FCOS's and by torchvision's rule."""
+def points(kind: str, sides: tuple[int, int], level: int) -> list[list[float]]:
+    """y of the rows and x of the columns of a level's points."""
     shape, stride = shapes_of(sides)[level], STRIDES[level]
-    if not corner:
-        return tuple([(i + 0.5) * stride for i in range(n)] for n in shape)  # type: ignore[return-value]
-    # torchvision: image size // feature size, image padded as the finest level is.
-    image = [n * STRIDES[0] for n in shapes_of(sides)[0]]
-    return tuple([float(i * (side // n)) for i in range(n)] for n, side in zip(shape, image, strict=True))  # type: ignore[return-value]
+    if kind == "torchvision":  # image size // feature size, of the image as padded for the finest level
+        padded = [n * STRIDES[0] for n in shapes_of(sides)[0]]
+        return [[float(i * (side // n)) for i in range(n)] for n, side in zip(shape, padded, strict=True)]
+    return [[(i + (0.5 if kind == "fcos" else 0.0)) * stride for i in range(n)] for n in shape]
 
 
-@pytest.mark.parametrize("corner", [False, True], ids=["centre", "corner"])
-@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
-@pytest.mark.parametrize("ranges", [(64.0, 128.0, 256.0, 512.0), (20.0, 30.0, 50.0, 90.0)])
-def test_fcos_by_regress_range_and_nearest_point(corner: bool, sides: tuple[int, int], ranges: tuple[float, ...]) -> None:
-    spec = fcos_spec(points="corner" if corner else "centre", regress_ranges=ranges).head
-    head = FCOSHead(spec, 16, 3)
-    logits = maps(sides, channels=3)
-    boxes = torch.cat([drawn(sides, 500), torch.tensor([[0.0, 0, 0, 0], [-900, -900, -850, -850], [900, 900, 990, 980]])])
-    cells = head.nearest_cells(FCOSOutputs(logits, [], [], []), boxes)
-    assert cells.dtype == torch.int64 and cells.shape == (len(boxes), 4)
-    levels = set()
-    for (x1, y1, x2, y2), (level, y, x, anchor) in zip(boxes.double().tolist(), cells.tolist(), strict=True):
-        reach = max(x2 - x1, y2 - y1) / 2
-        assert level == sum(bound < reach for bound in ranges) and anchor == 0
-        rows, columns = points(corner, sides, level)
+def assert_nearest(kind: str, sides: tuple[int, int], boxes: Tensor, levels: list[int], cells: Tensor) -> None:
+    assert cells.dtype == torch.int64 and cells[:, [0, 3]].tolist() == [[level, 0] for level in levels]
+    for (x1, y1, x2, y2), (level, y, x, _) in zip(boxes.double().tolist(), cells.tolist(), strict=True):
+        rows, columns = points(kind, sides, level)
         assert abs(rows[y] - (y1 + y2) / 2) <= min(abs(row - (y1 + y2) / 2) for row in rows) + 1e-3
         assert abs(columns[x] - (x1 + x2) / 2) <= min(abs(column - (x1 + x2) / 2) for column in columns) + 1e-3
-        levels.add(level)
-    assert len(levels) == 5 or ranges[0] != 20
+
+
+ODD = torch.tensor([[0.0, 0, 0, 0], [-900, -900, -850, -850], [900, 900, 990, 980], [7, 7, 7, 90]])
+
+
+@pytest.mark.parametrize("kind", ["fcos", "torchvision"])
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+@pytest.mark.parametrize("ranges", [(64.0, 128.0, 256.0, 512.0), (20.0, 30.0, 50.0, 90.0)])
+def test_fcos_by_regress_range_and_nearest_point(kind: str, sides: tuple[int, int], ranges: tuple[float, ...]) -> None:
+    head = FCOSHead(fcos_spec(points="corner" if kind == "torchvision" else "centre", regress_ranges=ranges).head, 16, 3)
+    boxes = torch.cat([drawn(sides, 500), ODD])
+    half = [max(x2 - x1, y2 - y1) / 2 for x1, y1, x2, y2 in boxes.tolist()]
+    levels = [sum(bound < reach for bound in ranges) for reach in half]
+    assert len(set(levels)) == 5 or ranges[0] != 20
+    assert_nearest(kind, sides, boxes, levels, head.nearest_cells(FCOSOutputs(maps(sides, channels=3), [], [], []), boxes))
+
+
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+@pytest.mark.parametrize("base_scale", [4.0, 1.0])
+def test_reppoints_by_size_and_nearest_point(sides: tuple[int, int], base_scale: float) -> None:
+    head = RepPointsHead(reppoints_spec(base_scale=base_scale).head, 16, 3)
+    boxes = torch.cat([drawn(sides, 500), ODD])
+    sizes = [math.sqrt(max(x2 - x1, 1e-6) * max(y2 - y1, 1e-6)) for x1, y1, x2, y2 in boxes.tolist()]
+    levels = [max(sum(stride * base_scale <= size for stride in STRIDES) - 1, 0) for size in sizes]
+    assert len(set(levels)) == (4 if base_scale == 4 else 5)
+    outputs = RepPointsOutputs(maps(sides, channels=3), [], [], [])
+    assert_nearest("reppoints", sides, boxes, levels, head.nearest_cells(outputs, boxes))

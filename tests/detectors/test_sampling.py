@@ -48,3 +48,12 @@ def test_nothing_to_sample() -> None:
     none = torch.zeros(2, 0, dtype=torch.bool)
     drawn = sample(none, none, SamplerSpec())
     assert not drawn.valid.any()
+
+
+def test_tickets_replace_the_random_numbers() -> None:
+    positive = torch.tensor([[True, True, True, False, False, False, False]] * 2)
+    ticket = torch.tensor([[0.1, 0.9, 0.5, 0.2, 0.8, 0.0, 0.7], [0.9, 0.2, 0.0, 0.6, 0.1, 0.5, 0.3]], dtype=torch.float64)
+    before = torch.get_rng_state()
+    drawn = sample(positive, ~positive, SamplerSpec(size=4, positive_fraction=0.5), ticket=ticket)
+    assert drawn.picked.tolist() == [[1, 2, 4, 6], [0, 1, 3, 5]] and drawn.valid.all()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -18,6 +18,7 @@ def batch_of() -> Callable[[int], Batch]:
             labels=torch.full((count, 1), -1),
             image_ids=torch.arange(count),
             original_sizes=torch.full((count, 2), 32),
+            views=torch.full((count,), -1),
             step=0,
         )
 

@@ -28,6 +28,7 @@ def blank(original: list[tuple[int, int]], shown: list[tuple[int, int]], first_i
         labels=torch.full((len(shown), 1), -1),
         image_ids=torch.arange(first_id, first_id + len(shown)),
         original_sizes=torch.tensor(original),
+        views=torch.full((len(shown),), -1),
         step=0,
     )
 

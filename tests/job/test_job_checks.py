@@ -77,6 +77,49 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "student.head.negative_iou",
             "0.6 is above positive_iou (0.5)",
         ),
+        (
+            {"method": "copy_only", "distill": {"rois": "teacher"}},
+            "distill.rois",
+            "method copy_only compares no RoIs with a teacher's; use student, or method akd or head",
+        ),
+        (
+            {"student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}, "distill": {"rois": "teacher"}},
+            "distill.rois",
+            "a faster_rcnn student looks at RoIs of its own; use student",
+        ),
+        (
+            {"student": {"kind": "cascade_rcnn", "backbone": {"weights": "timm"}}, "distill": {"rois": "teacher"}},
+            "distill.rois",
+            "a cascade_rcnn student looks at RoIs of its own; use student",
+        ),
+        (
+            {"method": "fitnet", "teacher": {"checkpoint": "t", "placement": "pool"}},
+            "teacher.placement",
+            "method fitnet asks its teacher nothing that could be asked elsewhere; use inline",
+        ),
+        (
+            {"method": "copy_only", "teacher": {"checkpoint": "t", "placement": "cache"}},
+            "teacher.placement",
+            "method copy_only asks its teacher nothing that could be asked elsewhere; use inline",
+        ),
+        (
+            {"teacher": {"checkpoint": "t", "placement": "cache"}},
+            "teacher.placement",
+            "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them",
+        ),
+        (
+            {"teacher": {"checkpoint": "t", "placement": "pool"}, "distill": {"rois": "teacher"}, "cluster": {"workers": 0}},
+            "teacher.placement",
+            "pool needs Ray; use cluster.workers of at least 1",
+        ),
+        (
+            {
+                "teacher": {"checkpoint": "t", "placement": "pool", "pool": {"actors": [3, 2]}},
+                "distill": {"rois": "teacher"},
+            },
+            "teacher.pool.actors",
+            "[3, 2] is not [fewest, most]",
+        ),
     ],
 )
 def test_each_contradiction_alone(changes, key, message):
@@ -158,6 +201,19 @@ def test_tf_head():
     assert found(method="tf_head", teacher=None, distill={"assistants": heads}) == [
         ("distill.assistants.fcos.head.norm_groups", "32 does not divide distill.assistants.fcos.head.channels (48)")
     ]
+
+
+@pytest.mark.parametrize("method", ["akd", "head"])
+@pytest.mark.parametrize("placement", ["inline", "pool", "cache"])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_a_teacher_that_chooses_its_own_rois_may_be_anywhere(method, placement, kind):
+    teacher = {"checkpoint": "t", "placement": placement}
+    student = {"kind": kind, "backbone": {"weights": "timm"}}
+    assert found(method=method, teacher=teacher, student=student, distill={"rois": "teacher"}) == []
+    if placement == "cache":
+        assert found(method=method, teacher=teacher, distill={"rois": "teacher"}, cluster={"workers": 0}) == []
+    else:
+        assert found(method=method, teacher=teacher, student=student) == []
 
 
 def test_an_assistant_of_the_student_s_own_kind_is_warned_about():
