@@ -53,6 +53,7 @@ def build(job: Job, builder: Builder, done: Callable[[tuple[int, int], int], Non
         from headkd_ray.cluster.caching import build_on_ray  # workers: 0 must run where Ray is not installed
 
         build_on_ray(job, cache.units(), built)
+    cache.sweep()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -158,6 +158,12 @@ class Cache:
             with contextlib.suppress(OSError):
                 self.folder.delete(draft)
 
+    def sweep(self) -> None:
+        """Delete what killed builds left half-written; all files are there by now."""
+        for name in self.folder.names():
+            if name.endswith(".tmp"):
+                self.folder.delete(name)
+
     def _rows(self, view: int, group: Sequence[tuple[int, ViewTargets]]) -> pa.Table:
         for image_id, targets in group:
             most = targets.taps.max(initial=0.0)
