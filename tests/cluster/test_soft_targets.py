@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,23 +89,20 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
 
 
 def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
-    """Inline and pool exactly; the cache, for its 16-bit features, has nearly the same losses."""
+    """Inline and pool exactly, though the pool's teacher is killed on the way, which is counted and costs no batch; the cache,
+    for its 16-bit features, has nearly the same losses."""
     one_cpu = {"workers": 1, "data_cpus": 1}
     jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, cluster=one_cpu) for name in ("inline", "pool", "cache")}
     builder = open_builder(jobs["cache"])
     build(jobs["cache"], builder, lambda unit, size: None)  # by an actor pool, for cluster.workers is 1
     builder.cache.check()
-    count = 0
+    restarts: list[int] = []
+    killed: list[int] = []
+    threading.Thread(target=kill_first, args=("ray::MapWorker", killed), daemon=True).start()
     for inline, pool, cache in zip(*(losses_of(jobs[name]) for name in ("inline", "pool", "cache")), strict=True):
         batch, expected = inline
         targets = batch.targets
-        assert (
-            targets is not None
-            and not batch.idle
-            and targets.valid.any()
-            and "loss_akd_1" in expected
-            and expected["loss_ckd"] > 0
-        )
+        assert targets is not None and targets.valid.any() and expected["loss_akd_1"] > 0 and expected["loss_ckd"] > 0
         for other, (said, losses) in (("pool", pool), ("cache", cache)):
             assert torch.equal(said.image_ids, batch.image_ids) and torch.equal(said.views, batch.views)
             theirs = said.targets
@@ -115,8 +114,17 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
                 torch.testing.assert_close(theirs.boxes, targets.boxes, rtol=0, atol=1e-3)
                 torch.testing.assert_close(theirs.taps, targets.taps, rtol=1e-3, atol=1e-5)
                 torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-6)
-        count += 1
-    assert count == 2 * 11
+        restarts.append(pool[0].teacher_restarts)
+    assert len(restarts) == 2 * 11 and killed and restarts[-1] == 1
+
+
+def kill_first(title: str, killed: list[int]) -> None:
+    """Kill -9 the first process of this session with such a title, as soon as there is one."""
+    while not killed:
+        for pid in descendants(title)[:1]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        time.sleep(0.02)
 
 
 def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
@@ -161,6 +169,7 @@ class TeacherKiller:
             os.kill(self.killed, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_costs_only_its_batches_in_flight(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
     """The run ends with the weights of one whose teacher nobody killed, and the log has counted it."""
     keys: dict[str, Any] = {"optim": {"epochs": 4, "milestones": [3]}, "eval": {"every_epochs": 4}}

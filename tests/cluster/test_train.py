@@ -101,6 +101,7 @@ class Killer:
             self.killed = pid
 
 
+@pytest.mark.slow
 def test_a_run_given_up_goes_on_when_started_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     """From Ray's own listing on storage, with a checkpoint that was not evaluated as the latest."""
     sections: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "cluster": {**ON_RAY, "max_failures": 0}}
