@@ -6,9 +6,9 @@
     python bench/evidence.py all                       every row, seed after seed
     python bench/evidence.py table                     write the tables of README.md and docs/results.md anew
 
-``search``, ``run`` and ``all`` stop after --minutes and then exit with code 3; the same command goes on where it stopped:
-``until python bench/evidence.py all; do :; done``. Several may go at once, also on different machines that share a disk; each
-takes what no other is at. What is recorded is not done again.
+``search``, ``run`` and ``all`` stop after --minutes and then exit with code 3; the same command goes on where it stopped, so
+``while python bench/evidence.py all; test $? = 3; do :; done`` makes everything. Several processes may go at once: each takes
+what no other is at. What is recorded is not done again.
 """
 
 from __future__ import annotations
