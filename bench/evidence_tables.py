@@ -1,0 +1,172 @@
+"""The results file and the tables that are made of it, and of nothing else."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headkd_ray.errors import DataError
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+Record = dict[str, Any]
+Rows = dict[str, dict[int, Record]]
+"""Row -> seed -> its record."""
+Order = Mapping[str, Mapping[str, Sequence[str]]]
+"""Tier -> row, in the order in which they are shown -> rows that it is compared with, its matched baseline first."""
+
+
+def read(results: Path) -> list[Record]:
+    """All lines, in order. Raises DataError."""
+    records = []
+    for number, text in enumerate(results.read_text(encoding="utf-8").splitlines() if results.exists() else [], start=1):
+        try:
+            records.append(json.loads(text))
+        except ValueError as error:
+            raise DataError(f"{results}:{number}: not a JSON object ({error}); mend or delete the line") from error
+    return records
+
+
+def append(results: Path, record: Record) -> None:
+    """Add a line; other processes may do so at the same time."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(record) + "\n")
+
+
+# --- tables ---
+
+BEGIN, END = "<!-- results: begin (python bench/evidence.py table) -->", "<!-- results: end -->"
+NONE = (
+    "There are no figures yet. They are made by `python bench/evidence.py prepare`, `search`, `all` and `table`; "
+    "[docs/results.md](docs/results.md) says how."
+)
+
+
+def write_tables(results: Path, order: Order, readme: Path, document: Path) -> None:
+    """Put the tables of a results file between the markers of both files."""
+    records = read(results)
+    for path, section in ((readme, readme_section(records, order)), (document, document_section(records, order))):
+        path.write_text(insert(path.read_text(encoding="utf-8"), section), encoding="utf-8")
+
+
+def insert(text: str, section: str) -> str:
+    """``text`` with ``section`` between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"the markers {BEGIN} and {END} are not there")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def readme_section(records: Sequence[Record], order: Order) -> str:
+    """The short table: AP and the gain over the matched baseline."""
+    parts = []
+    for tier, rows in by_tier(records, order).items():
+        lines = [f"Tier {tier}, {_machines(rows)}:", "", *_head("row", "seeds", "AP", "difference to its baseline")]
+        for row, own in rows.items():
+            against = order.get(tier, {}).get(row, ())[:1]
+            lines.append(_cells(f"`{row}`", len(own), spread(_values(own, "AP")), _differences(rows, row, against)))
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, SHORT]) if parts else NONE
+
+
+SHORT = (
+    "AP in percent on test, mean ± sample standard deviation over seeds; differences are paired, seed by seed. All columns, "
+    "machines and revisions: [docs/results.md](docs/results.md)."
+)
+
+
+def document_section(records: Sequence[Record], order: Order) -> str:
+    """Everything."""
+    parts = []
+    for tier, rows in by_tier(records, order).items():
+        lines = [f"## Tier {tier}", ""]
+        lines += _head("row", "seeds", "AP", "paired difference", "AP50", "APs", "APm", "APl", "val AP", "minutes")
+        for row, own in rows.items():
+            figures = [spread(_values(own, name)) for name in ("AP50", "APs", "APm", "APl", "val_AP")]
+            minutes = spread([seconds / 60 for seconds in _values(own, "seconds")])
+            differences = _differences(rows, row, order.get(tier, {}).get(row, ()), named=True)
+            lines.append(_cells(f"`{row}`", len(own), spread(_values(own, "AP")), differences, *figures, minutes))
+        lines += [
+            "",
+            *_head("row", "parameters", "images seen", "lr", "machine", "revision", "torch, torchvision, timm", "date"),
+        ]
+        for row, own in rows.items():
+            rates = _each(f"{r['lr']:g}" + ("" if r["searched"] else " (not searched)") for r in own.values())
+            versions = _each(f"{r['torch']}, {r['torchvision']}, {r['timm']}" for r in own.values())
+            plain = [_each(r[name] for r in own.values()) for name in ("parameters", "images")]
+            where = [_each(r[name] for r in own.values()) for name in ("machine", "revision")]
+            dates = _each(r["date"] for r in own.values())
+            lines.append(_cells(f"`{row}`", *plain, rates, *where, versions, dates))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) if parts else NONE.partition(";")[0] + "."
+
+
+def by_tier(records: Sequence[Record], order: Order) -> dict[str, Rows]:
+    """The records that count: of each row those of the job that was recorded last, of a repeated seed the last one. Rows are in
+    ``order``, unknown ones at the end."""
+    found: dict[str, Rows] = {}
+    for tier in dict.fromkeys([*order, *(record["tier"] for record in records)]):
+        ours = [record for record in records if record["tier"] == tier]
+        job = {record["row"]: record["job"] for record in ours}
+        rows: Rows = {}
+        for row in dict.fromkeys([*order.get(tier, {}), *job]):
+            own = {r["seed"]: r for r in ours if r["row"] == row and r["job"] == job[row]}
+            if own:
+                rows[row] = dict(sorted(own.items()))
+        if rows:
+            found[tier] = rows
+    return found
+
+
+def paired(rows: Rows, row: str, other: str, metric: str = "AP") -> list[float]:
+    """Row minus other, seed by seed; only where both have the seed and were made on the same data, student and schedule."""
+    ours, theirs = rows[row], rows.get(other, {})
+    same = [seed for seed in ours if seed in theirs and ours[seed]["matched"] == theirs[seed]["matched"]]
+    known = [seed for seed in same if ours[seed][metric] is not None and theirs[seed][metric] is not None]
+    return [ours[seed][metric] - theirs[seed][metric] for seed in known]
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± sample standard deviation; no spread of a single one, a dash for none."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):{sign}.1f}".replace("-", "−")
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _differences(rows: Rows, row: str, against: Sequence[str], named: bool = False) -> str:
+    parts = []
+    for other in against:
+        found = paired(rows, row, other)
+        fewer = f" (n = {len(found)})" if 0 < len(found) < len(rows[row]) else ""
+        parts.append(f"{spread(found, '+')}{fewer}" + (f" to `{other}`" if named else ""))
+    return "<br>".join(parts)
+
+
+def _values(own: Mapping[int, Record], name: str) -> list[float]:
+    return [record[name] for record in own.values() if record[name] is not None]
+
+
+def _machines(rows: Rows) -> str:
+    return _each(
+        f"{r['machine']}, {r['threads']} thread{'s' * (r['threads'] != 1)}" for own in rows.values() for r in own.values()
+    )
+
+
+def _each(values: Iterable[Any]) -> str:
+    """The distinct ones, in order."""
+    return "; ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _head(first: str, *others: str) -> list[str]:
+    return [_cells(first, *others), _cells("---", *("---:" for _ in others))]
+
+
+def _cells(*values: Any) -> str:
+    return f"| {' | '.join(str(value) for value in values)} |"
