@@ -192,6 +192,7 @@ def test_a_key_follows_what_decides_the_figures(micro: Bench, tmp_path: Path):
 # --- running ---
 
 
+@pytest.mark.slow
 def test_a_run_appends_one_line_once_also_after_an_interruption(tiny: Bench, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(OutOfTimeError):
         evidence_run.run(replace(tiny, deadline=time.monotonic()), "baseline", 0)
@@ -218,6 +219,7 @@ def test_a_run_appends_one_line_once_also_after_an_interruption(tiny: Bench, cap
     assert "recorded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_teacher_is_trained_before_its_students_and_a_cache_built(tiny: Bench, monkeypatch: pytest.MonkeyPatch):
     evidence_run.work(tiny, [partial(evidence_run.run, tiny, row, 1) for row in ("head", "cached")])
     records = read(tiny.results)

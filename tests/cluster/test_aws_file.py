@@ -15,6 +15,8 @@ import pytest
 
 from tests.cluster.files import BIN, CLUSTER, ROOT, TEACHER, TRAIN_WORKER, check_announced, fits, free_port, nodes_to_come, read
 
+pytestmark = pytest.mark.slow  # a moto server, and Ray's autoscaler against it
+
 TYPES = {"trainer-spot": "trainer", "trainer": "trainer", "teacher-spot": "teacher", "teacher": "teacher", "data-spot": "data"}
 """Worker types, and what they are for."""
 
@@ -208,7 +210,6 @@ printf '%s\\n' "$(basename "$0") $*" >> '{log}'
 """
 
 
-@pytest.mark.slow
 def test_ray_up_and_down_as_written(
     moto: dict[str, str], aws: dict[str, Any], account: Callable[[str], Any], tmp_path: Path
 ) -> None:

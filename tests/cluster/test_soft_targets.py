@@ -144,6 +144,7 @@ def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: d
     assert restarts[5] == 0 and restarts[-1] == 1
 
 
+@pytest.mark.slow
 def test_a_pool_answers_for_a_dense_teacher(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     classes = ShardSet.open(drawn_splits["train"]).meta.classes
     torch.manual_seed(3)

@@ -32,6 +32,7 @@ def test_ray_and_in_process_runs_end_with_the_same_weights(
     assert not [thread for thread in threading.enumerate() if thread.name == "headkd-log"], "the log's thread outlived the run"
 
 
+@pytest.mark.slow
 def test_tf_head_on_ray_learns_and_exports_the_student_alone(
     tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None
 ) -> None:
@@ -127,6 +128,7 @@ def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: d
     assert "64" in text and "GPUs asked, the cluster has 0" in text and "CPUs asked, the cluster has" in text
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_ends_the_run_at_once(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     job = micro_job(
         tmp_path, drawn_splits, optim={"lr": 1e30, "lr_batch": None, "clip_norm": None, "warmup_steps": 0}, cluster=ON_RAY
