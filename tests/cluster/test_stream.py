@@ -171,6 +171,7 @@ def test_encoded_batches_come_back_without_a_copy(shards: ShardSet) -> None:
     assert again[0].images.data_ptr() == buffer.address
 
 
+@pytest.mark.slow
 def test_inside_train_workers(shards: ShardSet, tmp_path: Path) -> None:
     """Two Train workers, each with a Dataset of its own beside the other's, on 4 CPUs; ids are counted over both."""
     from ray.train import RunConfig, ScalingConfig
