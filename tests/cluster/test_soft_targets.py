@@ -127,6 +127,7 @@ def kill_first(title: str, killed: list[int]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
     """Exactly as the teacher in place does; also when the process that holds the features is killed."""
     one_cpu = {"workers": 1, "data_cpus": 1}
