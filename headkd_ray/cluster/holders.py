@@ -19,10 +19,11 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from headkd_ray.cluster.teachers import actors_of, answer_of, set_up, teacher_of
+from headkd_ray.cluster.teachers import actors_of, answer_of, set_up
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import RoIs
 from headkd_ray.distill import Guest, Insight
+from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.job import Job, PoolSpec
 
 AHEAD = 2
@@ -38,7 +39,7 @@ class Holder:
         whole = Job.model_validate(job)
         assert whole.teacher is not None
         self.device = set_up(whole)
-        self.guest = Guest(teacher_of(whole, classes).to(self.device).to(memory_format=torch.channels_last))
+        self.guest = Guest(teacher_of(whole, tuple(classes)).to(self.device).to(memory_format=torch.channels_last))
         self.bf16 = whole.teacher.precision == "bf16"
         self.born = uuid.uuid4().hex
         self.held: dict[int, list[torch.Tensor]] = {}

@@ -36,12 +36,13 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoo
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from headkd_ray.cluster.holders import held, holders
-from headkd_ray.cluster.teachers import set_up, teacher_of
+from headkd_ray.cluster.teachers import set_up
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.engine.streams import Decode
+from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.errors import UserError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.targets import SoftTargets
@@ -189,7 +190,7 @@ class Teaching:
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
         whole = Job.model_validate(job)
         device = set_up(whole)
-        self.teacher = soft_teacher(whole, teacher_of(whole, classes), device)
+        self.teacher = soft_teacher(whole, teacher_of(whole, tuple(classes)), device)
         self.restarted = uuid.uuid4().hex if ray.get_runtime_context().was_current_actor_reconstructed else ""
 
     def __call__(self, row: Row) -> Row:

@@ -7,8 +7,6 @@ from typing import Any
 import ray
 import torch
 
-from headkd_ray.detectors import Detector
-from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job, PoolSpec
 
@@ -28,14 +26,6 @@ def set_up(job: Job) -> torch.device:
     assert job.teacher is not None
     torch.set_num_threads(max(1, int(job.teacher.pool.cpus)))
     return torch.device("cuda" if job.teacher.pool.gpus else "cpu")
-
-
-def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
-    """The job's teacher, with the outputs that a train worker gives it."""
-    torch.manual_seed(job.run.seed)
-    teacher = load_teacher(job, tuple(classes))
-    assert teacher is not None
-    return teacher.detector
 
 
 def answer_of(call: Any, pool: PoolSpec) -> Any:

@@ -82,7 +82,10 @@ def paired_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (...) of each box in ``a`` (..., 4) with its partner in ``b`` (..., 4): -1 to 1, and differentiable."""
+    """Generalised IoU (...) of each box in ``a`` (..., 4) with its partner in ``b`` (..., 4): -1 to 1, and differentiable.
+
+    Not torchvision's ``generalized_box_iou_loss``: it assigns through a mask, for which a GPU has to wait.
+    """
     iou, union = paired_iou(a, b)
     hull = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1)
     hull_area = area(hull).clamp(min=1e-7)

@@ -11,7 +11,7 @@ from headkd_ray.data.batch import collate
 from headkd_ray.data.keyed import key_permutation
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import FasterRCNN
-from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from headkd_ray.targets import ViewTargets
@@ -30,12 +30,10 @@ def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
             "head with distill.rois: teacher"
         )
     shards = ShardSet.open(job.data.train)
-    torch.manual_seed(job.run.seed)
-    teacher = load_teacher(job, shards.meta.classes)
-    assert teacher is not None
-    if not isinstance(teacher.detector, FasterRCNN):
-        raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, this one is a {teacher.detector.spec.kind}")
-    return builder_of(job, shards, teacher.detector, device)
+    teacher = teacher_of(job, shards.meta.classes)
+    if not isinstance(teacher, FasterRCNN):
+        raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, this one is a {teacher.spec.kind}")
+    return builder_of(job, shards, teacher, device)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from headkd_ray.detectors import FasterRCNN
 from headkd_ray.distill import HEAD, build_trainee
 from headkd_ray.engine.loop import answers, on_device
 from headkd_ray.engine.streams import Decode, Streams
-from headkd_ray.engine.teacher import load_teacher
+from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError, JobError
 from headkd_ray.job import Job
@@ -86,10 +86,8 @@ def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: i
 
 def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -> None:
     job = placement.job
-    torch.manual_seed(job.run.seed)
-    teacher = load_teacher(job, shards.meta.classes)
-    assert teacher is not None
-    trainee = build_trainee(job, len(shards.meta.classes), teacher.detector, steps_per_epoch=1)
+    teacher = teacher_of(job, shards.meta.classes)
+    trainee = build_trainee(job, len(shards.meta.classes), teacher, steps_per_epoch=1)
     assert isinstance(trainee, HEAD)
     if not placement.teacher:
         trainee = HEAD(trainee.student, trainee.assistant, job.distill)
@@ -145,15 +143,13 @@ def images_per_second(placement: Placement) -> float:
 
 def fill(job: Job, shards: ShardSet, world: World) -> tuple[Builder, Building]:
     """Fill the job's cache for all its views of ``shards``, read it again, and ask the bare teacher about one file's views."""
-    torch.manual_seed(job.run.seed)
-    teacher = load_teacher(job, shards.meta.classes)
-    assert teacher is not None
-    if not isinstance(teacher.detector, FasterRCNN):
-        kind = teacher.detector.spec.kind
+    teacher = teacher_of(job, shards.meta.classes)
+    if not isinstance(teacher, FasterRCNN):
+        kind = teacher.spec.kind
         raise JobError(
             f"teacher.checkpoint: only a faster_rcnn chooses RoIs for others, so there is nothing to compare; got a {kind}"
         )
-    builder = builder_of(job, shards, teacher.detector, world.device)
+    builder = builder_of(job, shards, teacher, world.device)
     cache = builder.cache
     cache.begin()
     started = time.perf_counter()
@@ -182,7 +178,5 @@ def _bare(builder: Builder) -> float:
 
 def inline(job: Job, shards: ShardSet, world: World) -> SoftTeacher:
     """The job's teacher, to be asked in place."""
-    torch.manual_seed(job.run.seed)
-    teacher = load_teacher(job, shards.meta.classes)
-    assert teacher is not None
-    return soft_teacher(job, teacher.detector, world.device)
+    teacher = teacher_of(job, shards.meta.classes)
+    return soft_teacher(job, teacher, world.device)

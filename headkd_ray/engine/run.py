@@ -59,10 +59,6 @@ def check_run(job: Job) -> None:
         raise JobError(differing)
 
 
-def _free(key: str) -> bool:
-    return key.split(".")[0] in FREE_SECTIONS or key.startswith(("run.storage", *FREE_KEYS))
-
-
 def open_run(job: Job) -> Folder:
     """The run's folder, made if it is new; ``check_run`` has passed."""
     folder = run_folder(job)

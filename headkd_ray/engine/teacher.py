@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from headkd_ray.data.classes import difference, listed
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights import drop_unused_classes, with_classes
@@ -19,6 +21,15 @@ class Teacher:
     detector: Detector
     note: str | None
     """For the log: how its classes differ from the data's, and that it is of the student's kind; None if neither."""
+
+
+def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
+    """The detector of a job that has a teacher; outputs for classes that it does not know are drawn by the run's seed, so that
+    they are the same wherever it is loaded. Raises as :func:`load_teacher` does."""
+    torch.manual_seed(job.run.seed)
+    teacher = load_teacher(job, classes)
+    assert teacher is not None
+    return teacher.detector
 
 
 def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:

@@ -11,7 +11,6 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    field_validator,
 )
 
 
@@ -86,14 +85,6 @@ class FPNSpec(Spec):
     R-CNN v2); group = GroupNorm behind these and the extra convs (mmdet's RepPoints)."""
     norm_groups: PositiveInt = 32
     """Groups of the GroupNorm; without effect for the other norms."""
-
-    @field_validator("norm", mode="before")
-    @classmethod
-    def _norm_of_flag(cls, value: object) -> object:
-        """Checkpoints and jobs of version 0.1.0 say true for batch, false for none."""
-        if isinstance(value, bool):
-            return "batch" if value else "none"
-        return value
 
 
 class PooledFPNSpec(FPNSpec):

@@ -187,11 +187,6 @@ def test_convs_of_the_pyramid_have_a_bias_or_a_norm(norm: str, normed: str) -> N
     assert [tuple(f.shape[-2:]) for f in levels] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
 
 
-@pytest.mark.parametrize(("flag", "norm"), [(False, "none"), (True, "batch")])
-def test_the_flag_of_older_checkpoints_is_understood(flag: bool, norm: str) -> None:
-    assert FPNSpec.model_validate({"norm": flag}).norm == norm
-
-
 def test_a_micro_student_is_small() -> None:
     spec = RetinaNetSpec.model_validate(
         {
