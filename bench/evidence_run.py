@@ -343,20 +343,14 @@ def _cpu() -> str:
 
 
 def searches(bench: Bench, rows: Sequence[str]) -> list[Callable[[], None]]:
-    """Tasks that choose the learning rates of rows and of their teachers."""
-    wanted = {bench.rows[row].lr_of or row for row in rows}
-    wanted |= {teacher for row in wanted if (teacher := bench.rows[row].teacher) is not None}
+    """Tasks that choose the learning rates of rows. A teacher keeps its job file's: all its students share it."""
+    wanted = {bench.rows[row].lr_of or row for row in rows} - bench.teachers
     return [partial(try_lr, bench, row, factor) for row in bench.rows if row in wanted for factor in SEARCH_FACTORS]
 
 
 def try_lr(bench: Bench, row: str, factor: float) -> None:
     """Train a row with one learning rate and keep its AP on val; the last one to come chooses."""
-    spec = bench.rows[row]
-    if spec.teacher is not None:
-        teacher = plan(bench, spec.teacher, 0)
-        if not teacher.searched:  # a student is to search beside the teacher that it will have
-            raise BusyError(spec.teacher)
-    written = load_job(bench.jobs / f"{spec.job}.yaml").optim.lr
+    written = load_job(bench.jobs / f"{bench.rows[row].job}.yaml").optim.lr
     lr = written * factor
     todo = plan(bench, row, SEARCH_SEED, lr)
     if f"{lr:g}" in _tried(bench, todo):

@@ -281,17 +281,16 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
 def test_search_tries_the_same_for_all_and_runs_take_what_it_chose(tiny: Bench, scores: dict[str, list[float]]):
     assert not plan(tiny, "cached", 0).searched
     tasks = evidence_run.searches(tiny, ["cached", "baseline"])
-    evidence_run.work(tiny, list(reversed(tasks)))  # the teacher's comes first nevertheless
-    assert scores == {row: [0.02, 0.01, 0.005] for row in ("baseline", "teacher", "head")}
-    assert list(scores).index("teacher") < list(scores).index("head")
-    for row in ("teacher", "baseline", "head", "cached"):
+    evidence_run.work(tiny, list(reversed(tasks)))
+    assert scores == {row: [0.02, 0.01, 0.005] for row in ("baseline", "head")}, "not of the teacher"
+    for row in ("baseline", "head", "cached"):
         assert (plan(tiny, row, 0).job.optim.lr, plan(tiny, row, 0).searched) == (0.02, True)
     assert evidence_run.choices(tiny)["head"]["val_AP"] == {"0.005": None, "0.01": 1.0, "0.02": 2.0}
     evidence_run.work(tiny, tasks)
-    assert sum(map(len, scores.values())) == 9
+    assert sum(map(len, scores.values())) == 6
 
     _change(tiny.jobs / "student.yaml", "epochs: 1", "epochs: 2")  # what was chosen for another job does not count
-    assert [plan(tiny, row, 0).searched for row in ("teacher", "baseline", "head", "cached")] == [True, False, False, False]
+    assert not any(plan(tiny, row, 0).searched for row in ("teacher", "baseline", "head", "cached"))
 
 
 def test_the_command_refuses_unknown_rows_and_says_when_time_is_over(
