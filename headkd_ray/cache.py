@@ -101,6 +101,8 @@ def _verify(job: Job, sample: int) -> int:
     print(f"  RoIs that it would choose now: the same in {found.same_rois} of {found.views} views")
     print(f"  cosine of the features: mean {found.cosine:.6f}, least {found.least_cosine:.6f}")
     print(f"  greatest difference: {found.worst:.2%} of the greatest feature")
+    if found.same_class is not None:
+        print(f"  class of the greatest logit: the same for {found.same_class:.2%} of the RoIs")
     if not found.cosine >= LEAST_COSINE:
         raise CacheError(f"{builder.cache.folder.uri}: not what this teacher says; delete the folder and build it again")
     return 0

@@ -38,6 +38,15 @@ class SoftTargets(NamedTuple):
         )
 
 
+class TopLogits(NamedTuple):
+    """What the teacher takes each of k RoIs for: its M greatest class logits, the greatest first; M may be 0."""
+
+    logits: NDArray[np.float32]
+    """(k, M)."""
+    classes: NDArray[np.int64]
+    """(k, M): contiguous classes of the data, 0..C-1; C = background."""
+
+
 class ViewTargets(NamedTuple):
     """The same of one view, without padding; k RoIs, at most the budget."""
 
@@ -47,6 +56,8 @@ class ViewTargets(NamedTuple):
     """(k,)."""
     taps: NDArray[np.float32]
     """(L, k, D)."""
+    top: TopLogits
+    """Of the k RoIs."""
 
 
 class PackedTargets(NamedTuple):
@@ -58,6 +69,8 @@ class PackedTargets(NamedTuple):
     boxes: bytes
     truth: bytes
     taps: bytes
+    logits: bytes
+    classes: bytes
     scales: bytes
 
 

@@ -69,6 +69,13 @@ def test_build_verify_info_and_what_a_changed_job_is_told(
     assert cache.main(["info", job]) == 0
     assert "6 of 6 files" in capsys.readouterr().out
 
+    refused_for = refused(["verify", job, "teacher.cache.logits=3"], capsys)
+    assert "teacher.cache.logits: the cache was built with 0, the job has 3" in refused_for
+    with_logits = [job, "teacher.cache.logits=3", f"teacher.cache.path={job_file.parent / 'more'}"]
+    assert cache.main(["build", *with_logits]) == 0
+    assert cache.main(["verify", *with_logits, "--sample", "10"]) == 0
+    assert "class of the greatest logit: the same for 100.00% of the RoIs" in capsys.readouterr().out
+
     other = teacher_in(job_file.parent, drawn_splits, 2)
     told = refused(["verify", job, f"teacher.checkpoint={other}", "data.short_side=[64, 72]"], capsys)
     assert "teacher.checkpoint (weights): the cache was built with" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ def build_on_ray(job: Job, units: list[Unit], done: Callable[[Unit, int], None])
     pool = job.teacher.pool
     with connected(job.cluster):
         check_pool(job)
+        if not pool.gpus and ray.cluster_resources().get("GPU"):
+            print("warning: teacher.pool.gpus is 0: the teacher runs on CPUs, beside GPUs that idle", file=sys.stderr)
         units = list(units)
         actors = actors_of(_Teacher, pool, min(pool.actors[1], len(units)), with_absolute_paths(job).model_dump(mode="json"))
         waiting = units[::-1]

@@ -185,7 +185,10 @@ class _Decode:
 
 
 class Teaching:
-    """Batches -> the same with soft targets. Ray Data makes actors of it."""
+    """Batches -> the same with soft targets. Ray Data makes actors of it.
+
+    It asks about one training batch at a time, as a teacher in place does: other views beside would round other bits.
+    """
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
         whole = Job.model_validate(job)

@@ -16,7 +16,6 @@ from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from headkd_ray.targets import ViewTargets
 from headkd_ray.teacher import Builder, builder_of
-from headkd_ray.teacher.build import unstack
 
 
 def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
@@ -49,6 +48,9 @@ class Agreement:
     least_cosine: float
     worst: float
     """Greatest difference of a feature, as a share of the greatest feature."""
+    same_class: float | None
+    """Share of the cached RoIs whose cached class is the one that it says now; NaN if there are no RoIs, None if no logits are
+    kept."""
 
 
 def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
@@ -59,6 +61,7 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
     trained = np.flatnonzero(index.boxes > 0)
     order = key_permutation(len(trained) * cache.views, "verify", seed)[:sample].tolist()
     cosines, same, gap, most = [], 0, 0.0, 0.0
+    agree: list[np.ndarray] = []
     for number in order:
         row, view = int(trained[number // cache.views]), number % cache.views
         shard, place = int(index.shard[row]), int(index.row[row])
@@ -68,12 +71,17 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
         (packed,) = cache.read_group(shard, group, [place], view)
         kept = cache.unpack(packed, sample_of.image_id, view)
         batch = collate([example], 0, builder.maker.spec.pad).to(builder.teacher.device)
-        same += same_rois(kept, unstack(builder.teacher(batch).map(torch.Tensor.cpu), 0))
-        live = builder.teacher.taps_at(batch, torch.from_numpy(kept.boxes).to(builder.teacher.device)).cpu().numpy()
+        same += same_rois(kept, builder.answer(batch)[0])
+        taps = builder.teacher.taps_at(batch, torch.from_numpy(kept.boxes).to(builder.teacher.device))
+        live = taps.cpu().numpy()
+        if cache.codec.logits:
+            classes = builder.teacher.top_logits(taps.unsqueeze(0), 1)[1].flatten().cpu().numpy()
+            agree.append(kept.top.classes[:, 0] == classes)
         cosines.append(cosine(kept.taps, live))
         gap, most = max(gap, float(np.abs(kept.taps - live).max(initial=0))), max(most, float(live.max(initial=0)))
     every = np.concatenate([c.ravel() for c in cosines]) if cosines else np.array([np.nan])
-    return Agreement(len(order), same, float(every.mean()), float(every.min()), gap / most if most else 0.0)
+    same_class = float(np.concatenate(agree).mean()) if agree else None
+    return Agreement(len(order), same, float(every.mean()), float(every.min()), gap / most if most else 0.0, same_class)
 
 
 def same_rois(one: ViewTargets, other: ViewTargets) -> bool:

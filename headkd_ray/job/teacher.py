@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from headkd_ray.job.parts import Spec, Text
 
@@ -30,6 +30,9 @@ class CacheSpec(Spec):
     """Folder or URI of the cache; null = the folder soft_targets in data.train."""
     dtype: Literal["fp16", "int8"] = "fp16"
     """How the features are stored; int8 = 8 bits with a scale per channel."""
+    logits: NonNegativeInt = 0
+    """Greatest class logits of each RoI that are kept besides, with their classes; 0 = none. No loss reads them: they are for
+    your own code, and verify compares them."""
 
 
 class TeacherSpec(Spec):

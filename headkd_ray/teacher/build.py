@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from headkd_ray.data.batch import Example, collate
+from headkd_ray.data.batch import Batch, Example, collate
 from headkd_ray.data.shards import Sample
 from headkd_ray.data.stream import BatchMaker
-from headkd_ray.targets import SoftTargets, ViewTargets
+from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher.cache import Cache
 from headkd_ray.teacher.soft import SoftTeacher
 
@@ -83,14 +81,21 @@ class Builder:
             for start in range(0, len(places), self.batch_size):
                 some = places[start : start + self.batch_size]
                 batch = collate([example for place in some if (example := shown[place][1]) is not None], 0, pad)
-                targets = self.teacher(batch.to(self.teacher.device)).map(Tensor.cpu)
-                for row, place in enumerate(some):
-                    answers[place] = (answers[place][0], unstack(targets, row))
+                for place, own in zip(some, self.answer(batch), strict=True):
+                    answers[place] = (answers[place][0], own)
         return answers
 
-
-def unstack(targets: SoftTargets, row: int) -> ViewTargets:
-    """The targets of one view of a batch, without padding."""
-    kept = targets.valid[row]
-    boxes, truth, taps = targets.boxes[row][kept], targets.truth[row][kept], targets.taps[row][:, kept]
-    return ViewTargets(boxes.numpy(), truth.numpy(), taps.numpy())
+    def answer(self, batch: Batch) -> list[ViewTargets]:
+        """Of each view of a batch, without padding."""
+        targets = self.teacher(batch.to(self.teacher.device))
+        top = self.teacher.top_logits(targets.taps, self.cache.codec.logits)
+        views = zip(*(tensor.cpu() for tensor in (*targets, *top)), strict=True)
+        return [
+            ViewTargets(
+                boxes[valid].numpy(),
+                truth[valid].numpy(),
+                taps[:, valid].numpy(),
+                TopLogits(logits[valid].numpy(), classes[valid].numpy()),
+            )
+            for boxes, truth, valid, taps, logits, classes in views
+        ]

@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
         pa.field("boxes", pa.binary()),  # (k, 4) float32, little-endian: x1 y1 x2 y2, pixels of the view
         pa.field("truth", pa.binary()),  # (k,) uint8: 1 = ground-truth box
         pa.field("taps", pa.binary()),  # the features, as the codec packs them
+        pa.field("logits", pa.binary()),  # (k, M) float16: the greatest class logits, greatest first; M is the recipe's
+        pa.field("classes", pa.binary()),  # (k, M) uint16: their classes, the last = background
         pa.field("scales", pa.binary()),  # (L, D) float32 of the row group, in its first row; null in the others
     ]
 )
@@ -172,7 +174,13 @@ class Cache:
                     f"image {image_id}, view {view}: a feature of the teacher is {most}, teacher.cache.dtype "
                     f"{self.codec.dtype} holds up to {self.codec.limit:g}; use int8, teacher.precision fp32 or another teacher"
                 )
+            if not np.abs(targets.top.logits).max(initial=0) <= np.finfo(np.float16).max:
+                raise CacheError(
+                    f"image {image_id}, view {view}: a class logit of the teacher does not fit 16 bits; "
+                    "set teacher.cache.logits to 0"
+                )
         scales = self.codec.scales([targets for _, targets in group])
+        tops = [self.codec.pack_top(targets.top) for _, targets in group]
         rows = [
             {
                 "image_id": image_id,
@@ -181,9 +189,11 @@ class Cache:
                 "boxes": targets.boxes.astype("<f4").tobytes(),
                 "truth": targets.truth.astype(np.uint8).tobytes(),
                 "taps": self.codec.pack(targets, scales),
+                "logits": logits,
+                "classes": classes,
                 "scales": scales.astype("<f4").tobytes() if first == 0 else None,
             }
-            for first, (image_id, targets) in enumerate(group)
+            for first, ((image_id, targets), (logits, classes)) in enumerate(zip(group, tops, strict=True))
         ]
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
@@ -233,10 +243,14 @@ class Cache:
             boxes=np.frombuffer(packed.boxes, dtype="<f4").reshape(count, 4).copy(),
             truth=np.frombuffer(packed.truth, dtype=np.uint8).astype(bool),
             taps=self.codec.unpack(packed.taps, count, steps),
+            top=self.codec.unpack_top(packed.logits, packed.classes, count),
         )
 
     def nothing(self) -> ViewTargets:
         """See TargetReader."""
         return ViewTargets(
-            np.zeros((0, 4), np.float32), np.zeros(0, bool), np.zeros((self.codec.layers, 0, self.codec.width), np.float32)
+            np.zeros((0, 4), np.float32),
+            np.zeros(0, bool),
+            np.zeros((self.codec.layers, 0, self.codec.width), np.float32),
+            self.codec.unpack_top(b"", b"", 0),
         )

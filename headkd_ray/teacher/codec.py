@@ -1,4 +1,4 @@
-"""Soft targets of one view as bytes: RoIs exactly, features in 16 or 8 bits.
+"""Soft targets of one view as bytes: RoIs exactly, features in 16 or 8 bits, class logits in 16.
 
 The features are outputs of a ReLU: never negative, many of them 0. In 8 bits they are stored channel by channel, with a scale
 for each channel, so that what is 0 for all RoIs makes long runs for Parquet's compression.
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from headkd_ray.targets import ViewTargets
+from headkd_ray.targets import TopLogits, ViewTargets
 
 LEVELS = 255
 """Steps of an 8-bit feature."""
@@ -26,6 +26,8 @@ class Codec:
     dtype: Literal["fp16", "int8"]
     layers: int
     width: int
+    logits: int = 0
+    """Class logits of each RoI."""
 
     @property
     def limit(self) -> float:
@@ -56,3 +58,15 @@ class Codec:
             return np.frombuffer(packed, dtype="<f2").reshape(self.layers, count, self.width).astype(np.float32)
         steps = np.frombuffer(packed, dtype=np.uint8).reshape(self.layers, self.width, count)
         return np.ascontiguousarray(steps.transpose(0, 2, 1)) * scales[:, None]
+
+    def pack_top(self, top: TopLogits) -> tuple[bytes, bytes]:
+        """The logits (k, M) and classes (k, M) of a view."""
+        return top.logits.astype("<f2").tobytes(), top.classes.astype("<u2").tobytes()
+
+    def unpack_top(self, logits: bytes, classes: bytes, count: int) -> TopLogits:
+        """Of ``count`` = k RoIs."""
+        shape = (count, self.logits)
+        return TopLogits(
+            np.frombuffer(logits, dtype="<f2").reshape(shape).astype(np.float32),
+            np.frombuffer(classes, dtype="<u2").reshape(shape).astype(np.int64),
+        )

@@ -31,7 +31,9 @@ def open_cache(job: Job, shards: ShardSet, teacher: Detector) -> Cache:
     where = job.teacher.cache.path
     folder = shards.folder / "soft_targets" if where is None else Folder.open(where)
     roi = teacher.roi.spec
-    codec = Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels)
+    # A teacher may have fewer classes, background included, than are asked for.
+    logits = min(job.teacher.cache.logits, teacher.num_classes + 1)
+    codec = Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)
     return Cache(folder, recipe_of(job, shards, teacher), shards, views_of(job), codec, job.distill.roi_budget)
 
 
@@ -40,4 +42,6 @@ def builder_of(job: Job, shards: ShardSet, teacher: Detector, device: torch.devi
     assert job.teacher is not None
     cache, soft = open_cache(job, shards, teacher), soft_teacher(job, teacher, device)
     maker = BatchMaker(job.data, view_seed(job), train=True)
-    return Builder(cache, soft, maker, job.teacher.batch_size, threads=min(8, os.cpu_count() or 1))
+    # On a cluster, what the pool reserves for a process; here, the machine.
+    cpus = min(8, os.cpu_count() or 1) if job.cluster.workers == 0 else int(job.teacher.pool.cpus)
+    return Builder(cache, soft, maker, job.teacher.batch_size, threads=max(1, cpus))

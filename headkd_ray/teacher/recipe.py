@@ -18,7 +18,7 @@ def recipe_of(job: Job, shards: ShardSet, teacher: Detector) -> Recipe:
     assert job.teacher is not None
     data = job.data
     return {
-        "teacher.checkpoint (weights)": _digest(teacher),
+        "teacher.checkpoint (weights)": _digest(teacher, classes=job.teacher.cache.logits > 0),
         "teacher.precision": job.teacher.precision,
         "data.train (contents)": _contents(shards),
         "data.short_side": list(data.short_side),
@@ -29,6 +29,7 @@ def recipe_of(job: Job, shards: ShardSet, teacher: Detector) -> Recipe:
         "data.view_seed (or run.seed)": view_seed(job),
         "distill.roi_budget": job.distill.roi_budget,
         "teacher.cache.dtype": job.teacher.cache.dtype,
+        "teacher.cache.logits": job.teacher.cache.logits,
     }
 
 
@@ -53,12 +54,13 @@ def _contents(shards: ShardSet) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-def _digest(teacher: Detector) -> str:
-    """SHA-256 of the architecture and all tensors but those of the RoI head's last layers, which nobody asks."""
+def _digest(teacher: Detector, classes: bool) -> str:
+    """SHA-256 of the architecture and all tensors but those of the RoI head's last layers: nobody asks that of boxes, and that
+    of classes only for logits."""
     found = hashlib.sha256(teacher.spec.model_dump_json(exclude={"backbone": {"weights"}}).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
-        if name.startswith(("roi.cls_out.", "roi.box_out.")):  # they follow the data's classes
-            continue
+        if name.startswith("roi.box_out.") or (name.startswith("roi.cls_out.") and not classes):
+            continue  # they follow the data's classes
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().numpy().data)
     return found.hexdigest()

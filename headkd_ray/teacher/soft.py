@@ -64,6 +64,12 @@ class SoftTeacher:
             taps = self.detector.roi(self.detector.features(x), boxes, image).taps
         return torch.stack([tap.float() for tap in taps])
 
+    @torch.no_grad()
+    def top_logits(self, taps: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Its ``count`` = M greatest class logits for what :class:`SoftTargets` holds, ``taps`` (B, L, K, D), greatest first,
+        and their classes, both (B, K, M); the greatest class number is background."""
+        return self.detector.roi.cls_out(taps[:, -1]).topk(count)
+
     def _look(self, batch: Batch, rows: Tensor, height: int, width: int) -> SoftTargets:
         """The targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""
         sizes, truth = batch.sizes[rows], Truth.of(batch.boxes[rows], batch.labels[rows])

@@ -9,11 +9,11 @@ import numpy as np
 
 from headkd_ray.data.shards import Meta, ShardFile, ShardIndex, ShardSet
 from headkd_ray.storage import Folder
-from headkd_ray.targets import ViewTargets
+from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher import Cache
 from headkd_ray.teacher.codec import Codec
 
-LAYERS, WIDTH, BUDGET = 2, 16, 6
+LAYERS, WIDTH, BUDGET, LOGITS = 2, 16, 6, 3
 ROW_GROUP = 3
 IMAGES = (7, 3)
 """Of each shard: row groups of 3, 3 and 1 images, and of 3."""
@@ -32,7 +32,7 @@ def split(folder: Path) -> ShardSet:
 def cache_at(folder: Path, dtype: Literal["fp16", "int8"] = "fp16", views: int = 2, **recipe: Any) -> Cache:
     """A cache in ``folder``; ``recipe`` replaces fields of its recipe, dots written as ``__``."""
     fields = RECIPE | {key.replace("__", "."): value for key, value in recipe.items()}
-    return Cache(Folder.open(folder), fields, split(folder), views, Codec(dtype, LAYERS, WIDTH), BUDGET)
+    return Cache(Folder.open(folder), fields, split(folder), views, Codec(dtype, LAYERS, WIDTH, LOGITS), BUDGET)
 
 
 def drawn(rois: int, seed: int, scale: float = 3.0) -> ViewTargets:
@@ -40,7 +40,10 @@ def drawn(rois: int, seed: int, scale: float = 3.0) -> ViewTargets:
     rng = np.random.default_rng(seed)
     taps = scale * rng.standard_normal((LAYERS, rois, WIDTH)).clip(0).astype(np.float32)
     taps[:, :, 5] = 0
-    return ViewTargets(rng.uniform(0, 800, (rois, 4)).astype(np.float32), rng.random(rois) < 0.3, taps.astype(np.float32))
+    logits = np.sort(rng.standard_normal((rois, LOGITS)).astype(np.float32))[:, ::-1]
+    classes = rng.permuted(np.tile(np.arange(LOGITS + 1), (rois, 1)), axis=1)[:, :LOGITS]
+    boxes, truth = rng.uniform(0, 800, (rois, 4)).astype(np.float32), rng.random(rois) < 0.3
+    return ViewTargets(boxes, truth, taps.astype(np.float32), TopLogits(logits, classes))
 
 
 def groups_of(shard: int, view: int) -> list[list[tuple[int, ViewTargets]]]:

@@ -37,8 +37,13 @@ def detector() -> FasterRCNN:
     return found
 
 
-def job_on(train: str, folder: Path, dtype: str = "fp16", **sections: Any) -> Job:
-    teacher = {"checkpoint": "none", "placement": "cache", "batch_size": 3, "cache": {"path": str(folder), "dtype": dtype}}
+def job_on(train: str, folder: Path, dtype: str = "fp16", logits: int = 0, **sections: Any) -> Job:
+    teacher = {
+        "checkpoint": "none",
+        "placement": "cache",
+        "batch_size": 3,
+        "cache": {"path": str(folder), "dtype": dtype, "logits": logits},
+    }
     distill = {"rois": "teacher", "roi_budget": BUDGET}
     return micro_job(
         folder / "runs", {"train": train, "val": train}, method="head", teacher=teacher, distill=distill, **sections
@@ -184,6 +189,18 @@ def test_a_few_rows_on_request(shards: ShardSet, built: Builder) -> None:
         np.testing.assert_allclose(targets.taps, whole[image_id].taps, rtol=2e-3, atol=1e-3)
 
 
+def test_the_greatest_logits_are_kept_with_their_classes(job: Job, shards: ShardSet, tmp_path: Path) -> None:
+    """They are what the RoI head says of the features that are kept; a teacher has no more than its classes and background."""
+    most = len(shards.meta.classes) + 1
+    builder = builder_for(job_on(job.data.train, tmp_path, logits=999, optim={"epochs": 1, "milestones": []}), shards)
+    assert builder.cache.codec.logits == most and all(build_all(builder))
+    for targets in kept(builder, shards, 0).values():
+        logits = builder.teacher.detector.roi.cls_out(torch.from_numpy(targets.taps[-1])).detach()
+        own, classes = torch.from_numpy(targets.top.logits), torch.from_numpy(targets.top.classes)
+        torch.testing.assert_close(own, logits.gather(1, classes), rtol=4e-3, atol=4e-3)
+        assert own.shape == (BUDGET, most) and (own.diff() <= 0).all() and (classes.sort().values == torch.arange(most)).all()
+
+
 def test_caches_of_other_views_are_others(job: Job, shards: ShardSet, tmp_path: Path) -> None:
     """data.view_seed names the views, so runs of several run.seed may share a cache. The teacher's classes do not count."""
 
@@ -207,8 +224,9 @@ def test_caches_of_other_views_are_others(job: Job, shards: ShardSet, tmp_path: 
         digest(data={"long_side": 97}),
         digest(data={"pad": 64}),
         digest(data={"keep_empty": True}),
+        digest(logits=2),
     }
-    assert len(others) == 8 and own not in others  # run.seed and data.view_seed of 8 are the same views
+    assert len(others) == 9 and own not in others  # run.seed and data.view_seed of 8 are the same views
 
 
 @pytest.mark.parametrize(("epochs", "views", "files"), [(2, None, 2), (3, 2, 2), (2, 5, 2), (4, None, 4)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from headkd_ray.targets import ViewTargets
+from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher.codec import LEVELS, Codec
 
 FEATURE = st.one_of(st.just(0.0), st.floats(2.0**-20, 6e4, width=32))
@@ -19,7 +19,9 @@ FEATURE = st.one_of(st.just(0.0), st.floats(2.0**-20, 6e4, width=32))
 
 
 def view_of(taps: NDArray[np.float32]) -> ViewTargets:
-    return ViewTargets(np.zeros((taps.shape[1], 4), np.float32), np.zeros(taps.shape[1], bool), taps)
+    rois = taps.shape[1]
+    nothing = TopLogits(np.zeros((rois, 0), np.float32), np.zeros((rois, 0), np.int64))
+    return ViewTargets(np.zeros((rois, 4), np.float32), np.zeros(rois, bool), taps, nothing)
 
 
 @st.composite
