@@ -51,8 +51,8 @@ def _micro() -> Iterator[tuple[str, Row]]:
     yield "head", Row("retinanet", "method=head", (*alone, "akd"), "teacher")
     yield "fitnet", Row("retinanet", "method=fitnet", alone, "retina_teacher")
     # Without a teacher.
-    yield "tf_head_fcos", Row("retinanet", f"{TF_HEAD} 'distill.assistants.fcos={FCOS}'", alone)
-    yield "tf_head_rcnn", Row("retinanet", f"{TF_HEAD} 'distill.assistants.rcnn={RCNN}'", alone)
+    yield "tf_head_fcos", Row("retinanet", f"{TF_HEAD} 'distill.assistants.fcos={FCOS}'", alone, lr_of="tf_head")
+    yield "tf_head_rcnn", Row("retinanet", f"{TF_HEAD} 'distill.assistants.rcnn={RCNN}'", alone, lr_of="tf_head")
     both = f"{TF_HEAD} 'distill.assistants.fcos={FCOS}' 'distill.assistants.rcnn={RCNN}'"
     yield "tf_head", Row("retinanet", both, (*alone, "tf_head_noes"))
     yield "tf_head_noes", Row("retinanet", f"{both} distill.ckd_epochs=null", alone, lr_of="tf_head")
