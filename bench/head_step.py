@@ -61,6 +61,8 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=320, help="image side, pixels")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of the training process")
     options = parser.parse_args()
+    if options.steps <= WARM:
+        parser.error(f"--steps {options.steps}: the first {WARM} do not count; give more")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         counts = {"train": 2 * options.steps, "val": 2}

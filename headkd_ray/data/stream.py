@@ -118,11 +118,6 @@ class BatchMaker:
         return Example(image, boxes, sample.labels, sample.image_id, sample.size, number if self.train else -1, targets)
 
 
-def read_window(shards: ShardSet, window: Window, maker: BatchMaker) -> Iterator[Batch]:
-    """The window's batches, in order, in this thread."""
-    yield from map(maker, load_window(shards, window, maker))
-
-
 def local_stream(
     shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, *, threads: int = 2, ahead: int | None = None
 ) -> Generator[Batch, None, None]:

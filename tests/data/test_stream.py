@@ -17,7 +17,7 @@ from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window, eval_windows, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, local_stream, read_window
+from headkd_ray.data.stream import BatchMaker, load_window, local_stream
 from headkd_ray.data.views import view_size
 from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
@@ -99,7 +99,7 @@ def test_what_a_batch_holds(coco: ShardSet) -> None:
 
 def test_stream_and_plain_loop_agree_and_a_resumed_stream_continues(coco: ShardSet) -> None:
     maker = BatchMaker(SPEC, 1, train=True)
-    plain = [batch for window in windows(coco, epochs=3) for batch in read_window(coco, window, maker)]
+    plain = [batch for window in windows(coco, epochs=3) for batch in map(maker, load_window(coco, window, maker))]
     for threads, ahead in ((1, 1), (3, None)):
         for one, other in zip(
             plain, local_stream(coco, windows(coco, epochs=3), maker, threads=threads, ahead=ahead), strict=True
@@ -114,8 +114,9 @@ def test_stream_and_plain_loop_agree_and_a_resumed_stream_continues(coco: ShardS
 def test_views_differ_between_epochs_and_repeat_with_data_views(coco: ShardSet) -> None:
     def pixels(spec: DataSpec) -> list[dict[int, bytes]]:
         epochs: list[dict[int, bytes]] = [{}, {}, {}]
+        maker = BatchMaker(spec, 1, train=True)
         for window in windows(coco, epochs=3):
-            for batch in read_window(coco, window, BatchMaker(spec, 1, train=True)):
+            for batch in map(maker, load_window(coco, window, maker)):
                 for i, image_id in enumerate(batch.image_ids.tolist()):
                     h, w = batch.sizes[i].tolist()
                     epochs[window.epoch][image_id] = batch.images[i, :, :h, :w].numpy().tobytes()
