@@ -259,8 +259,7 @@ def _recorded(bench: Bench, todo: Plan, seed: int) -> bool:
 def _train(bench: Bench, todo: Plan) -> dict[str, Any]:
     """Train to the end, or on from where it was stopped; the run's result."""
     job = todo.job
-    if job.cluster.threads_per_worker is not None:
-        torch.set_num_threads(job.cluster.threads_per_worker)  # for evaluation too
+    World.here(job.cluster)  # its threads, for building a cache and for evaluation too
     if job.teacher is not None and job.teacher.placement == "cache":
         _fill_cache(bench, job)
 
@@ -276,7 +275,7 @@ def _train(bench: Bench, todo: Plan) -> dict[str, Any]:
 
 
 def _fill_cache(bench: Bench, job: Job) -> None:
-    builder = open_builder(job, World.alone(use_gpu=job.cluster.gpus_per_worker != 0).device)
+    builder = open_builder(job, World.here(job.cluster).device)
     if not builder.cache.missing():
         return
     name = Path(builder.cache.folder.path).name

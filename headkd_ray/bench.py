@@ -53,7 +53,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
     from headkd_ray.engine.streams import Decode, decode_here
     from headkd_ray.engine.world import World
 
-    world = World.alone(use_gpu=job.cluster.gpus_per_worker != 0)
+    world = World.here(job.cluster)
     shards = some_shards(ShardSet.open(job.data.train), (steps + WARM_UP) * job.data.batch_size)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="headkd-bench-"))

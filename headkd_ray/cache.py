@@ -129,8 +129,9 @@ def _builder(job: Job, on_gpu: bool = False) -> Builder:
     from headkd_ray.engine.caching import open_builder
     from headkd_ray.engine.world import World
 
-    here = on_gpu or job.cluster.workers == 0  # else others ask the teacher
-    return open_builder(job, World.alone(use_gpu=here and job.cluster.gpus_per_worker != 0).device)
+    # On a cluster others ask the teacher, so that this process needs no GPU.
+    here = on_gpu or job.cluster.workers == 0
+    return open_builder(job, World.here(job.cluster).device if here else "cpu")
 
 
 if __name__ == "__main__":

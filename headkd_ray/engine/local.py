@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import torch
-
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import LocalCheckpoints
 from headkd_ray.engine.log import Record, Sink
@@ -18,9 +16,7 @@ from headkd_ray.job import Job
 
 def train_here(job: Job, tell: Sink) -> Record:
     """Run the job; its result record. ``tell`` takes the log records. Raises as ``fit`` does."""
-    if job.cluster.threads_per_worker is not None:
-        torch.set_num_threads(job.cluster.threads_per_worker)
-    world = World.alone(use_gpu=job.cluster.gpus_per_worker != 0)
+    world = World.here(job.cluster)
     streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
     folder = open_run(job)
     checkpoints = LocalCheckpoints(folder)

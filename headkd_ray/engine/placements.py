@@ -78,7 +78,7 @@ def some_shards(shards: ShardSet, images: int) -> ShardSet:
 
 def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: int) -> None:
     """Train ``rounds`` stretches of ``steps`` steps in each placement, in turns, and note how long they took."""
-    world = World.alone(use_gpu=placements[0].job.cluster.gpus_per_worker != 0)
+    world = World.here(placements[0].job.cluster)
     for _ in range(rounds):
         for placement in placements:
             _stretch(placement, shards, steps, world)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from headkd_ray.job import ClusterSpec
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,13 @@ class World:
     def alone(cls, use_gpu: bool = True) -> World:
         """A single process, on the first GPU if it may use one and there is one."""
         return cls(0, 1, torch.device("cuda", 0) if use_gpu and torch.cuda.is_available() else torch.device("cpu"))
+
+    @classmethod
+    def here(cls, spec: ClusterSpec) -> World:
+        """This process by itself, on the device that ``spec`` gives a worker, and with as many torch threads."""
+        if spec.threads_per_worker is not None:
+            torch.set_num_threads(spec.threads_per_worker)
+        return cls.alone(use_gpu=spec.gpus_per_worker != 0)
 
     def gather(self, value: T) -> list[T] | None:
         """All ranks' picklable values, in rank order, on rank 0; None elsewhere."""
