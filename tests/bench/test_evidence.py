@@ -97,7 +97,7 @@ def test_rows_differ_from_what_they_are_compared_with_in_nothing_but_the_method(
         for section in ("log", "checkpoint", "cluster"):
             assert getattr(own.job, section) == getattr(every, section)
         assert own.job.eval.every_epochs == own.job.optim.epochs, "no choice among checkpoints"
-        assert own.job.optim.lr == every.optim.lr, "the middle of every search"
+        assert own.job.optim.lr == every.optim.lr or row in micro.teachers, "the middle of every search"
         assert own.job.distill.warmup_steps == every.distill.warmup_steps or row in micro.teachers
     assert len({own.key for own in plans.values()}) == len(plans)
     schedules = {row: own.job.optim for row, own in plans.items()}
