@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import ray
 import torch
 from ray import train as ray_train
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,9 +26,10 @@ from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
+from headkd_ray.engine.stop import sigterm
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CheckpointError, ClusterError, TrainingError, UserError
+from headkd_ray.errors import CheckpointError, ClusterError, StoppedError, TrainingError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -37,16 +39,16 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
     Raises:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError: as ``fit`` raises them.
+        TrainingError, CheckpointError, StoppedError: as ``fit`` raises them.
     """
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job)
         open_run(job)
-        with forwarded(tell) as queue:
+        with sigterm() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(tell) as queue:
             try:
-                result = _trainer(job, resources, queue).fit()
+                result = _trainer(job, resources, {"queue": queue, "stop": sign}).fit()
             except TrainingFailedError as error:
                 raise ClusterError(f"training failed for good: {_cause(error)}") from error
     outcome = result.return_value
@@ -56,11 +58,13 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
     return finish(run_folder(job), Folder(best.filesystem, best.path, best.path), outcome["last"])
 
 
-def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
+def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTrainer:
     storage = Folder.open(job.run.storage)
     return TorchTrainer(
         _worker,
-        train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), "queue": queue},
+        train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), **driver},
+        # What ranks say to each other beside the gradients is on the CPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -126,9 +130,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
             return sink
 
+        up = config["stop"].wait.remote()
         try:
-            return {"last": fit(job, world, streams, RayCheckpoints(), open_sink)}
-        except (TrainingError, CheckpointError) as error:
+            last = fit(job, world, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
+            return {"last": last}
+        except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}
 
 
@@ -156,9 +162,7 @@ class RayCheckpoints:
 @contextmanager
 def forwarded(tell: Sink) -> Iterator[Queue]:
     """A queue whose records are passed to ``tell`` by a thread of this process; on leaving, the rest is passed first."""
-    # On this node: a queue that died with a worker's node would take every restart of the run with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    queue = Queue(actor_options=_here())
     done = threading.Event()
 
     def pump() -> None:
@@ -176,6 +180,47 @@ def forwarded(tell: Sink) -> Iterator[Queue]:
         done.set()
         thread.join(timeout=10)
         queue.shutdown()
+
+
+class _StopSign:
+    """An actor by which the driver tells the workers to stop."""
+
+    def __init__(self) -> None:
+        self.up = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self.up.wait()
+
+    async def put_up(self) -> None:
+        self.up.set()
+
+
+@contextmanager
+def stop_sign(asked: Callable[[], bool]) -> Iterator[Any]:
+    """A sign whose ``wait`` returns in the workers soon after ``asked()`` is True in this process."""
+    sign = ray.remote(_StopSign).options(**_here()).remote()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            if asked():
+                sign.put_up.remote()
+                return
+
+    thread = threading.Thread(target=watch, name="headkd-stop", daemon=True)
+    thread.start()
+    try:
+        yield sign
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(sign)
+
+
+def _here() -> dict[str, Any]:
+    """Where to run an actor of the driver's: one that died with a worker's node would take every restart of the run with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:

@@ -31,12 +31,19 @@ from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CheckpointError, TrainingError
+from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
 from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
 
 
-def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open_sink: Callable[[int], Sink]) -> Record:
+def fit(
+    job: Job,
+    world: World,
+    streams: Streams,
+    checkpoints: Checkpoints,
+    open_sink: Callable[[int], Sink],
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Record:
     """Train to the end, or from the latest checkpoint to the end; returns the last evaluation's metrics. Collective.
 
     On the CPU a run that was killed and resumed ends with the same weights, bit for bit, as one that was not: batches are a
@@ -44,11 +51,13 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
 
     Args:
         open_sink: called on rank 0 with the step that training resumes from (0 = fresh); takes the log records.
+        asked_to_stop: asked at every step; if it is True on any rank, that step is the last, and a checkpoint of it is kept.
 
     Raises:
         TrainingError: the loss is not finite.
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
+        StoppedError: it was asked to stop before the end.
     """
     classes = streams.train_set.meta.classes
     accumulate = job.optim.accumulate
@@ -78,6 +87,7 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     with streams.train(first=state.step * accumulate, cache=cache) as stream:
         batches = window.timed(on_device(stream, world.device))
         while state.step < total_steps:
+            stopping = world.vote(asked_to_stop())
             optimizer.zero_grad(set_to_none=True)
             for micro in range(accumulate):
                 batch = next(batches)
@@ -105,7 +115,8 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
 
             epoch, within_epoch = divmod(state.step, steps_per_epoch)
             every = job.checkpoint.every_steps
-            checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0)
+            last_one = stopping()
+            checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0) or last_one
             if checkpoint_due or state.step % job.log.every_steps == 0:
                 place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
                 record = {**place, "lr": lr, **window.record()}
@@ -119,6 +130,11 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
                 last = {"step": state.step, **scored.as_dict()}
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
             keep(state, job, world, streams, checkpoints, scored)
+            if last_one and state.step < total_steps:
+                raise StoppedError(
+                    f"run {job.run.name}: stopped as asked at step {state.step} of {total_steps}, with a checkpoint; the same "
+                    "command goes on from there"
+                )
             window.reset()  # evaluation is not training time
     return last
 
