@@ -123,11 +123,11 @@ def kill(pid: int) -> None:
         return
 
 
-def last_step(run: Folder) -> int:
-    """The last step in a run's log."""
-    lines = run.read("log.jsonl").splitlines() if run.has("log.jsonl") else []
-    steps = [record["step"] for record in map(json.loads, lines) if "losses" in record]
-    return steps[-1] if steps else 0
+def steps_told(run: Folder) -> list[dict[str, Any]]:
+    """The records of a run's steps in its log, so far."""
+    lines = run.read("log.jsonl").splitlines(keepends=True) if run.has("log.jsonl") else []
+    records = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last one may be half written
+    return [record for record in records if "losses" in record]
 
 
 def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 300) -> float:

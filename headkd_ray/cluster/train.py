@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,8 @@ from ray import train as ray_train
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.queue import Empty, Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.resources import Resources, check_resources, connected
 from headkd_ray.cluster.stream import decode_on_ray
 from headkd_ray.data.shards import ShardSet
@@ -67,6 +64,7 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
+            elastic_resize_monitor_interval_s=job.cluster.resize_seconds,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
@@ -157,70 +155,6 @@ class RayCheckpoints:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # deletes ``folder`` when it is uploaded
         )
-
-
-@contextmanager
-def forwarded(tell: Sink) -> Iterator[Queue]:
-    """A queue whose records are passed to ``tell`` by a thread of this process; on leaving, the rest is passed first."""
-    queue = Queue(actor_options=_here())
-    done = threading.Event()
-
-    def pump() -> None:
-        while not (done.is_set() and queue.empty()):
-            try:
-                tell(queue.get(timeout=0.5))
-            except Empty:
-                continue
-
-    thread = threading.Thread(target=pump, name="headkd-log", daemon=True)
-    thread.start()
-    try:
-        yield queue
-    finally:
-        done.set()
-        thread.join(timeout=10)
-        queue.shutdown()
-
-
-class _StopSign:
-    """An actor by which the driver tells the workers to stop."""
-
-    def __init__(self) -> None:
-        self.up = asyncio.Event()
-
-    async def wait(self) -> None:
-        await self.up.wait()
-
-    async def put_up(self) -> None:
-        self.up.set()
-
-
-@contextmanager
-def stop_sign(asked: Callable[[], bool]) -> Iterator[Any]:
-    """A sign whose ``wait`` returns in the workers soon after ``asked()`` is True in this process."""
-    sign = ray.remote(_StopSign).options(**_here()).remote()
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            if asked():
-                sign.put_up.remote()
-                return
-
-    thread = threading.Thread(target=watch, name="headkd-stop", daemon=True)
-    thread.start()
-    try:
-        yield sign
-    finally:
-        done.set()
-        thread.join()
-        ray.kill(sign)
-
-
-def _here() -> dict[str, Any]:
-    """Where to run an actor of the driver's: one that died with a worker's node would take every restart of the run with it."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:

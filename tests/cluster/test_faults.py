@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from machines import Machines, last_step, wait_for
+from machines import Machines, steps_told, wait_for
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
@@ -67,14 +68,49 @@ def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
     driver = machines.train(file, tmp_path / "output")
     folder = run_folder(job)
-    wait_for(lambda: last_step(folder) >= 2, driver)
+    wait_for(lambda: len(steps_told(folder)) >= 2, driver)
     (node,) = machines.hosts(title, "teacher")
     machines.kill(node)
     assert driver.wait(240) == 0, (tmp_path / "output").read_text()
     result = json.loads(folder.read("result.json"))
     assert_same_weights(student_weights(expected), student_weights(result))
-    records = [json.loads(line) for line in folder.read("log.jsonl").splitlines()]
-    told = [record for record in records if "losses" in record]
+    told = steps_told(folder)
     assert told[-1]["teacher_restarts"] == 1
     assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1)), "a step was repeated or lost"
+    assert not machines.left_over()
+
+
+def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
+    machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, one, two again: each step once in the log, and none left out."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    machines.have("trainer", 2, cpus=2)
+    job = micro_job(
+        tmp_path,
+        drawn_splits,
+        optim={"epochs": 1000, "milestones": []},  # it is stopped when it has grown again
+        eval={"every_epochs": 1000},
+        checkpoint={"every_steps": 20},
+        cluster={"workers": [1, 2], "cpus_per_worker": 1.5, "data_cpus": 0.5, "threads_per_worker": 1, "resize_seconds": 2},
+    )
+    file, folder = tmp_path / "job.yaml", run_folder(job)
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    driver = machines.train(file, tmp_path / "output")
+
+    def at_work(workers: int) -> bool:
+        told = steps_told(folder)
+        return bool(told) and told[-1]["workers"] == workers
+
+    wait_for(lambda: at_work(2) and len(steps_told(folder)) > 25, driver)
+    machines.kill(machines.nodes["trainer"][0])
+    wait_for(lambda: at_work(1), driver)
+    machines.have("trainer", 2, cpus=2)
+    wait_for(lambda: at_work(2), driver)
+    driver.terminate()
+    assert driver.wait(60) == 143, (tmp_path / "output").read_text()
+    told = steps_told(folder)
+    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1))
+    phases = [workers for workers, _ in groupby(record["workers"] for record in told)]
+    assert phases == [2, 1, 2]
     assert not machines.left_over()
