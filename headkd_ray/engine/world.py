@@ -26,6 +26,10 @@ class World:
         """A single process, on the first GPU if it may use one and there is one."""
         return cls(0, 1, torch.device("cuda", 0) if use_gpu and torch.cuda.is_available() else torch.device("cpu"))
 
+    def ranks_of(self, count: int) -> range:
+        """Which of ``count`` ranks of a job this process plays: all are played, each by one process."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def gather(self, value: T) -> list[T] | None:
         """All ranks' picklable values, in rank order, on rank 0; None elsewhere."""
         if self.size == 1:
