@@ -5,30 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from evidence_tables import insert, read
-from faults import BEGIN, DOCUMENT, END, RESULTS, section
+from faults import BEGIN, DOCUMENT, END, RESULTS, STEPS, seconds_lost, section
 
-MADE_WITH = {"job": "j", "ray": "2.60.0", "torch": "2.15.0", "date": "2026-11-23"}
-CALM: dict[str, Any] = {"fault": "none", "run": 0, "steps": 6, "weights": "w", "left": [], "seen": [0, 5, 6, 7, 8, 9, 10]}
-
-
-def hurt(run: int, **changed: Any) -> dict[str, Any]:
-    """A record of a worker that was killed at step 3 of 6, went back to step 2, and lost 20 seconds."""
-    record = {**CALM, "fault": "worker", "run": run, "hit": 3, "back": 2, "seen": [0, 5, 6, 7, 28, 29, 30]}
-    return {**record, **changed, **MADE_WITH}
+HIT = {"fault": "worker", "step": 13, "back": 10, "seconds": 20.4}
+RUN: dict[str, Any] = {"hits": [HIT], "left": [], "same": True, "ray": "2.60.0", "torch": "2.15.0", "date": "2026-11-23"}
 
 
-def rows(*records: dict[str, Any]) -> list[str]:
-    return [line for line in section([{**CALM, **MADE_WITH}, *records]).splitlines() if line.startswith("| a train worker |")]
+def row(*records: dict[str, Any]) -> str:
+    (line,) = [line for line in section(records).splitlines() if line.startswith("| a train worker |")]
+    return line
 
 
 def test_a_run_that_ends_otherwise_has_not_survived() -> None:
-    assert rows(hurt(0)) == ["| a train worker | 1 | 1 | 1 (1–1) | 20 (20–20) |"]
-    for changed in ({"weights": "v"}, {"steps": None}, {"left": ["Holder"]}, {"error": "hung"}):
-        assert rows(hurt(0), hurt(1, **changed)) == ["| a train worker | 2 | 1 | 1 (1–1) | 20 (20–20) |"]
+    assert row(RUN) == "| a train worker | 1 | 1 | 3 (3 to 3) | 20 (20 to 20) |"
+    assert (
+        row({**RUN, "hits": [HIT, {**HIT, "back": 13, "seconds": None}]})
+        == "| a train worker | 2 | 2 | 2 (0 to 3) | 20 (20 to 20) |"
+    )
+    for changed in ({"same": False}, {"left": ["Holder"]}, {"error": "hung"}):
+        assert row(RUN, {**RUN, **changed}) == "| a train worker | 2 | 1 | 3 (3 to 3) | 20 (20 to 20) |"
 
 
-def test_only_runs_of_the_same_job_are_compared() -> None:
-    assert not rows({**hurt(0), "job": "other"})
+def test_seconds_lost_are_those_that_another_epoch_did_not_take() -> None:
+    seen = [0.5 * step + 30 * (step > 13) for step in range(3 * STEPS)]
+    assert seconds_lost(seen, 13) == seconds_lost(seen, 12) == 30 and seconds_lost(seen, 14) == 0
+    assert seconds_lost(seen, 3 * STEPS - 2) is None, "nobody knows"
 
 
 def test_the_page_shows_what_is_recorded() -> None:
