@@ -175,9 +175,6 @@ class ClusterSpec(Spec):
     """Ray Train workers; 0 = the same loop in this process, without Ray. [fewest, most] = as many of them as the cluster has
     room for at any time: the run goes on with fewer when nodes are lost, and with more when they come. Steps, global batch,
     learning rate and order of images are those of the most; with fewer each takes the batches of several in turn."""
-    resize_seconds: PositiveFloat = 60.0
-    """With a range of workers: seconds between looks whether there is room for more. Each change goes back to the last
-    checkpoint."""
     address: str | None = None
     """Ray cluster address (auto, host:port, ray://host:port); null = RAY_ADDRESS, else the cluster running
     on this machine, else one that lives as long as the command."""
@@ -191,6 +188,9 @@ class ClusterSpec(Spec):
     """torch CPU threads of a worker; null = cpus_per_worker (without Ray: torch's own choice)."""
     max_failures: NonNegativeInt = 3
     """Worker-group failures after which the run gives up; each one resumes from the last checkpoint."""
+    resize_seconds: PositiveFloat = 60.0
+    """With a range of workers: seconds between looks whether there is room for more. Each change goes back to the last
+    checkpoint."""
 
     @property
     def fewest_workers(self) -> int:
