@@ -54,13 +54,13 @@ def write_tables(results: Path, order: Order, readme: Path, document: Path) -> N
         path.write_text(insert(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
-def insert(text: str, section: str) -> str:
+def insert(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with ``section`` between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError(f"the markers {BEGIN} and {END} are not there")
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+    before, found, rest = text.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not found or not found_too:
+        raise DataError(f"the markers {begin} and {end} are not there")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
 def readme_section(records: Sequence[Record], order: Order) -> str:

@@ -60,7 +60,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
         own = _changed(job, "student", "inline", scratch)
         theirs, cache = (_changed(job, "teacher", name, scratch) for name in ("inline", "cache"))
         decode: Decode = decode_here
-        if job.cluster.workers > 0:
+        if job.cluster.most_workers > 0:
             from headkd_ray.cluster.resources import check_resources, connected
             from headkd_ray.cluster.stream import decode_on_ray
             from headkd_ray.cluster.train import with_absolute_paths
@@ -77,7 +77,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
             Placement("inline, teacher's RoIs", theirs, decode, asked=inline(theirs, shards, world)),
             Placement("cache", cache, decode, cache=builder.cache),
         ]
-        if job.cluster.workers > 0:
+        if job.cluster.most_workers > 0:
             placements.insert(2, Placement("pool, student's RoIs", held, decode_on_ray(job.cluster, held)))
             placements.insert(4, Placement("pool, teacher's RoIs", pool, decode_on_ray(job.cluster, pool)))
         measure(placements, shards, steps, rounds)

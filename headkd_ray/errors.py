@@ -48,3 +48,7 @@ class StorageError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: the loss is not finite."""
+
+
+class StoppedError(UserError):
+    """The run was asked to stop (SIGTERM) and did, with a checkpoint: started again, it goes on."""

@@ -44,18 +44,18 @@ class Holder:
         self.born = uuid.uuid4().hex
         self.held: dict[int, list[torch.Tensor]] = {}
 
-    def look(self, step: int, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
+    def look(self, number: int, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
         """Keep the features of a batch, (B, 3, H, W) RGB with unpadded (h, w) in ``sizes``, until it is asked about."""
         x = self.guest.detector.normalise(*(torch.tensor(array, device=self.device) for array in (images, sizes)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.held[step] = self.guest.features(x)
+            self.held[number] = self.guest.features(x)
 
-    def answer(self, step: int, rois: Sequence[tuple[Arrays, ...]]) -> tuple[str, list[Any] | None]:
+    def answer(self, number: int, rois: Sequence[tuple[Arrays, ...]]) -> tuple[str, list[Any] | None]:
         """Who this is, and the taps of the batch's ``rois``, stage by stage, as arrays; None if it is not held.
 
         The batch is forgotten then.
         """
-        features = self.held.pop(step, None)
+        features = self.held.pop(number, None)
         if features is None:
             return self.born, None
         asked = [RoIs(*(torch.tensor(array, device=self.device) for array in stage)) for stage in rois]
@@ -89,7 +89,7 @@ def held(batches: Iterator[Batch], actors: Sequence[Any], pool: PoolSpec) -> Ite
 
     for number, batch in enumerate(batches):
         place = number % len(actors)
-        asker = Asker(actors[place], batch, pool, born[place])
+        asker = Asker(actors[place], number, batch, pool, born[place])
         asker.show()
         coming.append((batch, asker))
         if len(coming) > AHEAD:
@@ -101,13 +101,13 @@ def held(batches: Iterator[Batch], actors: Sequence[Any], pool: PoolSpec) -> Ite
 class Asker:
     """Asks a teacher about one batch, which is on the CPU. ``born`` collects who answered: one process after another."""
 
-    def __init__(self, actor: Any, batch: Batch, pool: PoolSpec, born: set[str]) -> None:
-        self.actor, self.batch, self.pool, self.born = actor, batch, pool, born
+    def __init__(self, actor: Any, number: int, batch: Batch, pool: PoolSpec, born: set[str]) -> None:
+        self.actor, self.number, self.batch, self.pool, self.born = actor, number, batch, pool, born
         self.shown: Any = None
 
     def show(self) -> None:
         """Start computing the features."""
-        self.shown = self.actor.look.remote(self.batch.step, self.batch.images.numpy(), self.batch.sizes.numpy())
+        self.shown = self.actor.look.remote(self.number, self.batch.images.numpy(), self.batch.sizes.numpy())
 
     def __call__(self, rois: Sequence[RoIs], device: torch.device) -> Insight:
         """What the teacher makes of ``rois``, stage by stage, on ``device``. Raises ClusterError if no teacher answers."""
@@ -115,7 +115,7 @@ class Asker:
         found = None
         while found is None:
             answer_of(self.shown, self.pool)  # what went wrong there, if anything did
-            who, found = answer_of(self.actor.answer.remote(self.batch.step, arrays), self.pool)
+            who, found = answer_of(self.actor.answer.remote(self.number, arrays), self.pool)
             self.born.add(who)
             if found is None:  # it has died since, and with it what it held
                 self.show()

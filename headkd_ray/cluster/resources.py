@@ -34,7 +34,8 @@ Unset: the cluster is what it is."""
 class Resources:
     """What a job's workers take, as checked against the cluster."""
 
-    workers: int
+    workers: int | tuple[int, int]
+    """Their number, or the fewest and the most."""
     cpus_per_worker: float
     gpus_per_worker: float
 
@@ -82,38 +83,48 @@ def _join_or_start(address: str | None) -> None:
 
 
 def check_resources(job: Job) -> Resources:
-    """Raises ClusterError, saying what was asked and what exists, if workers, data tasks and teacher processes do not fit."""
-    spec = job.cluster
+    """Raises ClusterError, saying what was asked and what exists, if workers, data tasks and teacher processes do not fit.
+
+    Of a range of workers the fewest must fit; and as many as Ray would start here must leave room for their data tasks.
+    """
+    spec, workers = job.cluster, job.cluster.fewest_workers
     nodes, has = _nodes()
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     wants_gpu = spec.gpus_per_worker
-    gpus_per_worker = wants_gpu if wants_gpu is not None else float(gpus >= spec.workers > 0)
+    gpus_per_worker = wants_gpu if wants_gpu is not None else float(gpus >= workers > 0)
 
     problems = []
-    if gpus_per_worker and gpus < spec.workers * gpus_per_worker:
+    if gpus_per_worker and gpus < workers * gpus_per_worker:
         problems.append(
-            f"cluster.workers {spec.workers} x cluster.gpus_per_worker {gpus_per_worker:g} = "
-            f"{spec.workers * gpus_per_worker:g} GPUs asked, the cluster {has} {gpus:g}; lower one of them, or set "
+            f"cluster.workers {workers} x cluster.gpus_per_worker {gpus_per_worker:g} = "
+            f"{workers * gpus_per_worker:g} GPUs asked, the cluster {has} {gpus:g}; lower one of them, or set "
             "cluster.gpus_per_worker to 0 to train on CPUs"
         )
-    wanted = spec.workers * (spec.cpus_per_worker + spec.data_cpus)
-    if cpus < wanted:
+    each = spec.cpus_per_worker + spec.data_cpus
+    if cpus < workers * each:
         problems.append(
-            f"cluster.workers {spec.workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus "
-            f"{spec.data_cpus:g}) = {wanted:g} CPUs asked, the cluster {has} {cpus:g}; lower cluster.workers, or give each "
-            "less (fractions are allowed)"
+            f"cluster.workers {workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus "
+            f"{spec.data_cpus:g}) = {workers * each:g} CPUs asked, the cluster {has} {cpus:g}; lower cluster.workers, or give "
+            "each less (fractions are allowed)"
         )
     places = sum(_places(node, spec.cpus_per_worker, gpus_per_worker) for node in nodes)
-    if not problems and places < spec.workers:
+    if not problems and places < workers:
         problems.append(
-            f"cluster.workers {spec.workers}: only {places} find a node with {spec.cpus_per_worker:g} CPUs and "
+            f"cluster.workers {workers}: only {places} find a node with {spec.cpus_per_worker:g} CPUs and "
             f"{gpus_per_worker:g} GPUs (nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); "
             "ask for less per worker"
         )
+    grown = max(workers, min(spec.most_workers, places))
+    if not problems and cpus < grown * each:
+        problems.append(
+            f"cluster.workers {[workers, spec.most_workers]}: the {grown} that find room would leave {cpus:g} - {grown} x "
+            f"cluster.cpus_per_worker {spec.cpus_per_worker:g} CPUs to data tasks, which ask for {grown} x cluster.data_cpus "
+            f"{spec.data_cpus:g}; lower the most, or raise cpus_per_worker so that fewer workers fit a node"
+        )
     if job.teacher is not None and job.teacher.placement == "pool":
-        count = spec.workers * job.teacher.pool.actors[0]  # the fewest, for each worker
-        beside = {"CPU": wanted, "GPU": spec.workers * gpus_per_worker}
+        count = grown * job.teacher.pool.actors[0]  # the fewest, for each worker
+        beside = {"CPU": grown * each, "GPU": grown * gpus_per_worker}
         problems += _pool_problems(job.teacher.pool, nodes, count, beside)
     if problems:
         raise ClusterError(problems)

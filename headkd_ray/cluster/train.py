@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,11 +12,10 @@ import ray
 import torch
 from ray import train as ray_train
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.queue import Empty, Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.resources import Resources, check_resources, connected
 from headkd_ray.cluster.stream import decode_on_ray
 from headkd_ray.data.shards import ShardSet
@@ -25,9 +23,10 @@ from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
+from headkd_ray.engine.stop import sigterm
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CheckpointError, ClusterError, TrainingError, UserError
+from headkd_ray.errors import CheckpointError, ClusterError, StoppedError, TrainingError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -37,16 +36,16 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
     Raises:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError: as ``fit`` raises them.
+        TrainingError, CheckpointError, StoppedError: as ``fit`` raises them.
     """
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job)
         open_run(job)
-        with forwarded(tell) as queue:
+        with sigterm() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(tell) as queue:
             try:
-                result = _trainer(job, resources, queue).fit()
+                result = _trainer(job, resources, {"queue": queue, "stop": sign}).fit()
             except TrainingFailedError as error:
                 raise ClusterError(f"training failed for good: {_cause(error)}") from error
     outcome = result.return_value
@@ -56,13 +55,16 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
     return finish(run_folder(job), Folder(best.filesystem, best.path, best.path), outcome["last"])
 
 
-def _trainer(job: Job, resources: Resources, queue: Queue) -> TorchTrainer:
+def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTrainer:
     storage = Folder.open(job.run.storage)
     return TorchTrainer(
         _worker,
-        train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), "queue": queue},
+        train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), **driver},
+        # What ranks say to each other beside the gradients is on the CPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
+            elastic_resize_monitor_interval_s=job.cluster.resize_seconds,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
@@ -126,9 +128,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
             return sink
 
+        up = config["stop"].wait.remote()
         try:
-            return {"last": fit(job, world, streams, RayCheckpoints(), open_sink)}
-        except (TrainingError, CheckpointError) as error:
+            last = fit(job, world, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
+            return {"last": last}
+        except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}
 
 
@@ -151,31 +155,6 @@ class RayCheckpoints:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # deletes ``folder`` when it is uploaded
         )
-
-
-@contextmanager
-def forwarded(tell: Sink) -> Iterator[Queue]:
-    """A queue whose records are passed to ``tell`` by a thread of this process; on leaving, the rest is passed first."""
-    # On this node: a queue that died with a worker's node would take every restart of the run with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    done = threading.Event()
-
-    def pump() -> None:
-        while not (done.is_set() and queue.empty()):
-            try:
-                tell(queue.get(timeout=0.5))
-            except Empty:
-                continue
-
-    thread = threading.Thread(target=pump, name="headkd-log", daemon=True)
-    thread.start()
-    try:
-        yield queue
-    finally:
-        done.set()
-        thread.join(timeout=10)
-        queue.shutdown()
 
 
 def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:

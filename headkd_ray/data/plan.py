@@ -14,12 +14,16 @@ The number of batches on a rank is therefore ceil(images of the rank / batch siz
 whose range gives one batch less than the longest get one idle step; with gradient accumulation all ranks get up to
 ``accumulate - 1`` more, so that an epoch is a whole number of optimizer steps. Without accumulation there is thus at most one
 idle step a rank and epoch, and none for one rank.
+
+Ranks here are those of the job, of which a process may play several (``interleaved``): how many processes there are changes
+neither the order nor the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,23 +112,27 @@ def epoch_windows(
     window: int,
     steps: int,
 ) -> Iterator[Window]:
-    """Windows of one rank in one epoch: together ``steps`` batches, the last ones idle if its images do not suffice."""
+    """Windows of one rank in one epoch: together ``steps`` batches, the last ones idle if its images do not suffice.
+
+    All ranks have windows of the same steps.
+    """
     order = _shuffled_groups(index.group[rows], rows, seed, epoch)
     first, last = (len(order) * r // world for r in (rank, rank + 1))
     mine = order[first:last]
-    step = epoch * steps
-    end = step + steps
-    size = _ceil(window, batch_size) * batch_size
-    for number, start in enumerate(range(0, len(mine), size)):
-        part = mine[start : start + size]
+    length = _ceil(window, batch_size)  # steps of a window
+    for number, start in enumerate(range(0, steps, length)):
+        part = mine[start * batch_size : (start + length) * batch_size]
         part = part[key_permutation(len(part), "window", seed, epoch, rank, number)]
-        batches = [PlannedBatch(step + i, batch) for i, batch in enumerate(_by_aspect(part, index.portrait, batch_size))]
-        step += len(batches)
-        if start + size >= len(mine):
-            batches += [PlannedBatch(idle_step, ()) for idle_step in range(step, end)]
-        yield Window(epoch, tuple(batches))
-    if not len(mine):
-        yield Window(epoch, tuple(PlannedBatch(idle_step, ()) for idle_step in range(step, end)))
+        batches = list(_by_aspect(part, index.portrait, batch_size))
+        batches += [()] * (min(length, steps - start) - len(batches))
+        yield Window(epoch, tuple(PlannedBatch(epoch * steps + start + i, batch) for i, batch in enumerate(batches)))
+
+
+def interleaved(ranks: Sequence[Iterable[Window]]) -> Iterator[Window]:
+    """The windows of a process that plays several ranks: step by step the batch of each rank, in their order."""
+    for windows in zip(*ranks, strict=True):
+        steps = zip(*(window.batches for window in windows), strict=True)
+        yield Window(windows[0].epoch, tuple(chain.from_iterable(steps)))
 
 
 def eval_windows(index: ShardIndex, *, rank: int, world: int, batch_size: int, window: int = 256) -> Iterator[Window]:

@@ -31,12 +31,19 @@ from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CheckpointError, TrainingError
+from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
 from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
 
 
-def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open_sink: Callable[[int], Sink]) -> Record:
+def fit(
+    job: Job,
+    world: World,
+    streams: Streams,
+    checkpoints: Checkpoints,
+    open_sink: Callable[[int], Sink],
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Record:
     """Train to the end, or from the latest checkpoint to the end; returns the last evaluation's metrics. Collective.
 
     On the CPU a run that was killed and resumed ends with the same weights, bit for bit, as one that was not: batches are a
@@ -44,11 +51,13 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
 
     Args:
         open_sink: called on rank 0 with the step that training resumes from (0 = fresh); takes the log records.
+        asked_to_stop: asked at every step; if it is True on any rank, that step is the last, and a checkpoint of it is kept.
 
     Raises:
         TrainingError: the loss is not finite.
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
+        StoppedError: it was asked to stop before the end.
     """
     classes = streams.train_set.meta.classes
     accumulate = job.optim.accumulate
@@ -60,13 +69,13 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
     trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
     asked, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, world.device)
     total_steps = steps_per_epoch * job.optim.epochs
-    global_batch = job.data.batch_size * world.size * accumulate
+    global_batch = job.data.batch_size * streams.ranks_in_all * accumulate
     optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)
     state = State(0, trainee, optimizer, scheduler, build_ema(job, trainee.student))
     last: Record = {}
     with checkpoints.latest() as folder:
         if folder is not None:
-            state.restore(folder, order_key(world, streams))
+            state.restore(folder, order_key(streams))
             last = json.loads((folder / METRICS_FILE).read_text()) if (folder / METRICS_FILE).exists() else {}
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
     if teacher is not None and teacher.note is not None and state.step == 0:
@@ -74,23 +83,26 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
 
     model = DistributedDataParallel(trainee) if world.size > 1 else trainee
     trainee.train()
+    turns = [(micro, rank) for micro in range(accumulate) for rank in streams.ranks]
+    weight = world.size / (accumulate * streams.ranks_in_all)  # of a batch in the step's gradient, of which DDP takes the mean
     window = StepWindow(world)
     with streams.train(first=state.step * accumulate, cache=cache) as stream:
         batches = window.timed(on_device(stream, world.device))
         while state.step < total_steps:
+            stopping = world.vote(asked_to_stop())
             optimizer.zero_grad(set_to_none=True)
-            for micro in range(accumulate):
+            for micro, rank in turns:
                 batch = next(batches)
                 assert batch.step == state.step * accumulate + micro, "the stream lost its place"
                 if isinstance(model, DistributedDataParallel):  # gradients meet once an optimizer step
-                    model.require_backward_grad_sync = micro == accumulate - 1
+                    model.require_backward_grad_sync = (micro, rank) == turns[-1]
                 if batch.idle:
                     trainee.eval()  # a blank image must not enter BatchNorm's statistics
-                torch.manual_seed(key_bits("step", job.run.seed, batch.step, world.rank) % 2**63)
+                torch.manual_seed(key_bits("step", job.run.seed, batch.step, rank) % 2**63)
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
                     losses = model(batch.images, batch.sizes, batch.boxes, batch.labels, state.step, **answers(batch, asked))
                 total = torch.stack(list(losses.values())).sum()
-                (total * (0.0 if batch.idle else 1.0 / accumulate)).backward()
+                (total * (0.0 if batch.idle else weight)).backward()
                 window.add({**losses, "total": total}, batch)
                 if batch.idle:
                     trainee.train()
@@ -105,10 +117,11 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
 
             epoch, within_epoch = divmod(state.step, steps_per_epoch)
             every = job.checkpoint.every_steps
-            checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0)
+            last_one = stopping()
+            checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0) or last_one
             if checkpoint_due or state.step % job.log.every_steps == 0:
                 place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
-                record = {**place, "lr": lr, **window.record()}
+                record = {**place, "workers": world.size, "lr": lr, **window.record()}
                 check_finite(record)
                 sink(record)
             if not checkpoint_due:
@@ -119,6 +132,11 @@ def fit(job: Job, world: World, streams: Streams, checkpoints: Checkpoints, open
                 last = {"step": state.step, **scored.as_dict()}
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
             keep(state, job, world, streams, checkpoints, scored)
+            if last_one and state.step < total_steps:
+                raise StoppedError(
+                    f"run {job.run.name}: stopped as asked at step {state.step} of {total_steps}, with a checkpoint; the same "
+                    "command goes on from there"
+                )
             window.reset()  # evaluation is not training time
     return last
 
@@ -150,8 +168,8 @@ class State:
         """Load what ``save`` wrote.
 
         Raises:
-            CheckpointError: damaged, of other data, or of another number of workers (which would change the epoch's order and
-                the schedule's steps).
+            CheckpointError: damaged, of other data, or of another number of workers (the most, of a range), which would change
+                the epoch's order and the schedule's steps.
         """
         saved = load_state(folder)
         changed = [key for key in order if saved["order"].get(key) != order[key]]
@@ -171,10 +189,10 @@ class State:
             self.ema.load_state_dict(saved["ema"])
 
 
-def order_key(world: World, streams: Streams) -> dict[str, Any]:
+def order_key(streams: Streams) -> dict[str, Any]:
     """What the images' order and the best checkpoint depend on besides the keys that cannot change in a resumed run."""
     return {
-        "cluster.workers": world.size,
+        "cluster.workers": streams.ranks_in_all,
         "data.train": streams.train_set.meta.fingerprint,
         "data.val": streams.val_set.meta.fingerprint,
     }
@@ -255,7 +273,7 @@ def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Ch
         checkpoints.report(name, metrics, None)
         return
     folder = Path(tempfile.mkdtemp(prefix="headkd-checkpoint-"))
-    state.save(folder, order_key(world, streams))
+    state.save(folder, order_key(streams))
     meta = {
         "method": job.method,
         "run": job.run.name,

@@ -1,4 +1,4 @@
-"""This rank's batches of a job; who decodes them (threads here, Ray Data tasks) is given as a function."""
+"""This process's batches of a job; who decodes them (threads here, Ray Data tasks) is given as a function."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.data.plan import Window, eval_windows, steps_per_epoch, train_rows, train_windows
+from headkd_ray.data.plan import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, TargetReader, local_stream
 from headkd_ray.engine.world import World
@@ -22,32 +22,46 @@ def decode_here(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) 
 
 
 class Streams:
-    """The training and validation batches of one rank."""
+    """The training and validation batches of one process.
+
+    The training plan is made for the job's ranks, the most that cluster.workers allows. Where there are fewer processes each
+    plays several ranks in turn, so that order, steps and global batch do not depend on how many there are.
+    """
 
     def __init__(self, job: Job, world: World, train: ShardSet, val: ShardSet, decode: Decode) -> None:
         self.job, self.world, self.train_set, self.val_set, self.decode = job, world, train, val, decode
         self.rows = train_rows(train.index, job.data.keep_empty)
-        self.micro_batches_per_epoch = steps_per_epoch(len(self.rows), job.data.batch_size, world.size, job.optim.accumulate)
+        self.ranks_in_all = max(1, job.cluster.most_workers)
+        self.ranks = world.ranks_of(self.ranks_in_all)
+        """Whose batches these are: of each step first the first one's."""
+        self.micro_batches_per_epoch = steps_per_epoch(
+            len(self.rows), job.data.batch_size, self.ranks_in_all, job.optim.accumulate
+        )
         """The same for every epoch and rank; a multiple of optim.accumulate."""
 
     def train(self, first: int, cache: TargetReader | None = None) -> AbstractContextManager[Iterator[Batch]]:
         """Batches of all epochs from micro-batch ``first`` on, with the targets of ``cache`` if there is one."""
-        windows = train_windows(
-            self.train_set.index,
-            self.rows,
-            seed=self.job.run.seed,
-            rank=self.world.rank,
-            world=self.world.size,
-            batch_size=self.job.data.batch_size,
-            window=self.job.data.shuffle_window,
-            epochs=self.job.optim.epochs,
-            accumulate=self.job.optim.accumulate,
-            start_step=first,
+        windows = [
+            train_windows(
+                self.train_set.index,
+                self.rows,
+                seed=self.job.run.seed,
+                rank=rank,
+                world=self.ranks_in_all,
+                batch_size=self.job.data.batch_size,
+                window=self.job.data.shuffle_window,
+                epochs=self.job.optim.epochs,
+                accumulate=self.job.optim.accumulate,
+                start_step=first,
+            )
+            for rank in self.ranks
+        ]
+        return self.decode(
+            self.train_set, interleaved(windows), BatchMaker(self.job.data, view_seed(self.job), train=True, cache=cache)
         )
-        return self.decode(self.train_set, windows, BatchMaker(self.job.data, view_seed(self.job), train=True, cache=cache))
 
     def val(self) -> AbstractContextManager[Iterator[Batch]]:
-        """This rank's share of the validation images, each once."""
+        """This process's share of the validation images, each once."""
         windows = eval_windows(
             self.val_set.index, rank=self.world.rank, world=self.world.size, batch_size=self.job.eval.batch_size
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +35,10 @@ class World:
             torch.set_num_threads(spec.threads_per_worker)
         return cls.alone(use_gpu=spec.gpus_per_worker != 0)
 
+    def ranks_of(self, count: int) -> range:
+        """Which of ``count`` ranks of a job this process plays: all are played, each by one process."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def gather(self, value: T) -> list[T] | None:
         """All ranks' picklable values, in rank order, on rank 0; None elsewhere."""
         if self.size == 1:
@@ -49,6 +54,22 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def vote(self, yes: bool) -> Callable[[], bool]:
+        """Ask all ranks, without waiting; the function that this returns waits: did any say yes?
+
+        Between the two a step's computation hides the time that the answers take. Over gloo: no GPU is waited for.
+        """
+        if self.size == 1:
+            return lambda: yes
+        votes = torch.tensor([yes], dtype=torch.int32)  # on the CPU
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, async_op=True)
+
+        def counted() -> bool:
+            work.wait()
+            return bool(votes)
+
+        return counted
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers of a module: BatchNorm gathers statistics on each rank's own images."""

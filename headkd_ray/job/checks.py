@@ -246,6 +246,12 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
         yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
 
 
+def _workers(get: Get) -> Iterator[tuple[str, str]]:
+    workers = get("cluster.workers")
+    if not isinstance(workers, int) and workers[0] > workers[1]:
+        yield "cluster.workers", f"[{workers[0]}, {workers[1]}] is not [fewest, most]"
+
+
 def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:
     users = {"akd_weight": ("akd", "head", "tf_head"), "ckd_weight": ("head", "tf_head")}  # tf_head is told by its own check
     for key, methods in users.items():
@@ -255,6 +261,7 @@ def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:
 
 CHECKS: tuple[Check, ...] = (
     _idle_weights,
+    _workers,
     _method_and_teacher,
     _teacher_placement,
     _method_and_student,

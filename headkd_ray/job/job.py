@@ -5,15 +5,27 @@ A Job checks types and ranges of its keys. What keys get wrong together is in ``
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from headkd_ray.job.assistants import AssistantsSpec
 from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.parts import Fraction, Spec, Text
 from headkd_ray.job.teacher import TeacherSpec
 from headkd_ray.job.two_stage import RoIHeadSpec
+
+NUMBER, RANGE = "<number>", "<range>"
+
+
+def _number_or_range(value: Any) -> str:
+    return RANGE if isinstance(value, list | tuple) else NUMBER
+
+
+Workers = Annotated[
+    Annotated[NonNegativeInt, Tag(NUMBER)] | Annotated[tuple[PositiveInt, PositiveInt], Tag(RANGE)],
+    Discriminator(_number_or_range),  # so that an error is about the one that was meant
+]
 
 Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
 
@@ -105,7 +117,7 @@ class OptimSpec(Spec):
     """Peak learning rate at a global batch of lr_batch images."""
     lr_batch: PositiveInt | None = 16
     """Global batch that lr is meant for. The actual lr scales linearly with the actual global batch, which is
-    cluster.workers (at least 1) x data.batch_size x optim.accumulate. null = no scaling."""
+    cluster.workers (at least 1; of a range the most) x data.batch_size x optim.accumulate. null = no scaling."""
     momentum: Fraction = 0.9
     """SGD momentum (adamw: unused)."""
     weight_decay: NonNegativeFloat = 1e-4
@@ -159,8 +171,10 @@ class LogSpec(Spec):
 class ClusterSpec(Spec):
     """Where it runs."""
 
-    workers: NonNegativeInt = 1
-    """Ray Train workers; 0 = the same loop in this process, without Ray."""
+    workers: Workers = 1
+    """Ray Train workers; 0 = the same loop in this process, without Ray. [fewest, most] = as many of them as the cluster has
+    room for at any time: the run goes on with fewer when nodes are lost, and with more when they come. Steps, global batch,
+    learning rate and order of images are those of the most; with fewer each takes the batches of several in turn."""
     address: str | None = None
     """Ray cluster address (auto, host:port, ray://host:port); null = RAY_ADDRESS, else the cluster running
     on this machine, else one that lives as long as the command."""
@@ -174,6 +188,19 @@ class ClusterSpec(Spec):
     """torch CPU threads of a worker; null = cpus_per_worker (without Ray: torch's own choice)."""
     max_failures: NonNegativeInt = 3
     """Worker-group failures after which the run gives up; each one resumes from the last checkpoint."""
+    resize_seconds: PositiveFloat = 60.0
+    """With a range of workers: seconds between looks whether there is room for more. Each change goes back to the last
+    checkpoint."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """With how many workers the run may start and go on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Of how many workers the run's steps are."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Job(Spec):

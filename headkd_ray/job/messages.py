@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from headkd_ray.job.checks import Problem
-from headkd_ray.job.job import Job
+from headkd_ray.job.job import NUMBER, RANGE, Job
 from headkd_ray.job.keys import (
     Path,
     dotted,
@@ -39,10 +39,12 @@ def problem_of(error: Mapping[str, Any], values: Mapping[str, Any]) -> Problem:
 
 
 def plain_path(loc: Iterable[int | str]) -> Path:
-    """Pydantic's location as the user wrote it: without the ``kind`` that it adds where several sections may stand."""
+    """Pydantic's location as the user wrote it: without what it adds where several sections or types may stand."""
     path: list[int | str] = []
     options: tuple[Any, ...] = (Job,)
     for part in loc:
+        if part in (NUMBER, RANGE):
+            continue
         chosen = tuple(option for option in options if len(options) > 1 and kind_of(option) == part)
         if chosen:
             options = chosen

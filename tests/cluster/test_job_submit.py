@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.support import descendants, micro_job
+from headkd_ray.job import Job
+from headkd_ray.train import train
+from tests.support import assert_same_weights, descendants, micro_job, student_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,13 +31,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+Head = tuple[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head node of its own, beside the session's cluster: (dashboard address, environment)."""
     ray = Path(sys.executable).with_name("ray")
     # HOME: a token file that Ray may find in the user's would turn authentication on. /tmp: socket paths have 107 bytes.
     scratch = Path("/tmp") / f"headkd-ray-{os.getpid()}"
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": str(tmp_path_factory.mktemp("home")),
+    }
     environment.pop("RAY_ADDRESS", None)
     dashboard, gcs = free_port(), free_port()
     command = [
@@ -56,34 +68,64 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: tuple[str, dict[str, str]]) -> None:
+def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``ray job ARGUMENTS``; again, while the dashboard is starting."""
     address, environment = head
-    working_dir = tmp_path / "work"
-    shutil.copytree(ROOT / "headkd_ray", working_dir / "headkd_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [str(Path(sys.executable).with_name("ray")), "job", arguments[0], "--address", address, *arguments[1:]]
+    for _ in range(20):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if "Failed to connect" not in done.stderr + done.stdout:
+            break
+    return done
+
+
+def working_dir_of(folder: Path, job: Job) -> Path:
+    """The code and a job file, as a user's checkout has them."""
+    shutil.copytree(ROOT / "headkd_ray", folder / "headkd_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    return folder
+
+
+TRAIN = ("--", sys.executable, "-m", "headkd_ray.train", "job.yaml")
+
+
+def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: Head) -> None:
     job = micro_job(tmp_path / "runs", drawn_splits, "submitted", optim={"epochs": 1, "milestones": []}, cluster={"workers": 1})
-    (working_dir / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [
-        *(ray, "job", "submit", "--address", address, "--working-dir", str(working_dir)),
-        *("--", sys.executable, "-m", "headkd_ray.train", "job.yaml"),
-    ]
-
-    def submit() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    def wait_for_dashboard() -> subprocess.CompletedProcess[str]:
-        for _ in range(20):
-            done = submit()
-            if "Failed to connect" not in done.stderr + done.stdout:
-                return done
-        return done
-
-    done = wait_for_dashboard()
+    working_dir = working_dir_of(tmp_path / "work", job)
+    done = ray_job(head, "submit", "--working-dir", str(working_dir), *TRAIN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "AP50" in done.stdout and "step 1/" not in done.stderr
     result = json.loads((tmp_path / "runs" / "submitted" / "result.json").read_text())
     assert Path(result["student"], "model.safetensors").exists()
 
     (working_dir / "job.yaml").write_text("run: {name: wrong}\nmethods: supervised\n")
-    failed = submit()
+    failed = ray_job(head, "submit", "--working-dir", str(working_dir), *TRAIN)
     assert failed.returncode != 0 and "did you mean method" in failed.stdout
+
+
+@pytest.mark.slow
+def test_ray_job_stop_keeps_the_step_and_the_same_job_goes_on(tmp_path: Path, drawn_splits: dict[str, str], head: Head) -> None:
+    """The checkpoint of the step in which it was stopped, though checkpoints are due at the ends of epochs alone."""
+    job = micro_job(tmp_path / "runs", drawn_splits, "stopped", optim={"epochs": 40}, eval={"every_epochs": 40})
+    on_ray = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
+    patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+    submit = ("submit", "--working-dir", str(working_dir_of(tmp_path / "work", on_ray)), "--runtime-env-json", patient)
+    done = ray_job(head, *submit, "--no-wait", "--submission-id", "first", *TRAIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = tmp_path / "runs" / "stopped" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline, ray_job(head, "logs", "first").stdout
+        time.sleep(0.1)
+    stopped = ray_job(head, "stop", "first")
+    assert stopped.returncode == 0 and "was stopped" in stopped.stdout + stopped.stderr
+    told = ray_job(head, "logs", "first").stdout
+    ((step, steps),) = re.findall(r"stopped as asked at step (\d+) of (\d+), with a checkpoint", told.splitlines()[-1])
+    assert int(step) < int(steps) and "Traceback" not in told
+
+    again = ray_job(head, *submit, *TRAIN)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"step {int(step) + 1}/{steps}" in again.stdout and f"step {step}/{steps}" not in again.stdout
+    result = json.loads((log.parent / "result.json").read_text())
+    whole = job.model_copy(update={"run": job.run.model_copy(update={"name": "whole"})})
+    assert_same_weights(student_weights(train(whole, lambda record: None)), student_weights(result))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import cycle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headkd_ray.data.plan import Window, eval_windows, steps_per_epoch, train_rows, train_windows
+from headkd_ray.data.plan import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.shards import ShardIndex
+from headkd_ray.engine.world import World
 
 
 def make_index(images: int, shard: int, group: int, seed: int = 0, empty: float = 0.2) -> ShardIndex:
@@ -82,6 +85,37 @@ def test_resuming_at_any_step_continues_the_same_order(
         expected = [(w.epoch, b) for w in all_windows for b in w.batches if b.step >= start]
         assert [(w.epoch, b) for w in later for b in w.batches] == expected
         assert len(later) <= len(all_windows) and all(w.batches for w in later)
+
+
+@settings(max_examples=100, deadline=None)
+@given(**SIZES, processes=st.integers(1, 7), share=st.floats(0, 1))
+def test_fewer_processes_play_the_same_steps(
+    images: int,
+    shard: int,
+    group: int,
+    world: int,
+    batch_size: int,
+    window: int,
+    accumulate: int,
+    seed: int,
+    processes: int,
+    share: float,
+) -> None:
+    """From any step on: each step has the same batches whoever plays them, so no image is lost or seen twice."""
+    processes = min(processes, world)
+    index = make_index(images, shard, group, seed, empty=0)
+    rows = train_rows(index, False)
+    options = {"seed": seed, "batch_size": batch_size, "window": window, "epochs": 2, "accumulate": accumulate}
+    start = int(share * 2 * steps_per_epoch(images, batch_size, world, accumulate))
+    ranks = plan(index, rows, world, **options, start_step=start)
+    played = []
+    for number in range(processes):
+        own = World(number, processes, torch.device("cpu")).ranks_of(world)
+        batches = [batch for w in interleaved([ranks[rank] for rank in own]) for batch in w.batches]
+        assert len(own) and [batch.step for batch in batches] == [batch.step for batch in batches[:: len(own)] for _ in own]
+        played += [(batch.step, rank, batch.rows) for batch, rank in zip(batches, cycle(own))]
+    expected = [(batch.step, rank, batch.rows) for rank in range(world) for w in ranks[rank] for batch in w.batches]
+    assert sorted(played) == sorted(expected)
 
 
 @settings(max_examples=50, deadline=None)

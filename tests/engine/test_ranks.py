@@ -6,19 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import Checkpoints, LocalCheckpoints
+from headkd_ray.engine.log import JsonLines, Sink
 from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import finish, open_run, run_folder
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.engine.world import World
+from headkd_ray.errors import StoppedError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from tests.engine.ranks import on_ranks
-from tests.support import MICRO_STUDENT, micro_job
+from tests.support import MICRO_STUDENT, micro_job, student_weights
 
 KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
 
@@ -33,15 +36,25 @@ class Nowhere:
         assert folder is None
 
 
-def fit_on(world: World, job: Job) -> dict[str, Any] | None:
-    """``train_here`` on several ranks; the result on rank 0."""
+def fit_on(world: World, job: Job, stop_at: int | None = None) -> dict[str, Any] | None:
+    """``train_here`` on several ranks; the result on rank 0. With ``stop_at`` only the last rank is asked to stop, at that
+    step; the result is None."""
     folder = run_folder(job)
     if world.rank == 0:
         open_run(job)
-    dist.barrier()
+    if world.size > 1:
+        dist.barrier()
     streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
+
+    def open_sink(resumed_step: int) -> Sink:
+        return JsonLines(Path(folder.path) / "log.jsonl", resumed_step)
+
     checkpoints: Checkpoints = LocalCheckpoints(folder) if world.rank == 0 else Nowhere()
-    last = fit(job, world, streams, checkpoints, lambda step: lambda record: None)
+    asked = iter(range(1, 1000))
+    try:
+        last = fit(job, world, streams, checkpoints, open_sink, lambda: next(asked) == stop_at and world.rank == world.size - 1)
+    except StoppedError:
+        return None
     if not isinstance(checkpoints, LocalCheckpoints):
         return None
     return finish(folder, checkpoints.folder / str(checkpoints.best()), last)
@@ -72,11 +85,37 @@ def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_s
     """Two processes report what one finds. BatchNorm's statistics differ between ranks when an epoch ends; evaluation is shared
     over the ranks, the export is rank 0's."""
     optim = {"epochs": 1, "milestones": [], "ema": 0.5}
+    keys: dict[str, Any] = {"student": KEEN_STUDENT, "eval": {"batch_size": 1}, "cluster": {"workers": 2}}
     jobs = [
-        micro_job(tmp_path, {**drawn_splits, "val": val}, name, student=KEEN_STUDENT, optim=optim, eval={"batch_size": 1})
+        micro_job(tmp_path, {**drawn_splits, "val": val}, name, optim=optim, **keys)
         for name, val in (("first", drawn_splits["val"]), ("second", str(tmp_path / "kind")))
     ]
     result, _ = on_ranks(2, fit_twice, *jobs, str(tmp_path))
     metrics = evaluate_checkpoint(result["student"], str(tmp_path / "kind"), batch_size=1).as_dict()
     assert 0 < metrics["AP"] < 100 and metrics["images"] == 9
     assert metrics == {key: result["last"][key] for key in metrics}
+
+
+def shrunk(world: World, whole: Job, elastic: Job) -> dict[str, Any] | None:
+    """The whole job on all ranks, and the elastic one up to step 4."""
+    result = fit_on(world, whole)
+    fit_on(world, elastic, stop_at=4)
+    return result
+
+
+def test_a_run_goes_on_with_fewer_workers_in_the_same_steps(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """Two processes, then one that plays both their ranks: only the order of additions differs, and BatchNorm's statistics,
+    which are those of rank 0's process."""
+    keys: dict[str, Any] = {"data": {"batch_size": 2}, "optim": {"epochs": 1, "milestones": [], "accumulate": 2}}
+    whole = micro_job(tmp_path, drawn_splits, "whole", **keys, cluster={"workers": 2})
+    elastic = micro_job(tmp_path, drawn_splits, "elastic", **keys, cluster={"workers": [1, 2]})
+    expected, _ = on_ranks(2, shrunk, whole, elastic)
+    result = fit_on(World.alone(use_gpu=False), elastic)
+    assert result is not None
+    one, other = student_weights(expected), student_weights(result)
+    for name in one:
+        if "running_" not in name and "num_batches" not in name:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+    records = [json.loads(line) for line in (tmp_path / "elastic" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "losses" in r] == list(range(1, 7))
+    assert [r["workers"] for r in records if "losses" in r] == [2, 2, 2, 2, 1, 1]

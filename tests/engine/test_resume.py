@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,9 +21,16 @@ from headkd_ray.train import train
 from tests.support import assert_same_weights, micro_job, student_weights
 
 
-def start(job_file: Path) -> subprocess.Popen[bytes]:
+def start(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, **options)
+
+
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= count):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
+        time.sleep(0.02)
 
 
 def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
@@ -33,10 +42,7 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, 
     job_file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
     log = tmp_path / "killed" / "log.jsonl"
     process = start(job_file)
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
-        time.sleep(0.02)
+    wait_for_lines(log, 5, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "result.json").exists(), "killed too late: the run had ended"
@@ -47,6 +53,27 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, 
     assert result["last"] == expected["last"] and result["best"] == expected["best"]
     steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "losses" in record]
     assert steps == list(range(1, steps[-1] + 1)), "a step is missing from the log, or there twice"
+
+
+def test_sigterm_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """In the middle of an epoch, with checkpoints only at the ends of epochs."""
+    optim = {"epochs": 4, "milestones": [2]}
+    expected = train(micro_job(tmp_path, drawn_splits, "whole", optim=optim), lambda record: None)
+    stopped = micro_job(tmp_path, drawn_splits, "stopped", optim=optim)
+    job_file = tmp_path / "stopped.yaml"
+    job_file.write_text(yaml.safe_dump(stopped.model_dump(mode="json")))
+    process = start(job_file, stderr=subprocess.PIPE, text=True)
+    wait_for_lines(tmp_path / "stopped" / "log.jsonl", 3, process)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    (last,) = re.findall(r"stopped as asked at step (\d+) of 44, with a checkpoint; .* goes on", told.splitlines()[-1])
+    assert "Traceback" not in told and int(last) % 11, "stopped at the end of an epoch: nothing was tested"
+
+    records: list[dict[str, Any]] = []
+    result = train(stopped, records.append)
+    assert records[0]["step"] == int(last) + 1
+    assert_same_weights(student_weights(expected), student_weights(result))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

@@ -1,0 +1,315 @@
+"""Faults, for real: processes and nodes killed under a training run on several nodes. ``FAULTS`` below is the list.
+
+    python bench/faults.py run [FAULT ...] [--seeds 0 1 2]    a run a seed, in which all these happen; into docs/faults.jsonl
+    python bench/faults.py table                              write the table of docs/reliability.md anew
+
+A run is the command ``python -m headkd_ray.train`` on a Ray of a head, a trainer and two teacher nodes, all on this machine:
+the teacher is asked in a process on a teacher node. In an order, at steps and after moments drawn from the seed, one thing
+after another is killed with SIGKILL. They are survived if the run ends by itself (after the driver: if the same command, given
+again, ends) with no actor or placement group left, and with the weights of a run in this process, without Ray, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import yaml
+from evidence_run import revision
+from evidence_tables import append, insert, read
+from machines import ENVIRONMENT, ROOT, Machines, kill, processes, steps_told
+
+from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.synthetic import draw_dataset
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.engine.run import finished, run_folder
+from headkd_ray.errors import TrainingError
+from headkd_ray.job import Job, load_job
+from headkd_ray.train import train
+
+RESULTS, DOCUMENT = ROOT / "docs/faults.jsonl", ROOT / "docs/reliability.md"
+BEGIN, END = "<!-- faults: begin (python bench/faults.py table) -->", "<!-- faults: end -->"
+KEYS = """
+    distill.rois=teacher distill.roi_budget=16 distill.warmup_steps=20 data.batch_size=4 optim.epochs=6 optim.milestones=[5]
+    optim.warmup_steps=10 eval.every_epochs=1 log.every_steps=1 checkpoint.every_steps=5 cluster.max_failures=9
+    cluster.threads_per_worker=1
+"""
+"""jobs/small/head.yaml, small enough to be killed often."""
+HERE = "cluster.workers=0"
+THERE = "teacher.placement=pool teacher.pool.cpus=0 'teacher.pool.resources={teacher: 1}'"
+IMAGES = 80
+STEPS = 20
+"""Of an epoch."""
+PATIENCE = 600.0
+"""Seconds to wait for anything."""
+REPLACED_AFTER = 5.0
+"""Seconds until another node is started for one that was killed."""
+
+Record = dict[str, Any]
+
+
+class Run:
+    """One run of the command on the cluster, whose log a thread watches."""
+
+    def __init__(self, machines: Machines, job: Job, scratch: Path) -> None:
+        self.machines, self.folder = machines, run_folder(job)
+        self.job_file, self.output = (scratch / f"{job.run.name}.{suffix}" for suffix in ("yaml", "txt"))
+        self.job_file.write_text(yaml.safe_dump(job.model_dump(mode="json")), encoding="utf-8")
+        self.step = 0
+        self.seen = [time.monotonic()]
+        """When each step, from 0, was first in the log."""
+        self.hits: list[Record] = []
+        """What was killed at which step, and to which step training went back then."""
+        self.over = threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.start()
+        self.watcher.start()
+
+    def start(self) -> None:
+        self.driver = self.machines.train(self.job_file, self.output)
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.03):
+            told = steps_told(self.folder)
+            self.step = told[-1]["step"] if told else 0
+            self.seen += [time.monotonic()] * (self.step + 1 - len(self.seen))
+            for hit in self.hits[-1:]:
+                hit["back"] = min(hit["back"], self.step)
+
+    def wait(self, what: Callable[[], bool]) -> None:
+        """Wait until ``what()``. Raises TrainingError if the driver ends before, or it takes too long."""
+        deadline = time.monotonic() + PATIENCE
+        while not what():
+            if self.driver.poll() is not None or time.monotonic() > deadline:
+                told = self.output.read_text(encoding="utf-8").splitlines()[-1:]
+                raise TrainingError(f"the run hung, or ended with code {self.driver.poll()}: {told}")
+            time.sleep(0.01)
+
+    def note_hit(self, fault: str) -> None:
+        self.hits.append({"fault": fault, "step": self.step, "back": self.step})
+
+    def end(self) -> None:
+        self.driver.kill()
+        self.driver.wait()
+        self.over.set()
+        self.watcher.join()
+
+
+Fault = Callable[[Run, Random], Callable[[], None]]
+"""Waits until there is something to kill; the function that it gives kills it."""
+
+
+def process(*titles: str) -> Fault:
+    """One of the processes with such titles."""
+
+    def find(run: Run, random: Random) -> Callable[[], None]:
+        found: list[int] = []
+
+        def there() -> bool:
+            found.extend(pid for title in titles for pid in processes(title, os.getpid()))
+            return bool(found)
+
+        run.wait(there)
+        return partial(kill, random.choice(sorted(found)))
+
+    return find
+
+
+def node(kind: str, title: str) -> Fault:
+    """The node of a kind on which a process with such a title runs; another node comes."""
+
+    def find(run: Run, random: Random) -> Callable[[], None]:
+        run.wait(lambda: bool(run.machines.hosts(title, kind)))
+        victim = random.choice(run.machines.hosts(title, kind))
+
+        def hit() -> None:
+            run.machines.kill(victim)
+            time.sleep(REPLACED_AFTER)
+            fill(run.machines)
+
+        return hit
+
+    return find
+
+
+def the_driver(run: Run, random: Random) -> Callable[[], None]:
+    """The command itself, which is given again."""
+
+    def hit() -> None:
+        run.driver.kill()
+        run.driver.wait()
+        run.start()
+
+    return hit
+
+
+WORKER, TEACHER = "ray::RayTrainWorker", "ray::MapWorker"
+FAULTS: dict[str, tuple[str, Fault]] = {
+    "worker": ("a train worker", process(WORKER)),
+    "data": ("a process that reads or decodes images", process("ray::Map(_Decode)", "ray::FlatMap(_Read)")),
+    "teacher": ("a teacher process", process(TEACHER)),
+    "trainer-node": ("the node of a train worker and its data tasks", node("trainer", WORKER)),
+    "teacher-node": ("the node of a teacher process", node("teacher", TEACHER)),
+    "driver": ("the driver; then the same command again", the_driver),
+}
+
+
+def fill(machines: Machines) -> None:
+    """The nodes that the job needs, and one teacher node more."""
+    machines.have("trainer", 1, cpus=2)
+    machines.have("teacher", 2, teacher=1)
+
+
+def trial(machines: Machines, job: Job, faults: Sequence[str], seed: int, scratch: Path) -> Record:
+    """One run in which all the faults happen; its record."""
+    random = Random(f"{seed}: {' '.join(faults)}")
+    fill(machines)
+    run = Run(machines, job, scratch)
+    record: Record = {}
+    section = (STEPS * job.optim.epochs - 4) // len(faults)
+    try:
+        for number, fault in enumerate(random.sample(faults, len(faults))):
+            at = number * section + random.randrange(1, section)
+            run.wait(lambda at=at: run.step >= at)  # type: ignore[misc]
+            time.sleep(random.random())
+            hit = FAULTS[fault][1](run, random)
+            run.note_hit(fault)
+            hit()
+        run.wait(lambda: run.driver.poll() == 0)
+    except TrainingError as error:
+        record["error"] = str(error)
+    run.end()
+    return {
+        **record,
+        "hits": [{**hit, "seconds": seconds_lost(run.seen, hit["step"])} for hit in run.hits],
+        "left": machines.left_over(),
+        **outcome(finished(run.folder)),
+    }
+
+
+def outcome(result: Record | None) -> Record:
+    """Where a run ended, and with which weights."""
+    if result is None:
+        return {"steps": None, "weights": None}
+    weights = (Path(result["student"]) / "model.safetensors").read_bytes()
+    return {"steps": result["last"]["step"], "weights": _digest(weights)}
+
+
+def seconds_lost(seen: Sequence[float], step: int) -> float | None:
+    """Seconds from ``step`` to the second one after it, less the least that the same steps of another epoch took."""
+    others = [other for other in range(step % STEPS, len(seen) - 2, STEPS) if other not in (0, step)]
+    if step + 2 >= len(seen) or not others:
+        return None
+    took, *calm = (seen[first + 2] - seen[first] for first in (step, *others))
+    return round(max(0.0, took - min(calm)), 1)
+
+
+def prepared(scratch: Path, keys: str) -> Job:
+    """The job, its data drawn and its teacher's weights random: what is learnt does not matter here."""
+    drawn = draw_dataset(scratch / "drawn", train=IMAGES, val=32)
+    places = {"data.train": scratch / "train", "data.val": scratch / "val", "teacher.checkpoint": scratch / "teacher"}
+    for split, coco in (("train", drawn.train), ("val", drawn.val)):
+        prepare_split(str(coco), str(drawn.images), str(places[f"data.{split}"]), shard_images=32)
+    classes = ShardSet.open(str(places["data.train"])).meta.classes
+    torch.manual_seed(0)
+    teacher = build_detector(load_job(ROOT / "jobs/small/teacher.yaml").student, len(classes))
+    save_detector(scratch / "teacher", teacher, classes)
+    own = [f"run.storage={scratch / 'runs'}", *(f"{key}={path}" for key, path in places.items())]
+    return load_job(ROOT / "jobs/small/head.yaml", [*shlex.split(KEYS), *shlex.split(keys), *own])
+
+
+def run_faults(faults: Sequence[str], seeds: Sequence[int]) -> None:
+    """Make the runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        calm, disturbed = (prepared(scratch, keys) for keys in (HERE, THERE))
+        torch.set_num_threads(1)
+        expected = outcome(train(calm, lambda record: None))
+        with Machines() as machines:
+            for seed in seeds:
+                named = disturbed.run.model_copy(update={"name": f"faults-{seed}"})
+                found = trial(machines, disturbed.model_copy(update={"run": named}), faults, seed, scratch)
+                same = all(found.pop(key) == value for key, value in expected.items())
+                record = {
+                    "seed": seed,
+                    **found,
+                    "same": same,
+                    **{package: version(package) for package in ("ray", "torch")},
+                    "revision": revision(),
+                    "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+                }
+                print(record, flush=True)
+                append(RESULTS, record)
+
+
+# --- the table ---
+
+
+def section(records: Sequence[Record]) -> str:
+    """One row a fault."""
+    if not records:
+        return "There are no figures yet: `python bench/faults.py run`."
+    lines = ["| killed | times | survived | steps repeated | seconds lost |", "| --- | ---: | ---: | ---: | ---: |"]
+    for fault, (name, _) in FAULTS.items():
+        hits = [(hit, survived(record)) for record in records for hit in record["hits"] if hit["fault"] == fault]
+        if hits:
+            good = [hit for hit, through in hits if through]
+            repeated = [hit["step"] - hit["back"] for hit in good]
+            lost = [hit["seconds"] for hit in good if hit["seconds"] is not None]
+            lines.append(f"| {name} | {len(hits)} | {len(good)} | {_spread(repeated)} | {_spread(lost)} |")
+    made = ", ".join(dict.fromkeys(f"Ray {r['ray']}, torch {r['torch']}, {r['date']}" for r in records))
+    through = sum(map(survived, records))
+    return "\n".join([*lines, "", f"{len(records)} runs, {through} survived; median (least to greatest). {made}."])
+
+
+def survived(record: Record) -> bool:
+    return record["same"] and not record["left"] and "error" not in record
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})" if values else "–"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:10]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; default: all")
+    running.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run each (default: %(default)s)")
+    commands.add_parser("table")
+    options = parser.parse_args(arguments)
+    if options.command == "table":
+        text = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(insert(text, section(read(RESULTS)), BEGIN, END), encoding="utf-8")
+        return 0
+    unknown = set(options.faults) - FAULTS.keys()
+    if unknown:
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
+    os.environ.update(ENVIRONMENT)
+    run_faults(options.faults or list(FAULTS), options.seeds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Whole machines that go: a real Ray of several nodes, and nodes killed under a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from machines import Machines, steps_told, wait_for
+
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.engine.run import run_folder
+from headkd_ray.job import FasterRCNNSpec
+from headkd_ray.train import train
+from tests.detectors.micro import liven
+from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    with Machines() as machines:
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
+    """Folder of a micro Faster R-CNN with drawn weights."""
+    classes = ShardSet.open(drawn_splits["train"]).meta.classes
+    torch.manual_seed(3)
+    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
+    liven(detector)
+    folder = tmp_path_factory.mktemp("teacher")
+    save_detector(folder, detector, classes)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("rois", "title"), [("teacher", "ray::MapWorker"), ("student", "ray::Holder")])
+def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
+    rois: str, title: str, machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], teacher: str
+) -> None:
+    """The teacher goes on on another node, and the weights are those of a run with the teacher in place."""
+
+    def keys(placement: str) -> dict[str, Any]:
+        pool = {"actors": [1, 1], "cpus": 0, "resources": {"teacher": 1}}
+        return {
+            "method": "head",
+            "teacher": {"checkpoint": teacher, "placement": placement, "pool": pool},
+            "distill": {"rois": rois, "roi_budget": 24, "warmup_steps": 4},
+            "optim": {"epochs": 6, "milestones": [3]},
+            "eval": {"every_epochs": 6},
+        }
+
+    expected = train(micro_job(tmp_path, drawn_splits, "inline", **keys("inline")), lambda record: None)
+    machines.have("trainer", 1, cpus=2)
+    machines.have("teacher", 2, teacher=1)
+    on_ray = {"workers": 1, "threads_per_worker": 1}
+    job = micro_job(tmp_path, drawn_splits, "pool", **keys("pool"), cluster=on_ray)
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    driver = machines.train(file, tmp_path / "output")
+    folder = run_folder(job)
+    wait_for(lambda: len(steps_told(folder)) >= 2, driver)
+    (node,) = machines.hosts(title, "teacher")
+    machines.kill(node)
+    assert driver.wait(240) == 0, (tmp_path / "output").read_text()
+    result = json.loads(folder.read("result.json"))
+    assert_same_weights(student_weights(expected), student_weights(result))
+    told = steps_told(folder)
+    assert told[-1]["teacher_restarts"] == 1
+    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1)), "a step was repeated or lost"
+    assert not machines.left_over()
+
+
+def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
+    machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, one, two again: each step once in the log, and none left out."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    machines.have("trainer", 2, cpus=2)
+    job = micro_job(
+        tmp_path,
+        drawn_splits,
+        optim={"epochs": 1000, "milestones": []},  # it is stopped when it has grown again
+        eval={"every_epochs": 1000},
+        checkpoint={"every_steps": 20},
+        cluster={"workers": [1, 2], "cpus_per_worker": 1.5, "data_cpus": 0.5, "threads_per_worker": 1, "resize_seconds": 2},
+    )
+    file, folder = tmp_path / "job.yaml", run_folder(job)
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    driver = machines.train(file, tmp_path / "output")
+
+    def at_work(workers: int) -> bool:
+        told = steps_told(folder)
+        return bool(told) and told[-1]["workers"] == workers
+
+    wait_for(lambda: at_work(2) and len(steps_told(folder)) > 25, driver)
+    machines.kill(machines.nodes["trainer"][0])
+    wait_for(lambda: at_work(1), driver)
+    machines.have("trainer", 2, cpus=2)
+    wait_for(lambda: at_work(2), driver)
+    driver.terminate()
+    assert driver.wait(60) == 143, (tmp_path / "output").read_text()
+    told = steps_told(folder)
+    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1))
+    phases = [workers for workers, _ in groupby(record["workers"] for record in told)]
+    assert phases == [2, 1, 2]
+    assert not machines.left_over()
