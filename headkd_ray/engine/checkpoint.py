@@ -58,9 +58,11 @@ class LocalCheckpoints:
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
         assert folder is not None, "a single process is rank 0"
-        (self.folder / name).remove()  # what a killed predecessor may have left half written
-        (self.folder / name).copy_from(Folder.open(folder))
-        shutil.rmtree(folder)
+        try:
+            (self.folder / name).remove()  # what a killed predecessor may have left half written
+            (self.folder / name).copy_from(Folder.open(folder))
+        finally:
+            shutil.rmtree(folder)
         self.entries = [entry for entry in self.entries if entry["name"] != name] + [{"name": name, "score": metrics[SCORE]}]
         keep = {self.entries[-1]["name"], self.best()}
         dropped = [entry["name"] for entry in self.entries if entry["name"] not in keep]
