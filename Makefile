@@ -5,7 +5,8 @@
 # PYTHON=python3.12 make ...                                      chooses the Python (3.10 to 3.13) for the set-up
 
 PY := .venv/bin/python
-OWN := $(if $(TRAIN),--train "$(TRAIN)") $(if $(VAL),--val "$(VAL)") $(if $(IMAGES),--images "$(IMAGES)")
+# Taken from the environment, where make puts them: pasted into the command, a quote in a name would end it.
+OWN := $(if $(TRAIN),--train "$$TRAIN") $(if $(VAL),--val "$$VAL") $(if $(IMAGES),--images "$$IMAGES")
 
 .PHONY: setup quickstart test lint lock
 

@@ -1,26 +1,88 @@
-"""Folders on any filesystem: a local path, or a URI that pyarrow (file, s3, gs, hdfs) or else fsspec understands."""
+"""Folders on any filesystem: a local path, or a URI that pyarrow (file, s3, gs, hdfs) or else fsspec understands.
+
+A store that speaks S3 but is not AWS is named in the URI, of which every folder in it keeps that part:
+``s3://bucket/runs?endpoint_override=minio.example:9000&scheme=http``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import os
 import posixpath
+import re
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from headkd_ray.errors import StorageError, UserError
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""Filesystems (``type_name``) without folders, in which a file appears when the last byte of it has arrived."""
+
+CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for temporary ones AWS_SESSION_TOKEN, too), or AWS_PROFILE, where the "
+    "command runs and on the cluster's nodes"
+)
+REASONS = {
+    r"INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|INVALID_CLIENT_TOKEN_ID|InvalidToken": f"unknown access key; {CREDENTIALS}",
+    r"SIGNATURE_DOES_NOT_MATCH": f"the secret key is not this access key's; {CREDENTIALS}",
+    # An answer to HEAD has no body that would name the error; status 400 is what expired credentials get there.
+    r"EXPIRED_TOKEN|ExpiredToken|TokenRefreshRequired|status 400\) No response body": "the credentials have expired; sign in "
+    f"again, or {CREDENTIALS}",
+    r"ACCESS_DENIED": "access denied: there are no credentials, wrong ones, or they lack the right (cluster/iam/storage.json "
+    f"lists those that are needed); {CREDENTIALS}",
+    r"NO_SUCH_BUCKET": "there is no such bucket; make it, or correct the URI",
+    r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|status 5\d\d": "the storage has trouble; try again later",
+    r"NETWORK_CONNECTION": "cannot be reached; check the network and, if it is not AWS, the URI's endpoint_override and scheme",
+}
+"""What a store's error means and what to do, by the error's code as the AWS SDK or the store spells it."""
+
+
+def _plainly(method: Method) -> Method:
+    """Let a Folder's method raise StorageError where an S3 store refuses a request or cannot be reached."""
+
+    @functools.wraps(method)
+    def wrapped(self: Folder, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except OSError as error:
+            reason = _reason(error)
+            if reason is None:
+                raise
+            raise StorageError(f"{self.uri}: {reason}") from error
+
+    return cast(Method, wrapped)
+
+
+def _reason(error: OSError) -> str | None:
+    """What an S3 store's error means and what to do, without the SDK's prose; None if it is another error."""
+    found = re.search(r"AWS Error (.*?) during \w+ operation: (.*)", str(error), re.DOTALL)
+    if found is None:
+        return None
+    code, detail = found.group(1), re.sub(r"\s*\(Request ID.*", "", found.group(2), flags=re.DOTALL).strip()
+    known = next((reason for names, reason in REASONS.items() if re.search(names, f"{code} {detail}")), None)
+    if known is None:
+        return f"the storage says {code}: {detail}"
+    return f"{known} ({detail.rpartition('Details: ')[2]})" if code == "NETWORK_CONNECTION" else known
+
 
 @dataclass(frozen=True)
 class Folder:
     """A folder on some filesystem. Picklable, so it may travel to another machine if the filesystem is reachable there.
 
-    ``folder / "name"`` is a folder in it; the methods that take a name are about the file of that name in it.
+    ``folder / "name"`` is a folder in it; the methods that take a name are about the file of that name in it. Besides what each
+    says, all that look at the storage raise StorageError where an S3 store refuses or cannot be reached.
     """
 
     fs: pafs.FileSystem
@@ -34,15 +96,17 @@ class Folder:
         """The folder that ``uri`` names; it need not exist. Raises ``error`` if no filesystem serves the URI."""
         uri = os.fspath(uri)
         fs, path = _resolve(uri, error)
-        return cls(fs, path.rstrip("/") or "/", uri.rstrip("/") or "/")
+        head, query = _split(uri)
+        return cls(fs, path.rstrip("/") or "/", (head.rstrip("/") or "/") + query)
 
     @classmethod
     def of_file(cls, uri: str | os.PathLike[str], error: type[UserError] = StorageError) -> tuple[Folder, str]:
         """The folder that holds the file ``uri``, and the file's name in it. Raises ``error`` as ``open`` does."""
         uri = os.fspath(uri)
         fs, path = _resolve(uri, error)
-        head, name = posixpath.split(path)
-        return cls(fs, head or "/", posixpath.dirname(uri) or "."), name
+        parent, name = posixpath.split(path.rstrip("/"))
+        head, query = _split(uri)
+        return cls(fs, parent or "/", (posixpath.dirname(head.rstrip("/")) or ".") + query), name
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(self.fs, self.at(name), self.named(name))
@@ -63,7 +127,8 @@ class Folder:
 
     def named(self, name: str) -> str:
         """How to call ``name`` in a message to the user."""
-        return f"{self.uri.rstrip('/')}/{name}"
+        head, query = _split(self.uri)
+        return f"{head.rstrip('/')}/{name}{query}"
 
     def has(self, name: str) -> bool:
         """Is there a file ``name``?"""
@@ -73,6 +138,7 @@ class Folder:
         """Bytes of the file ``name``; None if there is no such file."""
         return self.sizes([name])[0]
 
+    @_plainly
     def sizes(self, names: list[str]) -> list[int | None]:
         """Bytes of each file; None where there is no such file."""
         infos = self.fs.get_file_info([self.at(name) for name in names]) if names else []
@@ -82,47 +148,58 @@ class Folder:
         """Bytes left on this machine's disk that holds the folder, which must exist; None for a remote one."""
         return None if self.remote else shutil.disk_usage(self.path).free
 
+    @_plainly
     def names(self) -> list[str]:
         """Names of the files directly in the folder, sorted; empty if there is no folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
+    @_plainly
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises OSError (FileNotFoundError if missing)."""
-        with self.fs.open_input_stream(self.at(name)) as stream:
-            return stream.read()
+        # A file, and not a stream, which would ask for 256 KiB at a time.
+        with self.fs.open_input_file(self.at(name)) as file:
+            return file.read()
 
+    @_plainly
     def create(self) -> None:
         """Make the folder and its parents."""
         self.fs.create_dir(self.path, recursive=True)
 
+    @_plainly
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file, atomically; the folder must exist."""
-        with self.fs.open_output_stream(self.at(name + ".tmp")) as stream:
+        draft = name if self.fs.type_name in OBJECT_STORES else name + ".tmp"
+        with self.fs.open_output_stream(self.at(draft)) as stream:
             stream.write(content)
-        self.publish(name)
+        if draft != name:
+            self.publish(name)
 
+    @_plainly
     def publish(self, name: str) -> None:
         """Rename ``name``.tmp to ``name``: a reader sees the whole file or none."""
         self.fs.move(self.at(name + ".tmp"), self.at(name))
 
+    @_plainly
     def delete(self, name: str) -> None:
         """Delete the file ``name`` if there is one."""
-        if self.has(name):
+        with contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.at(name))
 
+    @_plainly
     def copy_from(self, source: Folder) -> None:
         """Copy another folder's content here, over what is there; makes the folder."""
         self.create()
         pafs.copy_files(source.path, self.path, source_filesystem=source.fs, destination_filesystem=self.fs)
 
+    @_plainly
     def remove(self) -> None:
         """Delete the folder and everything in it, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.delete_dir(self.path)
 
     def check_writable(self) -> None:
-        """Write and delete a probe file; on a local filesystem, also the folders that this made.
+        """Write and delete a probe file, and the folders that this made. (An S3 store keeps an empty marker of the folder.)
 
         Raises:
             StorageError: the folder cannot be created or written.
@@ -132,23 +209,42 @@ class Folder:
         try:
             if not self.remote:
                 missing = [folder for folder in (Path(self.path), *Path(self.path).parents) if not folder.exists()]
-            self.create()
+            if self.fs.type_name not in OBJECT_STORES:
+                self.create()
             self.write(probe, b"")
             self.delete(probe)
+        except StorageError:
+            raise
         except Exception as error:  # fsspec's filesystems raise errors of their own kinds
-            raise StorageError(f"{self.uri}: not writable ({error})") from error
+            raise StorageError(f"{self.uri}: not writable ({error}); choose another folder") from error
         finally:
             for folder in missing:
                 with contextlib.suppress(OSError):  # somebody else uses it by now, or it could not be made
                     folder.rmdir()
 
 
+def _split(uri: str) -> tuple[str, str]:
+    """A URI without its query, and the query, its question mark included; a path has none."""
+    head, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return head, mark + query
+
+
 def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    parts = urlsplit(uri)
+    if parts.password is not None:
+        raise error(
+            f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]}{parts.path}: has a password in it, which would be written "
+            f"into job.json and logs; take it out, and {CREDENTIALS}"
+        )
     try:
-        return pafs.FileSystem.from_uri(uri)
+        fs, path = pafs.FileSystem.from_uri(uri)
+        # A copy, as another process gets one, asks a silent server three times (seconds); this one would for minutes.
+        return copy.copy(fs), path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown_to_arrow:
+        if parts.scheme == "s3":
+            raise error(f"{uri}: {unknown_to_arrow}; correct the URI") from unknown_to_arrow
         try:
             import fsspec  # A dependency of torch and of Ray; imported only for the schemes pyarrow does not know.
 
@@ -159,3 +255,5 @@ def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
                 "check the scheme, or install the fsspec package that serves it (for example adlfs, s3fs)"
             ) from unknown_to_fsspec
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+    except OSError as unreachable:  # pyarrow asks AWS in which region a bucket is
+        raise error(f"{uri}: {_reason(unreachable) or unreachable}") from unreachable

@@ -48,3 +48,18 @@ def drawn_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for coco_json, out in splits.values():
         prepare_split(str(coco_json), str(drawn.images), str(out), shard_images=16, row_group=4)
     return {name: str(out) for name, (_, out) in splits.items()}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a store that speaks S3, with a bucket "bucket"; this process and its children have its credentials."""
+    boto3 = pytest.importorskip("boto3")
+    from tests.s3 import moto_server, nobody
+
+    with pytest.MonkeyPatch.context() as patch, moto_server(tmp_path_factory.mktemp("moto"), nobody()) as url:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in nobody().items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield url.removeprefix("http://")

@@ -1,4 +1,4 @@
-"""Folders, local and remote (fsspec's memory filesystem), behave alike."""
+"""Folders, local and remote (fsspec's memory filesystem, a real S3 server), behave alike."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import pytest
 from headkd_ray.errors import CheckpointError, DataError, StorageError
 from headkd_ray.job import RetinaNetSpec
 from headkd_ray.storage import Folder
+from tests.s3 import uri
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(params=["path", "file", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """A folder that does not exist yet, as a path, a file URI and a URI that pyarrow does not know."""
+    """A folder that does not exist yet, as a path, a file URI, a URI that pyarrow does not know, and on S3."""
+    if request.param == "s3":
+        return Folder.open(uri("bucket", request.getfixturevalue("s3"), f"{uuid.uuid4()}/a/b/"))
     uris = {"path": f"{tmp_path}/a/b", "file": f"file://{tmp_path}/a/b", "memory": f"memory://{uuid.uuid4()}/a/b"}
     return Folder.open(uris[request.param] + "/")
 
@@ -63,6 +66,13 @@ def test_names_for_people_and_for_other_processes(tmp_path: Path, monkeypatch: p
     assert far.address == far.uri == "memory://bucket/runs/head" and far.remote
     parent, name = Folder.of_file("memory://bucket/runs/a.json")
     assert parent.uri == "memory://bucket/runs" and name == "a.json"
+    query = "?endpoint_override=minio.example:9000&scheme=http"
+    minio = Folder.open(f"s3://bucket/runs/{query}") / "head"
+    assert minio.address == f"s3://bucket/runs/head{query}" and minio.path == "bucket/runs/head"
+    assert minio.named("job.json") == f"s3://bucket/runs/head/job.json{query}"
+    parent, name = Folder.of_file(f"s3://bucket/teachers/r50/{query}")
+    assert (parent.uri, parent.path, name) == (f"s3://bucket/teachers{query}", "bucket/teachers", "r50")
+    assert Folder.open("what?/runs").uri == "what?/runs", "a question mark in a path is a letter"
 
 
 def test_checking_whether_a_folder_is_writable_leaves_nothing_behind(folder: Folder, tmp_path: Path) -> None:
@@ -93,11 +103,11 @@ def test_detectors_are_fetched_from_anywhere(folder: Folder, tmp_path: Path) -> 
     local = tmp_path / "student"
     save_detector(local, build_detector(RetinaNetSpec.model_validate(MICRO_STUDENT), 2), ("cat", "dog"))
     (folder / "student").copy_from(Folder.open(local))
-    assert fetch_detector(f"{folder.uri}/student").classes == ("cat", "dog")
+    assert fetch_detector(folder.named("student")).classes == ("cat", "dog")
     with pytest.raises(CheckpointError, match="gone"):
-        fetch_detector(f"{folder.uri}/gone")
+        fetch_detector(folder.named("gone"))
     folder.write("broken.pth", b"not a weight file")
     with pytest.raises(CheckpointError) as caught:
-        fetch_detector(f"{folder.uri}/broken.pth")
-    path = folder.at("broken.pth") if not folder.remote else f"{folder.uri}/broken.pth"
+        fetch_detector(folder.named("broken.pth"))
+    path = folder.at("broken.pth") if not folder.remote else folder.named("broken.pth")
     assert str(caught.value).startswith(path), "the message names what the user wrote, not a copy"

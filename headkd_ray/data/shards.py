@@ -180,7 +180,7 @@ class ShardSet:
         except FileNotFoundError as error:
             state = "is not completely prepared" if folder.names() else "is missing or empty"
             raise DataError(f"{uri}: the data set {state} (no {META} or {INDEX}); {mend}") from error
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{uri}: cannot be read ({error}); check access, or {mend} --overwrite") from error
         problems = []
         for shard, size in zip(meta.shards, folder.sizes([shard.name for shard in meta.shards]), strict=True):
@@ -212,8 +212,9 @@ class ShardSet:
         name = self.meta.shards[shard].name
         try:
             with pq.ParquetFile(self.folder.fs.open_input_file(self.folder.at(name)), pre_buffer=self.folder.remote) as file:
+                _check_columns(file, SHARD_SCHEMA)
                 table = file.read_row_group(group, columns=columns, use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
         return [_sample(table, row - group * self.meta.row_group) for row in rows]
 
@@ -234,6 +235,15 @@ def _sample(table: pa.Table, row: int) -> Sample:
 
 def _read_index(folder: Folder, row_group: int) -> ShardIndex:
     # No Arrow threads: beside torch's, its CPU pool can abort the process at exit (apache/arrow#34314).
-    table = pq.ParquetFile(pa.BufferReader(folder.read(INDEX))).read(use_threads=False)
+    file = pq.ParquetFile(pa.BufferReader(folder.read(INDEX)))
+    _check_columns(file, INDEX_SCHEMA)
+    table = file.read(use_threads=False)
     names = ("image_id", "width", "height", "shard", "row", "boxes")
     return ShardIndex(**{name: table[name].to_numpy() for name in names}, row_group=row_group)
+
+
+def _check_columns(file: pq.ParquetFile, schema: pa.Schema) -> None:
+    """Raises ArrowInvalid for other columns. Not for a clear error alone: where Ray Data is imported, a column of its type for
+    Python objects is unpickled when it is read, and a pickle may run any code."""
+    if not file.schema_arrow.equals(schema):
+        raise pa.ArrowInvalid("it has other columns than python -m headkd_ray.prepare writes")

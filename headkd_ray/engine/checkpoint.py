@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from headkd_ray.detectors.safe_load import read_file
 from headkd_ray.errors import CheckpointError
 from headkd_ray.storage import Folder
 
@@ -58,9 +59,11 @@ class LocalCheckpoints:
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
         assert folder is not None, "a single process is rank 0"
-        (self.folder / name).remove()  # what a killed predecessor may have left half written
-        (self.folder / name).copy_from(Folder.open(folder))
-        shutil.rmtree(folder)
+        try:
+            (self.folder / name).remove()  # what a killed predecessor may have left half written
+            (self.folder / name).copy_from(Folder.open(folder))
+        finally:
+            shutil.rmtree(folder)
         self.entries = [entry for entry in self.entries if entry["name"] != name] + [{"name": name, "score": metrics[SCORE]}]
         keep = {self.entries[-1]["name"], self.best()}
         dropped = [entry["name"] for entry in self.entries if entry["name"] not in keep]
@@ -86,8 +89,6 @@ def load_state(folder: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(
-            [f"{folder / STATE_FILE}: unreadable training state ({error}); start a new run.name or delete this checkpoint"]
-        ) from error
+        return read_file(folder / STATE_FILE)
+    except CheckpointError as error:
+        raise CheckpointError(f"unreadable training state: {error}; start a new run.name or delete this checkpoint") from error

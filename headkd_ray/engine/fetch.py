@@ -16,7 +16,7 @@ def fetch_detector(place: str) -> LoadedDetector:
     Raises:
         CheckpointError: missing, unreadable, or as ``load_checkpoint`` raises it.
     """
-    folder, name = Folder.of_file(place.rstrip("/"), CheckpointError)
+    folder, name = Folder.of_file(place, CheckpointError)
     if not folder.remote:
         return load_checkpoint(folder.at(name) if "://" in place else place)
     with tempfile.TemporaryDirectory() as scratch:

@@ -25,7 +25,7 @@ def train_here(job: Job, tell: Sink) -> Record:
     with ExitStack() as files:
 
         def open_sink(resumed_step: int) -> Sink:
-            log = files.enter_context(RunLog(folder, resumed_step, job.log.tensorboard))
+            log = files.enter_context(RunLog(folder, resumed_step, job.log.tensorboard, job.checkpoint.every_steps))
 
             def sink(record: Record) -> None:
                 log(record)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER
@@ -20,6 +23,7 @@ RESULT_FILE = "result.json"
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Likewise of the teacher: where it is asked, not what it says.
 FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
+UPLOAD_SECONDS = 60
 
 
 def run_folder(job: Job) -> Folder:
@@ -33,11 +37,11 @@ def check_run(job: Job) -> None:
         StorageError: run.storage is not writable, or no filesystem serves it.
         JobError: a run of this name exists and was started with other keys (all differing keys are named).
     """
-    folder = run_folder(job)
     try:
+        folder = run_folder(job)
         folder.check_writable()
     except StorageError as error:
-        raise StorageError(f"run.storage: {error}; choose another") from error
+        raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
         return
     before, after = (_flatten(keys) for keys in (json.loads(folder.read(JOB_FILE)), job.model_dump(mode="json")))
@@ -87,13 +91,17 @@ def finish(folder: Folder, best: Folder, last: Record) -> Record:
 
 
 class RunLog:
-    """``log.jsonl`` and ``tensorboard/`` of a run, written by rank 0; on remote storage, uploaded at each ``sync``.
+    """``log.jsonl`` and ``tensorboard/`` of a run, written by rank 0; on remote storage, uploaded now and then.
 
     A context manager: leaving it closes the files.
     """
 
-    def __init__(self, run: Folder, resumed_step: int, tensorboard: bool) -> None:
+    def __init__(self, run: Folder, resumed_step: int, tensorboard: bool, checkpoint_every: int | None = None) -> None:
+        """``checkpoint_every``: optimizer steps between checkpoints within an epoch; None = there are none."""
         self.run = run
+        self.checkpoint_every = checkpoint_every
+        self.due = False
+        self.uploaded = time.monotonic()
         self.scratch = tempfile.TemporaryDirectory() if run.remote else None
         local = Path(run.path if self.scratch is None else self.scratch.name)
         if self.scratch is not None and resumed_step and run.has("log.jsonl"):
@@ -105,19 +113,28 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for sink in self.sinks:
             sink.close()
         if self.scratch is not None:
-            self.scratch.cleanup()
+            with self.scratch, suppress(StorageError) if error is not None else nullcontext():
+                self._upload(self.scratch.name)
 
     def __call__(self, record: Record) -> None:
         for sink in self.sinks:
             sink(record)
+        every = self.checkpoint_every
+        self.due = record["epoch"] == int(record["epoch"]) or (every is not None and record["step"] % every == 0)
 
     def sync(self) -> None:
-        if self.scratch is not None:
-            self.run.copy_from(Folder.open(self.scratch.name))
+        """Upload, if the storage is remote: before each checkpoint, so that a run that resumes from it lacks no record; else at
+        most every UPLOAD_SECONDS, for each upload is of everything."""
+        if self.scratch is not None and (self.due or time.monotonic() - self.uploaded > UPLOAD_SECONDS):
+            self._upload(self.scratch.name)
+
+    def _upload(self, local: str) -> None:
+        self.run.copy_from(Folder.open(local))
+        self.due, self.uploaded = False, time.monotonic()
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

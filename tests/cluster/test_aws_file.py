@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.files import BIN, CLUSTER, ROOT, TEACHER, TRAIN_WORKER, check_announced, fits, free_port, nodes_to_come, read
+from tests.cluster.files import BIN, CLUSTER, ROOT, TEACHER, TRAIN_WORKER, check_announced, fits, nodes_to_come, read
+from tests.s3 import moto_server, nobody
 
 pytestmark = pytest.mark.slow  # a moto server, and Ray's autoscaler against it
 
@@ -24,28 +22,13 @@ TYPES = {"trainer-spot": "trainer", "trainer": "trainer", "teacher-spot": "teach
 @pytest.fixture(scope="module")
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A moto server, and the environment in which boto3 takes it for AWS and the user is nobody."""
-    home, port = tmp_path_factory.mktemp("home"), free_port()
-    url = f"http://127.0.0.1:{port}"
+    home = tmp_path_factory.mktemp("home")
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))},
-        **{"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "HOME": str(home)},
-        **{"AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1", "RAY_USAGE_STATS_ENABLED": "0"},
+        **{name: value for name, value in nobody().items() if not name.startswith("RAY_")},
+        **{"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"},
     }
-    log = home / "moto.log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield environment
-    finally:
-        server.kill()
-        server.wait()
+    with moto_server(home, environment) as url:
+        yield {**environment, "AWS_ENDPOINT_URL": url}
 
 
 @pytest.fixture(scope="module")

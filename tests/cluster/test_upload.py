@@ -27,6 +27,16 @@ SECRETS = [
     "headkd_ray/server.key",
     "bucket_credentials.csv",
     "secrets.yaml",
+    ".s3cfg",
+    ".boto",
+    ".mc/config.json",
+    "jobs/rclone.conf",
+    ".huggingface/token",
+    ".kaggle/kaggle.json",
+    "service-account-headkd.json",
+    "infra/terraform.tfstate",
+    "wallet.keystore",
+    ".vault-token",
 ]
 BULK = [
     "runs/head_r18/student/model.safetensors",

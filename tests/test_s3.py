@@ -1,0 +1,236 @@
+"""Whole runs with everything on a store that speaks S3: a real server, real requests, a real kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load
+
+from headkd_ray import cache, evaluate, prepare
+from headkd_ray.data.synthetic import draw_dataset
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.job import FasterRCNNSpec, Job
+from headkd_ray.storage import Folder
+from headkd_ray.train import main, train
+from tests.detectors.micro import liven
+from tests.s3 import EXPIRED, Answer, Proxy, moto_server, nobody, uri
+from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
+
+
+@pytest.fixture(scope="module")
+def splits(s3: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Prepared splits on S3, of images on S3."""
+    folder = tmp_path_factory.mktemp("drawn")
+    drawn = draw_dataset(folder, train=24, val=6)
+    images = Folder.open(uri("bucket", s3, "photos"))
+    images.copy_from(Folder.open(drawn.images))
+    prepared = {}
+    for name, coco in (("train", drawn.train), ("val", drawn.val)):
+        Folder.open(uri("bucket", s3, "coco")).write(f"{name}.json", Path(coco).read_bytes())
+        prepared[name] = uri("bucket", s3, f"data/{name}")
+        arguments = [uri("bucket", s3, f"coco/{name}.json"), images.uri, "--out", prepared[name]]
+        assert prepare.main([*arguments, "--shard-images", "8", "--row-group", "4"]) == 0
+    return prepared
+
+
+@pytest.fixture
+def proxy(s3: str) -> Iterator[Proxy]:
+    with Proxy(f"http://{s3}") as proxy:
+        yield proxy
+
+
+def job_on(netloc: str, splits: dict[str, str], name: str, **sections: Any) -> Job:
+    """A job whose run is on the store at ``netloc``."""
+    job = micro_job(Path("unused"), splits, name, **sections)
+    return job.model_copy(update={"run": job.run.model_copy(update={"storage": uri("bucket", netloc, "runs")})})
+
+
+def write(job: Job, folder: Path) -> str:
+    file = folder / f"{job.run.name}.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    return str(file)
+
+
+def start(job_file: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", job_file], env=environment)
+
+
+def weights_on(address: str) -> dict[str, torch.Tensor]:
+    return load(Folder.open(address).read("model.safetensors"))
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str], tmp_path: Path) -> None:
+    """A cache is built there and trained from there; the student is the one of the same run on this disk."""
+    torch.manual_seed(1)
+    classes = tuple(json.loads(Folder.open(splits["train"]).read("meta.json"))["classes"])
+    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
+    liven(detector)
+    save_detector(tmp_path / "teacher", detector, classes)
+    Folder.open(uri("bucket", s3, "teachers/micro")).copy_from(Folder.open(tmp_path / "teacher"))
+    job = job_on(
+        s3,
+        splits,
+        "cached",
+        method="head",
+        teacher={"checkpoint": uri("bucket", s3, "teachers/micro"), "placement": "cache"},
+        distill={"rois": "teacher", "roi_budget": 16},
+        data={"views": 1},
+    )
+    assert cache.main(["build", write(job, tmp_path)]) == 0
+    result = train(job, lambda record: None)
+    assert result["student"] == uri("bucket", s3, "runs/cached/student")
+    here = job.model_copy(update={"run": job.run.model_copy(update={"storage": str(tmp_path)})})
+    assert_same_weights(weights_on(result["student"]), student_weights(train(here, lambda record: None)))
+    out = uri("bucket", s3, "found/detections.json")
+    assert evaluate.main([result["student"], splits["val"], "--out", out]) == 0
+    assert isinstance(json.loads(Folder.open(uri("bucket", s3, "found")).read("detections.json")), list)
+    assert train(job, lambda record: pytest.fail("it had ended")) == result
+
+
+def test_kill_9_in_the_middle_of_an_upload(proxy: Proxy, splits: dict[str, str], tmp_path: Path) -> None:
+    """The half-written checkpoint is not chosen, the run resumes from the one before and ends as an undisturbed one."""
+    job = job_on(proxy.netloc, splits, "killed", checkpoint={"every_steps": 2})
+    here = job.model_copy(update={"run": job.run.model_copy(update={"storage": str(tmp_path)})})
+    expected = train(here, lambda record: None)
+    run = Folder.open(job.run.storage) / "killed"
+    uploading, ended = threading.Event(), threading.Event()
+
+    def stall(method: str, path: str) -> Answer | None:
+        if "step_00000004/training_state.pt" in path and method == "PUT" and not ended.is_set():
+            uploading.set()
+            ended.wait(60)
+            return 500, b""
+        return None
+
+    proxy.refuse = stall
+    process = start(write(job, tmp_path))
+    assert uploading.wait(120), "no second checkpoint"
+    half = run / "checkpoints" / "step_00000004" / "student"
+    deadline = time.monotonic() + 60
+    while not half.names() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    ended.set()
+    assert half.names(), "part of the checkpoint is there"
+    assert [entry["name"] for entry in json.loads((run / "checkpoints").read("checkpoints.json"))] == ["step_00000002"]
+
+    result = train(job, lambda record: None)
+    assert_same_weights(weights_on(result["student"]), student_weights(expected))
+    assert result["last"] == expected["last"] and result["best"] == expected["best"]
+    records = [json.loads(line) for line in run.read("log.jsonl").splitlines()]
+    steps = [record["step"] for record in records if "losses" in record]
+    assert steps == list(range(1, steps[-1] + 1)), "a step is missing from the log, or there twice"
+
+
+def test_the_log_is_not_uploaded_with_every_record(proxy: Proxy, splits: dict[str, str]) -> None:
+    train(job_on(proxy.netloc, splits, "logged"), lambda record: None)
+    uploads = [path for method, path in proxy.seen if method == "POST" and path.endswith("logged/log.jsonl?uploads")]
+    assert 1 <= len(uploads) <= 4, "2 epochs, an evaluation and the end; 13 records"
+
+
+def test_credentials_that_expire_during_a_run(
+    proxy: Proxy, splits: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One clear error; with new ones the same command goes on."""
+    job_file = write(job_on(proxy.netloc, splits, "expired"), tmp_path)
+    over = threading.Event()
+
+    def expire(method: str, path: str) -> Answer | None:
+        if "step_00000012/" in path:
+            over.set()
+        return EXPIRED if over.is_set() else None
+
+    proxy.refuse = expire
+    told = refused([job_file], capsys)
+    assert over.is_set(), "it was not the second checkpoint that failed"
+    assert told.count("error: ") == 1 and "runs/expired" in told
+    assert "the credentials have expired; sign in again" in told and "AWS Error" not in told
+    proxy.refuse = lambda method, path: None
+    assert main([job_file]) == 0
+    assert "step 7/12" in capsys.readouterr().out
+
+
+def test_wrong_credentials_are_one_clear_error_before_anything_starts(
+    drawn_splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that checks them: an unknown key, a wrong secret, a user without rights."""
+    import boto3
+
+    # moto looks at nobody's credentials in the first requests: those that set it up.
+    with moto_server(tmp_path, {**nobody(), "INITIAL_NO_AUTH_ACTION_COUNT": "3"}) as url, Proxy(url) as proxy:
+        for name, value in nobody().items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="bucket")
+        iam = boto3.client("iam", endpoint_url=url, region_name="us-east-1")
+        iam.create_user(UserName="somebody")
+        key = iam.create_access_key(UserName="somebody")["AccessKey"]
+        job = write(job_on(proxy.netloc, drawn_splits, "refused"), tmp_path)
+        cases = {
+            ("nobody", "nothing"): "unknown access key; set AWS_ACCESS_KEY_ID",
+            (key["AccessKeyId"], "nothing"): "the secret key is not this access key's; set",
+            (key["AccessKeyId"], key["SecretAccessKey"]): "access denied: ",
+        }
+        for (access, secret), expected in cases.items():
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", access)
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+            proxy.seen.clear()
+            told = refused([job], capsys)
+            assert told.startswith("error: run.storage: s3://bucket/runs/refused?") and expected in told, told
+            assert len(told.splitlines()) == 1 and "AWS Error" not in told
+            assert len(proxy.seen) < 3, "it was tried again"
+
+
+def test_other_mistakes_in_the_address(
+    s3: str, drawn_splits: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write(micro_job(tmp_path, drawn_splits), tmp_path)
+    query = f"endpoint_override={s3}&scheme=http"
+    cases = {
+        f"s3://nosuchbucket/runs?{query}": "there is no such bucket; make it, or correct the URI",
+        f"s3://bucket/runs?{query}&regoin=x": "Unexpected query parameter in S3 URI: 'regoin'; correct the URI",
+        "s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http": "cannot be reached; check the network",
+        f"s3://nobody:nothing@bucket/runs?{query}": "has a password in it, which would be written into job.json",
+    }
+    for storage, expected in cases.items():
+        told = refused([job, f"run.storage={storage}"], capsys)
+        assert told.startswith("error: run.storage: s3://") and expected in told, told
+        assert len(told.splitlines()) == 1 and "nothing@" not in told
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_train(s3: str, splits: dict[str, str], tmp_path: Path) -> None:
+    """Checkpoints, log and student of Ray Train's workers are there; the same command finds that it has ended."""
+    job = job_on(s3, splits, "on_ray", cluster={"workers": 1, "cpus_per_worker": 1, "data_cpus": 1})
+    run = Folder.open(job.run.storage) / "on_ray"
+    assert start(write(job, tmp_path)).wait() == 0
+    result = json.loads(run.read("result.json"))
+    assert weights_on(result["student"])
+    here = job.model_copy(update={"run": job.run.model_copy(update={"storage": str(tmp_path), "name": "here"})})
+    assert start(write(here, tmp_path)).wait() == 0
+    expected = json.loads((tmp_path / "here" / "result.json").read_text())
+    assert_same_weights(weights_on(result["student"]), student_weights(expected))
+    records = [json.loads(line) for line in run.read("log.jsonl").splitlines()]
+    assert [record["step"] for record in records if "losses" in record] == list(range(1, 13))
+    assert start(write(job, tmp_path)).wait() == 0

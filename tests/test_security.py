@@ -1,0 +1,181 @@
+"""Files from anywhere run no code: what readers the package may use, and what each does with a file that would run some."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import headkd_ray
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import load_checkpoint
+from headkd_ray.engine.checkpoint import STATE_FILE, load_state
+from headkd_ray.engine.fetch import fetch_detector
+from headkd_ray.errors import DataError, JobError, UserError
+from headkd_ray.golden.file import Golden
+from headkd_ray.job import load_job
+from headkd_ray.storage import Folder
+from tests.support import micro_job
+
+PACKAGE = Path(headkd_ray.__file__).parent
+ROOT = PACKAGE.parent
+RUNS_CODE = {
+    *("eval", "exec", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"),
+    *("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "torch.serialization.add_safe_globals"),
+    *("torch.serialization.safe_globals", "np.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all"),
+    *("yaml.compose", "pd.read_pickle"),
+}
+"""Calls that run code of what they are given, or do unless an argument forbids it."""
+READERS = {
+    # Ray's blocks, which the same run wrote.
+    ("pickle.loads", "cluster/stream.py"): "",
+    # Other people's files.
+    ("torch.load", "detectors/safe_load.py"): "weights_only=True",
+    ("torch.serialization.safe_globals", "detectors/safe_load.py"): "_allowed()",
+    ("np.load", "golden/file.py"): "allow_pickle=False",
+    ("yaml.compose", "job/tree.py"): "Loader=_Loader",
+}
+"""Where each of them may stand, and with what argument."""
+MODULES = {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
+
+
+def sources() -> Iterator[tuple[str, ast.AST]]:
+    for file in [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]:
+        name = file.relative_to(PACKAGE) if file.is_relative_to(PACKAGE) else file.relative_to(ROOT)
+        yield name.as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_no_call_that_runs_what_it_reads() -> None:
+    found = set()
+    for file, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names]
+                source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+                assert not {name.split(".")[0] for name in (*names, source)} & MODULES, f"{file}:{node.lineno}"
+                assert source not in ("pickle", "os", "subprocess"), f"{file}:{node.lineno}: call it by its module's name"
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert not any(word.arg == "shell" for word in node.keywords), f"{file}:{node.lineno}: a shell"
+            if name in RUNS_CODE:
+                argument = READERS.get((name, file))
+                assert argument is not None, f"{file}:{node.lineno}: {name}"
+                given = [ast.unparse(argument) for argument in (*node.args, *node.keywords)]
+                assert not argument or argument in given, f"{file}:{node.lineno}: {name} without {argument}"
+                found.add((name, file))
+    assert found == set(READERS), "a reader is gone: take it out of the list"
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def bomb(tmp_path: Path) -> Iterator[Bomb]:
+    bomb = Bomb(tmp_path / "it ran")
+    yield bomb
+    assert not bomb.mark.exists(), "code of the file was run"
+
+
+def test_the_bomb_works(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+def backbone(file: Path) -> None:
+    job = micro_job(file.parent, {"train": "t", "val": "v"})
+    weights = job.student.backbone.model_copy(update={"weights": str(file)})
+    build_detector(job.student.model_copy(update={"backbone": weights}), 2)
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "teacher.pth": load_checkpoint,
+    "student.pt": lambda file: fetch_detector(str(file)),
+    "remote.pth": lambda file: fetch_detector(file.as_uri()),
+    "backbone.pth": backbone,
+    STATE_FILE: lambda file: load_state(file.parent),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("wrapped", [True, False], ids=["torch.save", "pickle"])
+def test_pickles_in_weight_files(name: str, wrapped: bool, bomb: Bomb, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if wrapped:
+        torch.save({"state_dict": {"weight": torch.zeros(2)}, "meta": bomb}, file)
+    else:
+        file.write_bytes(pickle.dumps(bomb, protocol=2))
+    with pytest.raises(UserError) as caught:
+        LOADERS[name](file)
+    told = str(caught.value)
+    assert name in told and "that are not loaded, because that could run code" in told and "mkdir" in told
+    assert "weights_only" not in told, "no advice to load it all the same"
+
+
+def test_a_pickle_that_is_called_safetensors(bomb: Bomb, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(bomb))
+    with pytest.raises(UserError, match="not a readable weight file"):
+        load_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_stand_ins_of_logging_objects_do_nothing(tmp_path: Path, bomb: Bomb) -> None:
+    """mmdet's logs hold bound methods, pickled as a call of getattr: read, it is not that getattr."""
+    content = b"\x80\x02}X\x01\x00\x00\x00xcbuiltins\ngetattr\ncargparse\nNamespace\nX\x08\x00\x00\x00__init__\x86Rs."
+    torch.save({"w": torch.zeros(1)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_arrays_of_objects(bomb: Bomb, tmp_path: Path) -> None:
+    np.savez(tmp_path / "golden.npz", images=np.array([bomb], dtype=object))
+    with pytest.raises(DataError, match=r"not an \.npz of plain arrays"):
+        Golden.open(tmp_path / "golden.npz")
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!!python/module:os"])
+def test_yaml_tags(tag: str, bomb: Bomb, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(f'run: {{name: {tag} ["{bomb.mark}"]}}\nmethod: supervised\n')
+    with pytest.raises(JobError, match=r"job\.yaml:1: .*python"):
+        load_job(str(tmp_path / "job.yaml"), [])
+    with pytest.raises(JobError, match="python"):
+        load_job(str(ROOT / "jobs/head.yaml"), [f'run.name={tag} ["{bomb.mark}"]'])
+
+
+@pytest.mark.parametrize("file", ["index.parquet", "shard-00000.parquet"])
+def test_ray_s_python_objects_in_shards(file: str, bomb: Bomb, drawn_splits: dict[str, str], tmp_path: Path) -> None:
+    """Ray Data's column type for Python objects unpickles what is read, in every process in which it is imported."""
+    objects = pytest.importorskip("ray.data._internal.object_extensions.arrow")
+    split = Folder.open(tmp_path / "split")
+    split.copy_from(Folder.open(drawn_splits["train"]))
+    table = pq.read_table(io.BytesIO(split.read(file)))
+    name = "boxes"
+    column = objects.ArrowPythonObjectArray.from_objects([bomb] * len(table))
+    table = table.set_column(table.column_names.index(name), name, column)
+    with io.BytesIO() as buffer:
+        pq.write_table(table, buffer)
+        content = buffer.getvalue()
+    assert isinstance(pq.read_schema(io.BytesIO(content)).field(name).type, pa.ExtensionType)
+    meta = split.read("meta.json").decode()
+    if file != "index.parquet":  # whoever makes the file writes its size, too
+        split.write("meta.json", meta.replace(str(split.size(file)), str(len(content)), 1).encode())
+    split.write(file, content)
+    with pytest.raises(DataError, match=f"{'split' if file == 'index.parquet' else file}.*other columns"):
+        ShardSet.open(split.uri).read_group(0, 0, [0])
