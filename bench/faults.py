@@ -4,9 +4,10 @@
     python bench/faults.py table                              write the table of docs/reliability.md anew
 
 A run is the command ``python -m headkd_ray.train`` on a Ray of a head, a trainer and two teacher nodes, all on this machine:
-the teacher is asked in a process on a teacher node. In an order, at steps and after moments drawn from the seed, one thing
-after another is killed with SIGKILL. They are survived if the run ends by itself (after the driver: if the same command, given
-again, ends) with no actor or placement group left, and with the weights of a run in this process, without Ray, bit for bit.
+the teacher is asked in every step, in a process on a teacher node. In an order, at steps and after moments drawn from the seed,
+one thing after another is killed with SIGKILL. They are survived if the run ends by itself (after the driver: if the same
+command, given again, ends) with no actor or placement group left, and with the weights of a run in this process, without Ray,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -47,9 +48,8 @@ from headkd_ray.train import train
 RESULTS, DOCUMENT = ROOT / "docs/faults.jsonl", ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- faults: begin (python bench/faults.py table) -->", "<!-- faults: end -->"
 KEYS = """
-    distill.rois=teacher distill.roi_budget=16 distill.warmup_steps=20 data.batch_size=4 optim.epochs=6 optim.milestones=[5]
-    optim.warmup_steps=10 eval.every_epochs=1 log.every_steps=1 checkpoint.every_steps=5 cluster.max_failures=9
-    cluster.threads_per_worker=1
+    distill.warmup_steps=20 data.batch_size=4 optim.epochs=6 optim.milestones=[5] optim.warmup_steps=10 eval.every_epochs=1
+    log.every_steps=1 checkpoint.every_steps=5 cluster.max_failures=9 cluster.threads_per_worker=1
 """
 """jobs/small/head.yaml, small enough to be killed often."""
 HERE = "cluster.workers=0"
@@ -160,7 +160,7 @@ def the_driver(run: Run, random: Random) -> Callable[[], None]:
     return hit
 
 
-WORKER, TEACHER = "ray::RayTrainWorker", "ray::MapWorker"
+WORKER, TEACHER = "ray::RayTrainWorker", "ray::Holder"
 FAULTS: dict[str, tuple[str, Fault]] = {
     "worker": ("a train worker", process(WORKER)),
     "data": ("a process that reads or decodes images", process("ray::Map(_Decode)", "ray::FlatMap(_Read)")),
