@@ -33,7 +33,7 @@ import torch
 import yaml
 from evidence_run import revision
 from evidence_tables import append, insert, read
-from machines import ENVIRONMENT, ROOT, Machines, kill, processes, steps_told
+from machines import ENVIRONMENT, ROOT, Machines, kill, processes, steps_told, wait_for
 
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet
@@ -41,7 +41,6 @@ from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
 from headkd_ray.engine.run import finished, run_folder
-from headkd_ray.errors import TrainingError
 from headkd_ray.job import Job, load_job
 from headkd_ray.train import train
 
@@ -94,13 +93,8 @@ class Run:
                 hit["back"] = min(hit["back"], self.step)
 
     def wait(self, what: Callable[[], bool]) -> None:
-        """Wait until ``what()``. Raises TrainingError if the driver ends before, or it takes too long."""
-        deadline = time.monotonic() + PATIENCE
-        while not what():
-            if self.driver.poll() is not None or time.monotonic() > deadline:
-                told = self.output.read_text(encoding="utf-8").splitlines()[-1:]
-                raise TrainingError(f"the run hung, or ended with code {self.driver.poll()}: {told}")
-            time.sleep(0.01)
+        """Wait until ``what()``. Raises RuntimeError if the driver ends first, or it takes too long."""
+        wait_for(what, self.driver, PATIENCE)
 
     def note_hit(self, fault: str) -> None:
         self.hits.append({"fault": fault, "step": self.step, "back": self.step})
@@ -193,8 +187,9 @@ def trial(machines: Machines, job: Job, faults: Sequence[str], seed: int, scratc
             run.note_hit(fault)
             hit()
         run.wait(lambda: run.driver.poll() == 0)
-    except TrainingError as error:
-        record["error"] = str(error)
+    except RuntimeError as error:
+        told = run.output.read_text(encoding="utf-8").splitlines()[-1:]
+        record["error"] = f"{error}: {told}"
     run.end()
     return {
         **record,

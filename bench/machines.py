@@ -130,11 +130,10 @@ def steps_told(run: Folder) -> list[dict[str, Any]]:
     return [record for record in records if "losses" in record]
 
 
-def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 300) -> float:
-    """Wait until ``what()``; seconds that it took. Raises RuntimeError if the driver ends first, or it takes too long."""
-    started = time.monotonic()
+def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    """Wait until ``what()``. Raises RuntimeError if the driver ends first, or it takes too long."""
+    deadline = time.monotonic() + seconds
     while not what():
-        if driver.poll() is not None or time.monotonic() > started + seconds:
-            raise RuntimeError(f"the run ended or hung first (exit code {driver.poll()})")
-        time.sleep(0.05)
-    return time.monotonic() - started
+        if driver.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the run hung, or ended first (exit code {driver.poll()})")
+        time.sleep(0.02)
