@@ -270,8 +270,8 @@ def section(records: Sequence[Record]) -> str:
             lost = [hit["seconds"] for hit in good if hit["seconds"] is not None]
             lines.append(f"| {name} | {len(hits)} | {len(good)} | {_spread(repeated)} | {_spread(lost)} |")
     made = ", ".join(dict.fromkeys(f"Ray {r['ray']}, torch {r['torch']}, {r['date']}" for r in records))
-    through = sum(map(survived, records))
-    return "\n".join([*lines, "", f"{len(records)} runs, {through} survived; median (least to greatest). {made}."])
+    runs = f"{sum(map(survived, records))} of {len(records)} runs survived"
+    return "\n".join([*lines, "", f"{runs}; median (least to greatest). {made}."])
 
 
 def survived(record: Record) -> bool:
