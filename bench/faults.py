@@ -244,6 +244,7 @@ def run_faults(faults: Sequence[str], seeds: Sequence[int]) -> None:
                 same = all(found.pop(key) == value for key, value in expected.items())
                 record = {
                     "seed": seed,
+                    "faults": list(faults),
                     **found,
                     "same": same,
                     **{package: version(package) for package in ("ray", "torch")},
