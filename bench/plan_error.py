@@ -1,4 +1,4 @@
-"""How far ``python -m headkd_ray.plan`` is off: ``python bench/plan_error.py [--images 240] [--epochs 4] [--rounds 1]``.
+"""How far ``python -m headkd_ray.plan`` is off: ``python bench/plan_error.py [--jobs head] [--images 240] [--rounds 1]``.
 
 Plans the small baseline and the small HEAD job (the quickstart's) for 0, 1 and 2 workers, then trains them and compares images
 a second. One torch thread a worker. 2 workers and their data tasks want 4 CPUs: on fewer they take them from each other, which
@@ -60,6 +60,7 @@ def measured(job: Job) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", nargs="+", choices=("baseline", "head"), default=("baseline", "head"))
     parser.add_argument("--images", type=int, default=240, help="drawn images")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1, help="runs of each job and number of workers")
@@ -83,7 +84,7 @@ def main() -> int:
         teacher = load_job(str(JOBS / "teacher.yaml"), common)
         torch.manual_seed(0)
         save_detector(f"{scratch}/teacher", build_detector(teacher.student, len(classes)), classes)
-        for name in ("baseline", "head"):
+        for name in options.jobs:
             own = [*common, *([f"teacher.checkpoint={scratch}/teacher"] if name == "head" else [])]
             for workers in (0, 1, 2):
                 for turn in range(options.rounds):

@@ -66,10 +66,10 @@ def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps:
         f"{work.images} images, {work.epochs} epochs; {parameters:.2f} M trained parameters. MB/step: what a worker sends to "
         f"others and gets of its teachers, at {gbps:g} Gbit/s."
     ]
-    if job.teacher is not None and job.distill.rois == "teacher" and measured.features is not None:
-        dtype = job.teacher.cache.dtype
-        size = cache_bytes(work.images, work.views, job.distill.roi_budget, *measured.features, dtype)
+    if job.teacher is not None and job.distill.rois == "teacher" and measured.codec is not None:
+        size = cache_bytes(work.images, work.views, job.distill.roi_budget, measured.codec)
         built = f", built in {plans[0].build_hours:.2g} of the hours" if work.placement == "cache" else ""
+        dtype = measured.codec.dtype
         notes.append(
             f"A cache of {work.views} views of each image: at most {size / 1e9:.3g} GB ({dtype}, uncompressed){built}."
         )

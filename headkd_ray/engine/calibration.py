@@ -29,6 +29,7 @@ from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
 from headkd_ray.teacher import soft_teacher
+from headkd_ray.teacher.codec import Codec
 
 WARM_UP = 2
 """Steps that are not counted."""
@@ -40,8 +41,8 @@ class Calibration:
 
     costs: Costs
     device: torch.device
-    features: tuple[int, int] | None
-    """Layers and width of what a cache would keep of the teacher; None if it can keep nothing of it."""
+    codec: Codec | None
+    """How a cache would keep what the teacher says; None if it can keep nothing of it."""
 
 
 def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibration:
@@ -83,7 +84,7 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
             parameters=sum(parameter.numel() for parameter in trained),
         ),
         world.device,
-        learner.features,
+        learner.codec,
     )
 
 
@@ -108,8 +109,10 @@ class _Learner:
                 self.soft = soft_teacher(job, detector, world.device)
             else:
                 self.guest = Guest(detector.to(world.device).to(memory_format=torch.channels_last))
-        roi = detector.roi.spec if isinstance(detector, FasterRCNN) else None
-        self.features = None if roi is None else (roi.fcs, roi.fc_channels)
+        self.codec = None
+        if job.teacher is not None and isinstance(detector, FasterRCNN):
+            roi, logits = detector.roi.spec, min(job.teacher.cache.logits, len(classes) + 1)
+            self.codec = Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)
         self.answer_bytes = 0
         self.student: list[float] = []
         self.teacher: list[float] = []

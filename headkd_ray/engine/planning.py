@@ -23,6 +23,7 @@ from typing import Literal
 from headkd_ray.data.plan import steps_per_epoch, train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.job import Job
+from headkd_ray.teacher.codec import Codec
 from headkd_ray.teacher.recipe import views_of
 
 LOCAL_DATA_THREADS = 2
@@ -195,7 +196,8 @@ def _bottleneck(
     return "teacher" if slowest == "teacher" or teacher > student else "student"
 
 
-def cache_bytes(images: int, views: int, budget: int, layers: int, width: int, dtype: Literal["fp16", "int8"]) -> int:
-    """Most bytes that a cache of soft targets takes, before compression: ``budget`` RoIs a view, and of each RoI ``layers``
-    features of ``width`` numbers, a box of four float32 and one byte. (int8's scales and Parquet's own bytes are left out.)"""
-    return images * views * budget * (layers * width * (2 if dtype == "fp16" else 1) + 16 + 1)
+def cache_bytes(images: int, views: int, budget: int, codec: Codec) -> int:
+    """Most bytes that a cache of soft targets takes, before compression: ``budget`` RoIs a view, of each a box (four float32),
+    a byte, the features, and 16-bit logits with their classes. (int8's scales and Parquet's own bytes are left out.)"""
+    features = codec.layers * codec.width * (2 if codec.dtype == "fp16" else 1)
+    return images * views * budget * (16 + 1 + features + 4 * codec.logits)

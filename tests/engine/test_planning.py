@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headkd_ray.engine.planning import Costs, Prices, Work, cache_bytes, plan
-from headkd_ray.targets import ViewTargets
+from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher.codec import Codec
 
 COSTS = Costs(
@@ -156,16 +155,14 @@ def test_laws(work: Work, costs: Costs, workers: int, bandwidth: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_cache_bytes_are_what_the_codec_packs(dtype: Any) -> None:
-    budget, layers, width = 8, 2, 32
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("logits", [0, 3])
+def test_cache_bytes_are_what_the_codec_packs(dtype: Any, logits: int) -> None:
+    budget, codec = 8, Codec(dtype, 2, 32, logits)
     view = ViewTargets(
         boxes=np.zeros((budget, 4), np.float32),
         truth=np.zeros(budget, bool),
-        taps=rng.random((layers, budget, width), dtype=np.float32),
+        taps=np.random.default_rng(0).random((2, budget, 32), dtype=np.float32),
+        top=TopLogits(np.zeros((budget, logits), np.float32), np.zeros((budget, logits), np.int64)),
     )
-    codec = Codec(dtype, layers, width)
-    with io.BytesIO() as packed:
-        for part in (view.boxes.tobytes(), view.truth.tobytes(), codec.pack(view, codec.scales([view]))):
-            packed.write(part)
-        assert cache_bytes(3, 5, budget, layers, width, dtype) == 15 * packed.tell()
+    parts = (view.boxes.tobytes(), view.truth.tobytes(), codec.pack(view, codec.scales([view])), *codec.pack_top(view.top))
+    assert cache_bytes(3, 5, budget, codec) == 15 * sum(map(len, parts))
