@@ -28,6 +28,7 @@ FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Likewise of the teacher: where it is asked, not what it says.
 FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
 UPLOAD_SECONDS = 60
+"""Between uploads of the log, where no checkpoint comes."""
 
 
 def run_folder(job: Job) -> Folder:
@@ -115,7 +116,7 @@ def only_one(run: Folder) -> Iterator[None]:
                 f"run.name: another process is training {run.uri}; wait for it, end it, or choose another run.name"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
                 raise
         yield
 
