@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -232,18 +231,19 @@ def _split(uri: str) -> tuple[str, str]:
 def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    parts = urlsplit(uri)
-    if parts.password is not None:
+    scheme, _, rest = uri.partition("://")
+    user, _, host = rest.partition("/")[0].rpartition("@")
+    if ":" in user:
         raise error(
-            f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]}{parts.path}: has a password in it, which would be written "
-            f"into job.json and logs; take it out, and {CREDENTIALS}"
+            f"{scheme}://…@{host}: has a password in it, which would be written into job.json and logs; take it out, and "
+            f"{CREDENTIALS}"
         )
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
         # A copy, as another process gets one, asks a silent server three times (seconds); this one would for minutes.
         return copy.copy(fs), path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown_to_arrow:
-        if parts.scheme == "s3":
+        if scheme == "s3":
             raise error(f"{uri}: {unknown_to_arrow}; correct the URI") from unknown_to_arrow
         try:
             import fsspec  # A dependency of torch and of Ray; imported only for the schemes pyarrow does not know.

@@ -23,19 +23,21 @@ def train(job: Job, tell: Sink) -> Record:
     """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before."""
     # Imported here, because torch, timm and Ray take ten seconds: what is wrong with the job file is told before.
     from headkd_ray.engine.preflight import preflight
-    from headkd_ray.engine.run import finished, run_folder
+    from headkd_ray.engine.run import finished, only_one, run_folder
 
     preflight(job)
-    result = finished(run_folder(job))
+    run = run_folder(job)
+    result = finished(run)
     if result is not None:
         return result
-    if job.cluster.workers == 0:
-        from headkd_ray.engine.local import train_here
+    with only_one(run):
+        if job.cluster.workers == 0:
+            from headkd_ray.engine.local import train_here
 
-        return train_here(job, tell)
-    from headkd_ray.cluster.train import train_on_ray  # workers: 0 must run where Ray is not installed
+            return train_here(job, tell)
+        from headkd_ray.cluster.train import train_on_ray  # workers: 0 must run where Ray is not installed
 
-    return train_on_ray(job, tell)
+        return train_on_ray(job, tell)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -119,7 +119,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as files:
 
         def open_sink(resumed_step: int) -> Sink:
-            log = files.enter_context(RunLog(run_folder(job), resumed_step, job.log.tensorboard))
+            log = files.enter_context(RunLog(run_folder(job), resumed_step, job.log.tensorboard, job.checkpoint.every_steps))
 
             def sink(record: Record) -> None:
                 log(record)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,12 +21,14 @@ from headkd_ray.storage import Folder
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
 # Sections that may change when a run is resumed: they decide where and how loudly it trains, not what it learns.
 # (Some changes of cluster.workers are refused nevertheless: below, and in loop.State.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Likewise of the teacher: where it is asked, not what it says.
 FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
 UPLOAD_SECONDS = 60
+"""Between uploads of the log, where no checkpoint comes."""
 
 
 def run_folder(job: Job) -> Folder:
@@ -88,6 +93,32 @@ def finish(folder: Folder, best: Folder, last: Record) -> Record:
     }
     folder.write(RESULT_FILE, json.dumps(result, indent=1).encode())
     return result
+
+
+@contextmanager
+def only_one(run: Folder) -> Iterator[None]:
+    """Keep other processes from training the same run meanwhile; the lock ends with this process, however it ends.
+
+    Object stores have no locks, and some network file systems none either: there nothing is kept from anybody.
+
+    Raises:
+        JobError: another process is training it.
+    """
+    if run.remote:
+        yield
+        return
+    run.create()
+    with open(run.at(LOCK_FILE), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(
+                f"run.name: another process is training {run.uri}; wait for it, end it, or choose another run.name"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
+                raise
+        yield
 
 
 class RunLog:

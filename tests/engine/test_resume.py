@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from headkd_ray.engine.local import train_here
-from headkd_ray.errors import CheckpointError, UserError
+from headkd_ray.engine.run import only_one, run_folder
+from headkd_ray.errors import CheckpointError, JobError, UserError
 from headkd_ray.train import train
 from tests.support import assert_same_weights, micro_job, student_weights
 
@@ -108,3 +109,10 @@ def test_a_damaged_training_state_is_named(tmp_path: Path, drawn_splits: dict[st
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="unreadable training state"):
         train_here(job, lambda record: None)
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
+    with only_one(run_folder(job)), pytest.raises(JobError, match=r"run\.name: another process is training .*/run;"):
+        train(job, lambda record: None)
+    assert train(job, lambda record: None)["last"]["step"] > 0
