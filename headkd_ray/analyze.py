@@ -1,7 +1,7 @@
 """What a search found: ``python -m headkd_ray.analyze RUN``, with RUN the search's folder, ``<run.storage>/<run.name>``.
 
-Prints a table of the trials and writes RUN/analysis: index.html (one self-contained page), its figures as PNG, and best.yaml, the
-best trial's job. The search may be finished, running or killed, and on remote storage. In a notebook:
+Prints a table of the trials and writes RUN/analysis: index.html (one self-contained page), its figures as PNG, and best.yaml,
+the best trial's job. The search may be finished, running or killed, and on remote storage. In a notebook:
 ``headkd_ray.analyze.load(RUN)`` is a pandas frame.
 """
 
@@ -19,7 +19,7 @@ from headkd_ray.report.search.figures import figures, png, svg
 from headkd_ray.report.search.frame import read_trials, trial_frame
 from headkd_ray.report.search.importance import importances
 from headkd_ray.report.search.page import page
-from headkd_ray.report.search.table import trial_table
+from headkd_ray.report.search.table import print_trials
 from headkd_ray.search.records import SearchFolder
 from headkd_ray.storage import Folder
 
@@ -46,7 +46,7 @@ def analyze(run: str, out: Folder, console: Console) -> None:
     folder = SearchFolder.open(run)
     search = folder.search()
     trials = read_trials(folder, search)
-    console.print(trial_table(search, trials))
+    print_trials(console, search, trials)
     shares, note = importances(search, trials)
     drawn = figures(search, trials, shares)
     out.create()
@@ -57,11 +57,11 @@ def analyze(run: str, out: Folder, console: Console) -> None:
     if best is not None:
         out.write("best.yaml", render_best(search, best).encode())
         students = [result["student"] for result in best.results.values()]
-        console.print(f"best: trial {best.number}, job {out.named('best.yaml')}, students {', '.join(students)}", highlight=False)
+        console.print(f"best: trial {best.number}, job {out.named('best.yaml')}, students {', '.join(students)}")
     else:
         console.print("no trial has finished yet")
-    console.print(note, highlight=False)
-    console.print(f"page: {out.named('index.html')}", highlight=False)
+    console.print(note)
+    console.print(f"page: {out.named('index.html')}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", help="write the trials here, as CSV")
     parser.add_argument("--parquet", help="write the trials here, as Parquet")
     options = parser.parse_args(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     with user_errors():
         analyze(options.run, Folder.open(options.out or f"{options.run.rstrip('/')}/analysis"), console)
         for path, written in ((options.csv, "to_csv"), (options.parquet, "to_parquet")):

@@ -1,7 +1,7 @@
 """Search hyper-parameters: ``python -m headkd_ray.tune jobs/tune_tf_head.yaml [key.path=value ...]``.
 
-The search file names a base job, the job keys to search and how. ``--resume`` goes on with a search that was stopped or killed, or
-lets it try more (``budget.trials=40``). Look at it at any time with ``python -m headkd_ray.analyze RUN``.
+The search file names a base job, the job keys to search and how. ``--resume`` goes on with a search that was stopped or killed,
+or lets it try more (``budget.trials=40``). Look at it at any time with ``python -m headkd_ray.analyze RUN``.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""A search on Ray Tune: it places, stops and restarts trials. What they get and what they found is in the search's own files, so
-that a search resumes from those alone, on another cluster or with another version of Ray too; Tune's own files are scratch.
+"""A search on Ray Tune: it places, stops and restarts trials. What they get and what they found is in the search's own files,
+so that a search resumes from those alone, on another cluster or with another version of Ray too; Tune's own files are scratch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from headkd_ray.cluster.resources import check_resources, connected, gpus_of_process, room_for
+from headkd_ray.cluster.resources import connected, gpus_of_process, room_for
 from headkd_ray.cluster.trial import TIME, TrainJob, TrialContext, run_trial
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job
@@ -28,8 +28,7 @@ OF_TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a CSV, a JSON and TensorBoard files a trial, which its run folder has
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command at once; --resume goes on
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody reads its snapshots
-    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "1000000",
-    "RAY_TRAIN_ENABLE_V2": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints although it is asked to be silent
 }
 """Environment of Tune's driver."""
 
@@ -80,6 +79,8 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
                 verbose=0,
             ),
         )
+        # It misses the files that are switched off above.
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         tuner.fit()
         scratch.remove()
     return folder.trials()
@@ -170,6 +171,15 @@ class Recorder(tune.Callback):
         self.book.ended(trial.config["number"], state="failed", cause=f"its process died: {lines[-1]}")
 
 
+class Halving(ASHAScheduler):
+    """Successive halving that counts trial 0 and never stops it: it is what the others are compared with."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        action = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if trial.config.get("number") == 0 else action
+
+
 def _trial_resources(job: Job) -> tune.PlacementGroupFactory:
     """What a trial's own process takes. With train workers, which take theirs themselves, it is only their small driver: on the
     head node, where no spot machine is taken away, and without a CPU, for decoding needs whole ones."""
@@ -186,7 +196,7 @@ def _scheduler(search: Search, book: Book) -> TrialScheduler:
     metric = search.spec.objective.metric
     epochs = search.spec.space.get("optim.epochs")
     longest = max(epochs.ends) if epochs is not None else search.base.optim.epochs
-    scheduler = ASHAScheduler(
+    scheduler = Halving(
         time_attr=TIME,
         metric=metric,
         mode="max",

@@ -18,12 +18,12 @@ WARM_UP, TIMES = 3, 20
 
 @torch.inference_mode()
 def inference_cost(job: Job) -> dict[str, float]:
-    """Of the job's student on one image of the largest evaluation size (data.eval_short_side x data.long_side), with fresh weights:
+    """Of the job's student, on one image of the largest evaluation size, data.eval_short_side x data.long_side:
 
     - ``params``: parameters, million;
     - ``flops``: floating-point operations of convolutions and matrix products, 10^9, a multiply-add being two;
-    - ``latency``: median time of a pass with its post-processing, ms, on this process's device. Fresh weights detect hardly
-      anything, so that post-processing has little to do; and what else the machine does is in it.
+    - ``latency``: median time of a pass with its post-processing, ms, on this process's device. The weights are fresh and
+      detect hardly anything, so that post-processing has little to do; and what else the machine does is in it.
     """
     world = World.alone(use_gpu=job.cluster.gpus_per_worker != 0)
     classes = ShardSet.open(job.data.val).meta.classes

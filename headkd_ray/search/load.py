@@ -1,4 +1,4 @@
-"""A search file and the command line's ``key.path=value`` overrides as a checked Search, or one error that lists every mistake."""
+"""A search file and the command line's ``key.path=value`` overrides as a Search, or one error that lists every mistake."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def _join_keys(draft: Draft, section: str) -> None:
     for parts, value in list(_leaves(nested, (section,))):
         key = ".".join(parts[1:])
         for old in [old for old in draft.origins if old[: len(parts)] == parts]:
-            draft.origins[(section, key, *old[len(parts) :])] = draft.origins.pop(old)
+            place = (section, key) + old[len(parts) :]
+            draft.origins[place] = draft.origins.pop(old)
         joined[key] = value
         if value is None and section == "space" and origin(draft, (section, key)).override:
             del joined[key]

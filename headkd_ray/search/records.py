@@ -1,5 +1,5 @@
-"""A search's folder, ``<run.storage>/<run.name>``: what was asked, and one small file a trial. All that resumes or analyses a search
-reads these alone.
+"""A search's folder, ``<run.storage>/<run.name>``: what was asked, and one small file a trial. Whoever resumes or analyses a
+search reads these alone.
 
 - ``search.json``: the search, and its base job as written;
 - ``trials/0003.json``: a trial, from the moment that it is proposed;
@@ -114,16 +114,17 @@ class SearchFolder:
             raise JobError(f"{self.folder.named(SEARCH_FILE)}: not a search of this version ({error})") from error
 
     def check_same(self, search: Search) -> None:
-        """Raises JobError, naming the keys, if a search to be resumed here was started with another space, job or objective."""
-        before = self.search()
-        old, new = ({"job": each.base.model_dump(mode="json"), **each.spec.model_dump(mode="json")} for each in (before, search))
-        for each in (old, new):
-            each["job"].pop("cluster")
-            each["job"].pop("run")
+        """Raises JobError, naming the keys, if the search here was started with another space, job or objective."""
+
+        def asked(each: Search) -> dict[str, Any]:
+            job = each.base.model_dump(mode="json", exclude={"cluster", "run", "log"})
+            return {**each.spec.model_dump(mode="json", exclude={*FREE_SECTIONS, "run", "overrides"}), "job": job}
+
+        old, new = asked(self.search()), asked(search)
         differing = [
-            f"{key}: differs from what the search {self.folder.uri} was started with; keep it to resume, or choose another run.name"
+            f"{key}: the search {self.folder.uri} was started with another; keep that to resume it, or choose another run.name"
             for key in old
-            if key not in (*FREE_SECTIONS, "run", "overrides") and old[key] != new[key]
+            if old[key] != new[key]
         ]
         if differing:
             raise JobError(differing)

@@ -27,8 +27,8 @@ class Search:
 
     spec: SearchSpec
     written: dict[str, Any]
-    """The base job's plain values as written, the search file's overrides included; defaults are left out, for those of a section
-    depend on its ``kind``, which may be searched."""
+    """The base job's plain values as written, the search file's overrides included; defaults are left out, for those of a
+    section depend on its ``kind``, which may be searched."""
 
     @cached_property
     def base(self) -> Job:
@@ -119,20 +119,20 @@ def contains(parameter: ParameterSpec, value: Any) -> bool:
     low, high = parameter.ends
     whole = "int" not in parameter.kind or float(value).is_integer()
     steps = 0.0 if parameter.step is None else (value - low) / parameter.step
-    return low <= value <= high and whole and math.isclose(steps, round(steps), abs_tol=1e-9)
+    inside = low <= value <= high or math.isclose(value, high, rel_tol=1e-9)  # a sum of steps may pass it by a rounding error
+    return inside and whole and math.isclose(steps, round(steps), abs_tol=1e-6)
 
 
 def listed(parameter: ParameterSpec) -> list[Any] | None:
     """All values, if they are few enough to be listed: choices, whole numbers, steps; else None."""
     if parameter.choice is not None:
         return list(parameter.choice)
-    if parameter.randint is not None:
-        low, high = parameter.randint
+    low, high = parameter.ends
+    if parameter.kind == "randint":
         return list(range(low, high + 1, int(parameter.step or 1)))
-    if parameter.uniform is not None and parameter.step is not None:
-        low, high = parameter.uniform
-        return [rounded(low + index * parameter.step) for index in range(math.floor((high - low) / parameter.step + 1e-9) + 1)]
-    return None
+    if parameter.step is None:
+        return None
+    return [rounded(low + index * parameter.step) for index in range(math.floor((high - low) / parameter.step + 1e-9) + 1)]
 
 
 def rounded(value: float) -> float:

@@ -58,8 +58,8 @@ class SearcherSpec(Spec):
     """Which values a trial gets."""
 
     kind: Literal["random", "grid", "tpe"] = "tpe"
-    """random; grid = every combination of choices, whole numbers and steps, in turn; tpe = Optuna's multivariate tree-structured
-    Parzen estimator, which learns from the trials that ended, for one objective or two."""
+    """random; grid = every combination of choices, whole numbers and steps, in turn; tpe = Optuna's multivariate
+    tree-structured Parzen estimator, which learns from the trials that ended, for one objective or two."""
     startup_trials: NonNegativeInt = 10
     """tpe: trials that end before it learns; until then values are random."""
 
@@ -68,9 +68,9 @@ class SchedulerSpec(Spec):
     """Which trials go on after an evaluation on data.val."""
 
     kind: Literal["none", "asha", "pbt"] = "none"
-    """none = all; asha = asynchronous successive halving: of the trials that reached a rung (grace_epochs, times reduction, ...),
-    the best 1 / reduction; pbt = population-based training: at every perturb_epochs the worst copy the state and the values of
-    the best and change the values a little, so that values become schedules."""
+    """none = all; asha = asynchronous successive halving: of the trials that reached a rung (grace_epochs, times reduction,
+    ...), the best 1 / reduction, and trial 0 always; pbt = population-based training: at every perturb_epochs the worst copy
+    the state and the values of the best and change the values a little, so that values become schedules."""
     grace_epochs: PositiveInt = 1
     """asha: epochs that every trial is trained for."""
     reduction: Annotated[int, Field(ge=2)] = 3
@@ -128,5 +128,5 @@ class SearchSpec(Spec):
     budget: BudgetSpec = BudgetSpec()
     """When the search ends, and how much it takes at a time."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] | None = None
-    """Values of run.seed that each trial is trained with, one after the other, for their mean; the scheduler judges by the first,
-    and only who survives is trained with the others. null = the base job's one."""
+    """Values of run.seed that each trial is trained with, one after the other, for their mean; the scheduler judges by the
+    first, and only who survives is trained with the others. null = the base job's one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     objective = search.spec.objective
-    study = optuna.create_study(directions=["maximize"] + ["minimize"] * (objective.cost is not None))
+    study = optuna.create_study(directions=["maximize", "minimize"] if objective.cost is not None else ["maximize"])
     states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING}
     for trial in trials:
         space = {key: search.spec.space[key] for key in trial.values}
@@ -95,9 +94,9 @@ def distribution(parameter: ParameterSpec) -> BaseDistribution:
     if "int" in parameter.kind:
         step = int(parameter.step or 1)
         return IntDistribution(low, low + (high - low) // step * step, log=log, step=step)
-    if parameter.step is not None:
-        high = low + math.floor((high - low) / parameter.step + 1e-9) * parameter.step
-    return FloatDistribution(low, high, log=log, step=parameter.step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the highest value need not be reached by whole steps
+        return FloatDistribution(low, high, log=log, step=parameter.step)
 
 
 def _label(parameter: ParameterSpec, value: Any) -> Any:

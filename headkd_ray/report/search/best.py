@@ -25,13 +25,12 @@ def job_of_trial(search: Search, trial: Trial) -> Job:
 def render_best(search: Search, trial: Trial) -> str:
     """A complete job file that says where it comes from."""
     objective = search.spec.objective
-    values = [f"#   {key}" for key in trial.values]
+    score = f"{objective.metric} {spread(trial, objective.metric)} % on val, seeds {', '.join(trial.results)}"
     lines = [
-        f"# Trial {trial.number} of the search {search.spec.run.name}: {objective.metric} {spread(trial, objective.metric)} % on val, "
-        f"seeds {', '.join(trial.results)}.",
+        f"# Trial {trial.number} of the search {search.spec.run.name}: {score}.",
         "# The best of several trials is partly luck: judge it on images that the search has not seen, with new seeds.",
         "# Searched keys:",
-        *values,
+        *(f"#   {key}" for key in trial.values),
     ]
     if trial.copies:
         lines.append("# Its values changed while it trained (population-based training); these are the last ones.")

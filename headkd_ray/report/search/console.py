@@ -11,7 +11,7 @@ from rich.console import Console
 
 from headkd_ray.job.render import inline
 from headkd_ray.report.console import number
-from headkd_ray.report.search.table import trial_table
+from headkd_ray.report.search.table import print_trials
 from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 
@@ -37,7 +37,7 @@ class SearchConsole:
 
     def summary(self, trials: Sequence[Trial]) -> None:
         """The table of all trials."""
-        self.console.print(trial_table(self.search, trials))
+        print_trials(self.console, self.search, trials)
 
 
 def line(event: dict[str, Any], search: Search) -> str:

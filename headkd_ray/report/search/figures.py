@@ -1,4 +1,4 @@
-"""Figures of a search, by matplotlib. Ink has one colour, which an HTML page replaces by its text's: readable in light and dark."""
+"""Figures of a search, by matplotlib. Ink is one colour, for which an HTML page puts its text's: readable in light and dark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkd_ray.errors import UserError
 from headkd_ray.job.render import inline
-from headkd_ray.report.search.table import UNITS, ranked, shown, short_names
+from headkd_ray.report.search.table import UNITS, ranked, short_names, shown
 from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 from headkd_ray.search.spec import ParameterSpec
@@ -25,6 +25,11 @@ SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
 """From a low metric to a high one: all visible on white and on black."""
 MISSING = -0.12
 """Where an axis of the parallel coordinates shows that a key is not varied in a trial."""
+STYLE: Any = {
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], INK),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
+    "font.size": 10,
+}
 
 
 def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, float]) -> dict[str, Figure]:
@@ -36,10 +41,7 @@ def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, fl
         import matplotlib
     except ImportError:
         raise UserError(f"the figures need matplotlib: {EXTRA}") from None
-    style = dict.fromkeys(
-        ["text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], INK
-    )
-    with matplotlib.rc_context({**style, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
+    with matplotlib.rc_context(STYLE):
         drawn = {
             "history": _history(search, trials),
             "curves": _curves(search, trials),
@@ -97,6 +99,8 @@ def _history(search: Search, trials: Sequence[Trial]) -> Figure | None:
 
 
 def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    from matplotlib.ticker import MaxNLocator
+
     metric = search.spec.objective.metric
     order = ranked(search, trials)
     best = order[0].number if order and order[0].state == "finished" else None
@@ -117,7 +121,7 @@ def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
     if not drawn:
         return None
     axes.plot([], [], "x", color=FAINT, label="stopped or failed")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     seed = f", seed {search.seeds[0]}" if len(search.seeds) > 1 else ""
     axes.set(xlabel="epoch", ylabel=f"{metric} on val (%)", title=f"Learning curves{seed}")
     axes.legend(frameon=False)
@@ -125,8 +129,7 @@ def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
 
 
 def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import LinearSegmentedColormap
 
     metric = search.spec.objective.metric
     finished = [trial for trial in ranked(search, trials) if trial.state == "finished"]
@@ -134,13 +137,15 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
         return None
     keys = list(search.spec.space)
     means = [trial.mean(metric) for trial in finished]
-    scale = ScalarMappable(Normalize(min(means), max(means)), LinearSegmentedColormap.from_list("trials", SCALE))
+    spread = max(means) - min(means) or 1.0
+    shades = LinearSegmentedColormap.from_list("trials", SCALE)
     figure, axes = _axes(max(6.0, 1.5 * (len(keys) + 1)), 4.2)
     for trial, mean in reversed(list(zip(finished, means, strict=True))):
         heights = [place(search.spec.space[key], trial.values[key]) if key in trial.values else MISSING for key in keys]
-        heights.append(scale.norm(mean))
+        heights.append((mean - min(means)) / spread)
         best = trial is finished[0]
-        axes.plot(range(len(heights)), heights, color=scale.to_rgba(mean), lw=3 if best else 1.2, alpha=1 if best else 0.8)
+        colour = shades(heights[-1])
+        axes.plot(range(len(heights)), heights, color=colour, lw=3 if best else 1.2, alpha=1 if best else 0.8)
     for x, key in enumerate(keys):
         axes.axvline(x, color=INK, lw=0.8)
         for height, text in ticks(search.spec.space[key]):
@@ -149,7 +154,7 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
     for height, value in ((0.0, min(means)), (1.0, max(means))):
         axes.annotate(f"{value:.1f}", (len(keys), height), textcoords="offset points", xytext=(4, 0), fontsize=8, va="center")
     if any(key not in trial.values for trial in finished for key in keys):
-        axes.annotate("not varied", (0, MISSING), textcoords="offset points", xytext=(-4, 0), fontsize=8, ha="right", va="center")
+        axes.text(-0.05, MISSING, "not varied", fontsize=8, ha="right", va="center")
     names = [name.replace(".", ".\n") for name in short_names(keys).values()]
     axes.set_xticks(range(len(keys) + 1), [*names, f"{metric} (%)"], fontsize=9)
     axes.set(yticks=[], ylim=(MISSING - 0.06, 1.06), xlim=(-0.15, len(keys) + 0.45), title="Values of the finished trials")
@@ -164,7 +169,7 @@ def _importance(importance: Mapping[str, float]) -> Figure | None:
         return None
     names = short_names(list(importance))
     figure, axes = _axes(8, 0.8 + 0.34 * len(importance))
-    rows = list(reversed(importance.items()))
+    rows = list(importance.items())[::-1]
     axes.barh([names[key] for key, _ in rows], [share for _, share in rows], color=BASE)
     for y, (_, share) in enumerate(rows):
         axes.annotate(f"{share:.0%}", (share, y), textcoords="offset points", xytext=(4, 0), fontsize=9, va="center")
@@ -174,6 +179,7 @@ def _importance(importance: Mapping[str, float]) -> Figure | None:
 
 def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     metric = search.spec.objective.metric
     finished = [trial for trial in ranked(search, trials) if trial.state == "finished"]
@@ -195,6 +201,7 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
                     axes.scatter(x, trial.mean(metric), color=colour, s=22)
         if parameter.kind.startswith("log"):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # 2 x 10^-3, 3 x 10^-3, ... over each other
         if parameter.choice:
             axes.set_xticks(range(len(parameter.choice)), [inline(value) for value in parameter.choice], fontsize=8)
         axes.set_title(short_names(keys)[key], fontsize=9)

@@ -22,14 +22,14 @@ def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, floa
     if len(finished) < FEWEST:
         return {}, f"{len(finished)} trials have finished; importances need at least {FEWEST}."
     try:
-        import sklearn  # noqa: F401  # Optuna's forest
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-    except ImportError as error:
-        return {}, f"Importances need {error.name}: {EXTRA}"
-    study = study_of(search, finished)
-    try:
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda trial: trial.values[0])
-    except (RuntimeError, ValueError) as error:  # all scores alike
+
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        study = study_of(search, finished)
+        found = get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
+    except ImportError:
+        return {}, f"Importances need Optuna and scikit-learn: {EXTRA}"
+    except (RuntimeError, ValueError) as error:  # no variance in the scores
         return {}, f"No importances: {error}"
     missing = [key for key in search.spec.space if key not in found]
     left_out = f" Left out, for not all of these have them: {', '.join(missing)}." if missing else ""

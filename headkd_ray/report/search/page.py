@@ -21,7 +21,8 @@ p.note, figcaption { color: var(--faint) }
 figure { margin: 1rem 0; overflow-x: auto } figure svg { max-width: 100%; height: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th { cursor: pointer; user-select: none } th[data-order]::after { content: " \\2191" } th[data-order="-1"]::after { content: " \\2193" }
+th { cursor: pointer; user-select: none } th[data-order]::after { content: " \\2191" }
+th[data-order="-1"]::after { content: " \\2193" }
 td.text, th.text { text-align: left } tr.best { background: var(--mark) } td.cause { white-space: normal; min-width: 20rem }
 pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .8rem } dl { display: grid; gap: 0 1rem;
 grid-template-columns: max-content auto } dt { color: var(--faint) } dd { margin: 0 }
@@ -43,7 +44,7 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 CAPTIONS = {
     "history": "Every finished trial, and the best so far.",
     "curves": "The objective at each evaluation; a cross is where a trial was stopped or failed.",
-    "parallel": "A line is a finished trial, its colour the objective from blue (low) to orange (high); the thick one is the best.",
+    "parallel": "A line is a finished trial, its colour the objective, blue (low) to orange (high); the thick one is the best.",
     "importance": "",
     "slices": "Every finished trial against one key; orange is the best, blue the base job.",
     "pareto": "Orange trials are beaten by none in both: the choice between them is yours.",
@@ -70,7 +71,8 @@ def page(search: Search, trials: Sequence[Trial], drawings: Mapping[str, str], n
     parts += ["<h2>Trials</h2>", "<p class=note>Click a heading to sort.</p>", _table(search, trials, best)]
     if best is not None:
         text = html.escape(render_best(search, best))
-        parts.append(f"<h2>The best trial's job</h2><details><summary>trial {best.number}, every key</summary><pre>{text}</pre></details>")
+        parts.append(f"<h2>The best trial's job</h2><details><summary>trial {best.number}, every key</summary>")
+        parts.append(f"<pre>{text}</pre></details>")
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -127,7 +129,7 @@ def _table(search: Search, trials: Sequence[Trial], best: Trial | None) -> str:
             cells.append(_cell("" if cost is None else f"{cost:.4g}", cost))
         for key in names:
             value = trial.values.get(key, "")
-            cells.append(_cell("" if key not in trial.values else shown(value), value if isinstance(value, int | float) else None))
+            cells.append(_cell("" if value == "" else shown(value), value if isinstance(value, int | float) else None))
         cells.append(f"<td class='text cause'>{html.escape(trial.cause or '')}</td>")
         rows.append(f"<tr{' class=best' if trial is best else ''}>{''.join(cells)}</tr>")
     body = "\n".join(rows)

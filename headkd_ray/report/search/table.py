@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import stdev
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,8 @@ from headkd_ray.search.space import Search
 
 UNITS = {"params": "params (M)", "flops": "GFLOPs", "latency": "latency (ms)"}
 """Headings of costs."""
+WIDE = 250
+"""Columns of a table that goes into a file or a pipe."""
 
 
 def ranked(search: Search, trials: Sequence[Trial]) -> list[Trial]:
@@ -47,17 +50,20 @@ def trial_table(search: Search, trials: Sequence[Trial]) -> Table:
     """A row a trial: state, metric in percent (mean ± sample standard deviation over seeds), cost, values."""
     objective = search.spec.objective
     table = Table(title=f"{search.spec.run.name}: {len(trials)} trials")
-    for name in ("trial", "state", f"{objective.metric} (%)"):
-        table.add_column(name, justify="left" if name == "state" else "right")
-    if objective.cost is not None:
-        table.add_column(UNITS[objective.cost], justify="right")
-    for name in short_names(list(search.spec.space)).values():
-        table.add_column(name, justify="right")
+    heads = ["trial", "state", f"{objective.metric} (%)"] + ([UNITS[objective.cost]] if objective.cost is not None else [])
+    for name in (*heads, *short_names(list(search.spec.space)).values()):
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     for trial in ranked(search, trials):
         cost = [f"{trial.cost[objective.cost]:.4g}" if objective.cost in trial.cost else "–"] if objective.cost else []
         values = [shown(trial.values[key]) if key in trial.values else "–" for key in search.spec.space]
         table.add_row(str(trial.number), trial.state, spread(trial, objective.metric), *cost, *map(Text, values))
     return table
+
+
+def print_trials(console: Console, search: Search, trials: Sequence[Trial]) -> None:
+    """Print the table; where there is no terminal, as wide as it is."""
+    console = console if console.is_terminal else Console(file=console.file, width=WIDE)
+    console.print(trial_table(search, trials))
 
 
 def spread(trial: Trial, metric: str) -> str:
