@@ -16,6 +16,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from headkd_ray.cluster.population import member, population_scheduler
 from headkd_ray.cluster.resources import connected, gpus_of_process, room_for
 from headkd_ray.cluster.trial import TIME, TrainJob, TrialContext, run_trial
 from headkd_ray.errors import ClusterError
@@ -55,17 +56,18 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
             raise ClusterError(f"no node has room for a trial: {_trial_resources(base)}; lower cluster.cpus_per_worker or gpus")
         concurrent = min(room, search.spec.budget.max_concurrent or room)
         book = Book(search, folder, tell)
-        context = TrialContext(search, folder, train, os.getcwd())
+        context = TrialContext(search, folder, train, os.getcwd(), book.population)
         scratch = folder.folder / "tune"
         scratch.remove()
         seconds = None if search.spec.budget.minutes is None else 60 * search.spec.budget.minutes
         book.deadline = None if seconds is None else time.monotonic() + seconds
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, context=context), _trial_resources(base)),
+            param_space=_population_space(book),
             tune_config=tune.TuneConfig(
-                search_alg=Proposer(book),
+                search_alg=Proposer(book) if book.population is None else None,
                 scheduler=_scheduler(search, book),
-                num_samples=-1,  # the proposer says when it is enough
+                num_samples=-1 if book.population is None else 1,  # the proposer says when it is enough
                 max_concurrent_trials=concurrent,
                 time_budget_s=seconds,
                 reuse_actors=base.cluster.workers == 0,  # imports torch once; a stopped trial's Train workers need its end
@@ -96,6 +98,18 @@ class Book:
         self.deadline: float | None = None
         """When Tune stops everything: ``time.monotonic`` seconds."""
 
+        self.population: list[int] | None = None
+        """pbt: the trials, in the order in which Tune has them."""
+        if search.spec.scheduler.kind == "pbt":
+            self.population = []
+            while (trial := self.following()) is not None:
+                self.population.append(trial.number)
+                tell({"trial": trial})
+
+    def number(self, trial: Any) -> int:
+        """The number of a trial of Tune's."""
+        return trial.config["number"] if self.population is None else member(trial.trial_id, self.population)
+
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles whom it calls into files of its own, which nobody reads; a terminal cannot be pickled
 
@@ -117,8 +131,8 @@ class Book:
         if trial.state == "running":
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 return  # out of time: --resume goes on with it
-            metric, seed = self.search.spec.objective.metric, self.search.seeds[0]
-            trial = trial.with_end(curve=self.folder.curve(number, seed, metric), **changes)
+            curve = self.folder.curve(trial, self.search.seeds[0], self.search.spec.objective.metric)
+            trial = trial.with_end(curve=curve, **changes)
             self.folder.write(trial)
         self.trials[number] = trial
         self.tell({"trial": trial})
@@ -157,18 +171,21 @@ class Recorder(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """An evaluation."""
-        known = self.book.trials[trial.config["number"]]
+        number = self.book.number(trial)
+        known = self.book.trials[number]
+        if self.book.population is not None:  # it may have copied another
+            known = self.book.trials[number] = self.book.folder.trial(number)
         metric = self.book.search.spec.objective.metric
         self.book.tell({"trial": known, "epoch": result[TIME], "value": result[metric]})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It ended, or the scheduler stopped it."""
-        self.book.ended(trial.config["number"], state="stopped")
+        self.book.ended(self.book.number(trial), state="stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process died once too often."""
         lines = str(trial.get_error() or "unknown").strip().splitlines()
-        self.book.ended(trial.config["number"], state="failed", cause=f"its process died: {lines[-1]}")
+        self.book.ended(self.book.number(trial), state="failed", cause=f"its process died: {lines[-1]}")
 
 
 class Halving(ASHAScheduler):
@@ -178,6 +195,13 @@ class Halving(ASHAScheduler):
         """Whether the trial goes on."""
         action = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if trial.config.get("number") == 0 else action
+
+
+def _population_space(book: Book) -> dict[str, Any]:
+    """pbt: the values that the trials begin with. Tune's schedulers of populations take no proposer."""
+    if book.population is None:
+        return {}
+    return {"values": tune.grid_search([book.trials[number].values for number in book.population])}
 
 
 def _trial_resources(job: Job) -> tune.PlacementGroupFactory:
@@ -193,6 +217,8 @@ def _scheduler(search: Search, book: Book) -> TrialScheduler:
     spec = search.spec.scheduler
     if spec.kind == "none":
         return FIFOScheduler()
+    if spec.kind == "pbt":
+        return population_scheduler(search, TIME)
     metric = search.spec.objective.metric
     epochs = search.spec.space.get("optim.epochs")
     longest = max(epochs.ends) if epochs is not None else search.base.optim.epochs

@@ -1,7 +1,7 @@
 """The job file's JSON Schema, by which editors complete and check the YAML: ``python -m headkd_ray.job.schema``.
 
-Writes ``jobs/job.schema.json`` (or the path given); a test keeps the committed file fresh. ``python -m headkd_ray.search.schema``
-does the same for search files.
+Writes ``jobs/job.schema.json`` (or the path given); a test keeps the committed file fresh.
+``python -m headkd_ray.search.schema`` does the same for search files.
 """
 
 from __future__ import annotations

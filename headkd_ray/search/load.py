@@ -8,7 +8,7 @@ from typing import Any
 
 from headkd_ray.errors import JobError
 from headkd_ray.job import Problem
-from headkd_ray.job.keys import dotted
+from headkd_ray.job.keys import Path, dotted
 from headkd_ray.job.load import (
     Draft,
     Origin,
@@ -21,7 +21,7 @@ from headkd_ray.job.load import (
     validated,
 )
 from headkd_ray.job.messages import show
-from headkd_ray.search.space import Search, listed, ordered, with_values
+from headkd_ray.search.space import Search, base_values, contains, listed, ordered, with_values
 from headkd_ray.search.spec import KINDS, ParameterSpec, SearchSpec
 
 FIXED = ("run", "cluster")
@@ -69,7 +69,7 @@ def _join_keys(draft: Draft, section: str) -> None:
     for parts, value in list(_leaves(nested, (section,))):
         key = ".".join(parts[1:])
         for old in [old for old in draft.origins if old[: len(parts)] == parts]:
-            place = (section, key) + old[len(parts) :]
+            place: Path = (section, key, *old[len(parts) :])
             draft.origins[place] = draft.origins.pop(old)
         joined[key] = value
         if value is None and section == "space" and origin(draft, (section, key)).override:
@@ -216,8 +216,11 @@ def _unfit(search: Search) -> Iterator[Problem]:
     if kind == "pbt":
         if base.cluster.workers != 0:
             yield Problem(("scheduler", "kind"), "pbt copies states between processes; override cluster.workers: 0")
-        for key in search.spec.space:
-            if not key.startswith(MUTABLE):
-                yield Problem(
-                    ("space", key), f"pbt changes values while a trial trains, which only these allow: {', '.join(MUTABLE)}"
-                )
+        values = base_values(search)
+        for key, parameter in search.spec.space.items():
+            if not key.startswith(MUTABLE) or ".head." in key:
+                allowed = ", ".join(MUTABLE)
+                yield Problem(("space", key), f"pbt changes values while a trial trains, which only these allow: {allowed}")
+            elif not contains(parameter, values.get(key)):
+                given = show(values.get(key))
+                yield Problem(("space", key), f"pbt starts from the base job's value, and {given} is not in the range")

@@ -50,7 +50,8 @@ class Trial:
     cost: dict[str, float] = field(default_factory=dict)
     """Of the student: params (million), flops (10^9), latency (ms)."""
     copies: list[dict[str, Any]] = field(default_factory=list)
-    """pbt: what it copied: {"from": trial number, "step": optimizer step, "values": those from then on}."""
+    """pbt: {"from": trial number, "epoch": of the copied state, "values": its own until then} of each state that it copied. Its
+    learning curve is that of the states it has."""
 
     def scores(self, metric: str) -> list[float]:
         """The metric of each seed, in percent; NaN where it cannot be computed."""
@@ -88,9 +89,9 @@ class SearchFolder:
         return self.folder / "runs"
 
     @staticmethod
-    def run_name(number: int, seed: int) -> str:
-        """The run.name of a trial's training."""
-        return f"{number:04d}-s{seed}"
+    def run_name(trial: Trial, seed: int) -> str:
+        """The run.name of a trial's training; another one after each copy."""
+        return f"{trial.number:04d}-s{seed}" + (f"-c{len(trial.copies)}" if trial.copies else "")
 
     def start(self, search: Search) -> None:
         """Write what is asked; over what a resumed search was asked before."""
@@ -142,9 +143,9 @@ class SearchFolder:
         names = (self.folder / "trials").names()
         return [self.trial(int(name.removesuffix(".json"))) for name in names if name.endswith(".json")]
 
-    def log(self, number: int, seed: int) -> list[dict[str, Any]]:
+    def log(self, trial: Trial, seed: int) -> list[dict[str, Any]]:
         """The log records of a trial's training so far, in order; empty if it has not begun."""
-        run = self.runs / self.run_name(number, seed)
+        run = self.runs / self.run_name(trial, seed)
         if not run.has("log.jsonl"):
             return []
         records = []
@@ -155,6 +156,6 @@ class SearchFolder:
                 break
         return records
 
-    def curve(self, number: int, seed: int, metric: str) -> list[tuple[float, float | None]]:
+    def curve(self, trial: Trial, seed: int, metric: str) -> list[tuple[float, float | None]]:
         """(epoch, metric in percent, None where it cannot be computed) of each evaluation of a trial's training so far."""
-        return [(record["epoch"], record["val"][metric]) for record in self.log(number, seed) if "val" in record]
+        return [(record["epoch"], record["val"][metric]) for record in self.log(trial, seed) if "val" in record]

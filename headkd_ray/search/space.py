@@ -135,6 +135,17 @@ def listed(parameter: ParameterSpec) -> list[Any] | None:
     return [rounded(low + index * parameter.step) for index in range(math.floor((high - low) / parameter.step + 1e-9) + 1)]
 
 
+def nearest(parameter: ParameterSpec, value: Any) -> Any:
+    """The value that the parameter may take next to a number that it perhaps may not."""
+    if contains(parameter, value) or parameter.choice is not None:
+        return value
+    low, high = parameter.ends
+    steps = listed(parameter)
+    if steps is not None:
+        return min(steps, key=lambda step: abs(step - value))
+    return min(max(round(value) if "int" in parameter.kind else value, low), high)
+
+
 def rounded(value: float) -> float:
     """1.7 for 1.7000000000000002, which a sum of steps gives."""
     return float(f"{value:.12g}")

@@ -51,7 +51,7 @@ def run(search: Search, folder: SearchFolder) -> tuple[list[Trial], list[dict[st
 
 
 def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    """Trial 0 is the base job, a trial that explodes is recorded, halving stops the worst; more trials do not repeat the first."""
+    """Trial 0 is the base job, one that explodes is recorded, halving stops the worst; a resumed search repeats none."""
     grid: dict[str, Any] = {
         "space": {"optim.lr": {"choice": [0.01, 1e30, 1e-6]}},
         "job": {"optim": {"epochs": 2, "milestones": [1], "clip_norm": None, "warmup_steps": 0, "lr_batch": None}},
@@ -93,10 +93,16 @@ def test_seeds_are_trained_in_turn_and_their_mean_counts(tmp_path: Path, ask: As
 @pytest.mark.slow
 def test_a_trial_that_no_job_can_be_made_of_fails_alone(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
     """Each end is sound by itself; together they are not."""
-    space = {"distill.ckd_epochs": {"choice": [None, 1]}, "optim.epochs": {"choice": [2, 1]}, "optim.milestones": {"choice": [[]]}}
+    space = {
+        "distill.ckd_epochs": {"choice": [None, 1]},
+        "optim.epochs": {"choice": [2, 1]},
+        "optim.milestones": {"choice": [[]]},
+    }
     head = {"fcos": {"head": {"convs": 1, "channels": 16, "norm_groups": 4}}}
     job = {"method": "tf_head", "distill": {"assistants": head}, "optim": {"epochs": 2, "milestones": []}}
-    trials, _ = run(ask(space, job, searcher={"kind": "grid"}, budget={"trials": None}), SearchFolder.open(str(tmp_path / "search")))
+    trials, _ = run(
+        ask(space, job, searcher={"kind": "grid"}, budget={"trials": None}), SearchFolder.open(str(tmp_path / "search"))
+    )
     failed = [trial for trial in trials if trial.state == "failed"]
     assert [trial.values for trial in failed] == [{"distill.ckd_epochs": 1, "optim.epochs": 1, "optim.milestones": []}]
     assert failed[0].cause == "distill.ckd_epochs: 1 is not before the end of training (optim.epochs is 1); null = never stop"
@@ -118,6 +124,33 @@ def test_a_trial_too_big_for_the_cluster_is_an_error_not_a_hang(tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_a_population_copies_its_best(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
+    """The worse trial gets the other's state and goes on from there with a learning rate of its own."""
+    epochs = {"epochs": 6, "milestones": [], "lr": 0.02, "warmup_steps": 0, "lr_batch": None}
+    search = ask(
+        {"optim.lr": {"loguniform": [1e-7, 0.05]}},
+        {"optim": epochs, "cluster": {"workers": 0, "threads_per_worker": 1}},
+        scheduler={"kind": "pbt", "perturb_epochs": 1, "quantile": 0.5, "resample": 0.0},
+        searcher={"kind": "random"},
+        budget={"trials": 2, "max_concurrent": 2},
+    )
+    trials, events = run(search, SearchFolder.open(str(tmp_path / "search")))
+    assert [trial.state for trial in trials] == ["finished", "finished"]
+    copiers = [trial for trial in trials if trial.copies]
+    assert copiers, "nobody copied"
+    for trial in copiers:
+        run_folder = tmp_path / f"search/runs/{trial.number:04d}-s0-c{len(trial.copies)}"
+        job = json.loads((run_folder / "job.json").read_text())
+        assert job["optim"]["lr"] == trial.values["optim.lr"] != trial.copies[-1]["values"]["optim.lr"]
+        log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+        steps = [record["step"] for record in log if "losses" in record]
+        assert steps == list(range(1, steps[-1] + 1)), "the log is that of the copied state, then its own"
+        assert log[-2]["lr"] == pytest.approx(trial.values["optim.lr"])
+        assert [epoch for epoch, _ in trial.curve] == [1, 2, 3, 4, 5, 6]
+    assert events
+
+
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -> None:
     """kill -9 of the driver while one trial has ended and another trains."""
     ask(
@@ -131,7 +164,9 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
     with (tmp_path / "out.txt").open("w") as out:
         driver = subprocess.Popen(command, stdout=out, stderr=out)
         deadline = time.monotonic() + 240
-        while not (folder.exists and any(_epochs(tmp_path, trial) in range(2, 11) for trial in folder.trials() if trial.number)):
+        while not (
+            folder.exists and any(_epochs(tmp_path, trial) in range(2, 11) for trial in folder.trials() if trial.number)
+        ):
             assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
             time.sleep(0.02)
         workers = descendants("ray::", root=driver.pid)
@@ -151,7 +186,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
     assert finished == {path: path.stat().st_mtime_ns for path in finished}, "a finished trial ran again"
     assert {number: trials[number].values for number in killed} == {number: trial.values for number, trial in killed.items()}
     assert "trial 0 " not in done.stdout.split("search: 4 trials")[0]
-    steps = [record["step"] for record in folder.log(running, 0) if "losses" in record]
+    steps = [record["step"] for record in folder.log(trials[running], 0) if "losses" in record]
     assert steps == sorted(set(steps)), "the killed trial went on from its checkpoint"
 
 

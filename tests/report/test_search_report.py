@@ -53,7 +53,12 @@ def searched(folder: SearchFolder, **sections: Any) -> tuple[Search, list[Trial]
         }
         score = 10 - abs(weight - 2)
         trial = Trial(number, values, started=1e9 + number)
-        result = {**dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), score), "APl": None, "step": 5, "student": f"runs/{number}"}
+        result = {
+            **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), score),
+            "APl": None,
+            "step": 5,
+            "student": f"runs/{number}",
+        }
         if number == 16:
             trial = trial.with_end("stopped", curve=[(1, 1.5), (2, None)])
         elif number == 17:
@@ -74,7 +79,7 @@ def folder(tmp_path: Path) -> SearchFolder:
 
 
 def test_the_frame_has_a_row_a_trial(folder: SearchFolder) -> None:
-    search, trials = searched(folder)
+    searched(folder)
     frame = analyze.load(str(folder.folder.path))
     assert isinstance(frame, pandas.DataFrame) and len(frame) == 19
     best = frame.loc[frame["AP"].idxmax()]
@@ -91,7 +96,9 @@ def test_csv_and_parquet(folder: SearchFolder, tmp_path: Path, capsys: pytest.Ca
     searched(folder)
     files = {"csv": tmp_path / "t.csv", "parquet": tmp_path / "new" / "t.parquet"}
     assert analyze.main([folder.folder.path, "--csv", str(files["csv"]), "--parquet", str(files["parquet"])]) == 0
-    assert pandas.read_parquet(files["parquet"])["AP"].tolist() == pytest.approx(pandas.read_csv(files["csv"])["AP"], nan_ok=True)
+    assert pandas.read_parquet(files["parquet"])["AP"].tolist() == pytest.approx(
+        pandas.read_csv(files["csv"])["AP"], nan_ok=True
+    )
 
 
 def test_the_table_is_best_first_and_whole_in_a_pipe(folder: SearchFolder) -> None:
@@ -171,11 +178,11 @@ def test_the_best_trial_s_job_is_a_complete_job_file(folder: SearchFolder) -> No
 
 def test_a_search_that_has_just_begun_can_be_looked_at(folder: SearchFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Its first trial is in the middle of an epoch, and a log line is being written."""
-    search, trials = searched(folder)
+    _, trials = searched(folder)
     for number in range(1, 19):
         (folder.folder / "trials").delete(f"{number:04d}.json")
     folder.write(Trial(0, trials[0].values, started=1e9))
-    run = folder.runs / folder.run_name(0, 0)
+    run = folder.runs / folder.run_name(folder.trial(0), 0)
     run.create()
     run.write("log.jsonl", b'{"step": 5, "epoch": 1, "val": {"AP": 4.5}}\n{"step": 6, "lo')
     assert analyze.main([folder.folder.path]) == 0

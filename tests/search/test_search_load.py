@@ -106,7 +106,8 @@ searcher: {kind: tp}
         f"search.yaml:11: space.optim.gamma: has uniform and choice; give exactly one of {kinds}",
         "search.yaml:12: space.optim.weight_decay.unifrm: unknown key; did you mean uniform?",
         "search.yaml:13: space.optim.momentum: 0.9 is not a range; write for example {uniform: [0, 1]} or {choice: [1, 2]}",
-        "search.yaml:14: space.distill.assistants.fcos.gt_weight.when: optim.optimiser: unknown key; did you mean optim.optimizer?",
+        "search.yaml:14: space.distill.assistants.fcos.gt_weight.when: optim.optimiser: unknown key; "
+        "did you mean optim.optimizer?",
         "search.yaml:15: searcher.kind: 'tp' is none of random, grid, tpe; did you mean tpe?",
         "override budget.trial=3: budget.trial: unknown key; did you mean budget.trials?",
     ]
@@ -137,15 +138,18 @@ def test_the_base_job_s_mistakes_are_named_too(here: Path) -> None:
 )
 def test_contradictions(here: Path, override: str, message: str | None) -> None:
     if message is None:
-        assert "the job evaluates only at its end (eval.every_epochs 12 of 12 epochs)" in mistakes(
-            SEARCH, override, "scheduler.kind=asha"
-        )[0]
+        assert (
+            "the job evaluates only at its end (eval.every_epochs 12 of 12 epochs)"
+            in mistakes(SEARCH, override, "scheduler.kind=asha")[0]
+        )
         return
     assert message in mistakes(SEARCH, override)[0]
 
 
 def test_conditions_in_a_circle(here: Path) -> None:
-    circle = "  optim.gamma: {uniform: [0.1, 1], when: {optim.ema: 0.9}}\n  optim.ema: {choice: [0.9], when: {optim.gamma: 1.0}}\n"
+    circle = (
+        "  optim.gamma: {uniform: [0.1, 1], when: {optim.ema: 0.9}}\n  optim.ema: {choice: [0.9], when: {optim.gamma: 1.0}}\n"
+    )
     assert mistakes(SEARCH + circle) == ["search.yaml:3: space: conditions (when) in a circle: optim.gamma, optim.ema"]
 
 

@@ -129,7 +129,10 @@ def test_values_that_do_not_go_together_are_a_job_error() -> None:
 
 
 @given(
-    low=st.floats(0.001, 1), width=st.floats(0.01, 5), step=st.none() | st.floats(0.001, 1), kind=st.sampled_from(["uniform", "loguniform"])
+    low=st.floats(0.001, 1),
+    width=st.floats(0.01, 5),
+    step=st.none() | st.floats(0.001, 1),
+    kind=st.sampled_from(["uniform", "loguniform"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_what_optuna_may_propose_the_range_contains(low: float, width: float, step: float | None, kind: str) -> None:

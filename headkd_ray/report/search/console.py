@@ -46,7 +46,8 @@ def line(event: dict[str, Any], search: Search) -> str:
     metric, cost = search.spec.objective.metric, search.spec.objective.cost
     head = f"trial {trial.number}"
     if "epoch" in event:
-        return f"{head}  epoch {event['epoch']}  {metric} {number(event['value'])}"
+        copied = f"  (copied trial {trial.copies[-1]['from']})" if trial.copies else ""
+        return f"{head}  epoch {event['epoch']}  {metric} {number(event['value'])}{copied}"
     if trial.state == "running":
         return f"{head}  " + "  ".join(f"{key}={inline(value)}" for key, value in trial.values.items())
     if trial.state == "failed":

@@ -22,7 +22,7 @@ def read_trials(folder: SearchFolder, search: Search) -> list[Trial]:
     """All trials so far; those that have not ended with the learning curve of their training's log."""
     metric, seed = search.spec.objective.metric, search.seeds[0]
     return [
-        replace(trial, curve=folder.curve(trial.number, seed, metric)) if trial.state == "running" else trial
+        replace(trial, curve=folder.curve(trial, seed, metric)) if trial.state == "running" else trial
         for trial in folder.trials()
     ]
 
