@@ -142,8 +142,9 @@ def _contradictions(spec: SearchSpec) -> Iterator[Problem]:
         for key, parameter in spec.space.items():
             if listed(parameter) is None:
                 yield Problem(("space", key), f"a grid needs values to list; give {parameter.kind} a step, or use choice")
-    elif spec.budget.trials is None:
-        yield Problem(("budget", "trials"), f"searcher {spec.searcher.kind} does not end by itself; give a number")
+    elif spec.budget.trials is None and (spec.budget.minutes is None or kind == "pbt"):
+        or_time = "" if kind == "pbt" else ", or budget.minutes"
+        yield Problem(("budget", "trials"), f"searcher {spec.searcher.kind} does not end by itself; give a number{or_time}")
     if spec.objective.cost is not None and kind != "none":
         yield Problem(("scheduler", "kind"), f"{kind} ranks trials by one objective; use none, or no objective.cost")
     if spec.seeds is not None and len(set(spec.seeds)) < len(spec.seeds):

@@ -86,8 +86,8 @@ class SchedulerSpec(Spec):
 class BudgetSpec(Spec):
     """When the search ends, and how much it takes at a time."""
 
-    trials: PositiveInt | None = 20
-    """Trials, the base job's own values (trial 0) included; null = as many as a grid has."""
+    trials: PositiveInt | None = None
+    """Trials, the base job's own values (trial 0) included; null = as many as a grid has, or as minutes allow."""
     minutes: PositiveFloat | None = None
     """Time after which the command stops, trials that run included; ``--resume`` goes on with them. null = no limit."""
     max_concurrent: PositiveInt | None = None

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(text: str, *overrides: str) -> Search:
     Path("search.yaml").write_text(text)
-    return load_search("search.yaml", overrides)
+    return load_search("search.yaml", ["budget.trials=4", *overrides])
 
 
 def mistakes(text: str, *overrides: str) -> list[str]:
@@ -128,7 +128,7 @@ def test_the_base_job_s_mistakes_are_named_too(here: Path) -> None:
         ("space=null", "space: is empty; give its keys or remove it"),
         ("space.optim.lr=null", "space: is empty; name at least one job key, for example optim.lr"),
         ("searcher.kind=grid", "space.optim.lr: a grid needs values to list; give loguniform a step, or use choice"),
-        ("budget.trials=null", "budget.trials: searcher tpe does not end by itself; give a number"),
+        ("budget.trials=null", "budget.trials: searcher tpe does not end by itself; give a number, or budget.minutes"),
         ("seeds=[1, 1]", "seeds: [1, 1] has a seed twice"),
         ("space.optim.lr.step=0.1", "space.optim.lr: has no values; give exactly one of"),
         ("space.optim.lr={lograndint: [1, 4], step: 2}", "space.optim.lr.step: lograndint takes no step"),
