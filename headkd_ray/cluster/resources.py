@@ -135,14 +135,17 @@ def check_resources(job: Job) -> Resources:
 
 
 def room_for(job: Job) -> int:
-    """How many trainings of this job fit the cluster at a time; each as one process (cluster.workers 0) or with its workers."""
+    """How many trainings of this job fit the cluster at a time: each one process (cluster.workers 0), or all of its workers.
+
+    Raises ClusterError as ``check_resources`` does.
+    """
     spec = job.cluster
     nodes, _ = _nodes()
-    gpus = gpus_of_process(job) if spec.workers == 0 else check_resources(job).gpus_per_worker
     if spec.workers == 0:
-        return sum(_places(node, spec.cpus_per_worker, gpus) for node in nodes)
+        return sum(_places(node, spec.cpus_per_worker, gpus_of_process(job)) for node in nodes)
+    gpus = check_resources(job).gpus_per_worker
     places = sum(_places(node, spec.cpus_per_worker + spec.data_cpus, gpus) for node in nodes)
-    return max(1, places // spec.workers)
+    return max(1, places // spec.most_workers)
 
 
 def gpus_of_process(job: Job) -> float:

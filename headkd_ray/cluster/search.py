@@ -50,7 +50,7 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
     """
     os.environ.update({name: value for name, value in OF_TUNE.items() if name not in os.environ})
     base = search.base
-    with connected(base.cluster, dashboard=base.cluster.workers > 0):
+    with connected(base.cluster, dashboard=base.cluster.workers != 0):
         room = room_for(base)
         if not room:
             raise ClusterError(f"no node has room for a trial: {_trial_resources(base)}; lower cluster.cpus_per_worker or gpus")
@@ -207,7 +207,7 @@ def _population_space(book: Book) -> dict[str, Any]:
 def _trial_resources(job: Job) -> tune.PlacementGroupFactory:
     """What a trial's own process takes. With train workers, which take theirs themselves, it is only their small driver: on the
     head node, where no spot machine is taken away, and without a CPU, for decoding needs whole ones."""
-    if job.cluster.workers > 0:
+    if job.cluster.workers != 0:
         return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     gpus = gpus_of_process(job)
     return tune.PlacementGroupFactory([{"CPU": job.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}])

@@ -16,7 +16,7 @@ from headkd_ray.cluster.population import copied, member, plant, save_for_others
 from headkd_ray.cluster.train import with_absolute_paths
 from headkd_ray.engine.cost import inference_cost
 from headkd_ray.engine.log import Record, Sink
-from headkd_ray.errors import TrainingError, UserError
+from headkd_ray.errors import StoppedError, TrainingError, UserError
 from headkd_ray.job import Job
 from headkd_ray.search.records import SearchFolder, Trial
 from headkd_ray.search.space import Search
@@ -66,6 +66,8 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> None:
             if grown:
                 trial = _with_copy(trial, config["values"], context)
             trial = _trained(trial, context)
+        except StoppedError:
+            raise  # its machine is taken away: another one goes on with it
         except Exception as error:
             trial = trial.with_end("failed", cause=_cause(error), curve=context.curve(trial))
         if torch.cuda.is_available():

@@ -32,8 +32,9 @@ def trial_frame(search: Search, trials: Sequence[Trial]) -> pandas.DataFrame:
 
     Columns: trial; state (running, finished, stopped, failed); cause of a failure; started (UTC) and minutes until it ended;
     seeds and epochs (the first seed's, evaluated); AP, AP50, ... in percent (mean over seeds) and, with several seeds, AP_std,
-    ... (sample standard deviation); best_seen, the objective's best evaluation so far; params (million), flops (10^9), latency (ms) if they
-    were an objective; student, the first seed's; and each searched key under its dotted name, missing where it was not varied.
+    ... (sample standard deviation); best_seen, the objective's best evaluation so far; params (million), flops (10^9), latency
+    (ms) if they were asked for; student, the first seed's; and each searched key under its dotted name, missing where it was
+    not varied.
     """
     try:
         import pandas
