@@ -191,19 +191,23 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
     figure = Figure((2.6 * columns, 2.5 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, key in zip(grid.flat, keys, strict=False):
-        parameter = search.spec.space[key]
+        parameter, choices = search.spec.space[key], list(search.spec.space[key].choice or ())
         for trial in reversed(finished):
-            if key in trial.values:
-                value = trial.values[key]
-                x = parameter.choice.index(value) if parameter.choice and value in parameter.choice else value
-                colour = BEST if trial is finished[0] else BASE if trial.number == 0 else FAINT
-                if not isinstance(x, str):
-                    axes.scatter(x, trial.mean(metric), color=colour, s=22)
+            value = trial.values.get(key)
+            if choices and value in choices:
+                value = choices.index(value)
+            elif choices or not isinstance(value, int | float):
+                continue  # not varied, or trial 0 has a value that the space has not
+            best, base = trial is finished[0], trial.number == 0
+            colour = BEST if best else BASE if base else FAINT
+            axes.scatter(value, trial.mean(metric), color=colour, s=22, zorder=3 + best if best or base else 2)
         if parameter.kind.startswith("log"):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())  # 2 x 10^-3, 3 x 10^-3, ... over each other
-        if parameter.choice:
-            axes.set_xticks(range(len(parameter.choice)), [inline(value) for value in parameter.choice], fontsize=8)
+        if choices:
+            axes.set_xticks(range(len(choices)), [inline(value) for value in choices], fontsize=8)
+        else:
+            axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # the axis shows the whole range
         axes.set_title(short_names(keys)[key], fontsize=9)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{metric} (%)")
