@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -26,8 +27,10 @@ from headkd_ray.search.spec import KINDS, ParameterSpec, SearchSpec
 
 FIXED = ("run", "cluster")
 """Sections of a job that a search cannot vary."""
-MUTABLE = ("optim.lr", "optim.weight_decay", "optim.momentum", "optim.clip_norm", "optim.gamma", "distill.")
-"""Keys, and a section, that can change in the middle of a training: they shape neither a model nor the order of images."""
+MUTABLE = re.compile(
+    r"optim\.(lr|weight_decay|momentum|clip_norm|gamma)|distill\.([\w.]+\.)?(\w+_weight|ckd_epochs|warmup_steps)"
+)
+"""Keys that can change in the middle of a training: they shape neither a model nor the order of images."""
 
 
 def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
@@ -219,9 +222,12 @@ def _unfit(search: Search) -> Iterator[Problem]:
             yield Problem(("scheduler", "kind"), "pbt copies states between processes; override cluster.workers: 0")
         values = base_values(search)
         for key, parameter in search.spec.space.items():
-            if not key.startswith(MUTABLE) or ".head." in key:
-                allowed = ", ".join(MUTABLE)
-                yield Problem(("space", key), f"pbt changes values while a trial trains, which only these allow: {allowed}")
+            if not MUTABLE.fullmatch(key):
+                yield Problem(
+                    ("space", key),
+                    "pbt changes values while a trial trains, which only lr, weight_decay, momentum, clip_norm and gamma of "
+                    "optim and the weights, ckd_epochs and warmup_steps of distill allow; remove the key",
+                )
             elif not contains(parameter, values.get(key)):
                 given = show(values.get(key))
                 yield Problem(("space", key), f"pbt starts from the base job's value, and {given} is not in the range")

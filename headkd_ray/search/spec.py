@@ -70,7 +70,8 @@ class SchedulerSpec(Spec):
     kind: Literal["none", "asha", "pbt"] = "none"
     """none = all; asha = asynchronous successive halving: of the trials that reached a rung (grace_epochs, times reduction,
     ...), the best 1 / reduction, and trial 0 always; pbt = population-based training: at every perturb_epochs the worst copy
-    the state and the values of the best and change the values a little, so that values become schedules."""
+    the state and the values of the best and change the values a little, so that values become schedules. pbt needs
+    cluster.workers: 0 and keys that do not shape the models."""
     grace_epochs: PositiveInt = 1
     """asha: epochs that every trial is trained for."""
     reduction: Annotated[int, Field(ge=2)] = 3
