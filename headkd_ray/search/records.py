@@ -15,7 +15,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from headkd_ray.errors import JobError
@@ -61,6 +61,11 @@ class Trial:
         """The metric's mean over seeds; NaN if there is none."""
         scores = self.scores(metric)
         return fmean(scores) if scores else math.nan
+
+    def deviation(self, metric: str) -> float:
+        """Its sample standard deviation over seeds; NaN with fewer than two."""
+        scores = self.scores(metric)
+        return stdev(scores) if len(scores) > 1 and not math.isnan(sum(scores)) else math.nan
 
     def with_end(self, state: State, **changes: Any) -> Trial:
         """The same trial, ended now."""

@@ -25,6 +25,8 @@ SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
 """From a low metric to a high one: all visible on white and on black."""
 MISSING = -0.12
 """Where an axis of the parallel coordinates shows that a key is not varied in a trial."""
+NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""An SVG's metadata: none, so that it names no place on the network."""
 STYLE: Any = {
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], INK),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
@@ -66,7 +68,7 @@ def svg(figure: Figure) -> str:
 
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "headkd"}):
-        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata=NOTHING)
     text = out.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from headkd_ray.errors import UserError
@@ -62,8 +61,7 @@ def _row(search: Search, trial: Trial) -> dict[str, Any]:
         row[metric] = trial.mean(metric)
     if len(search.seeds) > 1:
         for metric in HEADLINE:
-            scores = trial.scores(metric)
-            row[f"{metric}_std"] = stdev(scores) if len(scores) > 1 else None
+            row[f"{metric}_std"] = trial.deviation(metric)
     row |= trial.cost
     row["student"] = next((result["student"] for result in trial.results.values()), None)
     for key, parameter in search.spec.space.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import stdev
 
 from rich.console import Console
 from rich.table import Table
@@ -68,11 +67,10 @@ def print_trials(console: Console, search: Search, trials: Sequence[Trial]) -> N
 
 def spread(trial: Trial, metric: str) -> str:
     """Mean ± sample standard deviation over seeds; of a trial that did not finish, the best evaluation in brackets."""
-    scores = trial.scores(metric)
-    if not scores:
+    if not trial.results:
         seen = [value for _, value in trial.curve if value is not None]
         return f"({max(seen):.1f})" if seen else "–"
-    return number(trial.mean(metric)) + (f" ± {stdev(scores):.1f}" if len(scores) > 1 else "")
+    return number(trial.mean(metric)) + (f" ± {trial.deviation(metric):.1f}" if len(trial.results) > 1 else "")
 
 
 def shown(value: object) -> str:
