@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.tune.experiment import Trial as TuneTrial
 
-from headkd_ray.cluster.search import search_on_ray
+from headkd_ray.cluster.search import Book, _scheduler, search_on_ray
 from headkd_ray.errors import ClusterError
 from headkd_ray.search.load import load_search
 from headkd_ray.search.records import SearchFolder, Trial
@@ -51,7 +52,7 @@ def run(search: Search, folder: SearchFolder) -> tuple[list[Trial], list[dict[st
 
 
 def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    """Trial 0 is the base job, one that explodes is recorded, halving stops the worst; a resumed search repeats none."""
+    """Trial 0 is the base job, one that explodes is recorded, halving stops one that is worse; a resumed search repeats none."""
     grid: dict[str, Any] = {
         "space": {"optim.lr": {"choice": [0.01, 1e30, 1e-6]}},
         "job": {"optim": {"epochs": 2, "milestones": [1], "clip_norm": None, "warmup_steps": 0, "lr_batch": None}},
@@ -73,10 +74,37 @@ def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("search/*/0000*/**/*")}
     trials, events = run(ask(**grid, budget={"trials": 3}), folder)
-    assert [(trial.number, trial.state) for trial in trials] == [(0, "finished"), (1, "failed"), (2, "stopped")]
+    first, _, third = trials
+    assert [(trial.number, trial.state) for trial in (first, trials[1])] == [(0, "finished"), (1, "failed")]
+    worse = (third.curve[0][1] or 0) < (first.curve[0][1] or 0)  # by a little, after an epoch
+    assert (third.state, len(third.curve)) == (("stopped", 1) if worse else ("finished", 2))
     assert {event["trial"].number for event in events} == {2}, "an ended trial ran again"
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert not (tmp_path / "search/tune").exists(), "Tune's scratch files are gone"
+
+
+def test_halving_remembers_what_ended_before_a_resume_and_spares_the_base_job(tmp_path: Path, ask: Ask) -> None:
+    search = ask(
+        {"optim.lr": {"uniform": [0.01, 0.02]}},
+        {"optim": {"epochs": 9, "milestones": []}},
+        scheduler={"kind": "asha", "grace_epochs": 1, "reduction": 3},
+        budget={"trials": 9},
+    )
+    folder = SearchFolder.open(str(tmp_path / "search"))
+    folder.start(search)
+    for number in range(4):
+        values, ended = {"optim.lr": 0.01}, "finished" if number else "stopped"
+        folder.write(Trial(number, values).with_end(ended, curve=[(1, 10.0 + number), (2, 9.0)]))
+    scheduler = _scheduler(search, Book(search, folder, lambda event: None))
+
+    def judged(number: int, value: float) -> str:
+        trial = TuneTrial("run_trial", stub=True, config={"number": number})
+        scheduler.on_trial_add(None, trial)
+        return scheduler.on_trial_result(None, trial, {"epoch": 1, "AP": value})
+
+    assert judged(4, 12.5) == "CONTINUE"  # among the best third of 10, 11, 12, 13
+    assert judged(5, 11.5) == "STOP"
+    assert judged(0, 1.0) == "CONTINUE"
 
 
 @pytest.mark.slow
@@ -111,7 +139,8 @@ def test_a_trial_that_no_job_can_be_made_of_fails_alone(tmp_path: Path, ask: Ask
 @pytest.mark.slow
 def test_trials_with_train_workers(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
     cluster = {"workers": 1, "threads_per_worker": 1, "cpus_per_worker": 1, "data_cpus": 1}
-    search = ask({"optim.lr": {"choice": [0.01, 0.02]}}, {"cluster": cluster}, searcher={"kind": "grid"})
+    space = {"optim.lr": {"choice": [0.01, 0.02]}}
+    search = ask(space, {"cluster": cluster}, searcher={"kind": "grid"}, budget={"max_concurrent": 1})
     trials, events = run(search, SearchFolder.open(str(tmp_path / "search")))
     assert [trial.state for trial in trials] == ["finished", "finished"]
     assert {(event["trial"].number, event["epoch"]) for event in events if "epoch" in event} == {(0, 1), (0, 2), (1, 1), (1, 2)}
