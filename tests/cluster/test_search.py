@@ -52,7 +52,7 @@ def run(search: Search, folder: SearchFolder) -> tuple[list[Trial], list[dict[st
 
 
 def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    """Trial 0 is the base job, one that explodes is recorded, halving stops one that is worse; a resumed search repeats none."""
+    """Trial 0 is the base job, one that explodes is recorded, halving stops a worse one; a resumed search repeats none."""
     grid: dict[str, Any] = {
         "space": {"optim.lr": {"choice": [0.01, 1e30, 1e-6]}},
         "job": {"optim": {"epochs": 2, "milestones": [1], "clip_norm": None, "warmup_steps": 0, "lr_batch": None}},
