@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, UNSCORED, LocalCheckpoints, load_state, save_state
+from headkd_ray.engine.log import Record
 from headkd_ray.engine.optim import retune
 from headkd_ray.engine.run import run_folder
 from headkd_ray.job import Job
@@ -64,13 +65,22 @@ def member(trial_id: str, numbers: list[int]) -> int:
     return numbers[int(trial_id.rpartition("_")[2])]
 
 
-def save_for_others(trial: Trial, job: Job, epoch: float) -> Path:
-    """A folder, the caller's, with the latest checkpoint of the trial's training, for whoever copies it."""
+def save_for_others(trial: Trial, job: Job, evaluation: Record) -> Path:
+    """A folder, the caller's, with the latest checkpoint of the trial's training, for whoever copies it.
+
+    ``evaluation``: the log record of its latest evaluation.
+    """
     folder = Path(tempfile.mkdtemp(prefix="headkd-population-"))
     with LocalCheckpoints(run_folder(job)).latest() as latest:
         assert latest is not None, "a training that was evaluated has a checkpoint"
         shutil.copytree(latest, folder, dirs_exist_ok=True)
-    (folder / ORIGIN_FILE).write_text(json.dumps({"trial": trial.number, "run": job.run.name, "epoch": epoch}))
+    origin = {
+        "trial": trial.number,
+        "run": job.run.name,
+        "epoch": evaluation["epoch"],
+        "steps_per_epoch": evaluation["steps"] // job.optim.epochs,
+    }
+    (folder / ORIGIN_FILE).write_text(json.dumps(origin))
     return folder
 
 
@@ -88,7 +98,7 @@ def plant(job: Job, checkpoint: Path, origin: dict[str, Any], folder: SearchFold
     and with the other's log so far."""
     run, donor = run_folder(job), folder.runs / origin["run"]
     state = load_state(checkpoint)
-    retune(state, job.optim, job.data.batch_size * job.optim.accumulate, round(state["step"] / origin["epoch"]))
+    retune(state, job.optim, job.data.batch_size * job.optim.accumulate, origin["steps_per_epoch"])
     scratch = Path(tempfile.mkdtemp(prefix="headkd-population-"))
     shutil.copytree(checkpoint, scratch, dirs_exist_ok=True)
     (scratch / ORIGIN_FILE).unlink()

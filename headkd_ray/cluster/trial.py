@@ -152,7 +152,7 @@ class PopulationReport:
         told, self.waiting = self.waiting, record if "val" in record else None
         if told is None or told["val"][self.metric] is None:
             return
-        folder = save_for_others(self.trial, self.job, told["epoch"])
+        folder = save_for_others(self.trial, self.job, told)
         try:
             tune.report(
                 {TIME: int(told["epoch"]), self.metric: told["val"][self.metric]},
