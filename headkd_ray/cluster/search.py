@@ -22,7 +22,7 @@ from headkd_ray.cluster.trial import TIME, TrainJob, TrialContext, run_trial
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job
 from headkd_ray.search.records import SearchFolder, Trial
-from headkd_ray.search.space import Search
+from headkd_ray.search.space import Search, Values
 from headkd_ray.search.study import propose
 
 OF_TUNE = {
@@ -56,6 +56,8 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
             raise ClusterError(f"no node has room for a trial: {_trial_resources(base)}; lower cluster.cpus_per_worker or gpus")
         concurrent = min(room, search.spec.budget.max_concurrent or room)
         book = Book(search, folder, tell)
+        if book.complete:
+            return list(book.trials.values())
         context = TrialContext(search, folder, train, os.getcwd(), book.population)
         scratch = folder.folder / "tune"
         scratch.remove()
@@ -77,6 +79,7 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
                 storage_path=scratch.path,
                 storage_filesystem=scratch.fs,
                 failure_config=tune.FailureConfig(max_failures=search.spec.budget.max_failures),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # pbt alone has some; to copy, the last one is enough
                 callbacks=[Recorder(book)],
                 verbose=0,
             ),
@@ -113,12 +116,24 @@ class Book:
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles whom it calls into files of its own, which nobody reads; a terminal cannot be pickled
 
+    @property
+    def complete(self) -> bool:
+        """Is there nothing left to run?"""
+        if self.population is not None:
+            return not self.population
+        return not self.waiting and self._proposed() is None
+
+    def _proposed(self) -> Values | None:
+        limit = self.search.spec.budget.trials
+        if limit is not None and len(self.trials) >= limit:
+            return None
+        return propose(self.search, list(self.trials.values()))
+
     def following(self) -> Trial | None:
         """The next trial to run: one that did not end before, else a new one, whose file is written; None = no more."""
         if self.waiting:
             return self.trials[self.waiting.pop(0)]
-        limit, number = self.search.spec.budget.trials, len(self.trials)
-        values = propose(self.search, list(self.trials.values())) if limit is None or number < limit else None
+        number, values = len(self.trials), self._proposed()
         if values is None:
             return None
         self.trials[number] = trial = Trial(number, values, started=time.time())

@@ -81,6 +81,7 @@ def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
     assert {event["trial"].number for event in events} == {2}, "an ended trial ran again"
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert not (tmp_path / "search/tune").exists(), "Tune's scratch files are gone"
+    assert run(ask(**grid, budget={"trials": 3}), folder) == (trials, []), "nothing was left to do"
 
 
 def test_halving_remembers_what_ended_before_a_resume_and_spares_the_base_job(tmp_path: Path, ask: Ask) -> None:
