@@ -28,9 +28,10 @@ ROOMS = {
     "data": {"storage", "job", "errors", "targets"},
     "teacher": TEACHING,
     "engine": ENGINE - {"engine"},
+    "search": {"storage", "job", "errors"},
     "golden": LEARNING,
-    "cluster": ENGINE,
-    "report": set[str](),
+    "cluster": ENGINE | {"search"},
+    "report": {"search", "job", "errors"},
     "doors": {"errors"},
 }
 """Room -> rooms that it may import besides itself; they point down, so there is no circle. Other modules are doors."""

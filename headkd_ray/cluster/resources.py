@@ -41,8 +41,11 @@ class Resources:
 
 
 @contextmanager
-def connected(spec: ClusterSpec) -> Iterator[None]:
+def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster of ``spec.address`` or ``RAY_ADDRESS``, or start one on this machine and stop it on leaving.
+
+    ``dashboard``: a started cluster has one. Where Tune stops trials with train workers it is needed: through it Ray finds the
+    reservations that they leave behind.
 
     Raises:
         ClusterError: no cluster answers at the address.
@@ -52,7 +55,7 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
         return
     before = dict(os.environ)
     try:
-        _join_or_start(spec.address)
+        _join_or_start(spec.address, dashboard)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)"
@@ -65,7 +68,7 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _join_or_start(address: str | None) -> None:
+def _join_or_start(address: str | None, dashboard: bool) -> None:
     # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is not None or os.environ.get("RAY_ADDRESS"):
@@ -78,8 +81,8 @@ def _join_or_start(address: str | None) -> None:
             os.environ.setdefault(name, value)
         # It advises to switch the new cluster's authentication off.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        # It ends with this process and has no dashboard: its start costs more than a small job's training.
-        ray.init(address="local", include_dashboard=False, **quiet)
+        # It ends with this process, and has no dashboard unless asked: its start costs more than a small job's training.
+        ray.init(address="local", include_dashboard=dashboard, **quiet)
 
 
 def check_resources(job: Job) -> Resources:
@@ -129,6 +132,27 @@ def check_resources(job: Job) -> Resources:
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
+
+
+def room_for(job: Job) -> int:
+    """How many trainings of this job fit the cluster at a time: each one process (cluster.workers 0), or all of its workers.
+
+    Raises ClusterError as ``check_resources`` does.
+    """
+    spec = job.cluster
+    nodes, _ = _nodes()
+    if spec.workers == 0:
+        return sum(_places(node, spec.cpus_per_worker, gpus_of_process(job)) for node in nodes)
+    gpus = check_resources(job).gpus_per_worker
+    places = sum(_places(node, spec.cpus_per_worker + spec.data_cpus, gpus) for node in nodes)
+    return max(1, places // spec.most_workers)
+
+
+def gpus_of_process(job: Job) -> float:
+    """GPUs of a training in one process: cluster.gpus_per_worker; by default one if the cluster has any."""
+    nodes, _ = _nodes()
+    wants = job.cluster.gpus_per_worker
+    return wants if wants is not None else float(any(node.get("GPU", 0.0) for node in nodes))
 
 
 def check_pool(job: Job) -> None:

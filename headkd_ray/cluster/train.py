@@ -82,11 +82,14 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
     )
 
 
-def with_absolute_paths(job: Job) -> Job:
-    """The job as a worker must read it: workers run in a folder of Ray's, where the driver's relative paths mean nothing."""
+def with_absolute_paths(job: Job, start: str = "") -> Job:
+    """The job as a worker must read it: workers run in a folder of Ray's, where the driver's relative paths mean nothing.
+
+    ``start``: the driver's folder, if this process is not the driver.
+    """
 
     def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
+        return path if "://" in path else str((Path(start) / Path(path).expanduser()).absolute())
 
     backbone = job.student.backbone
     if Path(backbone.weights).suffix:  # a file, not none or timm

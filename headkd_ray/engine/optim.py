@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -37,3 +38,15 @@ def build_optimizer(
     else:
         optimizer = torch.optim.AdamW(free, lr=lr, weight_decay=spec.weight_decay)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))
+
+
+def retune(state: dict[str, Any], spec: OptimSpec, global_batch: int, steps_per_epoch: int) -> None:
+    """Give a saved training state (``loop.State.save``) the learning rate, momentum and weight decay of another job: a resumed
+    optimizer goes on with the saved ones."""
+    peak = peak_lr(spec, global_batch)
+    lr = peak * lr_factor(spec, state["step"], steps_per_epoch)
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"lr": lr, "initial_lr": peak, "weight_decay": spec.weight_decay}
+        if "momentum" in group:
+            group["momentum"] = spec.momentum
+    state["scheduler"] |= {"base_lrs": [peak] * len(state["scheduler"]["base_lrs"]), "_last_lr": [lr]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -26,7 +26,9 @@ def dotted(path: Path) -> str:
 
 
 def sections(field: FieldInfo) -> tuple[type[Spec], ...]:
-    """The sections that a key may hold: none for a plain value, several where a ``kind`` chooses."""
+    """The sections that a key may hold: none for a plain value or a mapping of free names, several where a ``kind`` chooses."""
+    if get_origin(field.annotation) is dict:
+        return ()
     found = [field.annotation, *get_args(field.annotation)]
     return tuple(option for option in found if isinstance(option, type) and issubclass(option, Spec))
 
@@ -71,9 +73,9 @@ def known_paths(model: type[Spec], values: Mapping[str, Any], prefix: Path = ())
             yield from known_paths(section, value if isinstance(value, Mapping) else {}, (*prefix, name))
 
 
-def field_at(path: Path, values: Mapping[str, Any]) -> FieldInfo | None:
-    """The field that ``path`` names in a job like ``values``; None for an unknown key and inside a list or dict."""
-    model: type[Spec] | None = Job
+def field_at(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> FieldInfo | None:
+    """The field that ``path`` names in a file like ``values``; None for an unknown key and inside a list or dict."""
+    model: type[Spec] | None = top
     field = None
     value: Any = values
     for part in path:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -23,7 +23,10 @@ from headkd_ray.job.keys import (
     with_defaults,
 )
 from headkd_ray.job.messages import none_of, problem_of, show
+from headkd_ray.job.parts import Spec
 from headkd_ray.job.tree import YamlError, parse, position
+
+SomeSpec = TypeVar("SomeSpec", bound=Spec)
 
 
 class Origin(NamedTuple):
@@ -67,8 +70,8 @@ def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
     return job
 
 
-def read_file(path: str | FilePath) -> Draft:
-    """The file's values with the line of every key.
+def read_file(path: str | FilePath, needs: str = "a job has at least run, method and data") -> Draft:
+    """The file's values with the line of every key; ``needs`` is told of an empty one.
 
     Raises:
         JobError: no such file, not a text file, not YAML or not a mapping of keys.
@@ -93,9 +96,9 @@ def read_file(path: str | FilePath) -> Draft:
     except YamlError as error:
         raise JobError(f"{path}:{error.line}:{error.column}: {error}") from None
     if tree.value is None:
-        raise JobError(f"{path}:1:1: is empty; a job has at least run, method and data")
+        raise JobError(f"{path}:1:1: is empty; {needs}")
     if not isinstance(tree.value, dict):
-        raise JobError(f"{path}:1:1: is not a mapping of keys (run:, method:, data:, ...)")
+        raise JobError(f"{path}:1:1: is not a mapping of keys; {needs}")
     origins = {key: Origin(0, line, f"{path}:{line}") for key, line in tree.lines.items()}
     mistakes = [(Origin(0, line, f"{path}:{line}"), f"{dotted(key)}: {message}") for key, line, message in tree.problems]
     return Draft(tree.value, origins, mistakes, tree.unread)
@@ -119,9 +122,15 @@ def apply_override(draft: Draft, override: str, number: int) -> None:
     except YamlError as error:
         draft.mistakes.append((where, f"{error}; quote the value: {key}='\"...\"'"))
         return
-    *parents, last = path = tuple(key.split("."))
+    path = tuple(key.split("."))
     draft.mistakes.extend((where, message) for _, _, message in tree.problems)
     draft.unread.update((*path, *inner) for inner in tree.unread)
+    put(draft, path, tree.value, where)
+
+
+def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
+    """Set a key of the draft, making the sections that hold it; one that is no section becomes a mistake."""
+    *parents, last = path
     section = draft.values
     for depth, name in enumerate(parents, start=1):
         if section.get(name) is None:
@@ -131,7 +140,7 @@ def apply_override(draft: Draft, override: str, number: int) -> None:
             draft.mistakes.append((where, f"{dotted(path[:depth])} is {show(section[name])} and not a section of keys"))
             return
         section = section[name]
-    section[last] = tree.value
+    section[last] = value
     for old in [old for old in draft.origins if old[: len(path)] == path]:
         del draft.origins[old]
     draft.origins[path] = where
@@ -147,15 +156,19 @@ def origin(draft: Draft, path: Path) -> Origin:
 def check(values: Mapping[str, Any], unread: Collection[Path] = ()) -> tuple[list[Problem], Job | None]:
     """Everything wrong with a job's plain values but for the ``unread`` keys, and the Job if nothing is."""
     values, found = _with_known_kinds(values)
-    job = None
-    try:
-        # As JSON, because strict JSON takes a list for a tuple but neither "2" nor true for a number.
-        job = Job.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        found += [problem_of(detail, values) for detail in error.errors(include_url=False)]
-    found = [problem for problem in found if problem.path not in unread]
+    mistyped, job = validated(Job, values)
+    found = [problem for problem in found + mistyped if problem.path not in unread]
     found += problems_in(with_defaults(Job, values), broken=[*unread, *(problem.path for problem in found)])
     return found, None if found else job
+
+
+def validated(top: type[SomeSpec], values: Mapping[str, Any]) -> tuple[list[Problem], SomeSpec | None]:
+    """What types and ranges are wrong in the plain values of a ``top``, and the section itself if nothing is."""
+    try:
+        # As JSON, because strict JSON takes a list for a tuple but neither "2" nor true for a number.
+        return [], top.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        return [problem_of(detail, values, top) for detail in error.errors(include_url=False)], None
 
 
 def _with_known_kinds(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

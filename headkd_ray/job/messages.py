@@ -1,4 +1,4 @@
-"""Pydantic's findings about a job as sentences that a user can act on."""
+"""Pydantic's findings about a job, or another file of ``Spec`` sections, as sentences that a user can act on."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from headkd_ray.job.keys import (
     nearest_keys,
     sections,
 )
+from headkd_ray.job.parts import Spec
 
 Sentence = Callable[[str, Any, Mapping[str, Any]], str]
 """(what was given, as YAML; the given value; pydantic's bounds) -> what is wrong with it."""
 
 
-def problem_of(error: Mapping[str, Any], values: Mapping[str, Any]) -> Problem:
-    """One of pydantic's errors on a job, whose plain ``values`` help to guess what was meant."""
-    path = plain_path(error["loc"])
+def problem_of(error: Mapping[str, Any], values: Mapping[str, Any], top: type[Spec] = Job) -> Problem:
+    """One of pydantic's errors on a job (or ``top``), whose plain ``values`` help to guess what was meant."""
+    path = plain_path(error["loc"], top)
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(path, unknown_key(path, values))
+        return Problem(path, unknown_key(path, values, top))
     if kind == "missing":
-        return Problem(path, missing(path, values))
+        return Problem(path, missing(path, values, top))
     if kind == "literal_error":
         options = str(context["expected"]).replace(" or ", ", ").split(", ")  # pydantic writes 'a', 'b' or 'c'
         return Problem(path, none_of(given, [option.strip("'") for option in options]))
@@ -38,10 +39,10 @@ def problem_of(error: Mapping[str, Any], values: Mapping[str, Any]) -> Problem:
     return Problem(path, sentence(show(given), given, context) if sentence else f"{show(given)}: {error['msg']}")
 
 
-def plain_path(loc: Iterable[int | str]) -> Path:
+def plain_path(loc: Iterable[int | str], top: type[Spec] = Job) -> Path:
     """Pydantic's location as the user wrote it: without what it adds where several sections or types may stand."""
     path: list[int | str] = []
-    options: tuple[Any, ...] = (Job,)
+    options: tuple[Any, ...] = (top,)
     for part in loc:
         if part in (NUMBER, RANGE):
             continue
@@ -63,9 +64,9 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:56] + " ..."
 
 
-def unknown_key(path: Path, values: Mapping[str, Any]) -> str:
+def unknown_key(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> str:
     """What to write instead of a key that does not exist."""
-    known = list(known_paths(Job, values))
+    known = list(known_paths(top, values))
     sections = {key[:-1] for key in known}
     given: Any = values
     for part in path:
@@ -75,14 +76,14 @@ def unknown_key(path: Path, values: Mapping[str, Any]) -> str:
     if likely:
         return f"unknown key; did you mean {' or '.join(likely)}?"
     siblings = ", ".join(str(key[-1]) for key in known if key[:-1] == path[:-1])
-    return f"unknown key; {dotted(path[:-1]) or 'a job'} has {siblings}"
+    return f"unknown key; {dotted(path[:-1]) or ('a job' if top is Job else 'the file')} has {siblings}"
 
 
-def missing(path: Path, values: Mapping[str, Any]) -> str:
+def missing(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> str:
     """That a required key is missing, and what it means."""
     if isinstance(path[-1], int):
         return "missing; the list needs one more value"
-    field = field_at(path, values)
+    field = field_at(path, values, top)
     meaning = " ".join((field.description or "").split()) if field is not None else ""
     return "missing" + (f" ({meaning.split('. ')[0].rstrip('.')})" if meaning else "")
 

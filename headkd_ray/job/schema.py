@@ -1,6 +1,7 @@
 """The job file's JSON Schema, by which editors complete and check the YAML: ``python -m headkd_ray.job.schema``.
 
 Writes ``jobs/job.schema.json`` (or the path given); a test keeps the committed file fresh.
+``python -m headkd_ray.search.schema`` does the same for search files.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import json
 from pathlib import Path
 
 from headkd_ray.job.job import Job
+from headkd_ray.job.parts import Spec
 
 
-def schema_text() -> str:
-    """The JSON Schema (2020-12) of a job file."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}
+def schema_text(top: type[Spec] = Job) -> str:
+    """The JSON Schema (2020-12) of a job file, or of another file of ``Spec`` sections."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **top.model_json_schema()}
     return json.dumps(_one_line_descriptions(schema), indent=2) + "\n"
 
 
@@ -27,14 +29,14 @@ def _one_line_descriptions(node: object) -> object:
     return [_one_line_descriptions(item) for item in node] if isinstance(node, list) else node
 
 
-def main() -> None:
-    """Write the schema."""
-    parser = argparse.ArgumentParser(prog="python -m headkd_ray.job.schema", description="Write the job file's JSON Schema.")
-    parser.add_argument("path", nargs="?", type=Path, default=Path("jobs/job.schema.json"))
+def write_schema(top: type[Spec], default: str) -> None:
+    """The command: write the schema to the path given, or to ``default``."""
+    parser = argparse.ArgumentParser(description=f"Write the JSON Schema, to {default} or the path given.")
+    parser.add_argument("path", nargs="?", type=Path, default=Path(default))
     path: Path = parser.parse_args().path
-    path.write_text(schema_text(), encoding="utf-8")
+    path.write_text(schema_text(top), encoding="utf-8")
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    write_schema(Job, "jobs/job.schema.json")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headkd_ray.engine.optim import build_optimizer, lr_factor, peak_lr
+from headkd_ray.engine.optim import build_optimizer, lr_factor, peak_lr, retune
 from headkd_ray.job import OptimSpec
 
 
@@ -30,3 +30,29 @@ def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def test_a_retuned_state_goes_on_with_the_other_job_s_values() -> None:
+    """Momentum buffers stay; the schedule goes on at the same step."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    before = OptimSpec(lr=0.02, lr_batch=None, warmup_steps=0, milestones=(2,), epochs=4)
+    after = before.model_copy(update={"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01})
+    optimizer, scheduler = build_optimizer(before, [weight], 16, 10)
+    for _ in range(15):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        scheduler.step()
+    state = {"step": 15, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    buffers = optimizer.state[weight]["momentum_buffer"].clone()
+    retune(state, after, 16, 10)
+
+    optimizer, scheduler = build_optimizer(after, [weight], 16, 10)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.5, 0.01)
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], buffers)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    assert group["lr"] == pytest.approx(0.005), "the milestone, five steps on"

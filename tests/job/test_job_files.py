@@ -16,16 +16,18 @@ from headkd_ray.job import (
     FCOSAssistantSpec,
     FCOSHeadSpec,
     FCOSSpec,
+    Job,
     RetinaAssistantSpec,
     RetinaNetSpec,
     load_job,
 )
 from headkd_ray.job.load import read_file
-from headkd_ray.job.schema import main, schema_text
+from headkd_ray.job.schema import schema_text, write_schema
 
 JOBS = Path(__file__).parents[2] / "jobs"
-PAPER = sorted(path.name for path in JOBS.glob("*.yaml"))
-FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml"))
+PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_"))
+FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if not path.name.startswith("tune_"))
+"""Without the search files, which tests/search is about."""
 
 
 def test_every_promised_job_is_there():
@@ -42,7 +44,7 @@ def test_schema_is_fresh(tmp_path, monkeypatch):
     committed = json.loads((JOBS / "job.schema.json").read_text(encoding="utf-8"))
     assert committed == json.loads(schema_text()), "run python -m headkd_ray.job.schema"  # versions of pydantic write 0 or 0.0
     monkeypatch.setattr("sys.argv", ["schema", str(tmp_path / "s.json")])
-    main()
+    write_schema(Job, "nowhere")
     assert (tmp_path / "s.json").read_text(encoding="utf-8") == schema_text()
 
 

@@ -1,0 +1,169 @@
+"""Which values a trial gets, and the job that they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headkd_ray.errors import JobError
+from headkd_ray.search.records import SearchFolder, Trial
+from headkd_ray.search.space import Search, base_values, contains, grid
+from headkd_ray.search.spec import ParameterSpec, SearchSpec
+from headkd_ray.search.study import distribution, propose, study_of
+from tests.search.test_search_load import JOB
+
+SPACE: dict[str, Any] = {
+    "optim.lr": {"loguniform": [1e-3, 1e-1]},
+    "optim.optimizer": {"choice": ["sgd", "adamw"]},
+    "optim.momentum": {"uniform": [0.5, 0.9], "step": 0.2, "when": {"optim.optimizer": "sgd"}},
+    "distill.ckd_epochs": {"choice": [4, 8, None]},
+    "distill.warmup_steps": {"randint": [0, 2000], "step": 500},
+    "optim.milestones": {"choice": [[8, 11], [6]]},
+}
+
+
+def search(space: dict[str, Any] = SPACE, **sections: Any) -> Search:
+    spec = {"run": {"name": "s"}, "job": "base.yaml", "space": space, **sections}
+    return Search(SearchSpec.model_validate(spec), JOB)
+
+
+def ended(number: int, values: dict[str, Any], score: float) -> Trial:
+    result = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), score)
+    return Trial(number, values).with_end("finished", results={"0": result}, curve=[(1, score)], cost={"params": score})
+
+
+def test_trial_0_has_the_base_job_s_values() -> None:
+    values = propose(search(), [])
+    assert values == {
+        "optim.lr": 0.01,
+        "optim.optimizer": "sgd",
+        "optim.momentum": 0.9,
+        "distill.ckd_epochs": 8,
+        "distill.warmup_steps": 2000,
+        "optim.milestones": [8, 11],
+    }
+    assert search().job(values, "base", "runs", 7) == search().base
+
+
+def test_a_key_is_varied_only_under_its_condition() -> None:
+    asked = search(searcher={"kind": "random"})
+    trials = [ended(0, base_values(asked), 1.0)]
+    for number in range(1, 30):
+        values = propose(asked, trials)
+        assert values is not None
+        trials.append(ended(number, values, 1.0))
+        assert ("optim.momentum" in values) == (values["optim.optimizer"] == "sgd")
+        assert all(contains(asked.spec.space[key], value) for key, value in values.items())
+        asked.job(values, "x", "runs", 0)
+    assert {trial.values["optim.optimizer"] for trial in trials} == {"sgd", "adamw"}
+    assert all(trial.values.get("optim.momentum") in (None, 0.5, 0.7, 0.9) for trial in trials), "steps are round numbers"
+
+
+def test_a_condition_may_be_on_a_key_that_is_not_searched() -> None:
+    space = {"optim.momentum": {"uniform": [0.5, 0.9], "when": {"optim.optimizer": ["adamw"]}}, "optim.lr": SPACE["optim.lr"]}
+    assert base_values(search(space)) == {"optim.lr": 0.01}
+
+
+def test_a_grid_has_each_combination_once_and_the_base_job_first() -> None:
+    space = {key: SPACE[key] for key in ("optim.optimizer", "optim.momentum", "distill.ckd_epochs")}
+    asked = search(space, searcher={"kind": "grid"})
+    trials: list[Trial] = []
+    while (values := propose(asked, trials)) is not None:
+        trials.append(ended(len(trials), values, 1.0))
+    assert len(trials) == (3 + 1) * 3  # sgd has three momenta, adamw none; three times
+    assert all(one.values != other.values for one in trials for other in trials if one is not other)
+    assert trials[0].values == {"optim.optimizer": "sgd", "optim.momentum": 0.9, "distill.ckd_epochs": 8}
+    assert len(list(grid(asked))) == len(trials) - 1
+
+
+def test_proposals_are_a_function_of_the_trials_so_far() -> None:
+    """So a resumed search goes on as one that was never stopped."""
+    asked = search(searcher={"kind": "tpe", "startup_trials": 2})
+    trials = [ended(number, {**base_values(asked), "optim.lr": 0.002 * (number + 1)}, number) for number in range(6)]
+    assert propose(asked, trials) == propose(asked, list(trials))
+    assert propose(asked, trials) != propose(asked, trials[:-1])
+    other = search(searcher={"kind": "tpe", "startup_trials": 2}, run={"name": "s", "seed": 1})
+    assert propose(other, trials) != propose(asked, trials)
+
+
+def test_tpe_goes_where_it_is_good() -> None:
+    space = {"distill.assistants.fcos.ckd_weight": {"uniform": [0, 10]}}
+    asked = search(space, searcher={"kind": "tpe", "startup_trials": 5})
+    trials: list[Trial] = []
+    for number in range(40):
+        values = propose(asked, trials)
+        assert values is not None
+        trials.append(ended(number, values, -abs(values["distill.assistants.fcos.ckd_weight"] - 7)))
+    late = [trial.values["distill.assistants.fcos.ckd_weight"] for trial in trials[20:]]
+    assert sum(abs(value - 7) for value in late) / len(late) < 1.5, "random values are 2.9 off on average"
+
+
+def test_the_study_leaves_out_what_says_nothing_and_counts_the_stopped() -> None:
+    asked = search({"optim.lr": SPACE["optim.lr"]})
+    lr = [{"optim.lr": value} for value in (0.5, 0.01, 0.02, 0.03, 0.04)]  # the first is outside of the range
+    trials = [ended(0, lr[0], 1.0), ended(1, lr[1], 2.0), Trial(2, lr[2]).with_end("failed", cause="x")]
+    trials += [Trial(3, lr[3]).with_end("stopped", curve=[(1, 0.5), (2, None)]), Trial(4, lr[4])]
+    study = study_of(asked, trials)
+    assert [(trial.user_attrs["number"], trial.state.name) for trial in study.trials] == [
+        (1, "COMPLETE"),
+        (3, "PRUNED"),
+        (4, "RUNNING"),
+    ]
+    assert study.trials[1].intermediate_values == {1: 0.5}
+
+
+def test_two_objectives() -> None:
+    asked = search({"optim.lr": SPACE["optim.lr"]}, objective={"cost": "params"}, searcher={"startup_trials": 1})
+    trials = [ended(number, {"optim.lr": 0.002 * (number + 1)}, number) for number in range(4)]
+    assert [direction.name for direction in study_of(asked, trials).directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert propose(asked, trials) is not None
+
+
+def test_values_that_do_not_go_together_are_a_job_error() -> None:
+    with pytest.raises(JobError, match=r"distill\.ckd_epochs: 8 is not before the end of training"):
+        search().job({"optim.epochs": 6, "optim.milestones": [4]}, "x", "runs", 0)
+
+
+@given(
+    low=st.floats(0.001, 1),
+    width=st.floats(0.01, 5),
+    step=st.none() | st.floats(0.001, 1),
+    kind=st.sampled_from(["uniform", "loguniform"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_optuna_may_propose_the_range_contains(low: float, width: float, step: float | None, kind: str) -> None:
+    parameter = ParameterSpec.model_validate({kind: [low, low + width], "step": step if kind == "uniform" else None})
+    space = distribution(parameter)
+    assert contains(parameter, space.low) and contains(parameter, space.high)  # type: ignore[attr-defined]
+    assert not contains(parameter, low - 0.01) and not contains(parameter, low + width + 0.01)
+
+
+def test_files_of_a_search_come_back_as_they_were(tmp_path: Path) -> None:
+    folder, asked = SearchFolder.open(str(tmp_path / "s")), search()
+    assert not folder.exists
+    folder.start(asked)
+    trial = ended(3, base_values(asked), 12.5)
+    folder.write(trial)
+    assert folder.exists
+    assert folder.search() == asked
+    again = folder.trial(3)
+    assert (again.values, again.state, again.mean("AP")) == (trial.values, "finished", 12.5)
+    assert [trial.number for trial in folder.trials()] == [3]
+
+
+def test_a_search_resumes_with_more_trials_but_not_with_another_space(tmp_path: Path) -> None:
+    folder = SearchFolder.open(str(tmp_path / "s"))
+    folder.start(search())
+    folder.check_same(search(budget={"trials": 99}, searcher={"kind": "random"}))
+    with pytest.raises(JobError) as caught:
+        folder.check_same(search({"optim.lr": SPACE["optim.lr"]}, objective={"metric": "AP50"}))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["space", "objective"]
+
+
+def test_a_folder_without_a_search_says_so(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"no search here \(no search\.json\)"):
+        SearchFolder.open(str(tmp_path)).search()
