@@ -148,7 +148,8 @@ def test_trials_with_train_workers(tmp_path: Path, ask: Ask, ray_cluster: None) 
 
 
 def test_a_trial_too_big_for_the_cluster_is_an_error_not_a_hang(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    search = ask({"optim.lr": {"choice": [0.01, 0.02]}}, {"cluster": {"workers": 0, "cpus_per_worker": 64}})
+    big = {"cluster": {"workers": 0, "cpus_per_worker": 64}}
+    search = ask({"optim.lr": {"choice": [0.01, 0.02]}}, big, searcher={"kind": "grid"})
     with pytest.raises(ClusterError, match=r"no node has room for a trial.*64"):
         run(search, SearchFolder.open(str(tmp_path / "search")))
 
