@@ -17,6 +17,7 @@ from rich.console import Console
 from headkd_ray import analyze
 from headkd_ray.errors import JobError
 from headkd_ray.job import load_job
+from headkd_ray.report.search.console import line
 from headkd_ray.report.search.figures import figures, pareto_front, png, svg
 from headkd_ray.report.search.importance import importances
 from headkd_ray.report.search.table import print_trials, ranked, short_names
@@ -125,7 +126,7 @@ def test_importance_finds_the_key_that_matters(folder: SearchFolder) -> None:
     assert max(shares, key=lambda key: shares[key]) == "distill.assistants.fcos.ckd_weight"
     assert math.isclose(sum(shares.values()), 1, rel_tol=1e-6)
     assert note == "fANOVA over 16 finished trials. Left out, for not all of these have them: optim.momentum."
-    assert importances(search, trials[:3]) == ({}, "3 trials have finished; importances need at least 4.")
+    assert importances(search, trials[:3]) == ({}, "3 trials have finished; importances need at least 8.")
 
 
 def test_importance_without_a_difference_says_so(folder: SearchFolder) -> None:
@@ -205,3 +206,23 @@ def test_a_folder_without_a_search(tmp_path: Path, capsys: pytest.CaptureFixture
         analyze.main([str(tmp_path)])
     assert ended.value.code == 2
     assert "no search here" in capsys.readouterr().err and not (tmp_path / "analysis").exists()
+
+
+def test_a_line_for_each_event(folder: SearchFolder) -> None:
+    search, trials = searched(folder)
+    copier = replace(trials[18], copies=[{"from": 3, "epoch": 1, "values": {}}])
+    assert [
+        line({"trial": trials[18]}, search).split("  ")[:2],
+        line({"trial": trials[18], "epoch": 2, "value": 4.25}, search),
+        line({"trial": copier, "epoch": 3, "value": 5.0}, search),
+        line({"trial": trials[0]}, search),
+        line({"trial": trials[16]}, search),
+        line({"trial": trials[17]}, search),
+    ] == [
+        ["trial 18", "optim.lr=0.01778"],
+        "trial 18  epoch 2  AP 4.2",
+        "trial 18  epoch 3  AP 5.0  (copied trial 3)",
+        "trial 0  finished  AP 8.5 (mean of 2 seeds)  params 1",
+        "trial 16  stopped by none",
+        "trial 17  failed: step 3: not finite: <b>{'loss': nan}</b>",
+    ]

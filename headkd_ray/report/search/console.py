@@ -9,9 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from headkd_ray.job.render import inline
 from headkd_ray.report.console import number
-from headkd_ray.report.search.table import print_trials
+from headkd_ray.report.search.table import print_trials, shown
 from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 
@@ -49,7 +48,7 @@ def line(event: dict[str, Any], search: Search) -> str:
         copied = f"  (copied trial {trial.copies[-1]['from']})" if trial.copies else ""
         return f"{head}  epoch {event['epoch']}  {metric} {number(event['value'])}{copied}"
     if trial.state == "running":
-        return f"{head}  " + "  ".join(f"{key}={inline(value)}" for key, value in trial.values.items())
+        return f"{head}  " + "  ".join(f"{key}={shown(value)}" for key, value in trial.values.items())
     if trial.state == "failed":
         return f"{head}  failed: {trial.cause}"
     if trial.state == "stopped":

@@ -8,7 +8,7 @@ from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 from headkd_ray.search.study import EXTRA, study_of
 
-FEWEST = 4
+FEWEST = 8
 """Finished trials below which a forest says nothing."""
 
 
