@@ -250,6 +250,7 @@ def _scheduler(search: Search, book: Book) -> TrialScheduler:
             stand_in, best = TuneTrial("headkd", stub=True), -float("inf")
             scheduler.on_trial_add(None, stand_in)
             for epoch, value in trial.curve:
-                best = max(best, best if value is None else value)
-                scheduler.on_trial_result(None, stand_in, {TIME: int(epoch), metric: best})
+                if value is not None:
+                    best = max(best, value)
+                    scheduler.on_trial_result(None, stand_in, {TIME: int(epoch), metric: best})
     return scheduler

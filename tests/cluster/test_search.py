@@ -182,6 +182,30 @@ def test_a_population_copies_its_best(tmp_path: Path, ask: Ask, ray_cluster: Non
 
 
 @pytest.mark.slow
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
+    search = ask(
+        {"optim.lr": {"choice": [0.01]}},
+        {"optim": {"epochs": 8, "milestones": [6]}},
+        searcher={"kind": "grid"},
+    )
+    folder = SearchFolder.open(str(tmp_path / "search"))
+    folder.start(search)
+    killed: list[int] = []
+
+    def kill(event: dict[str, Any]) -> None:
+        if event.get("epoch", 0) >= 3 and not killed:
+            killed.extend(descendants("ray::ImplicitFunc") or descendants("ray::run_trial"))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    (trial,) = search_on_ray(search, folder, train, kill)
+    assert killed and (trial.state, trial.cause) == ("finished", None)
+    steps = [record["step"] for record in folder.log(trial, 0) if "losses" in record]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert [epoch for epoch, _ in trial.curve] == list(range(1, 9))
+
+
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -> None:
     """kill -9 of the driver while one trial has ended and another trains."""
     ask(
