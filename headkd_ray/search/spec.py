@@ -71,7 +71,7 @@ class SchedulerSpec(Spec):
     """none = all; asha = asynchronous successive halving: of the trials that reached a rung (grace_epochs, times reduction,
     ...), the best 1 / reduction, and trial 0 always; pbt = population-based training: at every perturb_epochs the worst copy
     the state and the values of the best and change the values a little, so that values become schedules. pbt needs
-    cluster.workers: 0 and keys that do not shape the models."""
+    cluster.workers: 0 and keys that do not shape the models; its trial 0 only begins as the base job."""
     grace_epochs: PositiveInt = 1
     """asha: epochs that every trial is trained for."""
     reduction: Annotated[int, Field(ge=2)] = 3
