@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,10 @@ def test_schema_is_fresh_and_describes_every_key() -> None:
     for section in [committed, *committed["$defs"].values()]:
         assert section["additionalProperties"] is False
         assert all(key.get("description") or key["$ref"] for key in section["properties"].values())
+
+
+def test_the_readme_s_search_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```yaml\n(run: .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "search.yaml").write_text(block)
+    assert load_search(tmp_path / "search.yaml").spec.budget.trials == 18
