@@ -79,6 +79,7 @@ def main() -> int:
             *(f"run.storage={scratch}/runs", f"optim.epochs={options.epochs}", "optim.milestones=[]"),
             *(f"log.every_steps={EVERY}", "log.tensorboard=false", f"eval.every_epochs={options.epochs}"),
             *("cluster.gpus_per_worker=0", "cluster.threads_per_worker=1"),
+            *("cluster.cpus_per_worker=0.5", "cluster.data_cpus=0.5"),  # else Ray would not start 2 workers on 2 CPUs
         ]
         classes = ShardSet.open(splits["train"]).meta.classes
         teacher = load_job(str(JOBS / "teacher.yaml"), common)

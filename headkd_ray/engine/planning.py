@@ -66,7 +66,7 @@ class Work:
     evaluations: int
     placement: Literal["inline", "pool", "cache"]
     data_cpus: float
-    """Of a worker, for decoding."""
+    """Images that a worker decodes at the same time."""
     gpus: float
     """Of a worker."""
     cpus: float
@@ -119,7 +119,8 @@ def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
     pool = teacher.pool if teacher is not None else None
     placement = teacher.placement if teacher is not None else "inline"
     alone = cluster.workers == 0
-    data_cpus = LOCAL_DATA_THREADS if alone else cluster.data_cpus
+    # Less than a CPU is one task at a time all the same.
+    data_cpus = LOCAL_DATA_THREADS if alone else max(1.0, cluster.data_cpus)
     # Ray starts more while batches wait, but not where the student chooses the RoIs.
     teachers = 1 if pool is None or alone else pool.actors[1 if placement == "cache" or job.distill.rois == "teacher" else 0]
     every = job.eval.every_epochs
@@ -134,7 +135,7 @@ def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
         placement=placement,
         data_cpus=data_cpus,
         gpus=gpus,
-        cpus=cluster.cpus_per_worker + data_cpus,
+        cpus=cluster.cpus_per_worker + (data_cpus if alone else cluster.data_cpus),
         teachers=teachers,
         teacher_gpus=0.0 if pool is None else gpus if alone else pool.gpus,
         teacher_cpus=0.0 if pool is None else pool.cpus,
