@@ -89,6 +89,7 @@ def working_dir_of(folder: Path, job: Job) -> Path:
 TRAIN = ("--", sys.executable, "-m", "headkd_ray.train", "job.yaml")
 
 
+@pytest.mark.slow
 def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: Head) -> None:
     job = micro_job(tmp_path / "runs", drawn_splits, "submitted", optim={"epochs": 1, "milestones": []}, cluster={"workers": 1})
     working_dir = working_dir_of(tmp_path / "work", job)
