@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from headkd_ray.data.stream import BatchMaker
 from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher.cache import Cache
 from headkd_ray.teacher.soft import SoftTeacher
+
+AHEAD = 2
+"""Row groups under way beside the one that is written."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Builder:
         return [(sample, self._show(sample, view)) for sample in samples]
 
     def _groups(self, shard: int, view: int, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, ViewTargets]]]:
-        """Row groups in order; the next one is read and decoded while the teacher looks at one."""
+        """Row groups in order. While one is written the teacher looks at the next, and the one after is read and decoded."""
         meta = self.cache.shards.meta
         starts = range(0, meta.shards[shard].images, meta.row_group)
 
@@ -55,13 +59,20 @@ class Builder:
             samples = self.cache.shards.read_group(shard, start // meta.row_group, rows)
             return [(sample, pool.submit(self._show, sample, view)) for sample in samples]
 
-        with ThreadPoolExecutor(1, thread_name_prefix="headkd-read") as reader:
-            coming = [reader.submit(show, starts[0])] if len(starts) else []
-            for start in [*starts[1:], None]:
-                current = coming.pop().result()
-                if start is not None:
-                    coming.append(reader.submit(show, start))
-                yield self.ask([(sample, shown.result()) for sample, shown in current])
+        def ask(read: Future[list[tuple[Sample, Future[Example | None]]]]) -> list[tuple[int, ViewTargets]]:
+            return self.ask([(sample, shown.result()) for sample, shown in read.result()])
+
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="headkd-read") as reader,
+            ThreadPoolExecutor(1, thread_name_prefix="headkd-ask") as asker,
+        ):
+            coming: deque[Future[list[tuple[int, ViewTargets]]]] = deque()
+            for start in starts:
+                coming.append(asker.submit(ask, reader.submit(show, start)))
+                if len(coming) > AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
 
     def _show(self, sample: Sample, view: int) -> Example | None:
         """The view; None for an image that is not trained on."""
