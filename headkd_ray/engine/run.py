@@ -118,7 +118,13 @@ def only_one(run: Folder) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
                 raise
-        yield
+        try:
+            yield
+        finally:
+            if not run.has(JOB_FILE):  # refused before it began, which leaves nothing behind
+                run.delete(LOCK_FILE)
+                with suppress(OSError):  # there are other things in it
+                    Path(run.path).rmdir()
 
 
 class RunLog:
