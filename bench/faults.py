@@ -117,7 +117,7 @@ def process(*titles: str) -> Fault:
         found: list[int] = []
 
         def there() -> bool:
-            found.extend(pid for title in titles for pid in processes(title, os.getpid()))
+            found.extend(pid for title in titles for pid in processes(title))
             return bool(found)
 
         run.wait(there)

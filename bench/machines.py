@@ -101,8 +101,8 @@ def raylet_of(node: Any) -> int:
     return node.all_processes["raylet"][0].process.pid
 
 
-def processes(title: str, root: int) -> list[int]:
-    """Process ids below ``root`` whose command line starts with ``title``."""
+def processes(title: str, root: int | None = None) -> list[int]:
+    """Process ids below ``root`` (this process by default) whose command line starts with ``title``."""
     import psutil  # comes with Ray
 
     found = []

@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with user_errors():
-        analyze(options.run, Folder.open(options.out or f"{options.run.rstrip('/')}/analysis"), console)
+        out = Folder.open(options.run) / "analysis" if options.out is None else Folder.open(options.out)
+        analyze(options.run, out, console)
         for path, written in ((options.csv, "to_csv"), (options.parquet, "to_parquet")):
             if path is not None:
                 target, name = Folder.of_file(path)

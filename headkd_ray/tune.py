@@ -16,6 +16,7 @@ from headkd_ray.search.load import load_search
 from headkd_ray.search.records import SearchFolder, Trial
 from headkd_ray.search.space import Search
 from headkd_ray.search.study import check_optuna
+from headkd_ray.storage import Folder
 
 
 def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[Trial]:
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     with user_errors():
         search = load_search(options.search, options.overrides)
         check_optuna(search)
-        folder = SearchFolder.open(f"{search.spec.run.storage}/{search.spec.run.name}")
+        folder = SearchFolder(Folder.open(search.spec.run.storage) / search.spec.run.name)
         if folder.exists and not options.resume:
             raise JobError(f"{folder.folder.uri} is a search already: go on with it (--resume), or choose another run.name")
         if folder.exists:

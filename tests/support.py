@@ -1,15 +1,18 @@
-"""What several tests need: a tiny drawn data set, a job on it, and how to find and kill the processes of this session."""
+"""What several tests need: a tiny drawn data set, a job on it, and a teacher with drawn weights."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from headkd_ray.job import Job
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from headkd_ray.job import FasterRCNNSpec, Job
+from tests.detectors.micro import liven
 
 MICRO_BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
@@ -62,6 +65,15 @@ def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sectio
     return Job.model_validate(job)
 
 
+def micro_teacher(folder: Path, classes: Sequence[str], seed: int = 3) -> str:
+    """A micro Faster R-CNN with drawn weights, saved in ``folder``; its address."""
+    torch.manual_seed(seed)
+    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
+    liven(detector)
+    save_detector(folder, detector, tuple(classes))
+    return str(folder)
+
+
 def student_weights(result: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Weights of the student that a run exported."""
     return load_file(Path(result["student"]) / "model.safetensors")
@@ -72,24 +84,3 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing, f"{len(differing)} of {len(one)} tensors differ, first {differing[:3]}"
-
-
-def descendants(title: str, root: int | None = None) -> list[int]:
-    """Process ids below ``root`` (this process by default) whose command line starts with ``title``."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                titles[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
-                continue
-    root = os.getpid() if root is None else root
-
-    def below(pid: int) -> bool:
-        while pid in parents and pid != root:
-            pid = parents[pid]
-        return pid == root
-
-    return [pid for pid, text in titles.items() if text.startswith(title) and pid != root and below(pid)]

@@ -12,25 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from headkd_ray import bench, cache
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import build_detector
-from headkd_ray.detectors.weights import save_detector
-from headkd_ray.job import FasterRCNNSpec
-from tests.detectors.micro import liven
-from tests.support import MICRO_TEACHER, micro_job
+from tests.support import micro_job, micro_teacher
 
 
 def teacher_in(folder: Path, splits: dict[str, str], seed: int) -> str:
-    classes = ShardSet.open(splits["train"]).meta.classes
-    torch.manual_seed(seed)
-    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
-    liven(detector)
-    save_detector(folder / f"teacher{seed}", detector, classes)
-    return str(folder / f"teacher{seed}")
+    return micro_teacher(folder / f"teacher{seed}", ShardSet.open(splits["train"]).meta.classes, seed)
 
 
 @pytest.fixture

@@ -18,16 +18,17 @@ import torch
 import yaml
 from safetensors.torch import load
 
-from headkd_ray import cache, evaluate, prepare
+from headkd_ray import analyze, cache, evaluate, prepare, tune
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
-from headkd_ray.detectors import build_detector
-from headkd_ray.detectors.weights import save_detector
-from headkd_ray.job import FasterRCNNSpec, Job
+from headkd_ray.job import Job
+from headkd_ray.search.records import SearchFolder
 from headkd_ray.storage import Folder
 from headkd_ray.train import main, train
-from tests.detectors.micro import liven
+from tests.report.test_search_report import searched
 from tests.s3 import EXPIRED, Answer, Proxy, moto_server, nobody, uri
-from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
+from tests.search.test_search_load import JOB
+from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +83,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str], tmp_path: Path) -> None:
     """A cache is built there and trained from there; the student is the one of the same run on this disk."""
-    torch.manual_seed(1)
-    classes = tuple(json.loads(Folder.open(splits["train"]).read("meta.json"))["classes"])
-    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
-    liven(detector)
-    save_detector(tmp_path / "teacher", detector, classes)
-    Folder.open(uri("bucket", s3, "teachers/micro")).copy_from(Folder.open(tmp_path / "teacher"))
+    teacher = micro_teacher(tmp_path / "teacher", ShardSet.open(splits["train"]).meta.classes)
+    Folder.open(uri("bucket", s3, "teachers/micro")).copy_from(Folder.open(teacher))
     job = job_on(
         s3,
         splits,
@@ -142,6 +139,23 @@ def test_kill_9_in_the_middle_of_an_upload(proxy: Proxy, splits: dict[str, str],
     records = [json.loads(line) for line in run.read("log.jsonl").splitlines()]
     steps = [record["step"] for record in records if "losses" in record]
     assert steps == list(range(1, steps[-1] + 1)), "a step is missing from the log, or there twice"
+
+
+def test_a_search_on_s3_is_found_and_analyzed_there(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = SearchFolder(Folder.open(uri("bucket", s3, "searches")) / "s")
+    searched(folder)
+    assert analyze.main([folder.folder.uri]) == 0
+    assert "best: trial" in capsys.readouterr().out
+    assert {"index.html", "best.yaml"} <= {*(folder.folder / "analysis").names()}
+    monkeypatch.chdir(tmp_path)
+    Path("job.yaml").write_text(yaml.safe_dump(JOB))
+    asked = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
+    Path("search.yaml").write_text(yaml.safe_dump(asked))
+    with pytest.raises(SystemExit):
+        tune.main(["search.yaml", f"run.storage={uri('bucket', s3, 'searches')}"])
+    assert f"{folder.folder.uri} is a search already" in capsys.readouterr().err
 
 
 def test_the_log_is_not_uploaded_with_every_record(proxy: Proxy, splits: dict[str, str]) -> None:

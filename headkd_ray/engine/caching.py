@@ -9,6 +9,7 @@ import torch
 
 from headkd_ray.data.batch import collate
 from headkd_ray.data.keyed import key_permutation
+from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import FasterRCNN
 from headkd_ray.engine.teacher import teacher_of
@@ -58,7 +59,7 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
     cache = builder.cache
     cache.check()
     index = cache.shards.index
-    trained = np.flatnonzero(index.boxes > 0)
+    trained = train_rows(index, builder.maker.spec.keep_empty)
     order = key_permutation(len(trained) * cache.views, "verify", seed)[:sample].tolist()
     cosines, same, gap, most = [], 0, 0.0, 0.0
     agree: list[np.ndarray] = []

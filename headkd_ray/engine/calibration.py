@@ -28,7 +28,7 @@ from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
-from headkd_ray.teacher import soft_teacher
+from headkd_ray.teacher import codec_of, soft_teacher
 from headkd_ray.teacher.codec import Codec
 
 WARM_UP = 2
@@ -109,10 +109,7 @@ class _Learner:
                 self.soft = soft_teacher(job, detector, world.device)
             else:
                 self.guest = Guest(detector.to(world.device).to(memory_format=torch.channels_last))
-        self.codec = None
-        if job.teacher is not None and isinstance(detector, FasterRCNN):
-            roi, logits = detector.roi.spec, min(job.teacher.cache.logits, len(classes) + 1)
-            self.codec = Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)
+        self.codec = codec_of(job, detector) if isinstance(detector, FasterRCNN) else None
         self.answer_bytes = 0
         self.student: list[float] = []
         self.teacher: list[float] = []

@@ -25,7 +25,7 @@ def inference_cost(job: Job) -> dict[str, float]:
     - ``latency``: median time of a pass with its post-processing, ms, on this process's device. The weights are fresh and
       detect hardly anything, so that post-processing has little to do; and what else the machine does is in it.
     """
-    world = World.alone(use_gpu=job.cluster.gpus_per_worker != 0)
+    world = World.here(job.cluster)
     classes = ShardSet.open(job.data.val).meta.classes
     backbone = job.student.backbone.model_copy(update={"weights": "none"})
     with torch.random.fork_rng(devices=[]):

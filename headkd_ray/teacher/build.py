@@ -40,10 +40,6 @@ class Builder:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="headkd-decode") as pool:
             return self.cache.write(shard, view, self._groups(shard, view, pool))
 
-    def answers(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[int, ViewTargets]]:
-        """(image id, targets) of ``view`` of the images at ``rows`` of a shard, all within one row group."""
-        return self.ask(self.shown(shard, group, view, rows))
-
     def shown(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[Sample, Example | None]]:
         """Images at ``rows`` of a shard, all within one row group, with ``view`` of each that is trained on, else None."""
         samples = self.cache.shards.read_group(shard, group, rows)

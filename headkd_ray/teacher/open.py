@@ -30,11 +30,16 @@ def open_cache(job: Job, shards: ShardSet, teacher: Detector) -> Cache:
     assert job.teacher is not None and isinstance(teacher, FasterRCNN)
     where = job.teacher.cache.path
     folder = shards.folder / "soft_targets" if where is None else Folder.open(where)
+    return Cache(folder, recipe_of(job, shards, teacher), shards, views_of(job), codec_of(job, teacher), job.distill.roi_budget)
+
+
+def codec_of(job: Job, teacher: FasterRCNN) -> Codec:
+    """How a cache keeps what this teacher says."""
+    assert job.teacher is not None
     roi = teacher.roi.spec
     # A teacher may have fewer classes, background included, than are asked for.
     logits = min(job.teacher.cache.logits, teacher.num_classes + 1)
-    codec = Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)
-    return Cache(folder, recipe_of(job, shards, teacher), shards, views_of(job), codec, job.distill.roi_budget)
+    return Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)
 
 
 def builder_of(job: Job, shards: ShardSet, teacher: Detector, device: torch.device | str = "cpu") -> Builder:

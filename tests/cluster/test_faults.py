@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from machines import Machines, steps_told, wait_for
 
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import build_detector
-from headkd_ray.detectors.weights import save_detector
 from headkd_ray.engine.run import run_folder
-from headkd_ray.job import FasterRCNNSpec
 from headkd_ray.train import train
-from tests.detectors.micro import liven
-from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
+from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +29,7 @@ def machines() -> Iterator[Machines]:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
     """Folder of a micro Faster R-CNN with drawn weights."""
-    classes = ShardSet.open(drawn_splits["train"]).meta.classes
-    torch.manual_seed(3)
-    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
-    liven(detector)
-    folder = tmp_path_factory.mktemp("teacher")
-    save_detector(folder, detector, classes)
-    return str(folder)
+    return micro_teacher(tmp_path_factory.mktemp("teacher"), ShardSet.open(drawn_splits["train"]).meta.classes)
 
 
 @pytest.mark.parametrize(("rois", "title"), [("teacher", "ray::MapWorker"), ("student", "ray::Holder")])

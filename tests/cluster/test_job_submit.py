@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from machines import processes
 
 from headkd_ray.job import Job
 from headkd_ray.train import train
-from tests.support import assert_same_weights, descendants, micro_job, student_weights
+from tests.support import assert_same_weights, micro_job, student_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +58,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         yield f"http://127.0.0.1:{dashboard}", environment
     finally:
-        started = [process.pid, *descendants("", process.pid)]  # by id: `ray stop` would end other clusters too
+        started = [process.pid, *processes("", process.pid)]  # by id: `ray stop` would end other clusters too
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from machines import processes
 from ray.tune.experiment import Trial as TuneTrial
 
 from headkd_ray.cluster.search import Book, _scheduler, search_on_ray
@@ -22,7 +23,7 @@ from headkd_ray.search.load import load_search
 from headkd_ray.search.records import SearchFolder, Trial
 from headkd_ray.search.space import Search
 from headkd_ray.train import train
-from tests.support import MICRO_STUDENT, descendants, micro_job
+from tests.support import MICRO_STUDENT, micro_job
 
 STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0}}}
 """Detects something, so that there is an AP to compare."""
@@ -194,7 +195,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: P
 
     def kill(event: dict[str, Any]) -> None:
         if event.get("epoch", 0) >= 3 and not killed:
-            killed.extend(descendants("ray::ImplicitFunc") or descendants("ray::run_trial"))
+            killed.extend(processes("ray::ImplicitFunc") or processes("ray::run_trial"))
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
@@ -224,7 +225,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
         ):
             assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
             time.sleep(0.02)
-        workers = descendants("ray::", root=driver.pid)
+        workers = processes("ray::", driver.pid)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
     killed = {trial.number: trial for trial in folder.trials()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from machines import processes
 from torch import Tensor
 
 from headkd_ray.cache import build
@@ -28,10 +29,10 @@ from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import FasterRCNNSpec, Job
+from headkd_ray.job import Job
 from headkd_ray.train import train
-from tests.detectors.micro import fcos_spec, liven
-from tests.support import MICRO_TEACHER, assert_same_weights, descendants, micro_job, student_weights
+from tests.detectors.micro import fcos_spec
+from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -41,13 +42,7 @@ POOL = {"actors": [1, 1], "cpus": 1}
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
     """Folder of a micro Faster R-CNN with drawn weights."""
-    classes = ShardSet.open(drawn_splits["train"]).meta.classes
-    torch.manual_seed(3)
-    detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
-    liven(detector)
-    folder = tmp_path_factory.mktemp("teacher")
-    save_detector(folder, detector, classes)
-    return str(folder)
+    return micro_teacher(tmp_path_factory.mktemp("teacher"), ShardSet.open(drawn_splits["train"]).meta.classes)
 
 
 def job_of(
@@ -121,7 +116,7 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
 def kill_first(title: str, killed: list[int]) -> None:
     """Kill -9 the first process of this session with such a title, as soon as there is one."""
     while not killed:
-        for pid in descendants(title)[:1]:
+        for pid in processes(title)[:1]:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
         time.sleep(0.02)
@@ -140,7 +135,7 @@ def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: d
         assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
         restarts.append(same.teacher_restarts)
         if number == 5:
-            (pid,) = descendants("ray::Holder")
+            (pid,) = processes("ray::Holder")
             os.kill(pid, signal.SIGKILL)
     assert restarts[5] == 0 and restarts[-1] == 1
 
@@ -167,7 +162,7 @@ class TeacherKiller:
     def __call__(self, record: dict[str, Any]) -> None:
         self.last = record if "losses" in record else self.last
         if not self.killed and record["step"] >= self.at_step:
-            (self.killed,) = descendants("ray::MapWorker")
+            (self.killed,) = processes("ray::MapWorker")
             os.kill(self.killed, signal.SIGKILL)
 
 

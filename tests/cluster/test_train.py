@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import processes
 
 from headkd_ray.errors import ClusterError, TrainingError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.train import train
-from tests.support import MICRO_STUDENT, MICRO_TEACHER, TF_HEAD, assert_same_weights, descendants, micro_job, student_weights
+from tests.support import MICRO_STUDENT, MICRO_TEACHER, TF_HEAD, assert_same_weights, micro_job, student_weights
 
 ON_RAY = {"workers": 1, "threads_per_worker": 1}
 IN_PROCESS = ClusterSpec(workers=0, threads_per_worker=1)
@@ -97,7 +98,7 @@ class Killer:
         if self.killed:
             self.records_after_kill.append(record)
         elif record["step"] >= self.at_step:
-            (pid, *_) = descendants("ray::RayTrainWorker") or descendants("ray::_RayTrainWorker")
+            (pid, *_) = processes("ray::RayTrainWorker") or processes("ray::_RayTrainWorker")
             os.kill(pid, signal.SIGKILL)
             self.killed = pid
 
