@@ -157,7 +157,7 @@ def the_driver(run: Run, random: Random) -> Callable[[], None]:
 WORKER, TEACHER = "ray::RayTrainWorker", "ray::Holder"
 FAULTS: dict[str, tuple[str, Fault]] = {
     "worker": ("a train worker", process(WORKER)),
-    "data": ("a process that reads or decodes images", process("ray::Map(_Decode)", "ray::FlatMap(_Read)")),
+    "data": ("a process that reads or decodes images", process("ray::Map(DecodeChunk)", "ray::FlatMap(ReadWindow)")),
     "teacher": ("a teacher process", process(TEACHER)),
     "trainer-node": ("the node of a train worker and its data tasks", node("trainer", WORKER)),
     "teacher-node": ("the node of a teacher process", node("teacher", TEACHER)),

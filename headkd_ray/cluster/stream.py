@@ -18,42 +18,31 @@ stream: Ray does not carry an exception's cause from a task to the driver.
 
 from __future__ import annotations
 
-import math
 import pickle
 import time
 import uuid
-import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, Row, decoded, encode
 from headkd_ray.cluster.holders import held, holders
 from headkd_ray.cluster.teachers import set_up
-from headkd_ray.data.batch import TENSORS, Batch
+from headkd_ray.data.batch import Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
+from headkd_ray.data.stream import BatchMaker
 from headkd_ray.engine.streams import Decode
 from headkd_ray.engine.teacher import teacher_of
-from headkd_ray.errors import UserError
 from headkd_ray.job import ClusterSpec, Job
-from headkd_ray.targets import SoftTargets
 from headkd_ray.teacher import soft_teacher
 
-Row = dict[str, Any]
-
-CHUNK_BYTES = 32 << 20
-"""Decoded pixels a chunk aims at: at least one batch."""
-CHUNK_IMAGES = 64
-"""Most images a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""
 STORE_BYTES = 512 << 20
 """Shared memory that one rank's Dataset may plan with; less where the cluster has less."""
 STEP_SECONDS = 0.02
@@ -108,11 +97,11 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
         # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
-        chunks = dataset.flat_map(_Read(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
+        chunks = dataset.flat_map(ReadWindow(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
         if pool is None or taught is None:
-            return chunks.map(_Decode(maker), num_cpus=min(1.0, cpus))
+            return chunks.map(DecodeChunk(maker), num_cpus=min(1.0, cpus))
         # A thousandth less than a CPU, or than the teacher's share: stages that ask for the same Ray would fuse.
-        decoded = chunks.map(_Decode(maker), num_cpus=min(1.0, cpus) - 0.001)
+        decoded = chunks.map(DecodeChunk(maker), num_cpus=min(1.0, cpus) - 0.001)
         return decoded.map(
             Teaching,
             fn_constructor_kwargs={"job": taught.model_dump(mode="json"), "classes": shards.meta.classes},
@@ -138,52 +127,6 @@ class _Unhurried(ExecutionCallback):
         self.last = time.monotonic()
 
 
-@dataclass(frozen=True)
-class _Read:
-    """Window -> chunks of encoded images."""
-
-    shards: ShardSet
-    maker: BatchMaker
-
-    def __call__(self, row: Row) -> Iterator[Row]:
-        try:
-            yield from map(_chunk_row, self._chunks(load_window(self.shards, pickle.loads(row["window"]), self.maker)))
-        except UserError as error:
-            yield {"chunk": b"", "error": pickle.dumps(error)}
-
-    def _chunks(self, window: list[PendingBatch]) -> Iterator[list[PendingBatch]]:
-        chunk: list[PendingBatch] = []
-        images = size = 0
-        for pending in window:
-            more_images, more_size = len(pending.samples), self.maker.pixels(pending)
-            if chunk and (images + more_images > CHUNK_IMAGES or size + more_size > CHUNK_BYTES):
-                yield chunk
-                chunk, images, size = [], 0, 0
-            chunk.append(pending)
-            images, size = images + more_images, size + more_size
-        yield chunk
-
-
-def _chunk_row(chunk: list[PendingBatch]) -> Row:
-    return {"chunk": pickle.dumps(chunk), "error": b""}
-
-
-@dataclass(frozen=True)
-class _Decode:
-    """Chunk -> batches."""
-
-    maker: BatchMaker
-
-    def __call__(self, row: Row) -> Row:
-        torch.set_num_threads(1)  # the task has one CPU
-        if row["error"]:
-            return {"head": b"", "pixels": b"", "error": row["error"]}
-        try:
-            return {**encode([self.maker(pending) for pending in pickle.loads(row["chunk"])]), "error": b""}
-        except UserError as error:
-            return {"head": b"", "pixels": b"", "error": pickle.dumps(error)}
-
-
 class Teaching:
     """Batches -> the same with soft targets. Ray Data makes actors of it.
 
@@ -204,35 +147,6 @@ class Teaching:
             for batch in decoded(row["head"], row["pixels"])
         ]
         return {**encode(batches), "error": b"", "restarted": self.restarted}
-
-
-def encode(batches: list[Batch]) -> Row:
-    """Batches as one row: ``head`` bytes (pickled, all but pixels), ``pixels`` bytes (images of all batches, end to end)."""
-    small = [name for name in TENSORS if name != "images"]
-    heads = [
-        (
-            {"step": batch.step, "idle": batch.idle},
-            tuple(batch.images.shape),
-            {name: getattr(batch, name).numpy() for name in small},
-            None if batch.targets is None else [tensor.numpy() for tensor in batch.targets],
-        )
-        for batch in batches
-    ]
-    return {"head": pickle.dumps(heads), "pixels": b"".join(batch.images.numpy().data for batch in batches)}
-
-
-def decoded(head: bytes, pixels: pa.Buffer | bytes) -> Iterator[Batch]:
-    """The batches of one encoded row; ``images`` are views of ``pixels`` and keep it alive."""
-    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
-    whole = np.frombuffer(pixels, dtype=np.uint8)
-    end = 0
-    for fields, shape, small, targets in pickle.loads(head):
-        start, end = end, end + math.prod(shape)
-        images = torch.from_numpy(whole[start:end]).view(shape)
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in small.items()}
-        soft = None if targets is None else SoftTargets(*map(torch.from_numpy, targets))
-        yield Batch(images=images, targets=soft, **fields, **tensors)
 
 
 def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:

@@ -16,7 +16,8 @@ import pytest
 import ray
 import torch
 
-from headkd_ray.cluster.stream import decode_on_ray, decoded, encode
+from headkd_ray.cluster.decoding import decoded, encode
+from headkd_ray.cluster.stream import decode_on_ray
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.plan import Window, eval_windows, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.prepare import prepare_split
