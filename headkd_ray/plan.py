@@ -7,6 +7,7 @@ hours, money and bytes for several numbers of workers. The model, as formulas, i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 MODEL = (
     "Model: each of k workers is as fast as the one measured here. A step takes the slowest of data, teacher (in a pool) and "
     "student (with its teacher, if in place), which work at the same time, then the optimizer's update, then sending "
-    "2 (k - 1) / k of the gradients. Not in it: starting machines and Ray, reading a cache, checkpoints, metrics, failures."
+    "2 (k - 1) / k of the gradients; or longer, where the machine's CPUs do not suffice for all that runs on it. Not in it: "
+    "starting machines and Ray, reading a cache, checkpoints, metrics, failures."
 )
 
 
@@ -34,25 +36,30 @@ def main(arguments: list[str] | None = None) -> int:
     with user_errors():
         job = load_job(options.job, options.overrides)
         workers = options.workers or ([1] if job.cluster.workers == 0 else sorted({1, 2, 4, 8, job.cluster.most_workers}))
-        tell(job, options.steps, workers, options.price_per_gpu_hour, options.price_per_cpu_hour, options.gbps)
+        prices = (options.price_per_gpu_hour, options.price_per_cpu_hour)
+        tell(job, options.steps, workers, prices, options.gbps, options.workers_per_machine)
     return 0
 
 
-def tell(job: Job, steps: int, workers: list[int], gpu_price: float, cpu_price: float, gbps: float) -> None:
-    """Measure, and print the tables."""
+def tell(
+    job: Job, steps: int, workers: list[int], hourly: tuple[float, float], gbps: float, per_machine: int | None = None
+) -> None:
+    """Measure, and print the tables; ``hourly`` = price of a GPU, of a CPU."""
     # Imported here, because torch and timm take ten seconds: what is wrong with the job file is told before.
+    import torch
+
     from headkd_ray.data.shards import ShardSet
     from headkd_ray.engine.calibration import calibrate
-    from headkd_ray.engine.planning import Prices, plan, work_of
+    from headkd_ray.engine.planning import Machine, Prices, plan, work_of
 
     train, val = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     measured = calibrate(job, train, val, steps)
     work = work_of(job, train, val, on_gpu=measured.device.type == "cuda")
-    prices = Prices(gpu_price, cpu_price)
-    plans = [plan(work, measured.costs, prices, count, gbps * 1e9 / 8) for count in workers]
+    machine = Machine(os.cpu_count() or 1, per_machine or max(1, torch.cuda.device_count()))
+    plans = [plan(work, measured.costs, Prices(*hourly), count, gbps * 1e9 / 8, machine) for count in workers]
     console = Console()
     console.print(cost_table(asdict(measured.costs), measured.device.type))
-    console.print(plan_table([asdict(each) for each in plans], with_money=bool(gpu_price or cpu_price)))
+    console.print(plan_table([asdict(each) for each in plans], with_money=any(hourly)))
     for line in _notes(job, work, measured, plans, gbps):
         console.print(line, highlight=False)
 
@@ -89,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--price-per-gpu-hour", type=_price, default=0.0, metavar="P", help="in any currency")
     parser.add_argument("--price-per-cpu-hour", type=_price, default=0.0, metavar="P", help="in the same")
+    parser.add_argument(
+        "--workers-per-machine",
+        type=positive,
+        metavar="M",
+        help="that share the CPUs of a machine like this one (default: its number of GPUs, or 1)",
+    )
     parser.add_argument(
         "--gbps", type=_rate, default=10.0, metavar="G", help="network of a worker, Gbit/s (default %(default)s)"
     )

@@ -82,6 +82,7 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
             pixel_bytes=sum(batch.images.nbytes for batch in batches) / len(batches),
             answer_bytes=learner.answer_bytes,
             parameters=sum(parameter.numel() for parameter in trained),
+            busy_cpus=1 if world.device.type == "cuda" else torch.get_num_threads(),
         ),
         world.device,
         learner.codec,

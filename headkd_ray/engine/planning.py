@@ -3,16 +3,18 @@
 The model, for ``k`` workers that each do what one was measured to do. A batch passes through stages that work at the same time
 on different batches, so the slowest sets the pace; gradients meet once an optimizer step, after the last backward pass:
 
-    step       = accumulate x max(data, pool, trainee, traffic) + update + reduce
+    step       = max(accumulate x max(data, pool, trainee, traffic) + update + reduce, cpus)
     data       = batch x image_seconds / data CPUs of a worker
     pool       = teacher_seconds / teacher processes of a worker       placement pool; else 0
     trainee    = student_seconds + teacher_seconds                     placement inline; else student_seconds
     traffic    = bytes between a worker and its pool / bandwidth       placement pool; else 0
     reduce     = 2 (k - 1) / k x 4 bytes x trained parameters / bandwidth     (a ring; really it overlaps the backward pass)
+    cpus       = workers of a machine x CPU seconds of a step / (its CPUs - workers x RAY_CPUS)
+                 what all that runs on the machine takes of its CPUs: data, and trainee and update x busy_cpus
     evaluation = images of a rank x max(eval_seconds, image_seconds / data CPUs)
 
 Left out: starting machines and Ray, reading a cache, writing checkpoints, computing the COCO metrics, failures and what they
-repeat. The bandwidth is each worker's own; a bucket is taken to be fast enough.
+repeat. The bandwidth is each worker's own; a bucket is taken to be fast enough; a pool's teachers are on other machines.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from headkd_ray.teacher.recipe import views_of
 
 LOCAL_DATA_THREADS = 2
 """Decoding threads of a run without Ray (``data.stream.local_stream``)."""
+RAY_CPUS = 0.2
+"""CPUs that Ray takes for each worker: mostly its data scheduling, 0.1 to 0.2 by ``bench/stream_wait.py``."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Costs:
     """What the teacher says about a micro-batch; 0 without one."""
     parameters: int
     """Numbers that are trained, and so have a gradient."""
+    busy_cpus: float
+    """CPUs that the trainee's passes and the update keep busy: torch's threads, or the one that feeds a GPU."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Work:
     """Of a worker."""
     cpus: float
     """Of a worker, its data tasks' included."""
+    on_ray: bool
     teachers: int
     """Processes of a worker's pool; of a cache's building."""
     teacher_gpus: float
@@ -81,11 +88,23 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What workers share."""
+
+    cpus: float
+    workers: int
+    """Most of them on one machine."""
+
+
+@dataclass(frozen=True)
 class Prices:
     """What an hour costs, in any currency."""
 
     gpu_hour: float = 0.0
     cpu_hour: float = 0.0
+
+
+Bottleneck = Literal["data", "teacher", "student", "network", "CPUs"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +128,7 @@ class Plan:
     """That each worker sends for the gradients, a step."""
     pool_bytes: float
     """Between each worker and its teachers, a step."""
-    bottleneck: Literal["data", "teacher", "student", "network"]
+    bottleneck: Bottleneck
     """What would have to be faster, first of all."""
 
 
@@ -139,12 +158,14 @@ def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
         teachers=teachers,
         teacher_gpus=0.0 if pool is None else gpus if alone else pool.gpus,
         teacher_cpus=0.0 if pool is None else pool.cpus,
+        on_ray=not alone,
         views=views_of(job),
     )
 
 
-def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: float) -> Plan:
-    """The model above, for ``workers`` of at least 1 and a ``bandwidth`` in bytes a second."""
+def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: float, machine: Machine) -> Plan:
+    """The model above, for ``workers`` of at least 1, on as many such machines as they need, and a ``bandwidth`` in bytes a
+    second."""
     pooled, cached = work.placement == "pool", work.placement == "cache"
     in_place = 0.0 if pooled or cached else costs.teacher_seconds
     # Out to the teacher, and back with the answers; who chooses the RoIs makes no great difference.
@@ -158,7 +179,14 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
     }
     slowest = max(stages, key=lambda name: stages[name])
     reduce_seconds = reduce_bytes / bandwidth
-    step_seconds = stages[slowest] + costs.update_seconds + reduce_seconds
+    passing = stages[slowest] + costs.update_seconds + reduce_seconds
+    busy = work.accumulate * (costs.student_seconds + in_place) + costs.update_seconds
+    cpu_seconds = work.accumulate * work.batch * costs.image_seconds + costs.busy_cpus * busy
+    together = min(workers, machine.workers)
+    # However many workers, Ray leaves them half of the machine.
+    free = max(machine.cpus - together * RAY_CPUS * work.on_ray, machine.cpus / 2)
+    sharing = together * cpu_seconds / free
+    step_seconds = max(passing, sharing)
 
     per_epoch = steps_per_epoch(work.images, work.batch, workers, work.accumulate) // work.accumulate
     steps = per_epoch * work.epochs
@@ -182,13 +210,13 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
         money=gpu_hours * prices.gpu_hour + cpu_hours * prices.cpu_hour,
         reduce_bytes=reduce_bytes,
         pool_bytes=pool_bytes,
-        bottleneck=_bottleneck(slowest, stages[slowest], costs.student_seconds, in_place, reduce_seconds),
+        bottleneck="CPUs"
+        if sharing > passing
+        else _bottleneck(slowest, stages[slowest], costs.student_seconds, in_place, reduce_seconds),
     )
 
 
-def _bottleneck(
-    slowest: str, seconds: float, student: float, teacher: float, reduce: float
-) -> Literal["data", "teacher", "student", "network"]:
+def _bottleneck(slowest: str, seconds: float, student: float, teacher: float, reduce: float) -> Bottleneck:
     """Of the trainee's two, the slower; the network also where gradients take longer than all else."""
     if slowest == "network" or reduce > seconds:
         return "network"
