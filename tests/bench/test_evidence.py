@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import evidence
+import evidence_plan
 import evidence_run
+import evidence_search
 import pytest
 import yaml
-from evidence_run import Bench, BusyError, OutOfTimeError, Row, plan
+from evidence_plan import Bench, Row, plan
+from evidence_run import BusyError, OutOfTimeError
 from evidence_tables import BEGIN, END, METRICS, by_tier, document_section, insert, paired, read, readme_section, spread
 from hypothesis import given
 from hypothesis import strategies as st
@@ -231,7 +234,7 @@ def test_a_teacher_is_trained_before_its_students_and_a_cache_built(tiny: Bench,
     (folder,) = (path for path in tiny.storage.glob("teacher-*") if path.is_dir())
     folder.rename(tiny.storage / "away")
     trained: list[str] = []
-    monkeypatch.setattr(evidence_run, "_train", lambda bench, todo: trained.append(todo.job.run.name))
+    monkeypatch.setattr(evidence_run, "train_row", lambda bench, todo: trained.append(todo.job.run.name))
     with pytest.raises(TypeError):  # no result: what follows is not looked at here
         evidence_run.run(tiny, "head", 2)
     assert [name.split("-")[0] for name in trained] == ["teacher", "head"]
@@ -265,27 +268,27 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Instead of training: AP on val is highest at a learning rate of 0.02, and 0.005 diverges."""
     trained: dict[str, list[float]] = {}
 
-    def fake(bench: Bench, todo: evidence_run.Plan) -> dict[str, Any]:
+    def fake(bench: Bench, todo: evidence_plan.Plan) -> dict[str, Any]:
         lr = todo.job.optim.lr
         trained.setdefault(todo.row, []).append(lr)
-        assert todo.job.run.seed == evidence_run.SEARCH_SEED
+        assert todo.job.run.seed == evidence_search.SEARCH_SEED
         if lr == 0.005:
             raise TrainingError("not finite")
         return {"best": {"AP": 100 * lr}}
 
-    monkeypatch.setattr(evidence_run, "_train", fake)
-    monkeypatch.setattr(evidence_run, "_have_teacher", lambda bench, row: None)
+    monkeypatch.setattr(evidence_search, "train_row", fake)
+    monkeypatch.setattr(evidence_search, "have_teacher", lambda bench, row: None)
     return trained
 
 
 def test_search_tries_the_same_for_all_and_runs_take_what_it_chose(tiny: Bench, scores: dict[str, list[float]]):
     assert not plan(tiny, "cached", 0).searched
-    tasks = evidence_run.searches(tiny, ["cached", "baseline"])
+    tasks = evidence_search.searches(tiny, ["cached", "baseline"])
     evidence_run.work(tiny, list(reversed(tasks)))
     assert scores == {row: [0.02, 0.01, 0.005] for row in ("baseline", "head")}, "not of the teacher"
     for row in ("baseline", "head", "cached"):
         assert (plan(tiny, row, 0).job.optim.lr, plan(tiny, row, 0).searched) == (0.02, True)
-    assert evidence_run.choices(tiny)["head"]["val_AP"] == {"0.005": None, "0.01": 1.0, "0.02": 2.0}
+    assert evidence_plan.choices(tiny)["head"]["val_AP"] == {"0.005": None, "0.01": 1.0, "0.02": 2.0}
     evidence_run.work(tiny, tasks)
     assert sum(map(len, scores.values())) == 6
 
