@@ -208,6 +208,7 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
             axes.xaxis.set_minor_formatter(NullFormatter())  # 2 x 10^-3, 3 x 10^-3, ... over each other
         if choices:
             axes.set_xticks(range(len(choices)), [inline(value) for value in choices], fontsize=8)
+            axes.set_xlim(-0.5, len(choices) - 0.5)
         else:
             axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # the axis shows the whole range
         axes.set_title(short_names(keys)[key], fontsize=9)
@@ -239,7 +240,8 @@ def _pareto(search: Search, trials: Sequence[Trial]) -> Figure | None:
 
 
 def pareto_front(search: Search, trials: Sequence[Trial]) -> list[Trial]:
-    """Finished trials that no other beats in the metric at the same or a lower cost; by cost."""
+    """Finished trials that no other beats in the metric at the same or a lower cost; by cost. (Optuna's own front would lack
+    trial 0 where the base job lies outside the space.)"""
     objective = search.spec.objective
     if objective.cost is None:
         return []
