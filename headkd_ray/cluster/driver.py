@@ -1,4 +1,5 @@
-"""What the driver and its workers tell each other while a run goes: log records up, the wish to stop down.
+"""What the driver and its workers tell each other while a run goes: log records up, the wish to stop down, and why a restart
+would not help.
 
 Through actors on the driver's node: one that died with a worker's node would take every restart of the run with it.
 """
@@ -14,6 +15,8 @@ from typing import Any
 import ray
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from headkd_ray.errors import UserError
 
 # Nothing heavy is imported here: the stop sign's process imports this module.
 
@@ -42,16 +45,23 @@ def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
 
 
 class _StopSign:
-    """An actor by which the driver tells the workers to stop."""
+    """An actor by which the driver tells the workers to stop, and a worker those after it that going on is of no use."""
 
     def __init__(self) -> None:
         self.up = asyncio.Event()
+        self.hopeless: UserError | None = None
 
     async def wait(self) -> None:
         await self.up.wait()
 
     async def put_up(self) -> None:
         self.up.set()
+
+    async def give_up(self, error: UserError) -> None:
+        self.hopeless = error
+
+    async def given_up(self) -> UserError | None:
+        return self.hopeless
 
 
 @contextmanager

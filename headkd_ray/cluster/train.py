@@ -26,7 +26,7 @@ from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
 from headkd_ray.engine.stop import sigterm
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CheckpointError, ClusterError, StoppedError, TrainingError, UserError
+from headkd_ray.errors import CacheError, CheckpointError, ClusterError, DataError, StoppedError, TrainingError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -36,7 +36,7 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
     Raises:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError, StoppedError: as ``fit`` raises them.
+        TrainingError, CheckpointError, StoppedError, DataError, CacheError: as ``fit`` raises them.
     """
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -110,7 +110,11 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One rank. Errors that every rank meets alike, and a restart would meet again, are returned instead of raised."""
+    """One rank. Errors that a restart would meet again are returned instead of raised: at once if every rank meets them alike,
+    after the restart that ends the other ranks if one alone does."""
+    stop = config["stop"]
+    if (error := ray.get(stop.given_up.remote())) is not None:
+        return {"error": error}
     job = Job.model_validate(config["job"])
     torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
     context = ray_train.get_context()
@@ -131,12 +135,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
             return sink
 
-        up = config["stop"].wait.remote()
+        up = stop.wait.remote()
         try:
             last = fit(job, world, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
             return {"last": last}
         except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}
+        except (DataError, CacheError) as error:
+            ray.get(stop.give_up.remote(error))
+            raise
 
 
 class RayCheckpoints:

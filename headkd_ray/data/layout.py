@@ -72,7 +72,7 @@ class Layout:
         arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
         table = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         return buffer.getvalue()
 
     def meta(self, shards: list[ShardFile]) -> Meta:

@@ -151,7 +151,9 @@ def _write_shard(
     with (
         out.fs.open_output_stream(out.at(name + ".tmp")) as stream,
         _Hashing(stream) as sink,
-        pq.ParquetWriter(sink, schema, compression="none", use_dictionary=False, write_statistics=False) as writer,
+        pq.ParquetWriter(
+            sink, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+        ) as writer,
     ):
         for start in range(0, len(members), layout.row_group):
             group = members[start : start + layout.row_group]

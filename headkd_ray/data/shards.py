@@ -207,11 +207,14 @@ class ShardSet:
             shard: number of the shard.
             group: number of the row group within it.
             rows: wanted rows of the shard, all within the group.
+
+        Raises DataError if the file is not there or not as it was written: JPEG decoders make an image of damaged bytes, too.
         """
         columns = ["image_id", "image", "boxes", "labels", "crowd", "height", "width"]
         name = self.meta.shards[shard].name
         try:
-            with pq.ParquetFile(self.folder.fs.open_input_file(self.folder.at(name)), pre_buffer=self.folder.remote) as file:
+            source = self.folder.fs.open_input_file(self.folder.at(name))
+            with pq.ParquetFile(source, pre_buffer=self.folder.remote, page_checksum_verification=True) as file:
                 _check_columns(file, SHARD_SCHEMA)
                 table = file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, ValueError) as error:
@@ -235,7 +238,7 @@ def _sample(table: pa.Table, row: int) -> Sample:
 
 def _read_index(folder: Folder, row_group: int) -> ShardIndex:
     # No Arrow threads: beside torch's, its CPU pool can abort the process at exit (apache/arrow#34314).
-    file = pq.ParquetFile(pa.BufferReader(folder.read(INDEX)))
+    file = pq.ParquetFile(pa.BufferReader(folder.read(INDEX)), page_checksum_verification=True)
     _check_columns(file, INDEX_SCHEMA)
     table = file.read(use_threads=False)
     names = ("image_id", "width", "height", "shard", "row", "boxes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from machines import processes
 
-from headkd_ray.errors import ClusterError, TrainingError
+from headkd_ray.errors import ClusterError, DataError, TrainingError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.train import train
 from tests.support import MICRO_STUDENT, MICRO_TEACHER, TF_HEAD, assert_same_weights, micro_job, student_weights
@@ -127,6 +128,20 @@ def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: d
     text = str(caught.value)
     assert not (tmp_path / "run").exists(), "nothing is written before the cluster is known to suffice"
     assert "64" in text and "GPUs asked, the cluster has 0" in text and "CPUs asked, the cluster has" in text
+
+
+def test_a_damaged_shard_is_told_and_not_tried_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    """The error is the shard's own, not that of workers that failed too often."""
+    shutil.copytree(drawn_splits["train"], tmp_path / "train")
+    shard = sorted((tmp_path / "train").glob("shard-*.parquet"))[-1]
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    shard.write_bytes(content)
+    splits = {**drawn_splits, "train": str(tmp_path / "train")}
+    with pytest.raises(DataError) as caught:
+        train(micro_job(tmp_path, splits, cluster=ON_RAY), _quiet)
+    assert shard.name in str(caught.value)
 
 
 @pytest.mark.slow

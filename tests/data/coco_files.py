@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 7, "name": "ant"}, {"id": 31, "name": "moth"}]
@@ -75,3 +77,11 @@ def make_coco(folder: Path, images: int = 12) -> CocoFiles:
                 }
             )
     return CocoFiles(folder, data).save()
+
+
+def spoil_images(shard: Path, row_group: int) -> None:
+    """Make it a sound Parquet file of images that are none."""
+    table = pq.read_table(shard)
+    field = table.schema.field("image")
+    images = pa.array([image.as_py()[::-1] for image in table["image"]], field.type)
+    pq.write_table(table.set_column(table.schema.get_field_index("image"), field, images), shard, row_group_size=row_group)

@@ -74,6 +74,19 @@ def test_shard_damaged_without_changing_its_size(out: Path) -> None:
         shards.read_group(0, 0, [0])
 
 
+def test_a_few_damaged_bytes_of_an_image_are_found(out: Path) -> None:
+    """A JPEG decoder would make an image of them."""
+    shards = ShardSet.open(str(out))
+    (sample,) = shards.read_group(0, 0, [0])
+    path = out / "shard-00000.parquet"
+    content = bytearray(path.read_bytes())
+    middle = content.index(sample.image) + len(sample.image) // 2
+    content[middle : middle + 4] = bytes(byte ^ 0xFF for byte in content[middle : middle + 4])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00000.parquet: cannot be read"):
+        shards.read_group(0, 0, [0])
+
+
 def test_pickled_shards_read_the_same(out: Path) -> None:
     shards = ShardSet.open(str(out))
     again = pickle.loads(pickle.dumps(shards))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from headkd_ray.data.stream import BatchMaker, load_window, local_stream
 from headkd_ray.data.views import view_size
 from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
-from tests.data.coco_files import make_coco
+from tests.data.coco_files import make_coco, spoil_images
 
 SPEC = DataSpec(
     train="a", val="b", batch_size=3, short_side=(40, 56), long_side=80, eval_short_side=48, pad=16, shuffle_window=6
@@ -187,19 +187,14 @@ def test_a_thread_s_error_reaches_the_consumer(stage: str, tmp_path: Path) -> No
         os.truncate(Path(files.out) / "shard-00001.parquet", 10)
     else:
         shards = replace(shards)
-        damage(shards, lambda table_bytes: table_bytes.replace(b"JFIF", b"JFIX").replace(b"WEBP", b"WEBX"))
+        for shard in shards.meta.shards:
+            spoil_images(Path(shards.folder.path) / shard.name, shards.meta.row_group)
     before = threading.active_count()
     with pytest.raises(
         DataError, match="shard-00001.parquet: cannot be read" if stage == "read" else "image [0-9]+ in the prepared"
     ):
         list(local_stream(shards, windows(shards), BatchMaker(spec, 1, train=True)))
     assert threading.active_count() == before
-
-
-def damage(shards: ShardSet, change: Callable[[bytes], bytes]) -> None:
-    for shard in shards.meta.shards:
-        path = Path(shards.folder.path) / shard.name
-        path.write_bytes(change(path.read_bytes()))
 
 
 def test_collate_pads_to_the_largest() -> None:
