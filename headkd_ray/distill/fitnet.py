@@ -12,13 +12,14 @@ from headkd_ray.job import DistillSpec
 
 
 class FitNet(Trainee):
-    """L = L_student + weight * sum over P3 to P7 of MSE(1x1 conv(P_student), P_teacher); no warm-up."""
+    """L = L_student + weight * sum over P3 to P7 of MSE(1x1 conv(P_student), P_teacher); no warm-up. Fewer levels if the spec
+    says so."""
 
     def __init__(self, student: RetinaNet, teacher: RetinaNet, spec: DistillSpec) -> None:
         super().__init__(student, teacher)
         self.spec = spec
         widths = (student.spec.neck.channels, teacher.spec.neck.channels)
-        self.adapters = nn.ModuleList(nn.Conv2d(*widths, kernel_size=1) for _ in range(5))
+        self.adapters = nn.ModuleList(nn.Conv2d(*widths, kernel_size=1) for _ in range(spec.fitnet_levels))
 
     def forward(
         self,
@@ -34,6 +35,7 @@ class FitNet(Trainee):
         features = self.student.features(x)
         losses = self.student.losses(features, sizes, boxes, labels, generator)
         taught = self._guest.features(self._guest.view(images, sizes, x, self.student))
-        terms = [mean_squared_error(a(f), t) for a, f, t in zip(self.adapters, features, taught, strict=True)]
+        levels = zip(self.adapters, features, taught, strict=False)  # there is an adapter for each level that is imitated
+        terms = [mean_squared_error(adapter(own), target) for adapter, own, target in levels]
         losses["loss_fitnet"] = self.spec.fitnet_weight * torch.stack(terms).sum()
         return losses

@@ -92,6 +92,9 @@ class DistillSpec(Spec):
     """Weight of the CKD term (method head)."""
     fitnet_weight: NonNegativeFloat = 1.0
     """Weight of each pyramid level's feature loss (method fitnet)."""
+    fitnet_levels: Annotated[int, Field(ge=1, le=5)] = 5
+    """Pyramid levels that are imitated, P3 the first (method fitnet). Fewer where no object is large enough for the last
+    ones: their features then grow without bound, and are all of the loss."""
     assistants: AssistantsSpec = AssistantsSpec()
     """The assistants of method tf_head: at least one, best of other kinds than the student."""
     ckd_epochs: PositiveInt | None = None

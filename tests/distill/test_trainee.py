@@ -165,13 +165,15 @@ def test_fitnet_copies_the_dense_head() -> None:
     assert all(torch.equal(t, theirs[n]) for n, t in trainee.student.state_dict().items() if n.startswith("head."))
 
 
-def test_fitnet_formula() -> None:
-    trainee, data = trainee_of("fitnet", fitnet_weight=3.0).eval(), batch()
+@pytest.mark.parametrize("levels", [5, 2])
+def test_fitnet_formula(levels: int) -> None:
+    trainee, data = trainee_of("fitnet", fitnet_weight=3.0, fitnet_levels=levels).eval(), batch()
     loss = step(trainee, at=0)["loss_fitnet"]
     assert trainee.teacher is not None
     x = trainee.student.normalise(data["images"], data["sizes"])
     expected = 0.0
-    for adapter, mine, theirs in zip(trainee.adapters, trainee.student.features(x), trainee.teacher.features(x), strict=True):
+    pyramids = trainee.student.features(x)[:levels], trainee.teacher.features(x)[:levels]
+    for adapter, mine, theirs in zip(trainee.adapters, *pyramids, strict=True):
         expected += float(((adapter(mine) - theirs).double() ** 2).mean().detach())
     assert float(loss.detach()) == pytest.approx(3 * expected, rel=1e-5)
 
