@@ -40,6 +40,7 @@ RUNS_CODE = {
 READERS = {
     # Ray's blocks, which the same run wrote.
     ("pickle.loads", "cluster/stream.py"): "",
+    ("pickle.loads", "cluster/decoding.py"): "",
     # Other people's files.
     ("torch.load", "detectors/safe_load.py"): "weights_only=True",
     ("torch.serialization.safe_globals", "detectors/safe_load.py"): "_allowed()",
