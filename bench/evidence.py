@@ -51,8 +51,7 @@ def _micro() -> Iterator[tuple[str, Row]]:
     yield "copy_only", Row("retinanet", "method=copy_only", alone, "teacher")
     yield "akd", Row("retinanet", "method=akd", alone, "teacher")
     yield "head", Row("retinanet", "method=head", (*alone, "akd"), "teacher")
-    # No box of these small images is P6's or P7's: their features have nothing to bound them (mean squares of 199 and 20,000 in
-    # this teacher, 0.3 at most in P3 to P5), and were all that the student learned (val AP 6.5; 11.6 with a weight of 0.003).
+    # No box of these small images is P6's or P7's: their features have nothing to bound them, and would be nearly all of the loss.
     yield "fitnet", Row("retinanet", "method=fitnet distill.fitnet_levels=3", alone, "retina_teacher")
     # Without a teacher.
     yield "tf_head_fcos", Row("retinanet", f"{TF_HEAD} 'distill.assistants.fcos={FCOS}'", alone, lr_of="tf_head")
