@@ -51,7 +51,7 @@ def _micro() -> Iterator[tuple[str, Row]]:
     yield "copy_only", Row("retinanet", "method=copy_only", alone, "teacher")
     yield "akd", Row("retinanet", "method=akd", alone, "teacher")
     yield "head", Row("retinanet", "method=head", (*alone, "akd"), "teacher")
-    # No box of these small images is P6's or P7's: their features have nothing to bound them, and would be nearly all of the loss.
+    # No box of these small images is P6's or P7's: nothing bounds their features, and these would be nearly all of the loss.
     yield "fitnet", Row("retinanet", "method=fitnet distill.fitnet_levels=3", alone, "retina_teacher")
     # Without a teacher.
     yield "tf_head_fcos", Row("retinanet", f"{TF_HEAD} 'distill.assistants.fcos={FCOS}'", alone, lr_of="tf_head")
