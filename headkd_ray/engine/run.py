@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import ValidationError
+
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER
 from headkd_ray.engine.log import JsonLines, Record, TensorBoard
 from headkd_ray.errors import JobError, StorageError
@@ -49,7 +51,7 @@ def check_run(job: Job) -> None:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
         return
-    before, after = (_flatten(keys) for keys in (json.loads(folder.read(JOB_FILE)), job.model_dump(mode="json")))
+    before, after = (_flatten(keys) for keys in (_recorded(folder), job.model_dump(mode="json")))
     differing = [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
@@ -66,6 +68,15 @@ def check_run(job: Job) -> None:
         )
     if differing:
         raise JobError(differing)
+
+
+def _recorded(folder: Folder) -> dict[str, Any]:
+    """The job that the run was started with; keys that are newer than the run have their default."""
+    keys = json.loads(folder.read(JOB_FILE))
+    try:
+        return Job.model_validate(keys).model_dump(mode="json")
+    except ValidationError:  # it has keys that are no more, which is told key by key
+        return keys
 
 
 def open_run(job: Job) -> Folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def test_a_run_of_this_name_was_started_with_other_keys(tmp_path: Path, drawn_sp
     first, second = caught.value.problems
     assert first.startswith(f"optim.lr: the run {tmp_path}/run was started with 0.01, now 0.5") and "another run.name" in first
     assert second.startswith("run.seed: ")
+
+
+def test_a_run_of_an_older_version_lacks_newer_keys(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """They have their default there; a key that is no more is told."""
+    job = micro_job(tmp_path, drawn_splits)
+    file = tmp_path / "run" / "job.json"
+    open_run(job)
+    keys = json.loads(file.read_text())
+    del keys["distill"]["fitnet_levels"]
+    file.write_text(json.dumps(keys))
+    preflight(job)
+    with pytest.raises(UserError, match=r"distill\.fitnet_levels: the run .* was started with 5, now 3"):
+        preflight(micro_job(tmp_path, drawn_splits, distill={"fitnet_levels": 3}))
+    file.write_text(json.dumps({**keys, "distill": {**keys["distill"], "gone": 7}}))
+    with pytest.raises(UserError, match=r"distill\.gone: the run .* was started with 7, now None"):
+        preflight(job)
 
 
 def test_another_kind_of_student_under_the_same_name(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
