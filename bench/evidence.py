@@ -1,4 +1,4 @@
-"""The evidence: HEAD's rows beside their own baselines on real photos, with seeds. ``ROWS`` below is the list.
+"""The evidence: HEAD's rows beside their own baselines on real photos, with seeds. ``evidence_rows.py`` has the list.
 
     python bench/evidence.py prepare --images DIR --train A.json --val B.json --test C.json     pack the photos, once
     python bench/evidence.py search [ROW ...]          choose each row's learning rate on val: 3 values, a seed of its own
@@ -17,11 +17,11 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from evidence_plan import Bench, Row
+from evidence_plan import Bench
+from evidence_rows import ROWS
 from evidence_run import ROOT, OutOfTimeError, forget, run, work
 from evidence_search import searches
 from evidence_tables import Order, write_tables
@@ -30,53 +30,6 @@ from headkd_ray.doors import user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.prepare import prepare
 
-ROI_HEAD = "{{fc_channels: 256, pool: 5, finest_scale: 28, sampler: {{size: {}}}}}"
-"""The RoI head of the micro teacher (a test compares them), with a number of RoIs an image."""
-FCOS = "{head: {convs: 2, channels: 32, norm_groups: 8, tower_std: null, regress_ranges: [32, 64, 128, 256]}}"
-RCNN = f"{{head: {ROI_HEAD.format(64)}}}"
-"""TF-HEAD's assistants, with the research branch's weights."""
-TF_HEAD = "method=tf_head distill.ckd_epochs=8"
-"""CKD stops at the first drop of the learning rate."""
-VIEWS = "data.views=4 data.view_seed=0"
-"""Four views of each image, the same for all seeds, so that these share a cache."""
-
-
-def _micro() -> Iterator[tuple[str, Row]]:
-    alone, fcos = ("baseline",), ("fcos_baseline",)
-    yield "teacher", Row("teacher")
-    yield "retina_teacher", Row("retina_teacher")
-    # The paper's ladder, RoIs of the student's own.
-    yield "baseline", Row("retinanet")
-    yield "assist", Row("retinanet", f"method=assist 'distill.assistant={ROI_HEAD.format(64)}'", alone)
-    yield "copy_only", Row("retinanet", "method=copy_only", alone, "teacher")
-    yield "akd", Row("retinanet", "method=akd", alone, "teacher")
-    yield "head", Row("retinanet", "method=head", (*alone, "akd"), "teacher")
-    # No box of these small images is P6's or P7's: nothing bounds their features, and these would be nearly all of the loss.
-    yield "fitnet", Row("retinanet", "method=fitnet distill.fitnet_levels=3", alone, "retina_teacher")
-    # Without a teacher.
-    yield "tf_head_fcos", Row("retinanet", f"{TF_HEAD} 'distill.assistants.fcos={FCOS}'", alone, lr_of="tf_head")
-    yield "tf_head_rcnn", Row("retinanet", f"{TF_HEAD} 'distill.assistants.rcnn={RCNN}'", alone, lr_of="tf_head")
-    both = f"{TF_HEAD} 'distill.assistants.fcos={FCOS}' 'distill.assistants.rcnn={RCNN}'"
-    yield "tf_head", Row("retinanet", both, (*alone, "tf_head_noes"))
-    yield "tf_head_noes", Row("retinanet", f"{both} distill.ckd_epochs=null", alone, lr_of="tf_head")
-    # The FCOS student; the research branch halves its CKD, and stops it in the last epoch.
-    yield "fcos_baseline", Row("fcos")
-    yield "fcos_head", Row("fcos", "method=head distill.ckd_weight=1.0 distill.ckd_epochs=11", fcos, "teacher")
-    # The teacher off the training step: equal views and equal numbers of RoIs.
-    yield "baseline_views", Row("retinanet", VIEWS, lr_of="baseline")
-    for rois in (64, 128, 256):
-        own, theirs = f"head_inline_{rois}", f"head_rois_{rois}"
-        budget = f"method=head {VIEWS} distill.roi_budget={rois}"
-        sampler = f"'distill.assistant={ROI_HEAD.format(rois)}'"
-        yield own, Row("retinanet", f"{budget} {sampler}", ("baseline_views",), "teacher", "head")
-        yield theirs, Row("retinanet", f"{budget} distill.rois=teacher", ("baseline_views", own), "teacher", "head")
-        for dtype in ("fp16", "int8"):
-            kept = f"{budget} distill.rois=teacher teacher.placement=cache teacher.cache.dtype={dtype}"
-            yield f"head_cache_{rois}_{dtype}", Row("retinanet", kept, ("baseline_views", own, theirs), "teacher", "head")
-
-
-ROWS: dict[str, dict[str, Row]] = {"micro": dict(_micro())}
-"""Tier -> rows, in the order in which they are made and shown."""
 JOBS = ROOT / "jobs" / "evidence"
 
 

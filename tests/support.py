@@ -84,3 +84,12 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing, f"{len(differing)} of {len(one)} tensors differ, first {differing[:3]}"
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    """Replace ``old``, which has to be there; a link becomes a file of its own."""
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    if file.is_symlink():
+        file.unlink()
+    file.write_text(text.replace(old, new), encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Which rows the evidence has, tier by tier. ``bench/evidence.py`` is the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from evidence_plan import Row
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A tier's heads, as values of job keys."""
+
+    roi: str
+    """The teacher's RoI head (a test compares them), with ``{}`` for the number of RoIs an image."""
+    rois: int
+    """The teacher's own number."""
+    fcos: str
+    """The FCOS student's (likewise)."""
+
+    def sampling(self, rois: int) -> str:
+        return self.roi.format(rois)
+
+
+VIEWS = "data.views=4 data.view_seed=0"
+"""Four views of each image, the same for all seeds, so that these share a cache."""
+
+
+def ladder(heads: Heads, job: str, suffix: str = "") -> Iterator[tuple[str, Row]]:
+    """The paper's table of a RetinaNet student, RoIs of the student's own."""
+    alone, akd = f"baseline{suffix}", f"akd{suffix}"
+    yield alone, Row(job)
+    yield f"assist{suffix}", Row(job, f"method=assist 'distill.assistant={heads.sampling(heads.rois)}'", (alone,))
+    yield f"copy_only{suffix}", Row(job, "method=copy_only", (alone,), "teacher")
+    yield akd, Row(job, "method=akd", (alone,), "teacher")
+    yield f"head{suffix}", Row(job, "method=head", (alone, akd), "teacher")
+
+
+def others(heads: Heads) -> Iterator[tuple[str, Row]]:
+    """FitNet, TF-HEAD, the FCOS student."""
+    alone = ("baseline",)
+    # No box of these small images is P6's or P7's: nothing bounds their features, and these would be nearly all of the loss.
+    yield "fitnet", Row("retinanet", "method=fitnet distill.fitnet_levels=3", alone, "retina_teacher")
+    # The research branch's weights, and its stop of CKD at the first drop of the learning rate.
+    fcos = f"'distill.assistants.fcos={{head: {heads.fcos}}}'"
+    rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}'"
+    stopping = "method=tf_head distill.ckd_epochs=8"
+    yield "tf_head_fcos", Row("retinanet", f"{stopping} {fcos}", alone, lr_of="tf_head")
+    yield "tf_head_rcnn", Row("retinanet", f"{stopping} {rcnn}", alone, lr_of="tf_head")
+    yield "tf_head", Row("retinanet", f"{stopping} {fcos} {rcnn}", (*alone, "tf_head_noes"))
+    yield "tf_head_noes", Row("retinanet", f"method=tf_head {fcos} {rcnn}", alone, lr_of="tf_head")
+    # The research branch halves this student's CKD, and stops it in the last epoch.
+    yield "fcos_baseline", Row("fcos")
+    yield "fcos_head", Row("fcos", "method=head distill.ckd_weight=1.0 distill.ckd_epochs=11", ("fcos_baseline",), "teacher")
+
+
+def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
+    """The teacher off the training step: equal views and equal numbers of RoIs."""
+    yield "baseline_views", Row("retinanet", VIEWS, lr_of="baseline")
+    for rois in (64, 128, 256):
+        own, theirs = f"head_inline_{rois}", f"head_rois_{rois}"
+        budget = f"method=head {VIEWS} distill.roi_budget={rois}"
+        sampler = f"'distill.assistant={heads.sampling(rois)}'"
+        yield own, Row("retinanet", f"{budget} {sampler}", ("baseline_views",), "teacher", "head")
+        yield theirs, Row("retinanet", f"{budget} distill.rois=teacher", ("baseline_views", own), "teacher", "head")
+        for dtype in ("fp16", "int8"):
+            kept = f"{budget} distill.rois=teacher teacher.placement=cache teacher.cache.dtype={dtype}"
+            yield f"head_cache_{rois}_{dtype}", Row("retinanet", kept, ("baseline_views", own, theirs), "teacher", "head")
+
+
+def ablations() -> Iterator[tuple[str, Row]]:
+    """Where CKD's share of the gain goes: its weight, and for how long it acts."""
+    against = ("baseline", "akd", "head")
+    for name, keys in {
+        "head_ckd_1": "distill.ckd_weight=1.0",
+        "head_ckd_half": "distill.ckd_weight=0.5",
+        "head_ckd_stop": "distill.ckd_epochs=8",
+    }.items():
+        yield name, Row("retinanet", f"method=head {keys}", against, "teacher", "head")
+
+
+def _tier(heads: Heads) -> dict[str, Row]:
+    teachers = {"teacher": Row("teacher"), "retina_teacher": Row("retina_teacher")}
+    return teachers | dict([*ladder(heads, "retinanet"), *others(heads), *caches(heads)])
+
+
+MICRO = Heads(
+    roi="{{fc_channels: 256, pool: 5, finest_scale: 28, sampler: {{size: {}}}}}",
+    rois=64,
+    fcos="{convs: 2, channels: 32, norm_groups: 8, tower_std: null, regress_ranges: [32, 64, 128, 256]}",
+)
+STANDARD = Heads(
+    roi="{{finest_scale: 28, sampler: {{size: {}}}}}",
+    rois=128,
+    fcos="{regress_ranges: [32, 64, 128, 256]}",
+)
+ROWS: dict[str, dict[str, Row]] = {
+    "micro": _tier(MICRO) | dict(ablations()),
+    "standard": _tier(STANDARD) | dict(ladder(STANDARD, "mnv2", "_mnv2")),
+}
+"""Tier -> rows, in the order in which they are made and shown."""

@@ -1,0 +1,39 @@
+"""The evidence on drawn data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import evidence
+import pytest
+from evidence_plan import Bench
+from evidence_rows import ROWS
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> Path:
+    """A folder with the splits train, val and test."""
+    folder = tmp_path_factory.mktemp("evidence")
+    for split, source in {**drawn_splits, "test": drawn_splits["val"]}.items():
+        (folder / split).symlink_to(source, target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(params=ROWS)
+def tier(request: pytest.FixtureRequest, tmp_path: Path, data: Path) -> Bench:
+    """The real rows of each tier, on drawn data; without what searches have found."""
+    return real_rows(request.param, tmp_path, data)
+
+
+@pytest.fixture
+def micro(tmp_path: Path, data: Path) -> Bench:
+    """Those of the micro tier."""
+    return real_rows("micro", tmp_path, data)
+
+
+def real_rows(tier: str, folder: Path, data: Path) -> Bench:
+    jobs = folder / "jobs"
+    jobs.mkdir()
+    for file in (evidence.JOBS / tier).glob("*.yaml"):
+        (jobs / file.name).symlink_to(file)
+    return Bench(tier, ROWS[tier], jobs, data, folder / "runs", folder / "results.jsonl")

@@ -1,0 +1,175 @@
+"""The evidence's rows differ in what they compare and in nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evidence_plan import Bench, plan
+from evidence_rows import ROWS
+
+from headkd_ray.detectors import build_detector
+from headkd_ray.distill import build_trainee
+from headkd_ray.errors import DataError
+from headkd_ray.job import FasterRCNNSpec, Job, RetinaNetSpec, warnings
+from tests.support import edit
+
+LADDER = ["baseline", "assist", "copy_only", "akd", "head"]
+
+
+def students(bench: Bench) -> list[str]:
+    return [row for row in bench.rows if row not in bench.teachers]
+
+
+@pytest.mark.parametrize("tier", ROWS)
+def test_every_promised_row_is_there(tier: str):
+    rows = ["teacher", "retina_teacher", *LADDER, "fitnet"]
+    rows += ["tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes", "fcos_baseline", "fcos_head", "baseline_views"]
+    for rois in (64, 128, 256):
+        rows += [f"head_inline_{rois}", f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"]
+    more = {"micro": ["head_ckd_1", "head_ckd_half", "head_ckd_stop"], "standard": [f"{row}_mnv2" for row in LADDER]}
+    assert list(ROWS[tier]) == [*rows, *more[tier]]
+    for row, spec in ROWS[tier].items():
+        assert spec.against or "teacher" in row or "baseline" in row
+        assert set(spec.against) <= set(ROWS[tier])
+
+
+def test_rows_differ_from_what_they_are_compared_with_in_nothing_but_the_method(tier: Bench):
+    plans = {row: plan(tier, row, 3) for row in tier.rows}
+    every = plans["baseline"].job
+    for row, own in plans.items():
+        assert own.job.run.seed == 3 and own.job.run.name == f"{row}-{own.key}-3"
+        assert warnings(own.job) == []
+        for other in tier.rows[row].against:
+            theirs = plans[other].job
+            for section in ("data", "student", "optim"):
+                assert getattr(own.job, section) == getattr(theirs, section), f"{row}, {other}: {section}"
+            assert own.matched == plans[other].matched
+        for section in ("log", "checkpoint", "cluster"):
+            assert getattr(own.job, section) == getattr(every, section)
+        assert own.job.eval.every_epochs == own.job.optim.epochs, "no choice among checkpoints"
+        assert own.job.optim.lr == every.optim.lr or row in tier.teachers, "the middle of every search"
+        assert own.job.distill.warmup_steps == every.distill.warmup_steps or row in tier.teachers
+    assert len({own.key for own in plans.values()}) == len(plans)
+    schedules = {row: own.job.optim for row, own in plans.items()}
+    assert len({schedules[row].model_dump_json() for row in students(tier)}) == 1
+    views = {row: (own.job.data.views, own.job.data.view_seed) for row, own in plans.items()}
+    cached = {row for row in plans if row == "baseline_views" or row.startswith(("head_inline", "head_rois", "head_cache"))}
+    assert {row for row, seen in views.items() if seen == (4, 0)} == cached
+    assert set(views.values()) == {(None, None), (4, 0)}
+
+
+def test_rows_are_the_methods_that_they_are_called(tier: Bench):
+    jobs = {row: plan(tier, row, 0).job for row in tier.rows}
+    named = {row: row.removesuffix("_mnv2") for row in jobs}
+    methods = dict.fromkeys(("teacher", "retina_teacher", "baseline", "fcos_baseline", "baseline_views"), "supervised")
+    methods |= {row: row for row in ("assist", "copy_only", "akd", "head", "fitnet")}
+    methods |= {row: "tf_head" for row in tier.rows if row.startswith("tf_head")}
+    assert {row: job.method for row, job in jobs.items()} == {row: methods.get(named[row], "head") for row in jobs}
+
+    roi, milestones = _roi(jobs["teacher"]), jobs["head"].optim.milestones
+    for row in (row for row in jobs if named[row] == "assist"):
+        assert jobs[row].distill.assistant == roi
+    for row in ("tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes"):
+        assistants = jobs[row].distill.assistants
+        given = {name for name, spec in assistants.model_dump().items() if spec is not None}
+        assert given == {"tf_head_fcos": {"fcos"}, "tf_head_rcnn": {"rcnn"}}.get(row, {"fcos", "rcnn"})
+        assert jobs[row].distill.ckd_epochs == (None if row == "tf_head_noes" else milestones[0])
+        if assistants.rcnn is not None:
+            assert assistants.rcnn.head == roi
+        if assistants.fcos is not None:
+            student = jobs["fcos_baseline"].student
+            assert assistants.fcos.head == student.head.model_copy(
+                update={"proposals": assistants.fcos.head.proposals, "postprocess": assistants.fcos.head.postprocess}
+            )
+    assert (jobs["fcos_head"].distill.ckd_weight, jobs["fcos_head"].distill.ckd_epochs) == (1.0, milestones[-1])
+    for rois in (64, 128, 256):
+        assert jobs[f"head_inline_{rois}"].distill.rois == "student"
+        assert jobs[f"head_inline_{rois}"].distill.assistant == roi.model_copy(
+            update={"sampler": roi.sampler.model_copy(update={"size": rois})}
+        )
+        for row in (f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"):
+            assert (jobs[row].distill.rois, jobs[row].distill.roi_budget) == ("teacher", rois)
+            assert _teacher(jobs[row]).placement == ("cache" if "cache" in row else "inline")
+            assert "cache" not in row or row.endswith(_teacher(jobs[row]).cache.dtype)
+
+
+def test_tiers_differ_in_size_alone():
+    """The same rows, of the same methods, with the same keys but for the heads."""
+    micro, standard = ROWS["micro"], ROWS["standard"]
+    for row in micro.keys() & standard.keys():
+        assert replace(micro[row], keys="") == replace(standard[row], keys="")
+        assert micro[row].keys.count("=") == standard[row].keys.count("=")
+
+
+def test_micro_models_are_as_small_as_they_are_called(micro: Bench):
+    jobs = {row: plan(micro, row, 0).job for row in micro.rows}
+    teachers = {row: build_detector(jobs[row].student, 17) for row in micro.teachers}
+    assert all(0.5e6 < sum(p.numel() for p in teacher.parameters()) < 2e6 for teacher in teachers.values())
+    for row in students(micro):
+        assert 0.1e6 < sum(p.numel() for p in build_detector(jobs[row].student, 17).parameters()) < 0.25e6
+
+
+def test_every_row_can_be_built(tier: Bench):
+    """Widths fit: heads are copied, adapters made."""
+    jobs = {row: plan(tier, row, 0).job for row in tier.rows}
+    teachers = {row: build_detector(jobs[row].student, 17) for row in tier.teachers}
+    for row in students(tier):
+        if row.startswith("head") and any(str(rois) in row for rois in (128, 256)):
+            continue  # as wide as those of 64 RoIs
+        teacher = tier.rows[row].teacher
+        build_trainee(jobs[row], 17, teachers[teacher] if teacher else None, steps_per_epoch=10)
+
+
+def test_teachers_are_as_the_methods_need_them(tier: Bench):
+    teacher, retina, student = (plan(tier, row, 0).job for row in ("teacher", "retina_teacher", "baseline"))
+    assert (teacher.data, teacher.optim, teacher.eval) == (retina.data, retina.optim, retina.eval)
+    assert teacher.data == student.data
+    assert teacher.student.backbone.model_dump() == retina.student.backbone.model_dump()
+    assert isinstance(retina.student, RetinaNetSpec) and isinstance(student.student, RetinaNetSpec)
+    assert (retina.student.neck, retina.student.head) == (student.student.neck, student.student.head)
+    assert teacher.student.neck.channels == student.student.neck.channels
+
+
+def test_seeds_share_a_cache_and_other_rows_do_not(micro: Bench):
+    rows = [row for row in micro.rows if "cache" in row]
+    paths = {row: {_teacher(plan(micro, row, seed).job).cache.path for seed in (0, 1)} for row in rows}
+    assert [len(own) for own in paths.values()] == [1] * 6
+    assert len(set().union(*paths.values())) == 6
+
+
+def test_a_key_follows_what_decides_the_figures(micro: Bench, tmp_path: Path):
+    one = plan(micro, "head", 0)
+    assert plan(micro, "head", 1).key == one.key
+    moved = replace(micro, storage=tmp_path / "elsewhere", results=tmp_path / "other.jsonl")
+    assert plan(moved, "head", 0).key == one.key
+    assert plan(micro, "head", 0, lr=0.01).key != one.key
+    other_data = tmp_path / "swapped"
+    other_data.mkdir()
+    for split, source in {"train": "train", "val": "val", "test": "train"}.items():
+        (other_data / split).symlink_to((micro.data / source).resolve(), target_is_directory=True)
+    assert plan(replace(micro, data=other_data), "head", 0).key != one.key
+    edit(micro.jobs / "teacher.yaml", "epochs: 36", "epochs: 48")
+    taught = plan(micro, "head", 0)
+    assert taught.key != one.key and taught.matched == one.matched
+    assert taught.job.teacher and one.job.teacher and taught.job.teacher.checkpoint != one.job.teacher.checkpoint
+    edit(micro.jobs / "retinanet.yaml", "epochs: 12", "epochs: 18")
+    assert plan(micro, "head", 0).matched != one.matched
+    assert plan(micro, "baseline", 0).matched == plan(micro, "head", 0).matched
+
+
+def test_data_that_was_not_prepared_is_told(micro: Bench, tmp_path: Path):
+    with pytest.raises(DataError, match=r"evidence\.py prepare"):
+        plan(replace(micro, data=tmp_path / "nowhere"), "baseline", 0)
+
+
+def _roi(job: Job) -> Any:
+    assert isinstance(job.student, FasterRCNNSpec)
+    return job.student.roi
+
+
+def _teacher(job: Job) -> Any:
+    assert job.teacher is not None
+    return job.teacher
