@@ -69,15 +69,18 @@ def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
             yield f"head_cache_{rois}_{dtype}", Row("retinanet", kept, ("baseline_views", own, theirs), "teacher", "head")
 
 
-def ablations() -> Iterator[tuple[str, Row]]:
-    """Where CKD's share of the gain goes: its weight, and for how long it acts."""
+def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
+    """Is CKD too heavy in a small model, or does it act too early or too long?"""
     against = ("baseline", "akd", "head")
-    for name, keys in {
-        "head_ckd_1": "distill.ckd_weight=1.0",
-        "head_ckd_half": "distill.ckd_weight=0.5",
-        "head_ckd_stop": "distill.ckd_epochs=8",
-    }.items():
-        yield name, Row("retinanet", f"method=head {keys}", against, "teacher", "head")
+    for name, keys in {"quarter": "distill.ckd_weight=0.5", "stop": "distill.ckd_epochs=8"}.items():
+        yield f"head_ckd_{name}", Row("retinanet", f"method=head {keys}", against, "teacher", "head")
+    against = ("baseline", "assist", "tf_head_rcnn")
+    for name, weight, keys in (("quarter", 1.3 / 4, ""), ("warm", 1.3, " distill.warmup_steps=600")):
+        rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}, ckd_weight: {weight}}}'"
+        yield (
+            f"tf_head_rcnn_{name}",
+            Row("retinanet", f"method=tf_head distill.ckd_epochs=8 {rcnn}{keys}", against, lr_of="tf_head"),
+        )
 
 
 def _tier(heads: Heads) -> dict[str, Row]:
@@ -96,7 +99,7 @@ STANDARD = Heads(
     fcos="{regress_ranges: [32, 64, 128, 256]}",
 )
 ROWS: dict[str, dict[str, Row]] = {
-    "micro": _tier(MICRO) | dict(ablations()),
+    "micro": _tier(MICRO) | dict(ablations(MICRO)),
     "standard": _tier(STANDARD) | dict(ladder(STANDARD, "mnv2", "_mnv2")),
 }
 """Tier -> rows, in the order in which they are made and shown."""

@@ -29,7 +29,10 @@ def test_every_promised_row_is_there(tier: str):
     rows += ["tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes", "fcos_baseline", "fcos_head", "baseline_views"]
     for rois in (64, 128, 256):
         rows += [f"head_inline_{rois}", f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"]
-    more = {"micro": ["head_ckd_1", "head_ckd_half", "head_ckd_stop"], "standard": [f"{row}_mnv2" for row in LADDER]}
+    more = {
+        "micro": ["head_ckd_quarter", "head_ckd_stop", "tf_head_rcnn_quarter", "tf_head_rcnn_warm"],
+        "standard": [f"{row}_mnv2" for row in LADDER],
+    }
     assert list(ROWS[tier]) == [*rows, *more[tier]]
     for row, spec in ROWS[tier].items():
         assert spec.against or "teacher" in row or "baseline" in row
@@ -51,7 +54,7 @@ def test_rows_differ_from_what_they_are_compared_with_in_nothing_but_the_method(
             assert getattr(own.job, section) == getattr(every, section)
         assert own.job.eval.every_epochs == own.job.optim.epochs, "no choice among checkpoints"
         assert own.job.optim.lr == every.optim.lr or row in tier.teachers, "the middle of every search"
-        assert own.job.distill.warmup_steps == every.distill.warmup_steps or row in tier.teachers
+        assert own.job.distill.warmup_steps == every.distill.warmup_steps or row in tier.teachers or row.endswith("_warm")
     assert len({own.key for own in plans.values()}) == len(plans)
     schedules = {row: own.job.optim for row, own in plans.items()}
     assert len({schedules[row].model_dump_json() for row in students(tier)}) == 1
