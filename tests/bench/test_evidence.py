@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from evidence_run import BusyError, OutOfTimeError
 from evidence_tables import METRICS, read
 
 from headkd_ray.errors import TrainingError
+from tests.bench.conftest import real_rows
 from tests.support import MICRO_TEACHER, edit, micro_job
 
 
@@ -68,6 +70,26 @@ def test_a_run_appends_one_line_once_also_after_an_interruption(tiny: Bench, cap
     evidence_run.run(tiny, "baseline", 0)
     assert len(read(tiny.results)) == 1
     assert "recorded" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["tf_head", "fcos_head", "head_mnv2"])
+def test_the_standard_tier_trains(tmp_path: Path, data: Path, row: str):
+    """Its jobs, of one epoch, on a few drawn images and on what device there is; its teacher's too."""
+    bench = real_rows("standard", tmp_path, data)
+    rows = {
+        name: replace(spec, keys=re.sub(r"ckd_epochs=\d+", "ckd_epochs=null", spec.keys)) for name, spec in bench.rows.items()
+    }
+    bench = replace(bench, rows=rows)
+    for file in bench.jobs.glob("*.yaml"):
+        job = yaml.safe_load(file.read_text())
+        job["optim"] |= {"epochs": 1, "milestones": [], "warmup_steps": 0}
+        job["eval"]["every_epochs"] = 1
+        file.unlink()
+        file.write_text(yaml.safe_dump(job))
+    evidence_run.run(bench, row, 0)
+    taught = [] if bench.rows[row].teacher is None else [bench.rows[row].teacher]
+    assert [record["row"] for record in read(bench.results)] == [*taught, row]
 
 
 @pytest.mark.slow
