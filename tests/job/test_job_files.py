@@ -36,7 +36,8 @@ def test_every_promised_job_is_there():
     paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_r50"]
     small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER
-    folders = {"": paper, "small/": small, "evidence/micro/": ["fcos", "retina_teacher", "retinanet", "teacher"]}
+    evidence = ["fcos", "retina_teacher", "retinanet", "teacher"]
+    folders = {"": paper, "small/": small, "evidence/micro/": evidence, "evidence/standard/": [*evidence, "mnv2"]}
     assert sorted(f"{folder}{name}.yaml" for folder, names in folders.items() for name in names) == FILES
 
 
