@@ -70,17 +70,15 @@ def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
 
 
 def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
-    """Is CKD too heavy in a small model, or does it act too early or too long?"""
-    against = ("baseline", "akd", "head")
-    for name, keys in {"quarter": "distill.ckd_weight=0.5", "stop": "distill.ckd_epochs=8"}.items():
-        yield f"head_ckd_{name}", Row("retinanet", f"method=head {keys}", against, "teacher", "head")
-    against = ("baseline", "assist", "tf_head_rcnn")
-    for name, weight, keys in (("quarter", 1.3 / 4, ""), ("warm", 1.3, " distill.warmup_steps=600")):
-        rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}, ckd_weight: {weight}}}'"
-        yield (
-            f"tf_head_rcnn_{name}",
-            Row("retinanet", f"method=tf_head distill.ckd_epochs=8 {rcnn}{keys}", against, lr_of="tf_head"),
-        )
+    """Is CKD too heavy for a small model, or does it act too early or too long?"""
+    taught, alone = ("baseline", "akd", "head"), ("baseline", "assist", "tf_head_rcnn")
+    yield "head_ckd_quarter", Row("retinanet", "method=head distill.ckd_weight=0.5", taught, "teacher", "head")
+    yield "head_ckd_stop", Row("retinanet", "method=head distill.ckd_epochs=8", taught, "teacher", "head")
+    stopping = "method=tf_head distill.ckd_epochs=8"
+    lighter = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}, ckd_weight: 0.325}}'"
+    later = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}' distill.warmup_steps=600"
+    yield "tf_head_rcnn_quarter", Row("retinanet", f"{stopping} {lighter}", alone, lr_of="tf_head")
+    yield "tf_head_rcnn_warm", Row("retinanet", f"{stopping} {later}", alone, lr_of="tf_head")
 
 
 def _tier(heads: Heads) -> dict[str, Row]:
