@@ -21,7 +21,6 @@ from evidence_run import BusyError, OutOfTimeError
 from evidence_tables import METRICS, read
 
 from headkd_ray.errors import TrainingError
-from tests.bench.conftest import real_rows
 from tests.support import MICRO_TEACHER, edit, micro_job
 
 
@@ -73,14 +72,14 @@ def test_a_run_appends_one_line_once_also_after_an_interruption(tiny: Bench, cap
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tier", ["standard"], indirect=True)
 @pytest.mark.parametrize("row", ["tf_head", "fcos_head", "head_mnv2"])
-def test_the_standard_tier_trains(tmp_path: Path, data: Path, row: str):
+def test_the_standard_tier_trains(tier: Bench, row: str):
     """Its jobs, of one epoch, on a few drawn images and on what device there is; its teacher's too."""
-    bench = real_rows("standard", tmp_path, data)
     rows = {
-        name: replace(spec, keys=re.sub(r"ckd_epochs=\d+", "ckd_epochs=null", spec.keys)) for name, spec in bench.rows.items()
+        name: replace(spec, keys=re.sub(r"ckd_epochs=\d+", "ckd_epochs=null", spec.keys)) for name, spec in tier.rows.items()
     }
-    bench = replace(bench, rows=rows)
+    bench = replace(tier, rows=rows)
     for file in bench.jobs.glob("*.yaml"):
         job = yaml.safe_load(file.read_text())
         job["optim"] |= {"epochs": 1, "milestones": [], "warmup_steps": 0}

@@ -111,7 +111,7 @@ def test_micro_models_are_as_small_as_they_are_called(micro: Bench):
     jobs = {row: plan(micro, row, 0).job for row in micro.rows}
     teachers = {row: build_detector(jobs[row].student, 17) for row in micro.teachers}
     assert all(0.5e6 < sum(p.numel() for p in teacher.parameters()) < 2e6 for teacher in teachers.values())
-    for row in students(micro):
+    for row in ("baseline", "fcos_baseline"):  # all other rows have one of these students
         assert 0.1e6 < sum(p.numel() for p in build_detector(jobs[row].student, 17).parameters()) < 0.25e6
 
 
