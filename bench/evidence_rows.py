@@ -76,8 +76,10 @@ def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
     yield "head_ckd_stop", Row("retinanet", "method=head distill.ckd_epochs=8", taught, "teacher", "head")
     stopping = "method=tf_head distill.ckd_epochs=8"
     lighter = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}, ckd_weight: 0.325}}'"
+    both = f"{lighter} 'distill.assistants.fcos={{head: {heads.fcos}, ckd_weight: 0.25}}'"
     later = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}' distill.warmup_steps=600"
     yield "tf_head_rcnn_quarter", Row("retinanet", f"{stopping} {lighter}", alone, lr_of="tf_head")
+    yield "tf_head_quarter", Row("retinanet", f"{stopping} {both}", ("baseline", "tf_head"), lr_of="tf_head")
     yield "tf_head_rcnn_warm", Row("retinanet", f"{stopping} {later}", alone, lr_of="tf_head")
 
 

@@ -30,7 +30,7 @@ def test_every_promised_row_is_there(tier: str):
     for rois in (64, 128, 256):
         rows += [f"head_inline_{rois}", f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"]
     more = {
-        "micro": ["head_ckd_quarter", "head_ckd_stop", "tf_head_rcnn_quarter", "tf_head_rcnn_warm"],
+        "micro": ["head_ckd_quarter", "head_ckd_stop", "tf_head_rcnn_quarter", "tf_head_quarter", "tf_head_rcnn_warm"],
         "standard": [f"{row}_mnv2" for row in LADDER],
     }
     assert list(ROWS[tier]) == [*rows, *more[tier]]
