@@ -60,9 +60,8 @@ def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
     yield "baseline_views", Row("retinanet", VIEWS, lr_of="baseline")
     for rois in (64, 128, 256):
         own, theirs = f"head_inline_{rois}", f"head_rois_{rois}"
-        budget = f"method=head {VIEWS} distill.roi_budget={rois}"
-        sampler = f"'distill.assistant={heads.sampling(rois)}'"
-        yield own, Row("retinanet", f"{budget} {sampler}", ("baseline_views",), "teacher", "head")
+        budget = f"method=head {VIEWS} distill.roi_budget={rois} 'distill.assistant={heads.sampling(rois)}'"
+        yield own, Row("retinanet", budget, ("baseline_views",), "teacher", "head")
         yield theirs, Row("retinanet", f"{budget} distill.rois=teacher", ("baseline_views", own), "teacher", "head")
         for dtype in ("fp16", "int8"):
             kept = f"{budget} distill.rois=teacher teacher.placement=cache teacher.cache.dtype={dtype}"

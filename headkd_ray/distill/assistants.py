@@ -64,16 +64,20 @@ class DenseAssistant(nn.Module):
 
 
 class RoIAssistant(nn.Module):
-    """A RoI head on the finest four levels of the student's pyramid, at the RoIs that the student proposes."""
+    """A RoI head on the finest four levels of the student's pyramid. It learns at the RoIs that the student proposes."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, scene: Scene) -> Advice:
-        rois = scene.draw(self.head.stages[0].spec)
+        advice = self.at(scene, scene.draw(self.head.stages[0].spec))
+        return advice._replace(losses=self.head.losses(advice.looks))
+
+    def at(self, scene: Scene, rois: RoIs) -> Advice:
+        """What it sees at ``rois``, without losses."""
         looks = self.head.looks(scene.features, rois, scene.truth, scene.sizes, scene.generator)
-        return Advice(self.head.losses(looks), Insight.of_stages([look.outputs for look in looks]), looks)
+        return Advice({}, Insight.of_stages([look.outputs for look in looks]), looks)
 
 
 Assistant = DenseAssistant | RoIAssistant

@@ -14,16 +14,14 @@ and T the teacher's last fully connected layer; ``assistants.py`` and ``ckd.py``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headkd_ray.detectors import DenseDetector, Detector, RoIs
-from headkd_ray.detectors.matching import Truth
 from headkd_ray.distill.akd import AKD
-from headkd_ray.distill.assistants import Advice, Assistant, Insight
+from headkd_ray.distill.assistants import Advice, Assistant, Insight, RoIAssistant
 from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.given import given_insight, given_rois
 from headkd_ray.distill.scene import Pick, Scene, observe
@@ -40,6 +38,7 @@ class Trace(NamedTuple):
 
     scene: Scene
     advice: Advice
+    """The assistant's, at the RoIs that it is compared at."""
     taught: Insight | None
     """The teacher's; None without one."""
 
@@ -76,7 +75,8 @@ class HEAD(Trainee):
         targets: SoftTargets | None = None,
         ask: Ask | None = None,
     ) -> dict[str, Tensor]:
-        """As :meth:`Trainee.forward`. With ``targets`` RoIs and answers are theirs; with ``ask`` it answers for the teacher."""
+        """As :meth:`Trainee.forward`. AKD and CKD compare with ``targets``, at their RoIs, if there are any; ``ask``, if given,
+        answers for the teacher."""
         x = self.student.normalise(images, sizes)
         teacher_x = self._guest.view(images, sizes, x, self.student) if self._guest else x
         return self.trace(x, teacher_x, sizes, boxes, labels, step, generator, targets=targets, ask=ask)[0]
@@ -98,10 +98,6 @@ class HEAD(Trainee):
 
         Arguments as in :meth:`Trainee.forward`; ``pick`` as in :func:`observe`.
         """
-        if targets is not None:
-            given, student, spec = targets, self.student, self.assistant.head.spec
-            assert isinstance(student, DenseDetector)
-            pick = partial(given_rois, given, student, truth=Truth.of(boxes, labels), spec=spec)
         losses, scene = observe(self.student, x, sizes, boxes, labels, generator, pick)
         advice = self.assistant(scene)
         weight = warmup(step, self.spec.warmup_steps)
@@ -109,7 +105,11 @@ class HEAD(Trainee):
         for name, loss in advice.losses.items():
             losses[f"loss_assist_{name}"] = gt_weight * loss
         if targets is not None:
-            taught = given_insight(targets)
+            assert isinstance(self.student, DenseDetector) and isinstance(self.assistant, RoIAssistant)
+            # The assistant's own losses stay with the RoIs that the student gets wrong now: what a teacher chose beforehand
+            # cannot follow the student.
+            rois = given_rois(targets, self.student, scene, self.assistant.head.spec)
+            advice, taught = self.assistant.at(scene, rois), given_insight(targets)
         elif ask is not None:
             taught = ask([look.rois for look in advice.looks], x.device)
         elif self._guest is not None:

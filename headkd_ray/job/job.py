@@ -103,7 +103,8 @@ class DistillSpec(Spec):
     rois: Literal["student", "teacher"] = "student"
     """Whose RoIs AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
     ground-truth boxes and the teacher's own proposals, sampled once for each view, so that what the teacher says about them
-    depends on the view alone and can be computed elsewhere or kept. Dense student, Faster R-CNN teacher."""
+    depends on the view alone and can be computed elsewhere or kept. (The assistant's ground-truth losses are at the student's
+    RoIs either way.) Dense student, Faster R-CNN teacher."""
     roi_budget: PositiveInt = 128
     """RoIs a view with rois: teacher."""
     warmup_steps: NonNegativeInt = 2000
