@@ -2,7 +2,8 @@
 arXiv 2207.05345).
 
 The assistant (trained, thrown away after) and the frozen teacher look at the same RoIs or levels; a dense student is the one
-that proposes the RoIs.
+that proposes the RoIs. With soft targets AKD and CKD look at the RoIs that these are for (``given.py``); the assistant learns
+from labels at the student's all the same.
 
     L = L_student + a L_assistant + b w(t) sum_l distance(A_l, T_l) + c w(t) [t < stop] distance(S, T)
                     assist, copy_only   akd                           head
@@ -106,8 +107,8 @@ class HEAD(Trainee):
             losses[f"loss_assist_{name}"] = gt_weight * loss
         if targets is not None:
             assert isinstance(self.student, DenseDetector) and isinstance(self.assistant, RoIAssistant)
-            # The assistant's own losses stay with the RoIs that the student gets wrong now: what a teacher chose beforehand
-            # cannot follow the student.
+            # Not for the assistant's own losses: RoIs that were chosen beforehand do not follow what the student gets wrong,
+            # and cost AP there (docs/results.md).
             rois = given_rois(targets, self.student, scene, self.assistant.head.spec)
             advice, taught = self.assistant.at(scene, rois), given_insight(targets)
         elif ask is not None:
