@@ -142,7 +142,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 def _differences(rows: Rows, row: str, against: Sequence[str], named: bool = False) -> str:
     parts = []
-    for other in against:
+    for other in (name for name in against if name in rows):
         found = paired(rows, row, other)
         fewer = f" (n = {len(found)})" if 0 < len(found) < len(rows[row]) else ""
         parts.append(f"{spread(found, '+')}{fewer}" + (f" to `{other}`" if named else ""))
