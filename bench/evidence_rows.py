@@ -62,9 +62,10 @@ def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
         own, theirs = f"head_inline_{rois}", f"head_rois_{rois}"
         budget = f"method=head {VIEWS} distill.roi_budget={rois} 'distill.assistant={heads.sampling(rois)}'"
         yield own, Row("retinanet", budget, ("baseline_views",), "teacher", "head")
-        yield theirs, Row("retinanet", f"{budget} distill.rois=teacher", ("baseline_views", own), "teacher", "head")
+        asked = f"{budget} distill.rois=teacher"
+        yield theirs, Row("retinanet", asked, ("baseline_views", own), "teacher", "head")
         for dtype in ("fp16", "int8"):
-            kept = f"{budget} distill.rois=teacher teacher.placement=cache teacher.cache.dtype={dtype}"
+            kept = f"{asked} teacher.placement=cache teacher.cache.dtype={dtype}"
             yield f"head_cache_{rois}_{dtype}", Row("retinanet", kept, ("baseline_views", own, theirs), "teacher", "head")
 
 

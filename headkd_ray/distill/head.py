@@ -109,7 +109,7 @@ class HEAD(Trainee):
             assert isinstance(self.student, DenseDetector) and isinstance(self.assistant, RoIAssistant)
             # Not for the assistant's own losses: RoIs that were chosen beforehand do not follow what the student gets wrong,
             # and cost AP there (docs/results.md).
-            rois = given_rois(targets, self.student, scene, self.assistant.head.spec)
+            rois = given_rois(targets, self.student, scene)
             advice, taught = self.assistant.at(scene, rois), given_insight(targets)
         elif ask is not None:
             taught = ask([look.rois for look in advice.looks], x.device)

@@ -16,7 +16,15 @@ from headkd_ray.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 
-ORDER = {"micro": {"teacher": (), "baseline": (), "head": ("baseline", "akd"), "akd": ("baseline",), "unmade": ("baseline",)}}
+ORDER = {
+    "micro": {
+        "teacher": (),
+        "baseline": (),
+        "head": ("baseline", "akd", "unmade"),
+        "akd": ("baseline",),
+        "unmade": ("baseline",),
+    }
+}
 
 
 def made_up(row: str, seed: int, ap: float, **others: Any) -> dict[str, Any]:

@@ -131,9 +131,11 @@ def test_padding_of_the_targets_and_of_the_truth_is_never_read() -> None:
     )
     wider = data | {"boxes": F.pad(data["boxes"], (0, 0, 0, 3)), "labels": F.pad(data["labels"], (0, 3), value=-1)}
     with torch.no_grad():
-        first, *others = (step(trainee, data, targets), step(trainee, data, spoilt), step(trainee, wider, targets))
-    for other in others:
-        assert all(torch.equal(loss, other[name]) for name, loss in distances(first).items())
+        first, same, padded = (step(trainee, data, targets), step(trainee, data, spoilt), step(trainee, wider, targets))
+    for name, loss in first.items():
+        assert torch.equal(loss, same[name]), name
+        # The assistant's own RoIs are drawn from what the padding makes longer.
+        assert name.startswith("loss_assist") or torch.equal(loss, padded[name]), name
 
 
 def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
@@ -153,12 +155,12 @@ def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
         chosen = trace.advice.looks[0].rois
         expected, other = guest.trace(x, x, data["sizes"], data["boxes"], data["labels"], 5000, pick=lambda outputs: chosen)
     assert torch.equal(chosen.boxes, targets.boxes[targets.valid]) and losses.keys() == expected.keys()
-    assert distances(losses)
     assert trace.taught is not None and other.taught is not None
     for mine, theirs in zip(trace.taught.taps, other.taught.taps, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    for name in distances(losses):
-        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=0)
+    for name in losses:
+        if not name.startswith("loss_assist"):
+            torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
