@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.distill import build_trainee
+from headkd_ray.distill import build_training_model
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.engine.placements import Building, fill, some_shards
 from headkd_ray.engine.streams import Streams, decode_here
@@ -31,12 +31,12 @@ def losses_of(job: Job, shards: ShardSet, cache: Cache) -> Iterator[dict[str, fl
     """The distillation losses of the untrained student, past all warm-ups, batch by batch of one epoch."""
     world = World.here(job.cluster)
     teacher = teacher_of(job, shards.meta.classes)
-    trainee = build_trainee(job, len(shards.meta.classes), teacher, steps_per_epoch=1).to(world.device).train()
+    model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1).to(world.device).train()
     with Streams(job, world, shards, shards, decode_here).train(first=0, cache=cache) as batches, torch.no_grad():
         for batch in (each.to(world.device) for each in batches):
             draws = torch.Generator(world.device).manual_seed(batch.step)
             step = job.distill.warmup_steps
-            losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, step, draws, targets=batch.targets)
+            losses = model(batch, step, draws)
             yield {name: loss.item() for name, loss in losses.items() if name.startswith(("loss_akd", "loss_ckd"))}
 
 

@@ -15,7 +15,8 @@ import headkd_ray
 from tests.support import micro_job
 
 PACKAGE = Path(headkd_ray.__file__).parent
-DETECTORS, LEARNING = {"detectors", "job", "errors"}, {"distill", "detectors", "job", "errors", "targets"}
+DETECTORS = {"detectors", "job", "errors"}
+LEARNING = {"distill", "data", "storage", "targets", *DETECTORS}
 TEACHING = {"data", "storage", "targets", *DETECTORS}
 ENGINE = {"engine", "teacher", *TEACHING, *LEARNING}
 ROOMS = {
@@ -23,7 +24,7 @@ ROOMS = {
     "storage": {"errors"},
     "job": {"errors"},
     "detectors": DETECTORS - {"detectors"},
-    "distill": DETECTORS | {"targets"},
+    "distill": {"data", "storage", "targets", *DETECTORS},
     "targets": set[str](),
     "data": {"storage", "job", "errors", "targets"},
     "teacher": TEACHING,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from headkd_ray.cluster.teachers import actors_of, answer_of, set_up
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import RoIs
-from headkd_ray.distill import Guest, Insight
+from headkd_ray.distill import FrozenTeacher, HeadFeatures
 from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.job import Job, PoolSpec
 
@@ -32,23 +32,23 @@ AHEAD = 2
 Arrays = list[NDArray[Any]]
 
 
-class Holder:
+class TeacherActor:
     """One teacher process."""
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
         whole = Job.model_validate(job)
         assert whole.teacher is not None
         self.device = set_up(whole)
-        self.guest = Guest(teacher_of(whole, tuple(classes)).to(self.device).to(memory_format=torch.channels_last))
+        self.teacher = FrozenTeacher(teacher_of(whole, tuple(classes)).to(self.device).to(memory_format=torch.channels_last))
         self.bf16 = whole.teacher.precision == "bf16"
         self.born = uuid.uuid4().hex
         self.held: dict[int, list[torch.Tensor]] = {}
 
     def look(self, number: int, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
         """Keep the features of a batch, (B, 3, H, W) RGB with unpadded (h, w) in ``sizes``, until it is asked about."""
-        x = self.guest.detector.normalise(*(torch.tensor(array, device=self.device) for array in (images, sizes)))
+        x = self.teacher.detector.normalise(*(torch.tensor(array, device=self.device) for array in (images, sizes)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.held[number] = self.guest.features(x)
+            self.held[number] = self.teacher.pyramid(x)
 
     def answer(self, number: int, rois: Sequence[tuple[Arrays, ...]]) -> tuple[str, list[Any] | None]:
         """Who this is, and the taps of the batch's ``rois``, stage by stage, as arrays; None if it is not held.
@@ -60,7 +60,7 @@ class Holder:
             return self.born, None
         asked = [RoIs(*(torch.tensor(array, device=self.device) for array in stage)) for stage in rois]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            taps = self.guest.insight_of(features, asked).taps
+            taps = self.teacher.head_features(features, asked).taps
         arrays = [_array(tap) if isinstance(tap, torch.Tensor) else [_array(level) for level in tap] for tap in taps]
         return self.born, arrays
 
@@ -70,7 +70,7 @@ def holders(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
     """The fewest teacher processes of the job's pool; they end with the context. One that dies is started again."""
     assert job.teacher is not None
     pool = job.teacher.pool
-    actors = actors_of(Holder, pool, pool.actors[0], job.model_dump(mode="json"), classes)
+    actors = actors_of(TeacherActor, pool, pool.actors[0], job.model_dump(mode="json"), classes)
     try:
         yield actors
     finally:
@@ -81,24 +81,24 @@ def holders(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
 def held(batches: Iterator[Batch], actors: Sequence[Any], pool: PoolSpec) -> Iterator[Batch]:
     """``batches``, each with the teacher to ask about it, which has been shown it AHEAD batches before."""
     born: dict[int, set[str]] = {number: set() for number in range(len(actors))}
-    coming: deque[tuple[Batch, Asker]] = deque()
+    coming: deque[tuple[Batch, TeacherHandle]] = deque()
 
     def first() -> Batch:
-        batch, asker = coming.popleft()
-        return replace(batch, ask=asker, teacher_restarts=sum(max(0, len(lives) - 1) for lives in born.values()))
+        batch, teacher = coming.popleft()
+        return replace(batch, ask=teacher, teacher_restarts=sum(max(0, len(lives) - 1) for lives in born.values()))
 
     for number, batch in enumerate(batches):
         place = number % len(actors)
-        asker = Asker(actors[place], number, batch, pool, born[place])
-        asker.show()
-        coming.append((batch, asker))
+        teacher = TeacherHandle(actors[place], number, batch, pool, born[place])
+        teacher.show()
+        coming.append((batch, teacher))
         if len(coming) > AHEAD:
             yield first()
     while coming:
         yield first()
 
 
-class Asker:
+class TeacherHandle:
     """Asks a teacher about one batch, which is on the CPU. ``born`` collects who answered: one process after another."""
 
     def __init__(self, actor: Any, number: int, batch: Batch, pool: PoolSpec, born: set[str]) -> None:
@@ -109,7 +109,7 @@ class Asker:
         """Start computing the features."""
         self.shown = self.actor.look.remote(self.number, self.batch.images.numpy(), self.batch.sizes.numpy())
 
-    def __call__(self, rois: Sequence[RoIs], device: torch.device) -> Insight:
+    def __call__(self, rois: Sequence[RoIs], device: torch.device) -> HeadFeatures:
         """What the teacher makes of ``rois``, stage by stage, on ``device``. Raises ClusterError if no teacher answers."""
         arrays = [tuple(tensor.cpu().numpy() for tensor in stage) for stage in rois]
         found = None
@@ -122,7 +122,7 @@ class Asker:
         taps = [
             _tensor(tap, device) if isinstance(tap, np.ndarray) else [_tensor(level, device) for level in tap] for tap in found
         ]
-        return Insight(taps, taps[len(taps) // len(rois) - 1] if rois else taps[0])
+        return HeadFeatures(taps, taps[len(taps) // len(rois) - 1] if rois else taps[0])
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:

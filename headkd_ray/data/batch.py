@@ -41,7 +41,7 @@ class Batch:
     targets: SoftTargets | None = None
     """What a teacher said about the views, if it was asked before the batch came here."""
     ask: Any = None
-    """Whom to ask what the teacher says about RoIs in this batch (``headkd_ray.distill.head.Ask``), if not one in place."""
+    """A teacher elsewhere, to be asked about RoIs in this batch (``headkd_ray.distill.step_forward.AskTeacher``)."""
     teacher_restarts: int = 0
     """Teacher processes that this stream has lost and seen started again, up to this batch."""
     idle: bool = False

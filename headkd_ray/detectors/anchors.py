@@ -83,6 +83,11 @@ class Anchors:
         image = tuple(side * self.strides[0] for side in shapes[0])  # exact: batches are padded to multiples of the stride
         return [(image[0] // height, image[1] // width) for height, width in shapes]
 
+    def valid(self, grid: AnchorGrid, sizes: Tensor) -> Tensor:
+        """(B, N) bool: the anchors of ``grid`` that count in each image, because their cell lies within its unpadded (h, w) in
+        ``sizes`` (B, 2), rounded up to a multiple of 32, whatever the batch is padded to."""
+        return valid_anchors(grid, padded_extents(sizes))
+
     def nearest(self, boxes: Tensor, shapes: Sequence[Shape]) -> Tensor:
         """(N, 4) int64 (level, y, x, anchor) of the anchor nearest to each of ``boxes`` (N, 4) on levels of ``shapes`` (H, W).
 

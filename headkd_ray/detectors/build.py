@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from headkd_ray.detectors.backbone import Backbone
 from headkd_ray.detectors.backbone_names import backbone_names
-from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
-from headkd_ray.detectors.faster_rcnn import FasterRCNN
-from headkd_ray.detectors.fcos import FCOS
+from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.reppoints import RepPoints
-from headkd_ray.detectors.retinanet import RetinaNet
+from headkd_ray.detectors.registry import detector_class
 from headkd_ray.detectors.safe_load import read_file, state_dict_of
-from headkd_ray.job import DetectorSpec
+from headkd_ray.detectors.two_stage import TwoStageDetector
+from headkd_ray.job import DenseDetectorSpec, TwoStageDetectorSpec
 
-AnyDetector = RetinaNet | FCOS | RepPoints | FasterRCNN | CascadeRCNN
+AnyDetector = DenseDetector | TwoStageDetector
+"""The two families."""
 
 
-def build_detector(spec: DetectorSpec, num_classes: int) -> AnyDetector:
+def build_detector(spec: DenseDetectorSpec | TwoStageDetectorSpec, num_classes: int) -> AnyDetector:
     """A freshly initialised detector for ``num_classes`` classes, with the backbone weights that ``spec`` names.
 
     Random numbers come from torch's default generator. Raises JobError for a backbone that timm cannot build, CheckpointError
     for backbone weights that do not fit.
     """
-    detector: AnyDetector
-    if spec.kind == "retinanet":
-        detector = RetinaNet(spec, num_classes)
-    elif spec.kind == "fcos":
-        detector = FCOS(spec, num_classes)
-    elif spec.kind == "reppoints":
-        detector = RepPoints(spec, num_classes)
-    elif spec.kind == "cascade_rcnn":
-        detector = CascadeRCNN(spec, num_classes)
-    else:
-        detector = FasterRCNN(spec, num_classes)
+    make: Any = detector_class(spec)  # which takes this very spec, as the registry says
+    detector: AnyDetector = make(spec, num_classes)
     if spec.backbone.weights not in ("none", "timm"):
         load_backbone(detector.backbone, Path(spec.backbone.weights))
     return detector

@@ -1,18 +1,103 @@
-"""Cascade R-CNN (Cai & Vasconcelos 2018): RPN on P2 to P6, box heads in a row on P2 to P5."""
+"""Cascade R-CNN (Cai & Vasconcelos 2018): box heads in a row, each on the boxes that the one before it refined."""
 
 from __future__ import annotations
 
-from headkd_ray.detectors.cascade_head import CascadeHead
-from headkd_ray.detectors.two_stage import ROI_STRIDES, TwoStageDetector
-from headkd_ray.job import CascadeRCNNSpec
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
+from headkd_ray.detectors.boxes import clip, decode
+from headkd_ray.detectors.ground_truth import GroundTruth
+from headkd_ray.detectors.nms import pack
+from headkd_ray.detectors.proposals import Detections, Proposals
+from headkd_ray.detectors.roi_head import BoxHead, BoxOutputs, deltas_of
+from headkd_ray.detectors.rois import RoIs, sample_rois
+from headkd_ray.detectors.two_stage import TwoStageDetector
+from headkd_ray.job import CascadeHeadSpec, CascadeRCNNSpec
+
+
+class CascadeHead(RoIHead):
+    """The heads of ``spec.stages``, each as a :class:`BoxHead` of its own."""
+
+    spec: CascadeHeadSpec
+
+    def __init__(self, spec: CascadeHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
+        super().__init__(spec, in_channels, num_classes, strides)
+        heads = nn.ModuleList(BoxHead(stage, in_channels, num_classes, strides) for stage in spec.stages)
+        self.stages = cast("Sequence[BoxHead]", heads)
+
+    def stage_outputs(
+        self, features: Sequence[Tensor], rois: RoIs, truth: GroundTruth, generator: torch.Generator | None = None
+    ) -> list[StageOutput]:
+        outputs = self.stages[0].stage_outputs(features, rois, truth)
+        for before, stage in pairwise(self.stages):
+            rois = sample_rois(refine(before, outputs[-1], truth.sizes), truth, stage.spec, self.num_classes, generator)
+            outputs += stage.stage_outputs(features, rois, truth)
+        return outputs
+
+    def losses(self, outputs: Sequence[StageOutput]) -> Losses:
+        """``s0_cls``, ``s0_box``, ``s1_cls``, ...: each stage's as :meth:`BoxHead.losses`, times its weight."""
+        stages = enumerate(zip(self.stages, outputs, self.spec.weights, strict=True))
+        return {
+            f"s{i}_{name}": weight * loss for i, (stage, said, weight) in stages for name, loss in stage.losses([said]).items()
+        }
+
+    @torch.no_grad()
+    def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
+        """Detections at test settings: boxes are the last stage's, scores what all stages said, each about the RoI that
+        reached it."""
+        outputs = self.stages[0](features, boxes, image)
+        logits = [outputs.logits]
+        for before, stage in pairwise(self.stages):
+            boxes = moved(before, outputs, boxes, image, sizes)
+            outputs = stage(features, boxes, image)
+            logits.append(outputs.logits)
+        return self.stages[-1].conclude(BoxOutputs([], self._average(logits), outputs.deltas), boxes, image, sizes)
+
+    def _average(self, logits: Sequence[Tensor]) -> Tensor:
+        """(R, C + 1) float32 logits whose softmax is the score, from those of the stages."""
+        each = torch.stack([stage.float() for stage in logits])
+        if self.spec.average == "logits":
+            return each.mean(0)
+        return each.log_softmax(-1).logsumexp(0)  # the log of the summed scores; the softmax divides by their number
+
+
+@torch.no_grad()
+def refine(head: BoxHead, said: StageOutput, sizes: Tensor) -> Proposals:
+    """The RoIs of ``said``, an output of ``head``, as it would move them, in their order, each with the cell that it came from.
+
+    Ground-truth boxes are left out: they are added again when the next stage matches. A score is 1, since RoIs have none.
+    """
+    rois = said.rois
+    kept = rois.from_proposal
+    boxes = moved(head, said.outputs, rois.boxes, rois.image, sizes, rois.labels)[kept]
+    fields = {"boxes": (boxes, 0), "cells": (rois.cells[kept], -1)}
+    valid, packed = pack(rois.image[kept], len(sizes), len(boxes), fields)
+    return Proposals(packed["boxes"], valid.float(), packed["cells"], valid)
+
+
+@torch.no_grad()
+def moved(
+    head: BoxHead, outputs: BoxOutputs, rois: Tensor, image: Tensor, sizes: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    """(R, 4): ``rois`` (R, 4) of images ``image`` (R,) moved by the deltas of ``head``'s ``outputs``, clipped to ``sizes``.
+
+    A class-specific head moves a RoI as an object of its class in ``labels`` (R,), background or unlabelled ones as one of
+    the likeliest class.
+    """
+    likeliest = outputs.logits[:, :-1].argmax(1)
+    labels = likeliest if labels is None else torch.where(labels < head.num_classes, labels, likeliest)
+    boxes = decode(deltas_of(outputs, labels).float(), rois, head.spec.stds, head.spec.clamp_shrink)
+    return clip(boxes.unsqueeze(1), sizes[image]).squeeze(1)
 
 
 class CascadeRCNN(TwoStageDetector):
-    """Backbone, FPN on C2 to C5, RPN, a cascade of RoI heads."""
+    """Losses: ``loss_rpn_cls``, ``loss_rpn_box``; and ``loss_roi_s0_cls``, ``loss_roi_s0_box``, ... of each stage."""
 
     spec: CascadeRCNNSpec
     roi: CascadeHead
-
-    def __init__(self, spec: CascadeRCNNSpec, num_classes: int) -> None:
-        super().__init__(spec, num_classes)
-        self.roi = CascadeHead(spec.roi, spec.neck.channels, num_classes, ROI_STRIDES)
+    head_class = CascadeHead

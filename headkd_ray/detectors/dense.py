@@ -1,34 +1,40 @@
-"""What the dense detectors share: one head on P3 to P7."""
+"""What every dense detector is: one head on P3 to P7."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.detector import Detector
+from headkd_ray.detectors.base import DenseHead, Detector, Losses
+from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.proposals import Detections
+from headkd_ray.job import DenseDetectorSpec
+
+STRIDES = (8, 16, 32, 64, 128)
+"""Pixels a cell of P3 to P7."""
 
 
 class DenseDetector(Detector):
-    """Backbone, FPN on C3 to C5, and the dense head that a subclass sets."""
+    """A backbone, an FPN on C3 to C5 and a dense head on P3 to P7; a subclass names the head's class."""
 
-    head: Any
+    spec: DenseDetectorSpec
+    strides = STRIDES
+    head_class: ClassVar[type[DenseHead[Any]]]
 
-    def losses(
-        self,
-        features: list[Tensor],
-        sizes: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """The head's; see :meth:`Detector.losses`. Nothing is sampled."""
-        losses: dict[str, Tensor] = self.head.losses(self.head(features), sizes, boxes, labels)
-        return losses
+    def __init__(self, spec: DenseDetectorSpec, num_classes: int) -> None:
+        super().__init__(spec, num_classes)
+        self.head = self.head_class(spec.head, spec.neck.channels, num_classes, self.strides)
+
+    @property
+    def detection_head(self) -> DenseHead[Any]:
+        return self.head
+
+    def losses(self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
+        """The head's losses. Nothing is sampled, so ``generator`` is not used."""
+        return self.head.losses(self.head(features), truth)
 
     @torch.no_grad()
     def detect(self, x: Tensor, sizes: Tensor) -> Detections:
-        detections: Detections = self.head.detect(self.head(self.features(x)), sizes)
-        return detections
+        return self.head.detect(self.head(self.features(x)), sizes)

@@ -1,18 +1,15 @@
-"""Faster R-CNN: RPN on P2 to P6, box head on P2 to P5."""
+"""Faster R-CNN (Ren et al. 2015): RPN on P2 to P6, one box head on P2 to P5."""
 
 from __future__ import annotations
 
-from headkd_ray.detectors.roi_head import RoIHead
-from headkd_ray.detectors.two_stage import ROI_STRIDES, TwoStageDetector
+from headkd_ray.detectors.roi_head import BoxHead
+from headkd_ray.detectors.two_stage import TwoStageDetector
 from headkd_ray.job import FasterRCNNSpec
 
 
 class FasterRCNN(TwoStageDetector):
-    """Backbone, FPN on C2 to C5, RPN, one RoI head."""
+    """Losses: ``loss_rpn_cls``, ``loss_rpn_box``, ``loss_roi_cls``, ``loss_roi_box``."""
 
     spec: FasterRCNNSpec
-    roi: RoIHead
-
-    def __init__(self, spec: FasterRCNNSpec, num_classes: int) -> None:
-        super().__init__(spec, num_classes)
-        self.roi = RoIHead(spec.roi, spec.neck.channels, num_classes, ROI_STRIDES)
+    roi: BoxHead
+    head_class = BoxHead

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from headkd_ray.detectors.boxes import area, pairwise_iou
+from headkd_ray.detectors.ground_truth import GroundTruth
 
 NEGATIVE = -1
 IGNORED = -2
 
 
-class Truth(NamedTuple):
-    """Ground truth of a batch; G is at least 1, so that nothing below reduces over an empty dimension."""
-
-    boxes: Tensor
-    """(B, G, 4) float32, pixels of the network input."""
-    labels: Tensor
-    """(B, G) int64, 0 to C-1, -1 = padding."""
-    present: Tensor
-    """(B, G) bool, False = padding."""
-
-    @classmethod
-    def of(cls, boxes: Tensor, labels: Tensor) -> Truth:
-        """From padded ``boxes`` (B, G, 4) and ``labels`` (B, G), -1 = padding; G may be 0."""
-        if labels.shape[1] == 0:
-            boxes, labels = boxes.new_zeros(len(boxes), 1, 4), labels.new_full((len(labels), 1), -1)
-        return cls(boxes, labels, labels >= 0)
-
-
 @torch.no_grad()
 def match(
     boxes: Tensor,
-    truth: Truth,
+    truth: GroundTruth,
     positive_iou: float,
     negative_iou: float,
     low_quality_iou: float | None = None,
@@ -66,7 +47,7 @@ def match(
 
 
 @torch.no_grad()
-def match_points(reference: Tensor, truth: Truth, low: Tensor, high: Tensor, radius: float | None) -> Tensor:
+def match_points(reference: Tensor, truth: GroundTruth, low: Tensor, high: Tensor, radius: float | None) -> Tensor:
     """(B, N) int64: index of the ground-truth box that each point answers for, or NEGATIVE (mmdet's FCOS).
 
     Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level. A point answers for
@@ -88,7 +69,7 @@ def match_points(reference: Tensor, truth: Truth, low: Tensor, high: Tensor, rad
 
 
 @torch.no_grad()
-def match_nearest(reference: Tensor, truth: Truth, base_scale: float, valid: Tensor) -> Tensor:
+def match_nearest(reference: Tensor, truth: GroundTruth, base_scale: float, valid: Tensor) -> Tensor:
     """(B, N) int64: index of the ground-truth box that each point answers for, or NEGATIVE (mmdet's PointAssigner, 1 a box).
 
     Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level, a power of 2. A box

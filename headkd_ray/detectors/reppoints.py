@@ -1,10 +1,180 @@
-"""RepPoints: a dense detector on P3 to P7 whose boxes are sets of points."""
+"""RepPoints (Yang et al. 2019): nine points a cell of P3 to P7, at which deformable convs read to refine and classify them.
+
+The box of a cell is the spread of its points (the paper's moment variant). Points are (y, x) pairs, as the offsets of
+deformable convs are, from the cell's own point (x * stride, y * stride), in units of the stride.
+"""
 
 from __future__ import annotations
 
-from headkd_ray.detectors.dense import DenseDetector
-from headkd_ray.detectors.reppoints_head import RepPointsHead
-from headkd_ray.job import RepPointsSpec
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+from headkd_ray.detectors import init
+from headkd_ray.detectors.anchors import AnchorGrid, Anchors
+from headkd_ray.detectors.base import DenseHead, Losses
+from headkd_ray.detectors.boxes import decode_distances, encode_distances
+from headkd_ray.detectors.dense import STRIDES, DenseDetector
+from headkd_ray.detectors.ground_truth import GroundTruth
+from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
+from headkd_ray.detectors.matching import NEGATIVE, gather_rows, match, match_nearest
+from headkd_ray.detectors.proposals import flatten_cells
+from headkd_ray.detectors.towers import init_dense_head, tower
+from headkd_ray.job import AnchorSpec, RepPointsHeadSpec, RepPointsSpec
+
+KERNEL = 3
+"""Side of the deformable convs; each of its taps reads at one point."""
+
+POINTS = KERNEL * KERNEL
+
+
+class RepPointsOutputs(NamedTuple):
+    """What the head says about each level; C classes."""
+
+    logits: list[Tensor]
+    """(B, C, H, W)."""
+    initial: list[Tensor]
+    """(B, 2 * POINTS, H, W) float32: points, y before x, in units of the stride, from the cell's own point."""
+    refined: list[Tensor]
+    """(B, 2 * POINTS, H, W) float32: the same after refinement; no gradient reaches ``initial`` through it."""
+    taps: list[list[Tensor]]
+    """As :meth:`RepPointsHead.taps`."""
+
+
+class RepPointsHead(DenseHead[RepPointsOutputs]):
+    """Dense head of point sets on P3 to P7; init and class prior as in ``spec``."""
+
+    spec: RepPointsHeadSpec
+    _rest: Tensor
+
+    def __init__(self, spec: RepPointsHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int] = STRIDES) -> None:
+        super().__init__(spec, in_channels, num_classes, strides)
+        # A cell's own point is the centre of the one square anchor, of the stride's size, that it has.
+        self.anchors = Anchors(AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,)), strides)
+        width = spec.point_channels
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.init_conv = nn.Conv2d(spec.channels, width, 3, padding=1)
+        self.init_out = nn.Conv2d(width, 2 * POINTS, 1)
+        self.cls_conv = DeformConv2d(spec.channels, width, KERNEL, padding=KERNEL // 2, bias=False)
+        self.cls_out = nn.Conv2d(width, num_classes, 1)
+        self.refine_conv = DeformConv2d(spec.channels, width, KERNEL, padding=KERNEL // 2, bias=False)
+        self.refine_out = nn.Conv2d(width, 2 * POINTS, 1)
+        self.moment_transfer = nn.Parameter(torch.zeros(2))
+        """Log factor from the points' standard deviation to half the box's width, and height."""
+
+        init_dense_head(self, spec.tower_std)
+        if spec.tower_std is None:
+            init.kaiming(self.init_conv)
+        init.prior(self.cls_out, spec.prior)
+        for conv in (self.cls_conv, self.refine_conv):
+            nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")
+        side = torch.arange(KERNEL, dtype=torch.float32) - KERNEL // 2
+        rest = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).reshape(1, 2 * POINTS, 1, 1)
+        # Where a plain conv reads; a deformable one counts its offsets from there.
+        self.register_buffer("_rest", rest, persistent=False)
+
+    @property
+    def tap_channels(self) -> list[int]:
+        return [self.spec.channels] * 2 + [self.spec.point_channels] * 3
+
+    def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The outputs, post-ReLU, of the last classification conv, of the last conv of the points' tower, of the conv before
+        the initial points, and of the deformable convs that classify and refine."""
+        return self._read(features)[0]
+
+    def forward(self, features: Sequence[Tensor]) -> RepPointsOutputs:
+        taps, initial = self._read(features)
+        *_, classify, refine = taps
+        refined = [self.refine_out(t).float() + points.detach() for t, points in zip(refine, initial, strict=True)]
+        return RepPointsOutputs([self.cls_out(t) for t in classify], initial, refined, taps)
+
+    def _read(self, features: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The taps and the initial points, (B, 2 * POINTS, H, W) float32 a level."""
+        cls_taps, box_taps = [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
+        init_taps = [self.init_conv(t).relu() for t in box_taps]
+        initial = [self.init_out(t).float() for t in init_taps]
+        offsets = [_damp(points, self.spec.gradient_mul) - self._rest for points in initial]
+        classify = [_deform(self.cls_conv, t, offset) for t, offset in zip(cls_taps, offsets, strict=True)]
+        refine = [_deform(self.refine_conv, t, offset) for t, offset in zip(box_taps, offsets, strict=True)]
+        return [cls_taps, box_taps, init_taps, classify, refine], initial
+
+    def distances(self, points: Tensor) -> Tensor:
+        """Boxes (B, 4, H, W) of ``points`` (B, 2 * POINTS, H, W): mean +- factor x standard deviation along each axis.
+
+        They are distances from the cell's own point to the left, top, right and bottom side, in units of the stride, so
+        negative where it lies outside.
+        """
+        y, x = points.unflatten(1, (POINTS, 2)).unbind(2)
+        factor = _damp(self.moment_transfer, self.spec.moment_mul).exp()
+        half_width, half_height = x.std(1) * factor[0], y.std(1) * factor[1]  # std's gradient is 0, not NaN, at no spread
+        x, y = x.mean(1), y.mean(1)
+        return torch.stack([half_width - x, half_height - y, half_width + x, half_height + y], dim=1)
+
+    def losses(self, outputs: RepPointsOutputs, truth: GroundTruth) -> Losses:
+        """Smooth L1 losses of the initial and the refined points' boxes, and the focal loss.
+
+        A ground-truth box is the initial target of the cell nearest to it; what cells refine and classify follows from the
+        IoU of their initial boxes. Each loss is divided by the sum over images of max(1, positives of its stage).
+        """
+        spec = self.spec
+        grid = self.anchors.grid(outputs.logits)
+        valid = self.anchors.valid(grid, truth.sizes)
+        initial, refined = (
+            torch.cat(flatten_cells([self.distances(points) for points in stage], 4), dim=1)
+            for stage in (outputs.initial, outputs.refined)
+        )
+        nearest = match_nearest(grid.boxes, truth, spec.base_scale, valid)
+        candidates = decode_distances(initial.detach(), grid.boxes)
+        matched = match(candidates, truth, spec.positive_iou, spec.negative_iou, low_quality_iou=0.0, valid=valid)
+
+        target_labels = gather_rows(truth.labels, matched).masked_fill(matched < 0, -1)
+        logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
+        cls = focal_loss_sum(logits, target_labels, matched >= NEGATIVE, spec.focal_alpha, spec.focal_gamma)
+        return {
+            "loss_cls": cls / _positives(matched),
+            "loss_init": spec.init_weight * self._point_loss(initial, nearest, truth, grid),
+            "loss_refine": spec.refine_weight * self._point_loss(refined, matched, truth, grid),
+        }
+
+    def _point_loss(self, distances: Tensor, matched: Tensor, truth: GroundTruth, grid: AnchorGrid) -> Tensor:
+        """Smooth L1 of ``distances`` (B, N, 4) to the boxes of ``truth`` that are ``matched`` (B, N)."""
+        scale = self.spec.base_scale
+        target = encode_distances(gather_rows(truth.boxes, matched), grid.boxes)
+        total = l1_sum(distances / scale, target / scale, matched >= 0, self.spec.smooth_l1_beta)
+        return total / _positives(matched)
+
+    def box_maps(self, outputs: RepPointsOutputs) -> list[Tensor]:
+        return [self.distances(points) for points in outputs.refined]
+
+    def decode(self, predicted: Tensor, reference: Tensor) -> Tensor:
+        return decode_distances(predicted, reference)
+
+    @torch.no_grad()
+    def nearest_cells(self, outputs: RepPointsOutputs, boxes: Tensor) -> Tensor:
+        """(N, 4) int64 (level, y, x, 0): the point nearest to the centre of each of ``boxes`` (N, 4), on the level that
+        boxes of its size belong to; see ``match_nearest``."""
+        sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6) / (self.spec.base_scale * self.strides[0])
+        level = sides.log2().mean(-1).floor().long().clamp(0, len(self.strides) - 1)
+        return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
+
+
+def _damp(value: Tensor, share: float) -> Tensor:
+    """``value``, of whose gradient only ``share`` goes on."""
+    return value.detach() * (1 - share) + value * share
+
+
+def _deform(conv: DeformConv2d, features: Tensor, offsets: Tensor) -> Tensor:
+    """ReLU of the deformable conv; float32 throughout, for bfloat16 would round where it reads."""
+    return conv(features.float(), offsets).relu()
+
+
+def _positives(matched: Tensor) -> Tensor:
+    """Sum over images of max(1, positives) of ``matched`` (B, N)."""
+    return (matched >= 0).sum(1).clamp(min=1).sum()
 
 
 class RepPoints(DenseDetector):
@@ -12,7 +182,4 @@ class RepPoints(DenseDetector):
 
     spec: RepPointsSpec
     head: RepPointsHead
-
-    def __init__(self, spec: RepPointsSpec, num_classes: int) -> None:
-        super().__init__(spec, num_classes, finest=1)
-        self.head = RepPointsHead(spec.head, spec.neck.channels, num_classes)
+    head_class = RepPointsHead

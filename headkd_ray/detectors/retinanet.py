@@ -1,10 +1,91 @@
-"""RetinaNet: a dense detector on P3 to P7."""
+"""RetinaNet (Lin et al. 2017): a dense head of anchors on P3 to P7, two conv towers on every level, focal loss."""
 
 from __future__ import annotations
 
-from headkd_ray.detectors.dense import DenseDetector
-from headkd_ray.detectors.retina_head import RetinaHead
-from headkd_ray.job import RetinaNetSpec
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headkd_ray.detectors import init
+from headkd_ray.detectors.anchors import Anchors
+from headkd_ray.detectors.base import DenseHead, Losses
+from headkd_ray.detectors.boxes import decode, encode
+from headkd_ray.detectors.dense import STRIDES, DenseDetector
+from headkd_ray.detectors.ground_truth import GroundTruth
+from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
+from headkd_ray.detectors.matching import gather_rows, match
+from headkd_ray.detectors.proposals import flatten_cells
+from headkd_ray.detectors.towers import init_dense_head, tower
+from headkd_ray.job import RetinaHeadSpec, RetinaNetSpec
+
+
+class RetinaOutputs(NamedTuple):
+    """What the head says about each level; A anchors a cell, C classes."""
+
+    logits: list[Tensor]
+    """(B, A * C, H, W), anchor-major."""
+    deltas: list[Tensor]
+    """(B, A * 4, H, W), anchor-major, stds 1."""
+    taps: list[list[Tensor]]
+    """As :meth:`RetinaHead.taps`."""
+
+
+class RetinaHead(DenseHead[RetinaOutputs]):
+    """Dense head of anchors on P3 to P7; init and class prior as in ``spec``."""
+
+    spec: RetinaHeadSpec
+
+    def __init__(self, spec: RetinaHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int] = STRIDES) -> None:
+        super().__init__(spec, in_channels, num_classes, strides)
+        self.anchors = Anchors(spec.anchors, strides)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs)
+        self.cls_out = nn.Conv2d(spec.channels, self.anchors.per_cell * num_classes, 3, padding=1)
+        self.box_out = nn.Conv2d(spec.channels, self.anchors.per_cell * 4, 3, padding=1)
+        init_dense_head(self, spec.tower_std)
+        init.prior(self.cls_out, spec.prior)
+
+    @property
+    def tap_channels(self) -> list[int]:
+        return [self.spec.channels] * 2
+
+    def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The outputs of the last classification conv and of the last box conv, both post-ReLU."""
+        return [[self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]]
+
+    def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
+        cls_taps, box_taps = taps = self.taps(features)
+        return RetinaOutputs([self.cls_out(t) for t in cls_taps], [self.box_out(t) for t in box_taps], taps)
+
+    def losses(self, outputs: RetinaOutputs, truth: GroundTruth) -> Losses:
+        """Focal and L1 loss, each divided by the sum over images of max(1, positives)."""
+        grid = self.anchors.grid(outputs.logits)
+        valid = self.anchors.valid(grid, truth.sizes)
+        matched = match(grid.boxes, truth, self.spec.positive_iou, self.spec.negative_iou, low_quality_iou=0.0, valid=valid)
+        positive = matched >= 0
+
+        target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
+        # Rows without a match encode their own anchor, so that no log(0) arises where it would be masked anyway.
+        target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
+        target_deltas = encode(target_boxes, grid.boxes)
+
+        logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
+        deltas = torch.cat(flatten_cells(outputs.deltas, 4), dim=1)
+        normaliser = positive.sum(1).clamp(min=1).sum()
+        cls = focal_loss_sum(logits, target_labels, matched >= -1, self.spec.focal_alpha, self.spec.focal_gamma)
+        return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, positive) / normaliser}
+
+    def box_maps(self, outputs: RetinaOutputs) -> list[Tensor]:
+        return outputs.deltas
+
+    def decode(self, predicted: Tensor, reference: Tensor) -> Tensor:
+        return decode(predicted, reference, clamp_shrink=self.spec.clamp_shrink)
+
+    @torch.no_grad()
+    def nearest_cells(self, outputs: RetinaOutputs, boxes: Tensor) -> Tensor:
+        return self.anchors.nearest(boxes, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
 
 class RetinaNet(DenseDetector):
@@ -12,7 +93,4 @@ class RetinaNet(DenseDetector):
 
     spec: RetinaNetSpec
     head: RetinaHead
-
-    def __init__(self, spec: RetinaNetSpec, num_classes: int) -> None:
-        super().__init__(spec, num_classes, finest=1)
-        self.head = RetinaHead(spec.head, spec.neck.channels, num_classes)
+    head_class = RetinaHead

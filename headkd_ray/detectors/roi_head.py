@@ -1,4 +1,4 @@
-"""R-CNN box head: RoIAlign, convs and fully connected layers, class and box. Also the architecture of HEAD's assistant."""
+"""The box head of Faster R-CNN, a RoI head of one stage: RoIAlign, convs and fully connected layers, class and box."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from headkd_ray.detectors import init
+from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
 from headkd_ray.detectors.boxes import area, clip, decode, encode, exceeds
+from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.losses import cross_entropy_mean, l1_sum
-from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Detections, suppress
 from headkd_ray.detectors.rois import RoIs
 from headkd_ray.job import RoIHeadSpec
 
 
-class RoIOutputs(NamedTuple):
+class BoxOutputs(NamedTuple):
     """What the head says about R RoIs; C classes."""
 
     taps: list[Tensor]
@@ -28,13 +29,6 @@ class RoIOutputs(NamedTuple):
     """(R, C + 1), background last."""
     deltas: Tensor
     """(R, C, 4), or (R, 1, 4) if class-agnostic; in units of the spec's ``stds``."""
-
-
-class Look(NamedTuple):
-    """What one stage of a RoI head saw."""
-
-    rois: RoIs
-    outputs: RoIOutputs
 
 
 def roi_levels(rois: Tensor, levels: int, finest_scale: float) -> Tensor:
@@ -59,23 +53,22 @@ def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, 
     return torch.cat(pooled).index_select(0, order.argsort())
 
 
-def deltas_of(outputs: RoIOutputs, labels: Tensor) -> Tensor:
+def deltas_of(outputs: BoxOutputs, labels: Tensor) -> Tensor:
     """(R, 4): the deltas of each RoI for its class in ``labels`` (R,); any of them for background."""
     column = labels.clamp(max=outputs.deltas.shape[1] - 1)
     return outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
 
 
-class RoIHead(nn.Module):
+class BoxHead(RoIHead):
     """Box head over four pyramid levels with the given ``strides`` (pixels a cell).
 
     Init: Xavier for the fully connected layers, N(0, .01) for classes, N(0, .001) for boxes.
     """
 
+    spec: RoIHeadSpec
+
     def __init__(self, spec: RoIHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
-        super().__init__()
-        self.spec = spec
-        self.num_classes = num_classes
-        self.strides = tuple(strides)
+        super().__init__(spec, in_channels, num_classes, strides)
         self.convs = nn.Sequential(*self._convs(in_channels))
         width = (spec.conv_channels if spec.convs else in_channels) * spec.pool**2
         widths = [width] + [spec.fc_channels] * spec.fcs
@@ -98,56 +91,45 @@ class RoIHead(nn.Module):
             layers += [conv, *norm, nn.ReLU(inplace=True)]
         return layers
 
-    def forward(self, features: Sequence[Tensor], rois: Tensor, image: Tensor) -> RoIOutputs:
+    def forward(self, features: Sequence[Tensor], rois: Tensor, image: Tensor) -> BoxOutputs:
         """Look at ``rois`` (R, 4) of images ``image`` (R,) on the finest ``len(strides)`` of ``features`` (B, C, H, W)."""
         pooled = pool_rois(features[: len(self.strides)], self.strides, rois, image, self.spec)
         hidden, taps = self.convs(pooled).flatten(1), []
         for fc in self.fcs:
             hidden = fc(hidden).relu()
             taps.append(hidden)
-        return RoIOutputs(taps, self.cls_out(hidden), self.box_out(hidden).unflatten(1, (-1, 4)))
+        return BoxOutputs(taps, self.cls_out(hidden), self.box_out(hidden).unflatten(1, (-1, 4)))
 
     @property
-    def tap_channels(self) -> list[int]:
-        """Width of each tap, the fully connected layers in order."""
+    def fc_widths(self) -> list[int]:
+        """Width of each fully connected layer, in order."""
         return [self.spec.fc_channels] * self.spec.fcs
 
     @property
-    def lead_channels(self) -> int:
-        """Width of the tap that CKD reads, the last one."""
-        return self.spec.fc_channels
-
-    @property
-    def stages(self) -> tuple[RoIHead, ...]:
-        """The heads that look one after the other: here one."""
+    def stages(self) -> tuple[BoxHead]:  # type: ignore[override]
+        """This head alone."""
         return (self,)
 
-    def looks(
-        self, features: Sequence[Tensor], rois: RoIs, truth: Truth, sizes: Tensor, generator: torch.Generator | None = None
-    ) -> list[Look]:
-        """What a training step sees of ``rois``, a look for each stage: here one.
+    def stage_outputs(
+        self, features: Sequence[Tensor], rois: RoIs, truth: GroundTruth, generator: torch.Generator | None = None
+    ) -> list[StageOutput]:
+        return [StageOutput(rois, self(features, rois.boxes, rois.image))]
 
-        ``truth``, ``sizes`` (B, 2) unpadded (h, w) and ``generator`` are for heads of more stages, which move the RoIs and
-        sample them again.
-        """
-        return [Look(rois, self(features, rois.boxes, rois.image))]
-
-    def losses(self, looks: Sequence[Look]) -> dict[str, Tensor]:
+    def losses(self, outputs: Sequence[StageOutput]) -> Losses:
         """``cls``: cross entropy averaged over all R; ``box``: (smooth) L1 on the positives' own class, divided by R too."""
-        ((rois, outputs),) = looks
+        ((rois, said),) = outputs
         positive = rois.labels < self.num_classes
         # A RoI that a cascade moved off its image has no sides to encode by; it is background.
         wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
-        box = l1_sum(deltas_of(outputs, rois.labels), wanted, positive, self.spec.box_beta)
-        return {"cls": cross_entropy_mean(outputs.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
+        box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
+        return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
 
     @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detections at test settings in ``rois`` (R, 4) of images ``image`` (R,); ``sizes`` (B, 2) unpadded (h, w)."""
-        return self.conclude(self(features, rois, image), rois, image, sizes)
+    def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
+        return self.conclude(self(features, boxes, image), boxes, image, sizes)
 
     @torch.no_grad()
-    def conclude(self, outputs: RoIOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
+    def conclude(self, outputs: BoxOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
         """Detections from what was said about ``rois``; arguments as in :meth:`detect`."""
         rules = self.spec.postprocess
         scores = outputs.logits.float().softmax(-1)[:, :-1]

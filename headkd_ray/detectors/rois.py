@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.matching import NEGATIVE, Truth, match
+from headkd_ray.detectors.ground_truth import GroundTruth
+from headkd_ray.detectors.matching import NEGATIVE, match
 from headkd_ray.detectors.proposals import Proposals
 from headkd_ray.detectors.sampling import Sample, sample
 from headkd_ray.job import RoIHeadSpec, SamplerSpec
@@ -47,7 +48,7 @@ class Candidates(NamedTuple):
 
 
 @torch.no_grad()
-def candidates(proposals: Proposals, truth: Truth, positive_iou: float) -> Candidates:
+def candidates(proposals: Proposals, truth: GroundTruth, positive_iou: float) -> Candidates:
     """Match ``proposals`` with ``truth`` (positive from ``positive_iou``, else background) and put the truth in front."""
     matched = match(proposals.boxes, truth, positive_iou, positive_iou, valid=proposals.valid)
     batch, count = truth.labels.shape
@@ -63,7 +64,7 @@ def candidates(proposals: Proposals, truth: Truth, positive_iou: float) -> Candi
 
 
 @torch.no_grad()
-def choose(pool: Candidates, chosen: Sample, truth: Truth, num_classes: int) -> RoIs:
+def choose(pool: Candidates, chosen: Sample, truth: GroundTruth, num_classes: int) -> RoIs:
     """The ``chosen`` candidates as one flat, labelled list."""
     image, place = chosen.valid.nonzero(as_tuple=True)
     row = chosen.picked[image, place]
@@ -85,7 +86,7 @@ def draw(pool: Candidates, spec: SamplerSpec, generator: torch.Generator | None 
 
 
 def sample_rois(
-    proposals: Proposals, truth: Truth, spec: RoIHeadSpec, num_classes: int, generator: torch.Generator | None = None
+    proposals: Proposals, truth: GroundTruth, spec: RoIHeadSpec, num_classes: int, generator: torch.Generator | None = None
 ) -> RoIs:
     """What an R-CNN head trains on in one step: ``proposals`` and ``truth``, matched and sampled as its ``spec`` says."""
     pool = candidates(proposals, truth, spec.positive_iou)

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors.anchors import Anchors, padded_extents, valid_anchors
+from headkd_ray.detectors.anchors import Anchors
 from headkd_ray.detectors.boxes import decode, encode
+from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.losses import binary_cross_entropy_sum, l1_sum
-from headkd_ray.detectors.matching import NEGATIVE, Truth, gather_rows, match
+from headkd_ray.detectors.matching import NEGATIVE, gather_rows, match
 from headkd_ray.detectors.proposals import Proposals, flatten_cells, propose
-from headkd_ray.detectors.retina_head import init_dense_head, tower
 from headkd_ray.detectors.sampling import sample
+from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import RPNSpec
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -51,19 +52,15 @@ class RPN(nn.Module):
     def losses(
         self,
         outputs: RPNOutputs,
-        sizes: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
+        truth: GroundTruth,
         generator: torch.Generator | None = None,
-        extents: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Cross entropy and (smooth) L1 on sampled anchors, each divided by the number of samples in the batch (mmdet).
 
-        Arguments as in :meth:`RetinaHead.losses`; ``generator`` draws the samples.
+        ``generator`` draws the samples.
         """
         grid = self.anchors.grid(outputs.logits)
-        valid = valid_anchors(grid, padded_extents(sizes) if extents is None else extents)
-        truth = Truth.of(boxes, labels)
+        valid = self.anchors.valid(grid, truth.sizes)
         low = self.spec.negative_iou
         matched = match(grid.boxes, truth, self.spec.positive_iou, low, low_quality_iou=low, valid=valid)
         chosen = sample(matched >= 0, matched == NEGATIVE, self.spec.sampler, generator)

@@ -1,63 +1,62 @@
-"""What every two-stage detector is: RPN on P2 to P6, a RoI head on P2 to P5."""
+"""What every two-stage detector is: an RPN on P2 to P6 and a RoI head on P2 to P5."""
 
 from __future__ import annotations
+
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.cascade_head import CascadeHead
-from headkd_ray.detectors.detector import Detector
-from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors.base import Detector, Losses, RoIHead, StageOutput
+from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.proposals import Detections
-from headkd_ray.detectors.roi_head import Look, RoIHead
 from headkd_ray.detectors.rois import flatten, sample_rois
-from headkd_ray.detectors.rpn import RPN
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec
+from headkd_ray.detectors.rpn import RPN, STRIDES
+from headkd_ray.job import TwoStageDetectorSpec
 
-ROI_STRIDES = (4, 8, 16, 32)
-"""Pixels a cell of P2 to P5."""
+ROI_LEVELS = 4
+"""A RoI head pools from the finest four levels of a pyramid: P2 to P5 here, P3 to P6 as an assistant of a dense student."""
 
 
 class TwoStageDetector(Detector):
-    """Backbone, FPN on C2 to C5, RPN, and the RoI head that a subclass sets."""
+    """A backbone, an FPN on C2 to C5, an RPN and a RoI head; a subclass names the head's class."""
 
-    spec: FasterRCNNSpec | CascadeRCNNSpec
-    roi: RoIHead | CascadeHead
+    spec: TwoStageDetectorSpec
+    strides = STRIDES
+    roi: RoIHead
+    head_class: ClassVar[type[RoIHead]]
 
-    def __init__(self, spec: FasterRCNNSpec | CascadeRCNNSpec, num_classes: int) -> None:
-        super().__init__(spec, num_classes, finest=0)
+    def __init__(self, spec: TwoStageDetectorSpec, num_classes: int) -> None:
+        super().__init__(spec, num_classes)
         self.rpn = RPN(spec.rpn, spec.neck.channels)
+        self.roi = self.head_class(spec.roi, spec.neck.channels, num_classes, self.strides[:ROI_LEVELS])
 
-    def losses(
-        self,
-        features: list[Tensor],
-        sizes: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """``loss_rpn_cls``, ``loss_rpn_box`` and the RoI head's as ``loss_roi_*``; see :meth:`Detector.losses`."""
-        return self.look(features, sizes, boxes, labels, generator)[0]
+    @property
+    def detection_head(self) -> RoIHead:
+        return self.roi
 
-    def look(
-        self,
-        features: list[Tensor],
-        sizes: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> tuple[dict[str, Tensor], list[Look]]:
-        """The losses, and what the RoI head looked at for them, stage by stage. Arguments as in :meth:`losses`."""
+    def losses(self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
+        """``loss_rpn_cls``, ``loss_rpn_box`` and the RoI head's losses as ``loss_roi_*``."""
+        return self.losses_and_stages(features, truth, generator)[0]
+
+    def losses_and_stages(
+        self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None
+    ) -> tuple[Losses, list[StageOutput]]:
+        """The losses, and what each stage of the RoI head said for them."""
         outputs = self.rpn(features)
-        losses = self.rpn.losses(outputs, sizes, boxes, labels, generator)
-        truth = Truth.of(boxes, labels)
-        proposals = self.rpn.proposals(outputs, sizes)
+        losses = self.rpn.losses(outputs, truth, generator)
+        proposals = self.rpn.proposals(outputs, truth.sizes)
         rois = sample_rois(proposals, truth, self.roi.stages[0].spec, self.num_classes, generator)
-        looks = self.roi.looks(features, rois, truth, sizes, generator)
-        return losses | {f"loss_roi_{name}": loss for name, loss in self.roi.losses(looks).items()}, looks
+        stages = self.roi.stage_outputs(features, rois, truth, generator)
+        return losses | {f"loss_roi_{name}": loss for name, loss in self.roi.losses(stages).items()}, stages
 
     @torch.no_grad()
     def detect(self, x: Tensor, sizes: Tensor) -> Detections:
         features = self.features(x)
-        rois, image = flatten(self.rpn.proposals(self.rpn(features), sizes))
-        return self.roi.detect(features, rois, image, sizes)
+        boxes, image = flatten(self.rpn.proposals(self.rpn(features), sizes))
+        return self.roi.detect(features, boxes, image, sizes)
+
+
+def answers_about_rois(detector: Detector) -> TypeGuard[TwoStageDetector]:
+    """Whether ``detector`` says of any RoI what depends on that RoI alone: a two-stage one whose head has one stage."""
+    return isinstance(detector, TwoStageDetector) and len(detector.roi.stages) == 1

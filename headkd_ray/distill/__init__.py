@@ -1,11 +1,9 @@
-"""Distillation: the trainee of each method, built on the detectors room."""
+"""Distillation: a student, the terms that help it learn, and the methods that are lists of such terms."""
 
-from headkd_ray.distill.assistants import Insight
-from headkd_ray.distill.build import build_trainee
-from headkd_ray.distill.fitnet import FitNet
-from headkd_ray.distill.head import HEAD
-from headkd_ray.distill.teacher import Guest
-from headkd_ray.distill.tf_head import TFHEAD
-from headkd_ray.distill.trainee import Trainee, warmup
+from headkd_ray.distill.features import HeadFeatures
+from headkd_ray.distill.methods import build_training_model
+from headkd_ray.distill.model import TrainingModel
+from headkd_ray.distill.teacher import FrozenTeacher
+from headkd_ray.distill.terms import Term, warmup
 
-__all__ = ["HEAD", "TFHEAD", "FitNet", "Guest", "Insight", "Trainee", "build_trainee", "warmup"]
+__all__ = ["FrozenTeacher", "HeadFeatures", "Term", "TrainingModel", "build_training_model", "warmup"]

@@ -7,27 +7,70 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from headkd_ray.detectors import Detector
+from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.losses import mean_squared_error
-from headkd_ray.distill.scene import Tap
+from headkd_ray.detectors.two_stage import answers_about_rois
+from headkd_ray.distill.assistants import DenseAssistant
+from headkd_ray.distill.features import Tap
+from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.distill.terms import Parts, Term
+from headkd_ray.job import Job
 
 
-class AKD(nn.Module):
-    """One trained adapter a layer, from the assistant's width to the teacher's: a Linear on rows, a 1x1 conv on maps."""
+class AKD(Term):
+    """``loss_akd_1``, ``loss_akd_2``, ...: a layer each. An adapter is trained a layer, from the assistant's width to the
+    teacher's: a Linear on rows, a 1x1 conv on maps."""
 
-    def __init__(self, adapters: Sequence[nn.Module]) -> None:
-        super().__init__()
+    per_assistant = True
+    reads_teacher = "head"
+
+    def __init__(self, adapters: Sequence[nn.Module], weight: float = 1.0, warmup_steps: int = 0) -> None:
+        super().__init__(weight, warmup_steps)
         self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, taps: Sequence[Tap], taught: Sequence[Tap]) -> list[Tensor]:
-        """The distance of each of the assistant's ``taps``, adapted, from the teacher's, which get no gradient."""
-        return [distance(adapter, a, t) for adapter, a, t in zip(self.adapters, taps, taught, strict=True)]
+    @classmethod
+    def build(cls, parts: Parts, assistant: str) -> AKD:
+        assert parts.teacher is not None
+        helper, spec = parts.assistants[assistant], parts.job.distill
+        widths = zip(helper.head.tap_channels, parts.teacher.detection_head.tap_channels, strict=True)
+        adapters = [adapter(own, theirs, maps=isinstance(helper, DenseAssistant)) for own, theirs in widths]
+        return cls(adapters, spec.akd_weight, spec.warmup_steps)
+
+    @classmethod
+    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+        assert teacher is not None
+        found = []
+        if job.distill.rois == "teacher" and not answers_about_rois(teacher):
+            found.append(
+                "distill.rois: teacher needs a faster_rcnn teacher, whose answers belong to RoIs; this one is a "
+                f"{teacher.spec.kind}: use student"
+            )
+        if job.distill.assistant is not None and answers_about_rois(teacher):
+            own, theirs = job.distill.assistant.fcs, len(teacher.roi.tap_channels)
+            if own != theirs:
+                found.append(
+                    f"distill.assistant.fcs: the assistant has {own} fully connected layers, the teacher {theirs};"
+                    " AKD pairs them one to one"
+                )
+        return found
+
+    def distances(self, forward: StepForward) -> Losses:
+        assistant, teacher = forward.comparison
+        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, strict=True)
+        return {f"loss_akd_{i}": distance(adapt, own, theirs) for i, (adapt, own, theirs) in enumerate(pairs, start=1)}
 
 
-def distance(adapter: nn.Module, own: Tap, theirs: Tap) -> Tensor:
+def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
+    """A trained layer from width ``own`` to ``theirs``: a 1x1 conv for ``maps``, a Linear for rows."""
+    return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
+
+
+def distance(adapt: nn.Module, own: Tap, theirs: Tap) -> Tensor:
     """MSE of adapted rows (R, C) with rows (R, C'), or the sum over levels of that of maps (B, C, H, W) with (B, C', H, W).
 
     ``theirs`` gets no gradient. Ground-truth rows count like any other.
     """
     if isinstance(own, Tensor) and isinstance(theirs, Tensor):
-        return mean_squared_error(adapter(own), theirs)
-    return torch.stack([mean_squared_error(adapter(o), t) for o, t in zip(own, theirs, strict=True)]).sum()
+        return mean_squared_error(adapt(own), theirs)
+    return torch.stack([mean_squared_error(adapt(o), t) for o, t in zip(own, theirs, strict=True)]).sum()

@@ -1,8 +1,7 @@
 """Assistants: detection heads of other kinds on the student's pyramid. They learn from labels; their features are compared
 with a teacher's (AKD) or, without one, are what the student is to imitate (CKD).
 
-There are two sorts, as there are of detectors: heads that look at whole levels and heads that look at RoIs. Whoever adds a
-detector adds a head of one of the sorts, and every pair with it works.
+There are two sorts, as there are of detectors: dense heads, which take whole levels, and RoI heads.
 """
 
 from __future__ import annotations
@@ -10,74 +9,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from headkd_ray.detectors import RoIs
-from headkd_ray.detectors.roi_head import Look, RoIOutputs
-from headkd_ray.distill.scene import Maps, Scene, Tap
-
-
-class Insight(NamedTuple):
-    """The features of a head, an assistant's or a teacher's, that distillation reads."""
-
-    taps: Sequence[Tap]
-    """What AKD compares, layer by layer."""
-    lead: Tap
-    """What CKD has the student imitate."""
-
-    @classmethod
-    def of_maps(cls, taps: Sequence[Maps]) -> Insight:
-        """A dense head's: it leads with its last classification conv."""
-        return cls(taps, taps[0])
-
-    @classmethod
-    def of_stages(cls, stages: Sequence[RoIOutputs]) -> Insight:
-        """A RoI head's, or a cascade's with its ``stages`` one after another: the first one's last fc leads."""
-        return cls([tap for stage in stages for tap in stage.taps], stages[0].taps[-1])
+from headkd_ray.detectors import DenseHead, RoIHead, RoIs, StageOutput
+from headkd_ray.detectors.base import Losses
+from headkd_ray.detectors.rois import sample_rois
+from headkd_ray.distill.features import HeadFeatures
+from headkd_ray.distill.student import Sampler, StudentForward
 
 
-class Advice(NamedTuple):
-    """What an assistant has to say about a scene."""
+class AssistantOutput(NamedTuple):
+    """What an assistant makes of a batch."""
 
-    losses: dict[str, Tensor]
+    losses: Losses
     """Its own ground-truth losses, by short name; unweighted."""
-    insight: Insight
-    looks: Sequence[Look]
-    """What each stage of a RoI head looked at and said; empty for a dense head."""
+    features: HeadFeatures
+    stages: Sequence[StageOutput]
+    """Of a RoI head: each stage's RoIs and outputs; empty for a dense head."""
 
-    def rois(self, scene: Scene) -> RoIs | None:
-        """The RoIs that the rows belong to which the student's tap or ``insight.lead`` has; None if both are maps."""
-        return self.looks[0].rois if self.looks else scene.own
+    def rois(self, student: StudentForward) -> RoIs | None:
+        """The RoIs of the rows that the student's lead or ``features.lead`` has; None if both are maps."""
+        return self.stages[0].rois if self.stages else student.rois
 
 
 class DenseAssistant(nn.Module):
-    """A dense head on P3 to P7."""
+    """A dense head on the student's P3 to P7."""
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: DenseHead[Any]) -> None:
         super().__init__()
         self.head = head
 
-    def forward(self, scene: Scene) -> Advice:
-        outputs = self.head(scene.levels)
-        losses = self.head.losses(outputs, scene.sizes, scene.boxes, scene.labels)
-        return Advice({name.removeprefix("loss_"): loss for name, loss in losses.items()}, Insight.of_maps(outputs.taps), [])
+    def forward(self, student: StudentForward, generator: torch.Generator | None = None) -> AssistantOutput:
+        """Its losses and features; it draws nothing."""
+        outputs = self.head(student.levels)
+        losses = self.head.losses(outputs, student.truth)
+        short = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
+        return AssistantOutput(short, HeadFeatures.of_maps(outputs.taps), [])
 
 
 class RoIAssistant(nn.Module):
-    """A RoI head on the finest four levels of the student's pyramid. It learns at the RoIs that the student proposes."""
+    """A RoI head on the finest four levels of the student's pyramid."""
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: RoIHead, sample: Sampler = sample_rois) -> None:
+        """``sample`` makes RoIs of what a dense student proposes."""
         super().__init__()
         self.head = head
+        self.sample = sample
 
-    def forward(self, scene: Scene) -> Advice:
-        advice = self.at(scene, scene.draw(self.head.stages[0].spec))
-        return advice._replace(losses=self.head.losses(advice.looks))
+    def forward(self, student: StudentForward, generator: torch.Generator | None = None) -> AssistantOutput:
+        """Its losses and features at the RoIs that the student proposes, drawn by ``generator``."""
+        output = self.at(student, student.rois_for(self.head, self.sample, generator), generator)
+        return output._replace(losses=self.head.losses(output.stages))
 
-    def at(self, scene: Scene, rois: RoIs) -> Advice:
-        """What it sees at ``rois``, without losses."""
-        looks = self.head.looks(scene.features, rois, scene.truth, scene.sizes, scene.generator)
-        return Advice({}, Insight.of_stages([look.outputs for look in looks]), looks)
+    def at(self, student: StudentForward, rois: RoIs, generator: torch.Generator | None = None) -> AssistantOutput:
+        """Its features at ``rois``, without losses."""
+        stages = self.head.stage_outputs(student.pyramid, rois, student.truth, generator)
+        return AssistantOutput({}, HeadFeatures.of_stages([stage.outputs for stage in stages]), stages)
 
 
 Assistant = DenseAssistant | RoIAssistant
+
+
+def assistant_of(head: DenseHead[Any] | RoIHead) -> Assistant:
+    """The assistant that learns through ``head``."""
+    return RoIAssistant(head) if isinstance(head, RoIHead) else DenseAssistant(head)

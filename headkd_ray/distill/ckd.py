@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headkd_ray.detectors import RoIs
+from headkd_ray.detectors import DenseDetector, RoIs, TwoStageDetector
+from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.losses import mean_squared_error
-from headkd_ray.distill.akd import distance
-from headkd_ray.distill.scene import Tap
+from headkd_ray.distill.akd import adapter, distance
+from headkd_ray.distill.assistants import DenseAssistant
+from headkd_ray.distill.features import Tap
+from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.distill.terms import Parts, Term
 
 
 def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
@@ -36,20 +40,62 @@ def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
     return F.embedding(index, table.flatten(0, 1))
 
 
-class CKD(nn.Module):
-    """A trained ``adapter`` from the width of the student's tap to the target's: a 1x1 conv between maps, else a Linear.
+class CKD(Term):
+    """``loss_ckd`` with a teacher as the target, ``loss_{assistant}_ckd`` with an assistant.
 
+    It trains an ``adapter`` from the width of the student's feature to the target's: a 1x1 conv between maps, else a Linear.
     With ``anchors`` > 1 ("decouple"): one Linear for each anchor of a cell, side by side in ``adapter``, whose outputs are
     anchors times as many. All are computed and one a row is kept, which needs no sorting of the rows by anchor.
     """
 
-    def __init__(self, adapter: nn.Module, anchors: int = 1) -> None:
-        super().__init__()
+    per_assistant = True
+
+    def __init__(
+        self,
+        adapter: nn.Module,
+        anchors: int = 1,
+        assistant: str | None = None,
+        weight: float = 1.0,
+        warmup_steps: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        """``assistant``: the one that is the target; None = the teacher is."""
+        super().__init__(weight, warmup_steps, stop)
         self.adapter = adapter
         self.anchors = anchors
+        self.assistant = assistant
+        self.reads_teacher = "head" if assistant is None else "nothing"
 
-    def forward(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:
-        """Distance of the student's tap ``own``, adapted, from ``target``, which gets no gradient.
+    @classmethod
+    def build(cls, parts: Parts, assistant: str) -> CKD:
+        student, plan, spec = parts.student, parts.plans[assistant], parts.job.distill
+        helper = parts.assistants[assistant]
+        target = helper.head if parts.teacher is None else parts.teacher.detection_head
+        own, theirs, anchors = student.detection_head.lead_channels, target.lead_channels, 1
+        if isinstance(student, TwoStageDetector):
+            adapt = adapter(own, theirs, maps=False)
+        elif isinstance(helper, DenseAssistant):
+            adapt = adapter(own, theirs, maps=True)
+        else:
+            assert isinstance(student, DenseDetector)
+            anchors = student.head.anchors.per_cell if plan.decouple else 1
+            adapt = adapter(own, anchors * theirs, maps=False)
+        stop = None if spec.ckd_epochs is None else spec.ckd_epochs * parts.steps_per_epoch
+        name = assistant if parts.teacher is None else None
+        return cls(adapt, anchors, name, plan.ckd_weight, spec.warmup_steps, stop)
+
+    def distances(self, forward: StepForward) -> Losses:
+        student = forward.student
+        if self.assistant is None:
+            output, target = forward.comparison.assistant, forward.comparison.teacher.lead
+        else:
+            output = forward.assistant(self.assistant)
+            target = output.features.lead
+        name = "loss_ckd" if self.assistant is None else f"loss_{self.assistant}_ckd"
+        return {name: self.distance(student.lead, target, output.rois(student))}
+
+    def distance(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:
+        """Distance of the student's feature ``own``, adapted, from ``target``, which gets no gradient.
 
         ``rois`` are those whose rows either side has; None if both are maps. Where cells are read, RoIs that came from none
         (the ground-truth boxes) are left out on both sides.

@@ -1,41 +1,46 @@
-"""FitNet baseline: the student's pyramid imitates a dense teacher's, level by level (the official README's homogeneous row)."""
+"""FitNet baseline: the student's pyramid imitates that of a teacher of its own kind (the official README's homogeneous row)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from headkd_ray.detectors import RetinaNet
+from headkd_ray.detectors import Detector
+from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.losses import mean_squared_error
-from headkd_ray.distill.trainee import Trainee
-from headkd_ray.job import DistillSpec
+from headkd_ray.distill.copying import copy_weights
+from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.distill.terms import Parts, Term
+from headkd_ray.job import Job
 
 
-class FitNet(Trainee):
-    """L = L_student + weight * sum over P3 to P7 of MSE(1x1 conv(P_student), P_teacher); no warm-up. Fewer levels if the spec
-    says so."""
+class FitNet(Term):
+    """``loss_fitnet``: the sum over levels, finest first, of MSE(1x1 conv(P_student), P_teacher); no warm-up."""
 
-    def __init__(self, student: RetinaNet, teacher: RetinaNet, spec: DistillSpec) -> None:
-        super().__init__(student, teacher)
-        self.spec = spec
-        widths = (student.spec.neck.channels, teacher.spec.neck.channels)
-        self.adapters = nn.ModuleList(nn.Conv2d(*widths, kernel_size=1) for _ in range(spec.fitnet_levels))
+    reads_teacher = "pyramid"
 
-    def forward(
-        self,
-        images: Tensor,
-        sizes: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        step: int,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        assert self._guest is not None
-        x = self.student.normalise(images, sizes)
-        features = self.student.features(x)
-        losses = self.student.losses(features, sizes, boxes, labels, generator)
-        taught = self._guest.features(self._guest.view(images, sizes, x, self.student))
-        levels = zip(self.adapters, features, taught, strict=False)  # there is an adapter for each level that is imitated
-        terms = [mean_squared_error(adapter(own), target) for adapter, own, target in levels]
-        losses["loss_fitnet"] = self.spec.fitnet_weight * torch.stack(terms).sum()
-        return losses
+    def __init__(self, own: int, theirs: int, levels: int, weight: float = 1.0) -> None:
+        """``own`` and ``theirs``: widths of the pyramids; ``levels``: how many are imitated."""
+        super().__init__(weight)
+        self.adapters = nn.ModuleList(nn.Conv2d(own, theirs, kernel_size=1) for _ in range(levels))
+
+    @classmethod
+    def build(cls, parts: Parts, assistant: str = "") -> FitNet:
+        student, teacher, spec = parts.student, parts.teacher, parts.job.distill
+        assert teacher is not None
+        if spec.copy_head:
+            copy_weights(teacher.detection_head, student.detection_head, "student.head")
+        return cls(student.spec.neck.channels, teacher.spec.neck.channels, spec.fitnet_levels, spec.fitnet_weight)
+
+    @classmethod
+    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+        assert teacher is not None
+        if teacher.spec.kind == job.student.kind:
+            return []
+        wanted = f"method fitnet needs a {job.student.kind} teacher"
+        return [f"teacher.checkpoint: {wanted}, this one is a {teacher.spec.kind}"]
+
+    def distances(self, forward: StepForward) -> Losses:
+        assert forward.teacher is not None
+        levels = zip(self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False)  # an adapter a level
+        return {"loss_fitnet": torch.stack([mean_squared_error(adapt(own), target) for adapt, own, target in levels]).sum()}

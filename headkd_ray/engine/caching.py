@@ -11,7 +11,7 @@ from headkd_ray.data.batch import collate
 from headkd_ray.data.keyed import key_permutation
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import FasterRCNN
+from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
@@ -31,7 +31,7 @@ def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
         )
     shards = ShardSet.open(job.data.train)
     teacher = teacher_of(job, shards.meta.classes)
-    if not isinstance(teacher, FasterRCNN):
+    if not answers_about_rois(teacher):
         raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, this one is a {teacher.spec.kind}")
     return builder_of(job, shards, teacher, device)
 

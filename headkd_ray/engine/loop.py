@@ -5,30 +5,25 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import headkd_ray
-from headkd_ray.data.batch import Batch
-from headkd_ray.data.keyed import key_bits
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights.native import save_detector
-from headkd_ray.distill import Trainee, build_trainee
+from headkd_ray.distill import build_training_model
 from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, STUDENT_FOLDER, UNSCORED, Checkpoints, load_state, save_state
 from headkd_ray.engine.coco import CocoMetrics
 from headkd_ray.engine.evaluate import evaluate
 from headkd_ray.engine.log import Record, Sink, StepWindow
-from headkd_ray.engine.optim import build_optimizer
-from headkd_ray.engine.streams import Streams
+from headkd_ray.engine.step import Learner, build_learner, train_step
+from headkd_ray.engine.streams import Streams, in_order, on_device
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
@@ -65,55 +60,31 @@ def fit(
     torch.manual_seed(job.run.seed)  # outputs for classes that the teacher does not know are drawn
     teacher = load_teacher(job, classes)
     torch.manual_seed(job.run.seed)  # here, so that a student starts from the same weights whoever helps it
-    trainee = build_trainee(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
-    trainee.to(world.device).to(memory_format=torch.channels_last)  # faster convolutions
-    asked, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, world.device)
-    total_steps = steps_per_epoch * job.optim.epochs
+    model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     global_batch = job.data.batch_size * streams.ranks_in_all * accumulate
-    optimizer, scheduler = build_optimizer(job.optim, trainee.parameters(), global_batch, steps_per_epoch)
-    state = State(0, trainee, optimizer, scheduler, build_ema(job, trainee.student))
+    state = build_learner(job, model, world.device, global_batch, steps_per_epoch)
+    state.soft_teacher, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, world.device)
+    total_steps = steps_per_epoch * job.optim.epochs
     last: Record = {}
     with checkpoints.latest() as folder:
         if folder is not None:
-            state.restore(folder, order_key(streams))
+            restore(state, folder, order_key(streams))
             last = json.loads((folder / METRICS_FILE).read_text()) if (folder / METRICS_FILE).exists() else {}
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
     if teacher is not None and teacher.note is not None and state.step == 0:
         sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": teacher.note})
 
-    model = DistributedDataParallel(trainee) if world.size > 1 else trainee
-    trainee.train()
-    turns = [(micro, rank) for micro in range(accumulate) for rank in streams.ranks]
-    weight = world.size / (accumulate * streams.ranks_in_all)  # of a batch in the step's gradient, of which DDP takes the mean
+    state.ddp = DistributedDataParallel(model) if world.size > 1 else None
+    ranks = [rank for _ in range(accumulate) for rank in streams.ranks]
+    share = world.size / (accumulate * streams.ranks_in_all)
     window = StepWindow(world)
-    with streams.train(first=state.step * accumulate, cache=cache) as stream:
-        batches = window.timed(on_device(stream, world.device))
+    first = state.step * accumulate
+    with streams.train(first, cache) as stream:
+        batches = in_order(window.timed(on_device(stream, world.device)), first, len(streams.ranks))
         while state.step < total_steps:
             stopping = world.vote(asked_to_stop())
-            optimizer.zero_grad(set_to_none=True)
-            for micro, rank in turns:
-                batch = next(batches)
-                assert batch.step == state.step * accumulate + micro, "the stream lost its place"
-                if isinstance(model, DistributedDataParallel):  # gradients meet once an optimizer step
-                    model.require_backward_grad_sync = (micro, rank) == turns[-1]
-                if batch.idle:
-                    trainee.eval()  # a blank image must not enter BatchNorm's statistics
-                torch.manual_seed(key_bits("step", job.run.seed, batch.step, rank) % 2**63)
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
-                    losses = model(batch.images, batch.sizes, batch.boxes, batch.labels, state.step, **answers(batch, asked))
-                total = torch.stack(list(losses.values())).sum()
-                (total * (0.0 if batch.idle else weight)).backward()
-                window.add({**losses, "total": total}, batch)
-                if batch.idle:
-                    trainee.train()
-            if job.optim.clip_norm is not None:
-                clip_grad_norm_(trainee.parameters(), job.optim.clip_norm)
-            lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            scheduler.step()
-            if state.ema is not None:
-                state.ema.update_parameters(trainee.student)
-            state.step += 1
+            lr = state.optimizer.param_groups[0]["lr"]
+            train_step(state, job, batches, ranks, share, note=window.add)
 
             epoch, within_epoch = divmod(state.step, steps_per_epoch)
             every = job.checkpoint.every_steps
@@ -141,52 +112,41 @@ def fit(
     return last
 
 
-@dataclass
-class State:
-    """What a run has learnt so far: all that a resumed one needs."""
+def save(state: Learner, folder: Path, order: dict[str, Any]) -> None:
+    """Write what a resumed run needs."""
+    members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema")}
+    tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
+    save_state(folder, {"step": state.step, "order": order, **tensors})
 
-    step: int
-    """Optimizer steps done."""
-    trainee: Trainee
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: AveragedModel | None
 
-    @property
-    def student(self) -> Detector:
-        """What is evaluated and exported."""
-        student = self.trainee.student if self.ema is None else self.ema.module
-        assert isinstance(student, Detector)
-        return student
+def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
+    """Load what ``save`` wrote.
 
-    def save(self, folder: Path, order: dict[str, Any]) -> None:
-        members = {name: getattr(self, name) for name in ("trainee", "optimizer", "scheduler", "ema")}
-        tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
-        save_state(folder, {"step": self.step, "order": order, **tensors})
-
-    def restore(self, folder: Path, order: dict[str, Any]) -> None:
-        """Load what ``save`` wrote.
-
-        Raises:
-            CheckpointError: damaged, of other data, or of another number of workers (the most, of a range), which would change
-                the epoch's order and the schedule's steps.
-        """
-        saved = load_state(folder)
-        changed = [key for key in order if saved["order"].get(key) != order[key]]
-        if changed:
-            raise CheckpointError(
-                [
-                    f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'].get(key)!r}, this run has "
-                    f"{order[key]!r}; resume with what it had, or choose another run.name"
-                    for key in changed
-                ]
-            )
-        self.step = saved["step"]
-        self.trainee.load_state_dict(saved["trainee"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"])
+    Raises:
+        CheckpointError: damaged, of an older headkd_ray, of other data, or of another number of workers (the most, of a range),
+            which would change the epoch's order and the schedule's steps.
+    """
+    saved = load_state(folder)
+    if "model" not in saved:
+        raise CheckpointError(
+            f"the checkpoint at step {saved['step']} was written by an older headkd_ray, whose training state this one cannot "
+            "resume (its student folder can be used); start a new run.name, or end the run with the older version"
+        )
+    changed = [key for key in order if saved["order"].get(key) != order[key]]
+    if changed:
+        raise CheckpointError(
+            [
+                f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'].get(key)!r}, this run has "
+                f"{order[key]!r}; resume with what it had, or choose another run.name"
+                for key in changed
+            ]
+        )
+    state.step = saved["step"]
+    state.model.load_state_dict(saved["model"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scheduler.load_state_dict(saved["scheduler"])
+    if state.ema is not None:
+        state.ema.load_state_dict(saved["ema"])
 
 
 def order_key(streams: Streams) -> dict[str, Any]:
@@ -196,30 +156,6 @@ def order_key(streams: Streams) -> dict[str, Any]:
         "data.train": streams.train_set.meta.fingerprint,
         "data.val": streams.val_set.meta.fingerprint,
     }
-
-
-def build_ema(job: Job, student: Detector) -> AveragedModel | None:
-    if job.optim.ema is None:
-        return None
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(job.optim.ema), use_buffers=True)
-
-
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on ``device``; on a GPU the next one is copied while the current one is used."""
-    if device.type == "cpu":
-        yield from batches
-        return
-    copies, ahead = torch.cuda.Stream(device), None
-    for batch in batches:
-        with torch.cuda.stream(copies):
-            coming = batch.pin().to(device)
-        if ahead is not None:
-            yield ahead
-        torch.cuda.current_stream(device).wait_stream(copies)
-        coming.record_stream(torch.cuda.current_stream(device))
-        ahead = coming
-    if ahead is not None:
-        yield ahead
 
 
 def validate(job: Job, world: World, streams: Streams, student: Detector) -> CocoMetrics:
@@ -233,7 +169,8 @@ def validate(job: Job, world: World, streams: Streams, student: Detector) -> Coc
 def soft_targets(
     job: Job, shards: ShardSet, teacher: Detector | None, device: torch.device
 ) -> tuple[SoftTeacher | None, Cache | None]:
-    """Who says what a teacher thinks of a batch, if not the trainee's own: one to be asked here, a cache, or the stream.
+    """A teacher in this process that chooses its own RoIs, or the cache of one; neither if the student chooses them, or if the
+    answers come with the batches from a pool.
 
     Raises CacheError if the cache is not there, incomplete, or of something else.
     """
@@ -248,14 +185,6 @@ def soft_targets(
     return None, cache
 
 
-def answers(batch: Batch, asked: SoftTeacher | None) -> dict[str, Any]:
-    """The batch's soft targets, or whom to ask about RoIs, as a keyword of the trainee's; neither if its own teacher is."""
-    targets = batch.targets if asked is None else asked(batch)
-    if targets is not None:
-        return {"targets": targets}
-    return {} if batch.ask is None else {"ask": batch.ask}
-
-
 def check_finite(record: Record) -> None:
     """Raises TrainingError, on all ranks alike, if the losses (means over ranks) are not finite."""
     losses = {name: value for name, value in record["losses"].items() if not math.isfinite(value)}
@@ -265,7 +194,9 @@ def check_finite(record: Record) -> None:
         )
 
 
-def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None) -> None:
+def keep(
+    state: Learner, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None
+) -> None:
     """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics."""
     name = f"step_{state.step:08d}"
     metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
@@ -273,7 +204,7 @@ def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Ch
         checkpoints.report(name, metrics, None)
         return
     folder = Path(tempfile.mkdtemp(prefix="headkd-checkpoint-"))
-    state.save(folder, order_key(streams))
+    save(state, folder, order_key(streams))
     meta = {
         "method": job.method,
         "run": job.run.name,

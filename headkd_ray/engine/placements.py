@@ -13,10 +13,10 @@ import torch
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import FasterRCNN
-from headkd_ray.distill import HEAD, build_trainee
-from headkd_ray.engine.loop import answers, on_device
-from headkd_ray.engine.streams import Decode, Streams
+from headkd_ray.detectors.two_stage import answers_about_rois
+from headkd_ray.distill import build_training_model
+from headkd_ray.engine.step import build_learner, train_step
+from headkd_ray.engine.streams import Decode, Streams, on_device
 from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError, JobError
@@ -87,12 +87,13 @@ def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: i
 def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -> None:
     job = placement.job
     teacher = teacher_of(job, shards.meta.classes)
-    trainee = build_trainee(job, len(shards.meta.classes), teacher, steps_per_epoch=1)
-    assert isinstance(trainee, HEAD)
+    model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1)
     if not placement.teacher:
-        trainee = HEAD(trainee.student, trainee.assistant, job.distill)
-    trainee.to(world.device).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-6)  # as much work as any rate, and no loss explodes
+        model = model.without_teacher()
+    still = job.optim.model_copy(update={"lr": 1e-9})  # as much work as any rate, and no loss explodes
+    job = job.model_copy(update={"optim": still})
+    learner = build_learner(job, model, world.device, job.data.batch_size, steps_per_epoch=1)
+    learner.soft_teacher = placement.asked
     alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})  # plays its own rank only
     streams = Streams(alone, world, shards, shards, placement.decode)
     waited = started = 0.0
@@ -106,12 +107,7 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -
                 started, waited, images = time.perf_counter() - seconds, 0.0, 0
             waited += seconds
             images += len(batch.images)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=job.optim.precision == "bf16"):
-                given = answers(batch, placement.asked)
-                losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, number, **given)
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(losses.values())).sum().backward()
-            optimizer.step()
+            train_step(learner, job, iter([batch]))
         _finish(world)
         if not started:
             raise DataError(
@@ -145,7 +141,7 @@ def images_per_second(placement: Placement) -> float:
 def fill(job: Job, shards: ShardSet, world: World) -> tuple[Builder, Building]:
     """Fill the job's cache for all its views of ``shards``, read it again, and ask the bare teacher about one file's views."""
     teacher = teacher_of(job, shards.meta.classes)
-    if not isinstance(teacher, FasterRCNN):
+    if not answers_about_rois(teacher):
         kind = teacher.spec.kind
         raise JobError(
             f"teacher.checkpoint: only a faster_rcnn chooses RoIs for others, so there is nothing to compare; got a {kind}"

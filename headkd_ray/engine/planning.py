@@ -3,14 +3,14 @@
 The model, for ``k`` workers that each do what one was measured to do. A batch passes through stages that work at the same time
 on different batches, so the slowest sets the pace; gradients meet once an optimizer step, after the last backward pass:
 
-    step       = max(accumulate x max(data, pool, trainee, traffic) + update + reduce, cpus)
+    step       = max(accumulate x max(data, pool, model, traffic) + update + reduce, cpus)
     data       = batch x image_seconds / data CPUs of a worker
     pool       = teacher_seconds / teacher processes of a worker       placement pool; else 0
-    trainee    = student_seconds + teacher_seconds                     placement inline; else student_seconds
+    model      = student_seconds + teacher_seconds                     placement inline; else student_seconds
     traffic    = bytes between a worker and its pool / bandwidth       placement pool; else 0
     reduce     = 2 (k - 1) / k x 4 bytes x trained parameters / bandwidth     (a ring; really it overlaps the backward pass)
     cpus       = workers of a machine x CPU seconds of a step / (its CPUs - workers x RAY_CPUS)
-                 what all that runs on the machine takes of its CPUs: data, and trainee and update x busy_cpus
+                 what all that runs on the machine takes of its CPUs: data, and model and update x busy_cpus
     evaluation = images of a rank x max(eval_seconds, image_seconds / data CPUs)
 
 Left out: starting machines and Ray, reading a cache, writing checkpoints, computing the COCO metrics, failures and what they
@@ -41,7 +41,7 @@ class Costs:
     image_seconds: float
     """To read, decode and augment an image, on one CPU."""
     student_seconds: float
-    """A micro-batch of the trainee, without its teacher."""
+    """A micro-batch of the training model, without its teacher."""
     teacher_seconds: float
     """A micro-batch of the teacher; 0 without one."""
     update_seconds: float
@@ -55,7 +55,7 @@ class Costs:
     parameters: int
     """Numbers that are trained, and so have a gradient."""
     busy_cpus: float
-    """CPUs that the trainee's passes and the update keep busy: torch's threads, or the one that feeds a GPU."""
+    """CPUs that the model's passes and the update keep busy: torch's threads, or the one that feeds a GPU."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
     stages = {
         "data": work.accumulate * work.batch * costs.image_seconds / work.data_cpus,
         "teacher": work.accumulate * costs.teacher_seconds / work.teachers if pooled else 0.0,
-        "trainee": work.accumulate * (costs.student_seconds + in_place),
+        "model": work.accumulate * (costs.student_seconds + in_place),
         "network": pool_bytes / bandwidth,
     }
     slowest = max(stages, key=lambda name: stages[name])
@@ -217,7 +217,7 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
 
 
 def _bottleneck(slowest: str, seconds: float, student: float, teacher: float, reduce: float) -> Bottleneck:
-    """Of the trainee's two, the slower; the network also where gradients take longer than all else."""
+    """Of the model's two, the slower; the network also where gradients take longer than all else."""
     if slowest == "network" or reduce > seconds:
         return "network"
     if slowest == "data":

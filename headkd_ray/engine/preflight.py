@@ -9,7 +9,7 @@ import torch
 from headkd_ray.data.classes import check_same_classes
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.distill import build_trainee
+from headkd_ray.distill import build_training_model
 from headkd_ray.engine.run import check_run
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
@@ -52,6 +52,6 @@ def _build(job: Job, shards: ShardSet | None) -> None:
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
-        build_trainee(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
+        build_training_model(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
     if shards is not None and teacher is not None and job.teacher is not None and job.teacher.placement == "cache":
         open_cache(job, shards, teacher.detector).check()

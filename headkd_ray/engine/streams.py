@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 
+import torch
+
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.plan import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.shards import ShardSet
@@ -66,3 +68,28 @@ class Streams:
             self.val_set.index, rank=self.world.rank, world=self.world.size, batch_size=self.job.eval.batch_size
         )
         return self.decode(self.val_set, windows, BatchMaker(self.job.data, self.job.run.seed, train=False))
+
+
+def in_order(batches: Iterator[Batch], first: int, ranks: int) -> Iterator[Batch]:
+    """``batches``, which must be those of micro-batch ``first`` and of each one after it, ``ranks`` of each."""
+    for number, batch in enumerate(batches):
+        assert batch.step == first + number // ranks, "the stream lost its place"
+        yield batch
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on ``device``; on a GPU the next one is copied while the current one is used."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = batch.pin().to(device)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(copies)
+        coming.record_stream(torch.cuda.current_stream(device))
+        ahead = coming
+    if ahead is not None:
+        yield ahead

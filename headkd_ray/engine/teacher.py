@@ -42,8 +42,8 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         classes: the data's; the teacher's must include all of them or be among them. None = take the teacher's.
 
     Raises:
-        CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs, ``build_trainee``
-            knows.)
+        CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs,
+            ``build_training_model`` knows.)
         DataError: its classes are neither a superset nor a subset of the data's.
     """
     if job.teacher is None:

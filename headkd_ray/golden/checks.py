@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detections, TwoStageDetector
+from headkd_ray.detectors import Detections
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.golden.compare import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
 from headkd_ray.golden.file import Golden
@@ -188,7 +188,7 @@ def _detections(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _compare_images(name: str, detector: AnyDetector, ours: Detections, wanted: list[Tensor], note: str = "") -> list[Row]:
-    rules = detector.roi.spec.postprocess if isinstance(detector, TwoStageDetector) else detector.head.spec.postprocess
+    rules = detector.detection_head.spec.postprocess
     rows = []
     for i, golden in enumerate(wanted):
         real = ours.labels[i] >= 0

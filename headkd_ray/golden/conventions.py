@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Proposals, RoIs
-from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors import GroundTruth, Proposals, RetinaHead, RoIs
+from headkd_ray.detectors.anchors import AnchorGrid, Anchors, valid_anchors
 from headkd_ray.detectors.rois import Candidates, candidates, choose
+from headkd_ray.detectors.rpn import RPN
 from headkd_ray.detectors.sampling import sample
 from headkd_ray.golden.compare import VALUES
 from headkd_ray.golden.file import Golden
@@ -19,16 +20,36 @@ ALL = SamplerSpec(size=1 << 20, positive_fraction=1.0)
 """A sampler that takes every candidate."""
 
 
-def own_losses(
-    golden: Golden, x: Tensor, names: Mapping[str, str], compute: Callable[[Tensor | None], dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The dense head's losses, ``compute(extents)``, and notes on how far anchors counted, if that is not the official rule.
+class AnchorsWithin(Anchors):
+    """Anchors that count within stated extents instead of each image's own padded size."""
 
-    ``extents`` (B, 2) come from the optional array ``pad_sizes``. Without it each image counts as padded by itself (the
-    official rule); only if that misses the file's losses and padding to the batch's shape meets them, the latter holds.
+    def __init__(self, anchors: Anchors, extents: Tensor) -> None:
+        """``extents`` (B, 2): how far anchors count in each image, (h, w)."""
+        super().__init__(anchors.spec, anchors.strides, anchors.offset)
+        self.extents = extents
+
+    def valid(self, grid: AnchorGrid, sizes: Tensor) -> Tensor:
+        return valid_anchors(grid, self.extents)
+
+
+def own_losses(
+    golden: Golden, x: Tensor, names: Mapping[str, str], head: RetinaHead | RPN, compute: Callable[[], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The losses of ``head``, which ``compute`` gives, and notes on how far anchors counted, if that is not the official rule.
+
+    The optional array ``pad_sizes`` (B, 2) says how far. Without it each image counts as padded by itself (the official rule);
+    only if that misses the file's losses and padding to the batch's shape meets them, the latter holds.
     """
+    official = head.anchors
+
+    def within(extents: Tensor) -> dict[str, Tensor]:
+        head.anchors = AnchorsWithin(official, extents)
+        losses = compute()
+        head.anchors = official
+        return losses
+
     if golden.has("pad_sizes"):
-        stated = compute(golden.tensor("pad_sizes").long())
+        stated = within(golden.tensor("pad_sizes").long())
         return stated, {names[key]: "anchors valid as pad_sizes says" for key in stated}
     wanted = golden.scalars("losses_json")
 
@@ -36,17 +57,17 @@ def own_losses(
         pairs = [(float(loss.detach()), wanted[names[key]]) for key, loss in losses.items() if names[key] in wanted]
         return all(abs(ours - theirs) <= VALUES * abs(theirs) for ours, theirs in pairs)
 
-    usual = compute(None)
+    usual = compute()
     if not meets(usual):
         batch_wide = torch.tensor(x.shape[-2:]).expand(len(x), 2)
-        other = compute(batch_wide)
+        other = within(batch_wide)
         if meets(other):
             note = "anchors valid in the whole batch's shape, not in each image's own padding"
             return other, {names[key]: note for key in other}
     return usual, {}
 
 
-def golden_rois(golden: Golden, proposals: Proposals, truth: Truth, num_classes: int, positive_iou: float) -> RoIs:
+def golden_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_classes: int, positive_iou: float) -> RoIs:
     """The candidates that the file chose, in the official order; all of ours, if it names none or one that nobody proposed.
 
     Where a near-tie in NMS has kept other proposals than the file's, candidates come from the file's, so that what follows
@@ -68,7 +89,7 @@ def golden_rois(golden: Golden, proposals: Proposals, truth: Truth, num_classes:
     return choose(pool, sample(positive & allowed, ~positive & allowed, ALL), truth, num_classes)
 
 
-def _file_candidates(golden: Golden, truth: Truth, positive_iou: float) -> Candidates | None:
+def _file_candidates(golden: Golden, truth: GroundTruth, positive_iou: float) -> Candidates | None:
     tables = golden.per_image("proposals", len(truth.labels))
     if tables is None or any(table.shape[1] != 9 for table in tables):
         return None

@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headkd_ray.detectors import Detections, FasterRCNN, RetinaNet, RoIs
-from headkd_ray.detectors.matching import Truth
-from headkd_ray.detectors.retina_head import RetinaHead, RetinaOutputs
-from headkd_ray.detectors.roi_head import Look, RoIOutputs
+from headkd_ray.detectors import Detections, FasterRCNN, GroundTruth, Proposals, RetinaNet, RoIs, StageOutput
+from headkd_ray.detectors.retinanet import RetinaOutputs
+from headkd_ray.detectors.roi_head import BoxOutputs
 from headkd_ray.detectors.weights import LoadedDetector, load_mmdet
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
+from headkd_ray.distill import TrainingModel
 from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.assistant_loss import AssistantLoss
 from headkd_ray.distill.assistants import RoIAssistant
 from headkd_ray.distill.ckd import CKD
-from headkd_ray.distill.head import HEAD
-from headkd_ray.distill.scene import Tap
+from headkd_ray.distill.features import Tap
+from headkd_ray.distill.methods import ASSIST
+from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.distill.student import StudentForward
+from headkd_ray.distill.teacher import FrozenTeacher, TeacherForward
 from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.golden.conventions import ALL, golden_rois, own_losses
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.proposed import Proposed
-from headkd_ray.job import DistillSpec
+from headkd_ray.job import DistillSpec, RoIHeadSpec
 
 _RETINA_LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
 _FASTER_LOSSES = {
@@ -59,7 +63,7 @@ class Replay:
     features: list[Tensor] = field(default_factory=list)
     proposed: Proposed | None = None
     rois: RoIs | None = None
-    roi_outputs: RoIOutputs | None = None
+    roi_outputs: BoxOutputs | None = None
     taught: Sequence[Tap] = ()
     """T_1, T_2."""
     akd_adapted: list[Tensor] = field(default_factory=list)
@@ -86,13 +90,13 @@ def replay(golden: Golden) -> Replay:
     student = load_mmdet(state, source=f"{golden.source}: student")
     teacher = load_mmdet(teacher_state, source=f"{golden.source}: teacher") if teacher_state else None
     run = Replay(student, teacher)
-    detector, trainee = student.detector, _trainee(student, teacher, golden.source)
+    detector, model = student.detector, _training_model(golden, student, teacher)
     x, sizes = golden.tensor("images"), golden.tensor("image_sizes").long()
 
     run.evaluate("", x, sizes)
     detector.train()
-    if trainee is not None:
-        losses = _head_step(run, trainee.train(), golden, x, sizes)
+    if model is not None:
+        losses = _head_step(run, model.train(), teacher, golden, x, sizes)
     elif isinstance(detector, RetinaNet):
         losses = _retinanet_step(run, detector, golden, x, sizes)
     elif isinstance(detector, FasterRCNN):
@@ -118,79 +122,79 @@ def replay(golden: Golden) -> Replay:
     return run
 
 
-def _trainee(student: LoadedDetector, teacher: LoadedDetector | None, source: str) -> HEAD | None:
-    """HEAD with the loaded parts; None for a plain detector."""
+def _training_model(golden: Golden, student: LoadedDetector, teacher: LoadedDetector | None) -> TrainingModel | None:
+    """HEAD with the loaded parts, its assistant at the RoIs that the file chose; None for a plain detector."""
     if student.assistant is None or not isinstance(student.detector, RetinaNet):
         return None
-    layers = student.assistant.spec.fcs
+    layers, spec = student.assistant.spec.fcs, DistillSpec()
     akd = [a for number, a in student.adapters.items() if number < layers]
     ckd = [a for number, a in student.adapters.items() if number >= layers]
     if student.adapters and teacher is None:
-        raise DataError(f"{source}: student/_distiller._adapts.* are there, but no teacher/... to distill from")
+        raise DataError(f"{golden.source}: student/_distiller._adapts.* are there, but no teacher/... to distill from")
     if len(akd) not in (0, layers) or len(ckd) > 1 or (akd and layers != 2):
-        raise DataError(f"{source}: adapters {sorted(student.adapters)} for {layers} fully connected layers are not HEAD's")
-    return HEAD(
-        student.detector,
-        RoIAssistant(student.assistant),
-        DistillSpec(),
-        teacher.detector if teacher and student.adapters else None,
-        AKD(akd) if akd else None,
-        CKD(ckd[0]) if ckd else None,
-    )
+        raise DataError(
+            f"{golden.source}: adapters {sorted(student.adapters)} for {layers} fully connected layers are not HEAD's"
+        )
+
+    def sample(
+        proposals: Proposals, truth: GroundTruth, roi: RoIHeadSpec, num_classes: int, generator: torch.Generator | None
+    ) -> RoIs:
+        return golden_rois(golden, proposals, truth, num_classes, roi.positive_iou)
+
+    terms = [
+        AssistantLoss(ASSIST, spec.assistant_weight),
+        *([AKD(akd, spec.akd_weight, spec.warmup_steps)] if akd else []),
+        *(CKD(adapter, weight=spec.ckd_weight, warmup_steps=spec.warmup_steps) for adapter in ckd),
+    ]
+    return TrainingModel(student.detector, {ASSIST: RoIAssistant(student.assistant, sample)}, terms)
 
 
-def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    boxes, labels = golden.truth()
-    head, num_classes = trainee.student.head, trainee.student.num_classes
-    assert isinstance(head, RetinaHead)  # _trainee's condition
-    step = int(golden.tensor("step")) if golden.has("step") else 0
-
-    def pick(outputs: RetinaOutputs) -> RoIs:
-        proposals = head.proposals(outputs, sizes)
-        return golden_rois(golden, proposals, Truth.of(boxes, labels), num_classes, trainee.assistant.head.spec.positive_iou)
-
-    losses, (scene, advice, taught) = trainee.trace(x, x, sizes, boxes, labels, step, pick=pick)
-    outputs = scene.outputs
+def _head_step(
+    run: Replay, model: TrainingModel, teacher: LoadedDetector | None, golden: Golden, x: Tensor, sizes: Tensor
+) -> dict[str, Tensor]:
+    student, truth = model.student, golden.truth(sizes)
+    assert isinstance(student, RetinaNet)  # _training_model's condition
+    answers = None if teacher is None else TeacherForward(FrozenTeacher(teacher.detector), x)
+    forward = StepForward(StudentForward.run(student, x, truth, None), model.assistants, answers)  # type: ignore[arg-type]
+    losses = model.losses(forward, int(golden.tensor("step")) if golden.has("step") else 0)
+    outputs = forward.student.outputs
     assert isinstance(outputs, RetinaOutputs)
-    own, run.notes = own_losses(golden, x, _HEAD_LOSSES, lambda extents: head.losses(outputs, sizes, boxes, labels, extents))
-    best = [m.unflatten(1, (-1, num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
-    proposals = head.proposals(outputs, sizes)
-    run.proposed = Proposed.of(proposals, head.spec.proposals, best, outputs.deltas, head.anchors, sizes)
-    run.features, (run.rois, run.roi_outputs) = scene.features, advice.looks[0]
-    if trainee.akd and taught:
-        run.taught = taught.taps
-        run.akd_adapted = [adapter(tap) for adapter, tap in zip(trainee.akd.adapters, run.roi_outputs.taps, strict=True)]
-    if trainee.ckd:
-        run.ckd_rows = trainee.ckd.rows(outputs.taps[0], run.rois)
-        run.ckd_adapted = trainee.ckd.adapter(run.ckd_rows)
+    own, run.notes = own_losses(golden, x, _HEAD_LOSSES, student.head, lambda: student.head.losses(outputs, truth))
+    best = [m.unflatten(1, (-1, student.num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
+    proposals = student.head.proposals(outputs, sizes)
+    run.proposed = Proposed.of(proposals, student.head.spec.proposals, best, outputs.deltas, student.head.anchors, sizes)
+    run.features, (run.rois, run.roi_outputs) = forward.student.pyramid, forward.assistant(ASSIST).stages[0]
+    for term in model.terms:
+        if isinstance(term, AKD):
+            run.taught = forward.comparison.teacher.taps
+            run.akd_adapted = [adapt(tap) for adapt, tap in zip(term.adapters, run.roi_outputs.taps, strict=True)]
+        if isinstance(term, CKD):
+            run.ckd_rows = term.rows(outputs.taps[0], run.rois)
+            run.ckd_adapted = term.adapter(run.ckd_rows)
     return {_HEAD_LOSSES[name]: loss for name, loss in {**losses, **own}.items()}
 
 
 def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    boxes, labels = golden.truth()
+    truth = golden.truth(sizes)
     run.features = student.features(x)
     outputs = student.head(run.features)
-    losses, run.notes = own_losses(
-        golden, x, _RETINA_LOSSES, lambda extents: student.head.losses(outputs, sizes, boxes, labels, extents)
-    )
+    losses, run.notes = own_losses(golden, x, _RETINA_LOSSES, student.head, lambda: student.head.losses(outputs, truth))
     return {_RETINA_LOSSES[name]: loss for name, loss in losses.items()}
 
 
 def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    boxes, labels = golden.truth()
+    truth = golden.truth(sizes)
     run.features = student.features(x)
     outputs = student.rpn(run.features)
     student.rpn.spec = student.rpn.spec.model_copy(update={"sampler": ALL})
-    losses, run.notes = own_losses(
-        golden, x, _FASTER_LOSSES, lambda extents: student.rpn.losses(outputs, sizes, boxes, labels, extents=extents)
-    )
+    losses, run.notes = own_losses(golden, x, _FASTER_LOSSES, student.rpn, lambda: student.rpn.losses(outputs, truth))
     proposals = student.rpn.proposals(outputs, sizes)
     scores = [m.sigmoid().detach() for m in outputs.logits]
     rules, anchors = student.rpn.spec.train_proposals, student.rpn.anchors
     run.proposed = Proposed.of(proposals, rules, scores, outputs.deltas, anchors, sizes)
-    rois = golden_rois(golden, proposals, Truth.of(boxes, labels), student.num_classes, student.roi.spec.positive_iou)
+    rois = golden_rois(golden, proposals, truth, student.num_classes, student.roi.spec.positive_iou)
     run.rois, run.roi_outputs = rois, student.roi(run.features, rois.boxes, rois.image)
-    losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses([Look(rois, run.roi_outputs)]).items()}
+    losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses([StageOutput(rois, run.roi_outputs)]).items()}
     return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
 
 

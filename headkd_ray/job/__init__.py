@@ -2,7 +2,7 @@
 
 from headkd_ray.job.assistants import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
 from headkd_ray.job.checks import Problem, problems, warnings
-from headkd_ray.job.detector import DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
+from headkd_ray.job.detector import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
 from headkd_ray.job.job import (
     CheckpointSpec,
     ClusterSpec,
@@ -11,14 +11,16 @@ from headkd_ray.job.job import (
     EvalSpec,
     Job,
     LogSpec,
-    Method,
     OptimSpec,
     RunSpec,
 )
 from headkd_ray.job.load import load_job
+from headkd_ray.job.methods import METHODS, Method
 from headkd_ray.job.parts import (
     AnchorSpec,
     BackboneSpec,
+    DenseDetectorSpec,
+    DenseHeadSpec,
     FCOSFPNSpec,
     FPNSpec,
     PixelSpec,
@@ -31,24 +33,30 @@ from headkd_ray.job.parts import (
     RPNSamplerSpec,
     RPNTestProposalSpec,
     SamplerSpec,
+    Spec,
     Stds,
 )
 from headkd_ray.job.render import render_job
 from headkd_ray.job.reppoints import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
 from headkd_ray.job.teacher import CacheSpec, PoolSpec, TeacherSpec
 from headkd_ray.job.two_stage import (
+    BoxHeadSpec,
     CascadeHeadSpec,
     CascadeRCNNSpec,
     CascadeRPNSpec,
     FasterRCNNSpec,
     RoIHeadSpec,
     RPNSpec,
+    TwoStageDetectorSpec,
 )
 
 __all__ = [
+    "METHODS",
+    "SPECS",
     "AnchorSpec",
     "AssistantsSpec",
     "BackboneSpec",
+    "BoxHeadSpec",
     "CacheSpec",
     "CascadeHeadSpec",
     "CascadeRCNNSpec",
@@ -56,6 +64,8 @@ __all__ = [
     "CheckpointSpec",
     "ClusterSpec",
     "DataSpec",
+    "DenseDetectorSpec",
+    "DenseHeadSpec",
     "DetectorSpec",
     "DistillSpec",
     "EvalSpec",
@@ -91,8 +101,10 @@ __all__ = [
     "RoIPostprocessSpec",
     "RunSpec",
     "SamplerSpec",
+    "Spec",
     "Stds",
     "TeacherSpec",
+    "TwoStageDetectorSpec",
     "load_job",
     "problems",
     "render_job",

@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from headkd_ray.job.assistants import AssistantsSpec
+from headkd_ray.job.detector import SPECS
 from headkd_ray.job.job import DistillSpec, Job
-from headkd_ray.job.keys import Path
+from headkd_ray.job.keys import Path, sections
+from headkd_ray.job.methods import METHODS
+from headkd_ray.job.parts import DenseDetectorSpec, Spec
+from headkd_ray.job.two_stage import TwoStageDetectorSpec
 
 Get = Callable[[str], Any]
 """Dotted key -> its value; a section is a dict. Raises UnreadableError."""
@@ -61,7 +66,7 @@ Check = Callable[[Get], Iterator[tuple[str, str]]]
 
 def warnings(job: Job) -> list[str]:
     """What a job may say but probably does not mean."""
-    own = {"faster_rcnn": "rcnn", "cascade_rcnn": "rcnn"}.get(job.student.kind, job.student.kind)
+    own = "rcnn" if isinstance(job.student, TwoStageDetectorSpec) else job.student.kind
     if job.method == "tf_head" and getattr(job.distill.assistants, own, None) is not None:
         return [f"distill.assistants.{own}: of the student's own kind; the method lives on other kinds"]
     if job.method == "assist" and own == "rcnn":
@@ -71,7 +76,7 @@ def warnings(job: Job) -> list[str]:
 
 def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
     method, teacher = get("method"), get("teacher")
-    needed = method in ("copy_only", "akd", "head", "fitnet")
+    needed = METHODS[method].teacher
     if needed and teacher is None:
         yield "teacher", f"method {method} needs a teacher; give teacher.checkpoint"
     if not needed and teacher is not None:
@@ -103,7 +108,7 @@ def _ckd_epochs(get: Get) -> Iterator[tuple[str, str]]:
     stop, epochs, method = get("distill.ckd_epochs"), get("optim.epochs"), get("method")
     if stop is None:
         return
-    if method not in ("head", "tf_head"):
+    if "ckd" not in METHODS[method].terms:
         yield "distill.ckd_epochs", f"method {method} has no CKD to stop; remove the key"
     elif stop >= epochs:
         yield "distill.ckd_epochs", f"{stop} is not before the end of training (optim.epochs is {epochs}); null = never stop"
@@ -162,53 +167,53 @@ def _backbone_arguments(get: Get) -> Iterator[tuple[str, str]]:
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
     kind, extra = get("student.kind"), get("student.neck.extra")
-    if kind in ("retinanet", "fcos", "reppoints") and extra == "pool":
+    if issubclass(SPECS[kind], DenseDetectorSpec) and extra == "pool":
         yield "student.neck.extra", f"pool makes no P7; {kind} needs conv_c5 or conv_p5"
-    if kind in ("faster_rcnn", "cascade_rcnn") and extra != "pool":
+    if issubclass(SPECS[kind], TwoStageDetectorSpec) and extra != "pool":
         yield "student.neck.extra", f"{kind} needs pool, got {extra}"
 
 
 def _cascade_stages(get: Get) -> Iterator[tuple[str, str]]:
-    if get("student.kind") != "cascade_rcnn":
-        return
-    stages = len(get("student.roi.positive_ious"))
-    for key in ("stds", "weights"):
-        given = len(get(f"student.roi.{key}"))
-        if given != stages:
-            yield f"student.roi.{key}", f"{given} values for the {stages} stages of student.roi.positive_ious"
+    for section in _sections_with(get, "positive_ious"):
+        stages = len(get(f"{section}.positive_ious"))
+        for key in ("stds", "weights"):
+            given = len(get(f"{section}.{key}"))
+            if given != stages:
+                yield f"{section}.{key}", f"{given} values for the {stages} stages of {section}.positive_ious"
 
 
 def _regress_ranges(get: Get) -> Iterator[tuple[str, str]]:
-    for head in _fcos_heads(get):
+    for head in _sections_with(get, "regress_ranges"):
         ranges = list(get(f"{head}.regress_ranges"))
         if ranges != sorted(set(ranges)):
             yield f"{head}.regress_ranges", f"{ranges} does not ascend"
 
 
 def _norm_groups(get: Get) -> Iterator[tuple[str, str]]:
-    sections = ["student.neck"] if get("student.neck.norm") == "group" else []
-    sections += ["student.head"] if get("student.kind") == "reppoints" else []
-    sections += _fcos_heads(get)
-    for section in sections:
+    for section in _sections_with(get, "norm_groups", "channels"):
         groups, channels = get(f"{section}.norm_groups"), get(f"{section}.channels")
-        if groups and channels % groups:
+        if groups and channels % groups and (section != "student.neck" or get("student.neck.norm") == "group"):
             yield f"{section}.norm_groups", f"{groups} does not divide {section}.channels ({channels})"
 
 
-def _fcos_heads(get: Get) -> list[str]:
-    heads = ["student.head"] if get("student.kind") == "fcos" else []
-    return heads + (["distill.assistants.fcos.head"] if get("distill.assistants.fcos") is not None else [])
-
-
 def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
-    dense, two_stage = dict.fromkeys(("retinanet", "reppoints"), "student.head"), ("faster_rcnn", "cascade_rcnn")
-    places = {**dense, **dict.fromkeys(two_stage, "student.rpn")}
-    sections = [places[get("student.kind")]] if get("student.kind") in places else []
-    sections += ["distill.assistants.retinanet.head"] if get("distill.assistants.retinanet") is not None else []
-    for section in sections:
+    for section in _sections_with(get, "negative_iou", "positive_iou"):
         low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
         if low > high:
             yield f"{section}.negative_iou", f"{low} is above positive_iou ({high})"
+
+
+def _sections_with(get: Get, *keys: str) -> Iterator[str]:
+    """The sections of the student and of TF-HEAD's assistants that have all of ``keys``, whatever kind they are of."""
+    places: list[tuple[str, type[Spec]]] = [("student", SPECS[get("student.kind")])]
+    for name, field in AssistantsSpec.model_fields.items():
+        if get(f"distill.assistants.{name}") is not None:
+            places += [(f"distill.assistants.{name}", spec) for spec in sections(field)]
+    for place, spec in places:
+        for name, field in spec.model_fields.items():
+            for section in sections(field):
+                if all(key in section.model_fields for key in keys):
+                    yield f"{place}.{name}"
 
 
 def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
@@ -225,13 +230,13 @@ def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
 
 def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
     method, rois = get("method"), get("distill.rois")
-    if rois == "teacher" and method not in ("akd", "head"):
+    if rois == "teacher" and "akd" not in METHODS[method].terms:
         yield "distill.rois", f"method {method} compares no RoIs with a teacher's; use student, or method akd or head"
-    if rois == "teacher" and get("student.kind") in ("faster_rcnn", "cascade_rcnn"):
+    if rois == "teacher" and issubclass(SPECS[get("student.kind")], TwoStageDetectorSpec):
         yield "distill.rois", f"a {get('student.kind')} student looks at RoIs of its own; use student"
     if get("teacher") is None or (placement := get("teacher.placement")) == "inline":
         return
-    if method not in ("akd", "head"):
+    if "akd" not in METHODS[method].terms:
         yield "teacher.placement", f"method {method} asks its teacher nothing that could be asked elsewhere; use inline"
     elif rois == "student" and placement == "cache":
         yield (
@@ -253,10 +258,11 @@ def _workers(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:
-    users = {"akd_weight": ("akd", "head", "tf_head"), "ckd_weight": ("head", "tf_head")}  # tf_head is told by its own check
-    for key, methods in users.items():
-        if get("method") not in methods and get(f"distill.{key}") != getattr(DistillSpec(), key):
-            yield f"distill.{key}", f"method {get('method')} has no such loss; remove the key, or use method head"
+    method = get("method")
+    for term in ("akd", "ckd"):
+        idle = term not in METHODS[method].terms and method != "tf_head"  # tf_head is told by its own check
+        if idle and get(f"distill.{term}_weight") != getattr(DistillSpec(), f"{term}_weight"):
+            yield f"distill.{term}_weight", f"method {method} has no such loss; remove the key, or use method head"
 
 
 CHECKS: tuple[Check, ...] = (

@@ -6,26 +6,27 @@ the two-stage detectors have their own module. A detector's classes are not here
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from headkd_ray.job.parts import (
+    KIND,
     AnchorSpec,
     BackboneSpec,
+    DenseDetectorSpec,
+    DenseHeadSpec,
     FCOSFPNSpec,
     FPNSpec,
     Fraction,
-    PixelSpec,
     PostprocessSpec,
     ProposalSpec,
-    Spec,
 )
 from headkd_ray.job.reppoints import RepPointsSpec
-from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec
+from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec, TwoStageDetectorSpec
 
 
-class RetinaHeadSpec(Spec):
+class RetinaHeadSpec(DenseHeadSpec):
     """RetinaNet's dense head."""
 
     convs: PositiveInt = 4
@@ -55,7 +56,7 @@ class RetinaHeadSpec(Spec):
     """Detections at test time."""
 
 
-class FCOSHeadSpec(Spec):
+class FCOSHeadSpec(DenseHeadSpec):
     """FCOS's dense head."""
 
     convs: PositiveInt = 4
@@ -95,38 +96,36 @@ class FCOSHeadSpec(Spec):
     """Detections at test time."""
 
 
-class RetinaNetSpec(Spec):
+class RetinaNetSpec(DenseDetectorSpec):
     """RetinaNet: a dense detector on P3 to P7."""
 
-    kind: Literal["retinanet"] = "retinanet"
-    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
-    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
+    kind: Annotated[Literal["retinanet"], KIND] = "retinanet"
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FPNSpec = FPNSpec()
     """Feature pyramid, P3 to P7."""
     head: RetinaHeadSpec = RetinaHeadSpec()
     """Dense head."""
-    pixels: PixelSpec = PixelSpec()
-    """Input normalisation."""
 
 
-class FCOSSpec(Spec):
+class FCOSSpec(DenseDetectorSpec):
     """FCOS: a dense detector without anchors on P3 to P7."""
 
-    kind: Literal["fcos"] = "fcos"
-    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
-    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
+    kind: Annotated[Literal["fcos"], KIND] = "fcos"
     backbone: BackboneSpec = BackboneSpec()
     """Backbone."""
     neck: FCOSFPNSpec = FCOSFPNSpec()
     """Feature pyramid, P3 to P7."""
     head: FCOSHeadSpec = FCOSHeadSpec()
     """Dense head."""
-    pixels: PixelSpec = PixelSpec()
-    """Input normalisation."""
 
 
 DetectorSpec = Annotated[
     RetinaNetSpec | FCOSSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec, Field(discriminator="kind")
 ]
+"""Any detector's spec; ``kind`` chooses. ``headkd_ray.detectors.registry`` has the classes that are built from them."""
+
+SPECS: dict[str, type[DenseDetectorSpec] | type[TwoStageDetectorSpec]] = {
+    spec.model_fields["kind"].default: spec for spec in get_args(get_args(DetectorSpec)[0])
+}
+"""Kind -> its spec, of every kind."""

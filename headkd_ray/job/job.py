@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, Pos
 
 from headkd_ray.job.assistants import AssistantsSpec
 from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec
+from headkd_ray.job.methods import Method
 from headkd_ray.job.parts import Fraction, Spec, Text
 from headkd_ray.job.teacher import TeacherSpec
 from headkd_ray.job.two_stage import RoIHeadSpec
@@ -26,8 +27,6 @@ Workers = Annotated[
     Annotated[NonNegativeInt, Tag(NUMBER)] | Annotated[tuple[PositiveInt, PositiveInt], Tag(RANGE)],
     Discriminator(_number_or_range),  # so that an error is about the one that was meant
 ]
-
-Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
 
 
 class RunSpec(Spec):

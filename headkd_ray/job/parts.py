@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -191,3 +191,29 @@ class RPNSamplerSpec(SamplerSpec):
     """Samples per image."""
     positive_fraction: Fraction = 0.5
     """Largest share of positives among them."""
+
+
+class DenseHeadSpec(Spec):
+    """What the spec of every dense head has."""
+
+    if TYPE_CHECKING:  # each declares them where its own keys end
+        proposals: ProposalSpec
+        postprocess: PostprocessSpec
+
+
+class DenseDetectorSpec(Spec):
+    """What every dense detector's spec has; a kind overrides the defaults."""
+
+    kind: str
+    backbone: BackboneSpec
+    neck: FPNSpec
+    head: DenseHeadSpec
+    pixels: PixelSpec = PixelSpec()
+    """Input normalisation."""
+
+
+KIND = Field(
+    description="The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3\n"
+    "to P7), faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."
+)
+"""What ``kind`` means, in the spec of every kind."""

@@ -9,10 +9,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from headkd_ray.job.parts import FPNSpec, Fraction, PixelSpec, PostprocessSpec, ProposalSpec, ResNet50Spec, Spec
+from headkd_ray.job.parts import (
+    KIND,
+    DenseDetectorSpec,
+    DenseHeadSpec,
+    FPNSpec,
+    Fraction,
+    PostprocessSpec,
+    ProposalSpec,
+    ResNet50Spec,
+)
 
 
-class RepPointsHeadSpec(Spec):
+class RepPointsHeadSpec(DenseHeadSpec):
     """RepPoints' dense head: nine points a cell, refined once, whose spread is the box."""
 
     convs: PositiveInt = 3
@@ -64,17 +73,13 @@ class RepPointsFPNSpec(FPNSpec):
     behind these and the extra convs."""
 
 
-class RepPointsSpec(Spec):
+class RepPointsSpec(DenseDetectorSpec):
     """RepPoints: a dense detector on P3 to P7 whose boxes are sets of points."""
 
-    kind: Literal["reppoints"] = "reppoints"
-    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
-    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
+    kind: Annotated[Literal["reppoints"], KIND] = "reppoints"
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: RepPointsFPNSpec = RepPointsFPNSpec()
     """Feature pyramid, P3 to P7."""
     head: RepPointsHeadSpec = RepPointsHeadSpec()
     """Dense head."""
-    pixels: PixelSpec = PixelSpec()
-    """Input normalisation."""

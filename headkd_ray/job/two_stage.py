@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from headkd_ray.job.parts import (
+    KIND,
+    BackboneSpec,
+    FPNSpec,
     Fraction,
     PixelSpec,
     PooledFPNSpec,
@@ -96,12 +99,22 @@ class RoIHeadSpec(BoxHeadSpec):
     by this."""
 
 
-class FasterRCNNSpec(Spec):
+class TwoStageDetectorSpec(Spec):
+    """What every two-stage detector's spec has; a kind overrides the defaults."""
+
+    kind: str
+    backbone: BackboneSpec
+    neck: FPNSpec
+    rpn: RPNSpec
+    roi: BoxHeadSpec
+    pixels: PixelSpec = PixelSpec()
+    """Input normalisation."""
+
+
+class FasterRCNNSpec(TwoStageDetectorSpec):
     """Faster R-CNN: RPN on P2 to P6, RoI head on P2 to P5."""
 
-    kind: Literal["faster_rcnn"] = "faster_rcnn"
-    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
-    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
+    kind: Annotated[Literal["faster_rcnn"], KIND] = "faster_rcnn"
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: PooledFPNSpec = PooledFPNSpec()
@@ -110,8 +123,6 @@ class FasterRCNNSpec(Spec):
     """Region proposal network."""
     roi: RoIHeadSpec = RoIHeadSpec()
     """RoI head."""
-    pixels: PixelSpec = PixelSpec()
-    """Input normalisation."""
 
 
 class CascadeHeadSpec(BoxHeadSpec):
@@ -160,12 +171,10 @@ class CascadeRPNSpec(RPNSpec):
     """Proposals while training."""
 
 
-class CascadeRCNNSpec(Spec):
+class CascadeRCNNSpec(TwoStageDetectorSpec):
     """Cascade R-CNN: RPN on P2 to P6, RoI heads in a row on P2 to P5."""
 
-    kind: Literal["cascade_rcnn"] = "cascade_rcnn"
-    """The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3 to P7),
-    faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."""
+    kind: Annotated[Literal["cascade_rcnn"], KIND] = "cascade_rcnn"
     backbone: ResNet50Spec = ResNet50Spec()
     """Backbone."""
     neck: PooledFPNSpec = PooledFPNSpec()
@@ -174,5 +183,3 @@ class CascadeRCNNSpec(Spec):
     """Region proposal network."""
     roi: CascadeHeadSpec = CascadeHeadSpec()
     """RoI heads."""
-    pixels: PixelSpec = PixelSpec()
-    """Input normalisation."""

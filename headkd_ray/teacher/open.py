@@ -8,7 +8,8 @@ import torch
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker
-from headkd_ray.detectors import Detector, FasterRCNN
+from headkd_ray.detectors import Detector, TwoStageDetector
+from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 from headkd_ray.teacher.build import Builder
@@ -19,24 +20,24 @@ from headkd_ray.teacher.soft import SoftTeacher
 
 
 def soft_teacher(job: Job, teacher: Detector, device: torch.device | str = "cpu") -> SoftTeacher:
-    """The job's teacher as one that chooses its own RoIs, on ``device``; ``build_trainee`` has checked its kind."""
-    assert job.teacher is not None and isinstance(teacher, FasterRCNN)
+    """The job's teacher as one that chooses its own RoIs, on ``device``; ``build_training_model`` has checked its kind."""
+    assert job.teacher is not None and answers_about_rois(teacher)
     detector = teacher.to(device).to(memory_format=torch.channels_last)
     return SoftTeacher(detector, job.distill.roi_budget, view_seed(job), job.data.pad, job.teacher.precision)
 
 
 def open_cache(job: Job, shards: ShardSet, teacher: Detector) -> Cache:
     """The job's cache, as it should be: nothing is read or checked yet."""
-    assert job.teacher is not None and isinstance(teacher, FasterRCNN)
+    assert job.teacher is not None and answers_about_rois(teacher)
     where = job.teacher.cache.path
     folder = shards.folder / "soft_targets" if where is None else Folder.open(where)
     return Cache(folder, recipe_of(job, shards, teacher), shards, views_of(job), codec_of(job, teacher), job.distill.roi_budget)
 
 
-def codec_of(job: Job, teacher: FasterRCNN) -> Codec:
+def codec_of(job: Job, teacher: TwoStageDetector) -> Codec:
     """How a cache keeps what this teacher says."""
     assert job.teacher is not None
-    roi = teacher.roi.spec
+    roi = teacher.roi.stages[0].spec
     # A teacher may have fewer classes, background included, than are asked for.
     logits = min(job.teacher.cache.logits, teacher.num_classes + 1)
     return Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)

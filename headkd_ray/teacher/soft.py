@@ -13,8 +13,7 @@ from torch import Tensor
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.keyed import key_bits
-from headkd_ray.detectors import FasterRCNN
-from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors import GroundTruth, TwoStageDetector
 from headkd_ray.detectors.rois import Candidates, candidates
 from headkd_ray.detectors.sampling import sample
 from headkd_ray.job import SamplerSpec
@@ -22,15 +21,16 @@ from headkd_ray.targets import SoftTargets
 
 
 class SoftTeacher:
-    """Asks a frozen Faster R-CNN."""
+    """Asks a frozen two-stage detector whose RoI head has one stage."""
 
-    def __init__(self, detector: FasterRCNN, budget: int, seed: int, pad: int, precision: str = "fp32") -> None:
+    def __init__(self, detector: TwoStageDetector, budget: int, seed: int, pad: int, precision: str = "fp32") -> None:
         """``budget``: RoIs a view; ``pad``: a view is padded to a multiple of this, in pixels, on its own."""
         self.detector = detector.eval().requires_grad_(False)
         self.seed = seed
         self.pad = pad
         self.precision = precision
-        roi = detector.roi.spec
+        (self.head,) = detector.roi.stages
+        roi = self.head.spec
         self.sampler = SamplerSpec(size=budget, positive_fraction=roi.sampler.positive_fraction)
         self.layers, self.width = roi.fcs, roi.fc_channels
 
@@ -61,30 +61,31 @@ class SoftTeacher:
         x = self.detector.normalise(batch.images[:, :, :height, :width], batch.sizes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             image = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-            taps = self.detector.roi(self.detector.features(x), boxes, image).taps
+            taps = self.head(self.detector.features(x), boxes, image).taps
         return torch.stack([tap.float() for tap in taps])
 
     @torch.no_grad()
     def top_logits(self, taps: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Its ``count`` = M greatest class logits for what :class:`SoftTargets` holds, ``taps`` (B, L, K, D), greatest first,
         and their classes, both (B, K, M); the greatest class number is background."""
-        return self.detector.roi.cls_out(taps[:, -1]).topk(count)
+        return self.head.cls_out(taps[:, -1]).topk(count)
 
     def _look(self, batch: Batch, rows: Tensor, height: int, width: int) -> SoftTargets:
         """The targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""
-        sizes, truth = batch.sizes[rows], Truth.of(batch.boxes[rows], batch.labels[rows])
+        sizes = batch.sizes[rows]
+        truth = GroundTruth.of(batch.boxes[rows], batch.labels[rows], sizes)
         x = self.detector.normalise(batch.images[rows, :, :height, :width], sizes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.detector.features(x)
             proposals = self.detector.rpn.proposals(self.detector.rpn(features), sizes)
-            pool = candidates(proposals, truth, self.detector.roi.spec.positive_iou)
+            pool = candidates(proposals, truth, self.head.spec.positive_iou)
             tickets = self._tickets(batch, rows, pool)
             positive = pool.matched >= 0
             chosen = sample(positive & pool.valid, ~positive & pool.valid, self.sampler, ticket=tickets)
             places = chosen.picked.unsqueeze(-1)
             boxes = pool.boxes.gather(1, places.expand(-1, -1, 4)) * chosen.valid.unsqueeze(-1)
             image, place = chosen.valid.nonzero(as_tuple=True)
-            taps = self.detector.roi(features, boxes[image, place], image).taps
+            taps = self.head(features, boxes[image, place], image).taps
         targets, count = self._nothing(len(rows)), chosen.picked.shape[1]
         targets.boxes[:, :count] = boxes
         targets.truth[:, :count] = (chosen.picked < truth.labels.shape[1]) & chosen.valid

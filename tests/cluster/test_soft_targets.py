@@ -22,9 +22,9 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
-from headkd_ray.distill import build_trainee
+from headkd_ray.distill import build_training_model
 from headkd_ray.engine.caching import open_builder
-from headkd_ray.engine.loop import answers, soft_targets
+from headkd_ray.engine.loop import soft_targets
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
@@ -68,8 +68,8 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
     own = load_teacher(job, sets[0].meta.classes)
     assert own is not None
     torch.manual_seed(0)
-    trainee = (
-        build_trainee(job, len(sets[0].meta.classes), own.detector, steps_per_epoch=10)
+    model = (
+        build_training_model(job, len(sets[0].meta.classes), own.detector, steps_per_epoch=10)
         .train()
         .to(memory_format=torch.channels_last)
     )
@@ -77,10 +77,10 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
     with streams.train(first=0, cache=cache) as batches:
         for batch in batches:
             with torch.no_grad():
-                given = answers(batch, asked)
-                draws = torch.Generator().manual_seed(batch.step)
-                losses = trainee(batch.images, batch.sizes, batch.boxes, batch.labels, 100, draws, **given)
-            yield (batch if asked is None else replace(batch, targets=given["targets"])), losses
+                if asked is not None:
+                    batch = replace(batch, targets=asked(batch))
+                losses = model(batch, 100, torch.Generator().manual_seed(batch.step))
+            yield batch, losses
 
 
 def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headkd_ray.data.batch import Batch
+from headkd_ray.detectors import GroundTruth
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RepPointsSpec, RetinaNetSpec
 
 BACKBONE: dict[str, Any] = {
@@ -65,6 +67,18 @@ def batch() -> dict[str, Tensor]:
         ),
         "labels": torch.tensor([[0, 2], [1, -1], [-1, -1]]),
     }
+
+
+def truth_of(data: dict[str, Tensor]) -> GroundTruth:
+    """The ground truth of a drawn batch."""
+    return GroundTruth.of(data["boxes"], data["labels"], data["sizes"])
+
+
+def whole(data: dict[str, Tensor]) -> Batch:
+    """A drawn batch as the stream would hand it out."""
+    count = len(data["sizes"])
+    ids, views = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    return Batch(**data, image_ids=ids, original_sizes=data["sizes"], views=views, step=0)
 
 
 def liven(module: torch.nn.Module, seed: int = 0) -> None:

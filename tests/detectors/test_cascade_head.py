@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from headkd_ray.detectors import CascadeHead, Look, Proposals, RoIs
-from headkd_ray.detectors.cascade_head import refine
-from headkd_ray.detectors.matching import Truth
+from headkd_ray.detectors import CascadeHead, GroundTruth, Proposals, RoIs, StageOutput
+from headkd_ray.detectors.cascade_rcnn import refine
 from headkd_ray.detectors.rois import sample_rois
 from headkd_ray.job import CascadeHeadSpec
 
@@ -35,13 +34,13 @@ def cascade(**keys: Any) -> CascadeHead:
     return head
 
 
-def scene() -> tuple[list[Tensor], Truth, Proposals]:
+def drawn() -> tuple[list[Tensor], GroundTruth, Proposals]:
     """Pyramid of two images, the second with one object of three, and proposals around objects and elsewhere."""
     torch.manual_seed(0)
     features = [torch.randn(2, 4, 256 // s, 256 // s) for s in STRIDES]
     corner = torch.rand(2, 3, 2) * 100
     boxes = torch.cat([corner, corner + 30 + torch.rand(2, 3, 2) * 50], dim=2)
-    truth = Truth.of(boxes, torch.tensor([[0, 2, 1], [1, -1, -1]]))
+    truth = GroundTruth.of(boxes, torch.tensor([[0, 2, 1], [1, -1, -1]]), SIZES)
     near = boxes.repeat(1, 8, 1) + torch.randn(2, 24, 4) * 5
     corner = torch.rand(2, 12, 2) * 120
     far = torch.cat([corner, corner + 4 + torch.rand(2, 12, 2) * 60], dim=2)
@@ -52,11 +51,11 @@ def scene() -> tuple[list[Tensor], Truth, Proposals]:
     return features, truth, Proposals(proposed, torch.ones(2, 36), cells.masked_fill(~valid.unsqueeze(-1), -1), valid)
 
 
-def looks_of(head: CascadeHead, seed: int = 0) -> tuple[list[Look], list[Tensor], Truth]:
-    features, truth, proposals = scene()
+def outputs_of(head: CascadeHead, seed: int = 0) -> tuple[list[StageOutput], list[Tensor], GroundTruth]:
+    features, truth, proposals = drawn()
     generator = torch.Generator().manual_seed(seed)
     rois = sample_rois(proposals, truth, head.stages[0].spec, CLASSES, generator)
-    return head.looks(features, rois, truth, SIZES, generator), features, truth
+    return head.stage_outputs(features, rois, truth, generator), features, truth
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -81,9 +80,9 @@ def wanted_deltas(box: Box, target: Box, stds: tuple[float, ...]) -> Box:
     return [d / std for d, std in zip((*shift, math.log(tw / w), math.log(th / h)), stds, strict=True)]
 
 
-def next_rois(look: Look, stage: int, agnostic: bool, truth: Truth) -> list[dict[str, Any]]:
+def next_rois(output: StageOutput, stage: int, agnostic: bool, truth: GroundTruth) -> list[dict[str, Any]]:
     """What the stage after ``stage`` must see if all are sampled: row by row, image by image."""
-    rois, rows = look.rois, []
+    rois, rows = output.rois, []
     for i in range(2):
         objects = [
             (box, label) for box, label in zip(truth.boxes[i].tolist(), truth.labels[i].tolist(), strict=True) if label >= 0
@@ -97,8 +96,8 @@ def next_rois(look: Look, stage: int, agnostic: bool, truth: Truth) -> list[dict
                 continue
             label = int(rois.labels[n])
             if label == CLASSES:
-                label = max(range(CLASSES), key=look.outputs.logits[n].tolist().__getitem__)
-            deltas = look.outputs.deltas[n, 0 if agnostic else label].tolist()
+                label = max(range(CLASSES), key=output.outputs.logits[n].tolist().__getitem__)
+            deltas = output.outputs.deltas[n, 0 if agnostic else label].tolist()
             box = shifted(rois.boxes[n].tolist(), deltas, STDS[stage], SIZES[i].tolist())
             ious = [overlap(box, target) for target, _ in objects]
             best = max(range(len(ious)), key=ious.__getitem__)
@@ -113,11 +112,11 @@ def next_rois(look: Look, stage: int, agnostic: bool, truth: Truth) -> list[dict
 @pytest.mark.parametrize("agnostic", [True, False])
 def test_each_stage_sees_what_the_one_before_refined(agnostic: bool) -> None:
     head = cascade(class_agnostic=agnostic, sampler=ALL)
-    looks, features, truth = looks_of(head)
-    assert len(looks) == len(head.stages) == 3
+    outputs, features, truth = outputs_of(head)
+    assert len(outputs) == len(head.stages) == 3
     moves, matches = [], []
     for stage in range(2):
-        rois, rows = looks[stage + 1].rois, next_rois(looks[stage], stage, agnostic, truth)
+        rois, rows = outputs[stage + 1].rois, next_rois(outputs[stage], stage, agnostic, truth)
         assert rois.image.tolist() == [row["image"] for row in rows]
         assert rois.cells.tolist() == [row["cell"] for row in rows]
         assert rois.labels.tolist() == [row["label"] for row in rows]
@@ -126,35 +125,37 @@ def test_each_stage_sees_what_the_one_before_refined(agnostic: bool) -> None:
         )
         wanted = torch.tensor([row["target"] for row in rows]).double()
         torch.testing.assert_close(rois.targets.double(), wanted, rtol=1e-5, atol=1e-3)
-        assert rois.from_proposal.sum() == looks[0].rois.from_proposal.sum() == 66, "all but the 4 objects survive"
+        assert rois.from_proposal.sum() == outputs[0].rois.from_proposal.sum() == 66, "all but the 4 objects survive"
         assert (~rois.from_proposal).sum() == 4
-        before = {tuple(cell): box for cell, box in zip(looks[stage].rois.cells.tolist(), looks[stage].rois.boxes, strict=True)}
+        before = {
+            tuple(cell): box for cell, box in zip(outputs[stage].rois.cells.tolist(), outputs[stage].rois.boxes, strict=True)
+        }
         kept = rois.from_proposal
         old = torch.stack([before[tuple(cell)] for cell in rois.cells[kept].tolist()])
         moves.append((rois.boxes[kept] - old).abs().mean())
         matches.append((rois.from_proposal & (rois.labels < CLASSES)).sum())
     assert min(moves) > 0.5 and min(matches) > 0, "the test would not see a cascade that stands still"
-    for stage, look in zip(head.stages, looks, strict=True):
-        outputs = stage(features, look.rois.boxes, look.rois.image)
-        torch.testing.assert_close(outputs.logits, look.outputs.logits)
-        torch.testing.assert_close(outputs.deltas, look.outputs.deltas)
+    for stage, output in zip(head.stages, outputs, strict=True):
+        outputs = stage(features, output.rois.boxes, output.rois.image)
+        torch.testing.assert_close(outputs.logits, output.outputs.logits)
+        torch.testing.assert_close(outputs.deltas, output.outputs.deltas)
 
 
 @pytest.mark.parametrize("agnostic", [True, False])
 def test_losses_in_float64(agnostic: bool) -> None:
     head = cascade(class_agnostic=agnostic, sampler={"size": 24, "positive_fraction": 0.5})
-    looks, _, _ = looks_of(head)
-    losses = {name: loss.item() for name, loss in head.losses(looks).items()}
+    outputs, _, _ = outputs_of(head)
+    losses = {name: loss.item() for name, loss in head.losses(outputs).items()}
     assert list(losses) == ["s0_cls", "s0_box", "s1_cls", "s1_box", "s2_cls", "s2_box"]
-    for stage, (look, weight) in enumerate(zip(looks, (1.0, 0.5, 0.25), strict=True)):
-        cls, box, count = 0.0, 0.0, len(look.rois.labels)
+    for stage, (output, weight) in enumerate(zip(outputs, (1.0, 0.5, 0.25), strict=True)):
+        cls, box, count = 0.0, 0.0, len(output.rois.labels)
         assert 40 < count <= 48
-        for n, label in enumerate(look.rois.labels.tolist()):
-            cls -= float(look.outputs.logits[n].detach().double().log_softmax(0)[label])
+        for n, label in enumerate(output.rois.labels.tolist()):
+            cls -= float(output.outputs.logits[n].detach().double().log_softmax(0)[label])
             if label == CLASSES:
                 continue
-            wanted = wanted_deltas(look.rois.boxes[n].tolist(), look.rois.targets[n].tolist(), STDS[stage])
-            for said, d in zip(look.outputs.deltas[n, 0 if agnostic else label].tolist(), wanted, strict=True):
+            wanted = wanted_deltas(output.rois.boxes[n].tolist(), output.rois.targets[n].tolist(), STDS[stage])
+            for said, d in zip(output.outputs.deltas[n, 0 if agnostic else label].tolist(), wanted, strict=True):
                 off = abs(said - d)
                 box += 0.5 * off * off if off < 1 else off - 0.5
         assert losses[f"s{stage}_cls"] == pytest.approx(weight * cls / count, rel=1e-5)
@@ -166,7 +167,7 @@ def test_losses_in_float64(agnostic: bool) -> None:
 @pytest.mark.parametrize("agnostic", [True, False])
 def test_detections_by_hand(agnostic: bool, average: str) -> None:
     head = cascade(class_agnostic=agnostic, average=average, postprocess={"score": 0.15, "max_detections": 12}).eval()
-    features, _, proposals = scene()
+    features, _, proposals = drawn()
     image, row = proposals.valid.nonzero(as_tuple=True)
     start = proposals.boxes[image, row]
     found = head.detect(features, start, image, SIZES)
@@ -200,7 +201,7 @@ def test_detections_by_hand(agnostic: bool, average: str) -> None:
 
 
 def test_the_two_averages_differ() -> None:
-    features, _, proposals = scene()
+    features, _, proposals = drawn()
     image, row = proposals.valid.nonzero(as_tuple=True)
     best = [
         cascade(average=average).detect(features, proposals.boxes[image, row], image, SIZES).scores[:, 0]
@@ -211,7 +212,7 @@ def test_the_two_averages_differ() -> None:
 
 def test_the_generator_decides_what_every_stage_samples() -> None:
     head = cascade(sampler={"size": 10, "positive_fraction": 0.5})
-    one, again, other = (looks_of(head, seed)[0] for seed in (1, 1, 2))
+    one, again, other = (outputs_of(head, seed)[0] for seed in (1, 1, 2))
     for stage in range(3):
         assert torch.equal(one[stage].rois.boxes, again[stage].rois.boxes)
         assert torch.equal(one[stage].outputs.logits, again[stage].outputs.logits)
@@ -233,17 +234,17 @@ def rois_of(boxes: Tensor, image: Tensor) -> RoIs:
 @pytest.mark.parametrize("rois", [True, False])
 def test_no_rois_and_no_objects_give_finite_losses_and_gradients_everywhere(rois: bool, objects: bool) -> None:
     head = cascade()
-    features, truth, proposals = scene()
+    features, truth, proposals = drawn()
     features = [f.requires_grad_() for f in features]
     if not objects:
-        truth = Truth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+        truth = GroundTruth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), SIZES)
     # The second image has no RoI either way.
     given = rois_of(proposals.boxes[0], torch.zeros(36, dtype=torch.int64))
     if not rois:
         given = RoIs(*(field[:0] for field in given))
-    looks = head.looks(features, given, truth, SIZES)
-    assert [len(look.rois.labels) for look in looks] == [36 * rois, *[36 * rois + 4 * objects] * 2]
-    losses = head.losses(looks)
+    outputs = head.stage_outputs(features, given, truth)
+    assert [len(output.rois.labels) for output in outputs] == [36 * rois, *[36 * rois + 4 * objects] * 2]
+    losses = head.losses(outputs)
     total(losses).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in (*features, *head.parameters()))
@@ -259,18 +260,18 @@ def test_rois_moved_off_the_image_have_finite_losses_and_gradients(beta: float) 
     with torch.no_grad():
         head.stages[0].box_out.weight.zero_()
         head.stages[0].box_out.bias[0] = 1000.0  # to the right
-    looks, _, _ = looks_of(head)
-    moved = looks[1].rois.boxes[looks[1].rois.from_proposal]
+    outputs, _, _ = outputs_of(head)
+    moved = outputs[1].rois.boxes[outputs[1].rois.from_proposal]
     assert (moved[:, 0] == moved[:, 2]).all()
-    total(head.losses(looks)).backward()
+    total(head.losses(outputs)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
 def test_gradients_reach_every_stage_and_pass_between_none() -> None:
     head = cascade()
-    looks, _, _ = looks_of(head)
-    assert not any(look.rois.boxes.requires_grad for look in looks)
-    losses = head.losses(looks)
+    outputs, _, _ = outputs_of(head)
+    assert not any(output.rois.boxes.requires_grad for output in outputs)
+    losses = head.losses(outputs)
     for i in range(3):
         own = losses[f"s{i}_cls"] + losses[f"s{i}_box"]
         for j, stage in enumerate(head.stages):
@@ -280,9 +281,9 @@ def test_gradients_reach_every_stage_and_pass_between_none() -> None:
 
 def test_refined_rois_keep_their_cells_and_have_no_ground_truth_among_them() -> None:
     head = cascade()
-    looks, _, _ = looks_of(head)
-    rois = looks[0].rois
-    found = refine(head.stages[0], looks[0], SIZES)
+    outputs, _, _ = outputs_of(head)
+    rois = outputs[0].rois
+    found = refine(head.stages[0], outputs[0], SIZES)
     for i in range(2):
         mine = rois.from_proposal & (rois.image == i)
         assert found.cells[i][found.valid[i]].tolist() == rois.cells[mine].tolist()

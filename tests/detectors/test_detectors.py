@@ -16,6 +16,7 @@ from tests.detectors.micro import (
     liven,
     reppoints_spec,
     retinanet_spec,
+    truth_of,
 )
 
 SPECS = {
@@ -42,7 +43,7 @@ def micro(kind: str) -> Detector:
 def losses(detector: Detector, data: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     features = detector.features(detector.normalise(data["images"], data["sizes"]))
     generator = torch.Generator().manual_seed(seed)
-    return detector.losses(features, data["sizes"], data["boxes"], data["labels"], generator)
+    return detector.losses(features, truth_of(data), generator)
 
 
 def test_normalise_and_zero_padding() -> None:
@@ -137,15 +138,14 @@ def test_a_two_stage_detector_hands_back_what_its_losses_saw(kind: str) -> None:
     liven(detector)
     features = detector.features(detector.normalise(data["images"], data["sizes"]))
     generator = torch.Generator().manual_seed(0)
-    found, looks = detector.look(features, data["sizes"], data["boxes"], data["labels"], generator)
+    found, outputs = detector.losses_and_stages(features, truth_of(data), generator)
     alone = losses(detector, data)
     assert found.keys() == alone.keys() and all(torch.equal(found[name], alone[name]) for name in found)
-    assert len(looks) == len(detector.roi.stages) == {"faster_rcnn": 1, "cascade_rcnn": 3}[kind]
-    again = detector.roi.losses(looks)
+    assert len(outputs) == len(detector.roi.stages) == {"faster_rcnn": 1, "cascade_rcnn": 3}[kind]
+    again = detector.roi.losses(outputs)
     assert all(torch.equal(found[f"loss_roi_{name}"], loss) for name, loss in again.items())
-    for stage, look in zip(detector.roi.stages, looks, strict=True):
-        outputs = stage(features, look.rois.boxes, look.rois.image)
-        assert torch.equal(outputs.logits, look.outputs.logits)
+    for stage, (rois, said) in zip(detector.roi.stages, outputs, strict=True):
+        assert torch.equal(stage(features, rois.boxes, rois.image).logits, said.logits)
 
 
 def test_rpn_loss_is_normalised_by_the_samples_of_the_batch() -> None:
@@ -154,7 +154,7 @@ def test_rpn_loss_is_normalised_by_the_samples_of_the_batch() -> None:
     outputs = detector.rpn(detector.features(detector.normalise(data["images"], data["sizes"])))
     with torch.no_grad():
         flat = type(outputs)([torch.zeros_like(m) for m in outputs.logits], outputs.deltas)
-    found = detector.rpn.losses(flat, data["sizes"], data["boxes"], data["labels"])
+    found = detector.rpn.losses(flat, truth_of(data))
     # 32 anchors an image, each costing log 2; the image without objects counts one positive more than it has.
     torch.testing.assert_close(found["loss_rpn_cls"], torch.tensor(2.0).log() * 96 / 97)
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from headkd_ray.detectors import FCOS, build_detector
-from headkd_ray.detectors.fcos_head import FCOSHead, FCOSOutputs
-from headkd_ray.detectors.matching import Truth, match_points
-from headkd_ray.detectors.retina_head import STRIDES
+from headkd_ray.detectors import FCOS, GroundTruth, build_detector
+from headkd_ray.detectors.dense import STRIDES
+from headkd_ray.detectors.fcos import FCOSHead, FCOSOutputs
+from headkd_ray.detectors.matching import match_points
 from headkd_ray.job import FCOSHeadSpec
-from tests.detectors.micro import batch, fcos_spec, liven
+from tests.detectors.micro import batch, fcos_spec, liven, truth_of
 
 CLASSES = 3
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
@@ -23,6 +23,7 @@ BOXES = torch.tensor(
     ]
 )
 LABELS = torch.tensor([[0, 2, 1, 1], [1, -1, -1, -1]])
+TRUTH = GroundTruth.of(BOXES, LABELS, SIZES)
 RANGES = (16.0, 32.0, 64.0, 128.0)
 """Narrower than the paper's, so that the boxes above spread over several levels."""
 
@@ -102,7 +103,7 @@ def test_points_are_assigned_as_mmdet_does(radius: float | None) -> None:
     grid = module.anchors.grid(outputs.logits)
     centre = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
     assert centre.tolist() == [[(x + 0.5) * STRIDES[level], (y + 0.5) * STRIDES[level]] for level, y, x in cells()]
-    matched = match_points(grid.boxes, Truth.of(BOXES, LABELS), *module._ranges(grid), radius)
+    matched = match_points(grid.boxes, TRUTH, *module._ranges(grid), radius)
     wanted = [[wanted_match(image, cell, radius) for cell in cells()] for image in range(2)]
     assert matched.tolist() == wanted
     levels = {cell[0] for image in range(2) for cell, target in zip(cells(), wanted[image], strict=True) if target >= 0}
@@ -114,7 +115,7 @@ def test_points_are_assigned_as_mmdet_does(radius: float | None) -> None:
 def test_losses_are_mmdets_formulas_in_float64(norm_on_bbox: bool, kind: str) -> None:
     module = head(norm_on_bbox=norm_on_bbox, box_loss=kind)
     outputs = module(pyramid())
-    losses = module.losses(outputs, SIZES, BOXES, LABELS)
+    losses = module.losses(outputs, TRUTH)
     cls, box, centerness, weight, positives = 0.0, 0.0, 0.0, 0.0, 0
     for image in range(2):
         for cell in cells():
@@ -145,7 +146,7 @@ def test_gradients_of_the_box_loss_are_those_of_float64() -> None:
     module = head()
     outputs = module(pyramid())
     levels = [d.detach().requires_grad_() for d in outputs.distances]
-    module.losses(outputs._replace(distances=levels), SIZES, BOXES, LABELS)["loss_box"].backward()
+    module.losses(outputs._replace(distances=levels), TRUTH)["loss_box"].backward()
     precise = [d.detach().double().requires_grad_() for d in levels]
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
     for image in range(2):
@@ -179,8 +180,8 @@ def test_gradients_of_the_box_loss_are_those_of_float64() -> None:
 @pytest.mark.parametrize("truths", [0, 2])
 def test_a_batch_without_any_object_trains_the_classes_alone(norm_on_bbox: bool, truths: int) -> None:
     module = head(norm_on_bbox=norm_on_bbox)
-    none = torch.zeros(2, truths, 4), torch.full((2, truths), -1)
-    losses = module.losses(module(pyramid()), SIZES, *none)
+    none = GroundTruth.of(torch.zeros(2, truths, 4), torch.full((2, truths), -1), SIZES)
+    losses = module.losses(module(pyramid()), none)
     assert losses["loss_cls"] > 0
     assert losses["loss_box"] == losses["loss_centerness"] == 0
     torch.stack(list(losses.values())).sum().backward()
@@ -305,7 +306,7 @@ def test_losses_stay_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = net.features(net.normalise(data["images"], data["sizes"]))
         outputs = net.head(features)
-        losses = net.head.losses(outputs, data["sizes"], data["boxes"], data["labels"])
+        losses = net.head.losses(outputs, truth_of(data))
         proposals = net.head.proposals(outputs, data["sizes"])
         found = net.head.detect(outputs, data["sizes"])
     assert outputs.logits[0].dtype == torch.bfloat16

@@ -2,8 +2,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headkd_ray.detectors import GroundTruth
 from headkd_ray.detectors.boxes import pairwise_iou
-from headkd_ray.detectors.matching import IGNORED, NEGATIVE, Truth, gather_rows, match
+from headkd_ray.detectors.matching import IGNORED, NEGATIVE, gather_rows, match
+
+SIZES = torch.tensor([[64, 96], [64, 96]])
+"""Matching does not read them."""
 
 
 def one_by_one(iou: torch.Tensor, positive: float, negative: float, low_quality: float | None, valid: list[bool]) -> list[int]:
@@ -42,7 +46,7 @@ def test_a_batch_is_matched_like_one_by_one(seed: int, boxes: int, truths: list[
     labels = torch.tensor([[0] * n + [-1] * (most - n) for n in truths]).reshape(batch, most)
     valid = torch.rand(batch, boxes, generator=generator) < 0.8
     low = 0.3 if low_quality else None
-    ours = match(anchors, Truth.of(truth_boxes, labels), 0.5, 0.4, low, valid)
+    ours = match(anchors, GroundTruth.of(truth_boxes, labels, SIZES), 0.5, 0.4, low, valid)
     for i, n in enumerate(truths):
         iou = pairwise_iou(anchors, truth_boxes[i, :n])
         assert ours[i].tolist() == one_by_one(iou, 0.5, 0.4, low, valid[i].tolist())
@@ -50,13 +54,13 @@ def test_a_batch_is_matched_like_one_by_one(seed: int, boxes: int, truths: list[
 
 def test_the_last_truth_wins_a_contested_low_quality_match() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10]])
-    truth = Truth.of(torch.tensor([[[0.0, 0, 2, 2], [0, 0, 3, 3]]]), torch.tensor([[5, 6]]))
+    truth = GroundTruth.of(torch.tensor([[[0.0, 0, 2, 2], [0, 0, 3, 3]]]), torch.tensor([[5, 6]]), SIZES[:1])
     assert match(anchors, truth, 0.5, 0.4, 0.0).tolist() == [[1]]
     assert match(anchors, truth, 0.5, 0.4, None).tolist() == [[NEGATIVE]]
 
 
 def test_a_batch_without_truth_is_all_background() -> None:
-    truth = Truth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+    truth = GroundTruth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), SIZES)
     matched = match(torch.tensor([[0.0, 0, 4, 4]]), truth, 0.5, 0.4, 0.0)
     assert matched.tolist() == [[NEGATIVE], [NEGATIVE]]
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from headkd_ray.detectors import RepPoints, build_detector
-from headkd_ray.detectors.matching import Truth, match_nearest
-from headkd_ray.detectors.reppoints_head import RepPointsHead, RepPointsOutputs
-from headkd_ray.detectors.retina_head import STRIDES
+from headkd_ray.detectors import GroundTruth, RepPoints, build_detector
+from headkd_ray.detectors.dense import STRIDES
+from headkd_ray.detectors.matching import match_nearest
+from headkd_ray.detectors.reppoints import RepPointsHead, RepPointsOutputs
 from headkd_ray.job import RepPointsHeadSpec
-from tests.detectors.micro import batch, liven, reppoints_spec
+from tests.detectors.micro import batch, liven, reppoints_spec, truth_of
 
 CLASSES = 3
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
@@ -29,6 +29,7 @@ BOXES = torch.tensor(
     ]
 )
 LABELS = torch.tensor([[0, 2, 1, 1, 0], [1, -1, -1, -1, -1]])
+TRUTH = GroundTruth.of(BOXES, LABELS, SIZES)
 
 Cell = tuple[int, int, int]
 Box = list[float]
@@ -144,7 +145,7 @@ def test_the_nearest_cells_are_mmdets(seed: int, truths: int) -> None:
     allowed = torch.tensor([[counts(image, cell) for cell in cells()] for image in range(2)])
     base = 2.0 ** float(torch.randint(-2, 3, (1,), generator=generator))
     grid = head().anchors.grid([torch.zeros(2, 1, h, w) for h, w in SHAPES])
-    matched = match_nearest(grid.boxes, Truth.of(boxes, labels), base, allowed)
+    matched = match_nearest(grid.boxes, GroundTruth.of(boxes, labels, SIZES), base, allowed)
     for image in range(2):
         wanted = nearest_by_mmdet(boxes[image].tolist(), labels[image].tolist(), allowed[image].tolist(), base)
         assert matched[image].tolist() == wanted
@@ -155,7 +156,7 @@ def test_the_nearer_box_wins_a_cell_and_the_first_of_equals() -> None:
     everywhere = torch.ones(1, len(grid.boxes), dtype=torch.bool)
     far, near, twin = [9.0, 8, 13, 12], [7.0, 7, 11, 11], [7.0, 7, 11, 11]
     for boxes, winner in (([far, near], 1), ([near, far], 0), ([near, twin], 0), ([far, near, twin], 1)):
-        truth = Truth.of(torch.tensor([boxes]), torch.zeros(1, len(boxes), dtype=torch.int64))
+        truth = GroundTruth.of(torch.tensor([boxes]), torch.zeros(1, len(boxes), dtype=torch.int64), SIZES[:1])
         (matched,) = match_nearest(grid.boxes, truth, 4.0, everywhere).tolist()
         assert [(cells()[i], owner) for i, owner in enumerate(matched) if owner >= 0] == [((0, 1, 1), winner)]
 
@@ -163,7 +164,7 @@ def test_the_nearer_box_wins_a_cell_and_the_first_of_equals() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 3])
 def test_losses_are_mmdets_formulas_in_float64(seed: int) -> None:
     module, outputs = head(), drawn_outputs(seed)
-    losses = module.losses(outputs, SIZES, BOXES, LABELS)
+    losses = module.losses(outputs, TRUTH)
     cls, init, refine, initial_positives, positives, left_out = 0.0, 0.0, 0.0, 0, 0, 0
     for image in range(2):
         boxes = [box for box, label in zip(BOXES[image].tolist(), LABELS[image].tolist(), strict=True) if label >= 0]
@@ -196,9 +197,7 @@ def test_losses_are_mmdets_formulas_in_float64(seed: int) -> None:
 
 def test_loss_weights() -> None:
     outputs = drawn_outputs(0)
-    usual, other = (
-        head(**keys).losses(outputs, SIZES, BOXES, LABELS) for keys in ({}, {"init_weight": 2.0, "refine_weight": 0.5})
-    )
+    usual, other = (head(**keys).losses(outputs, TRUTH) for keys in ({}, {"init_weight": 2.0, "refine_weight": 0.5}))
     torch.testing.assert_close(other["loss_init"], 4 * usual["loss_init"])
     torch.testing.assert_close(other["loss_refine"], usual["loss_refine"] / 2)
     assert torch.equal(other["loss_cls"], usual["loss_cls"])
@@ -207,8 +206,8 @@ def test_loss_weights() -> None:
 @pytest.mark.parametrize("truths", [0, 2])
 def test_a_batch_without_any_object_trains_the_classes_alone(truths: int) -> None:
     module = head()
-    none = torch.zeros(2, truths, 4), torch.full((2, truths), -1)
-    losses = module.losses(module(pyramid()), SIZES, *none)
+    none = GroundTruth.of(torch.zeros(2, truths, 4), torch.full((2, truths), -1), SIZES)
+    losses = module.losses(module(pyramid()), none)
     assert losses["loss_cls"] > 0
     assert losses["loss_init"] == losses["loss_refine"] == 0
     torch.stack(list(losses.values())).sum().backward()
@@ -381,7 +380,7 @@ def test_losses_stay_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = net.features(net.normalise(data["images"], data["sizes"]))
         outputs = net.head(features)
-        losses = net.head.losses(outputs, data["sizes"], data["boxes"], data["labels"])
+        losses = net.head.losses(outputs, truth_of(data))
         proposals = net.head.proposals(outputs, data["sizes"])
         found = net.head.detect(outputs, data["sizes"])
     assert outputs.logits[0].dtype == torch.bfloat16

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from headkd_ray.detectors import RetinaNet, build_detector
+from headkd_ray.detectors import GroundTruth, RetinaNet, build_detector
 from headkd_ray.detectors.anchors import padded_extents
 from headkd_ray.detectors.boxes import decode, encode
-from headkd_ray.detectors.matching import Truth, match
-from headkd_ray.detectors.retina_head import RetinaHead, RetinaOutputs
+from headkd_ray.detectors.matching import match
+from headkd_ray.detectors.retinanet import RetinaHead, RetinaOutputs
+from headkd_ray.golden.conventions import AnchorsWithin
 from headkd_ray.job import RetinaHeadSpec
-from tests.detectors.micro import batch, liven, retinanet_spec
+from tests.detectors.micro import batch, liven, retinanet_spec, truth_of
 
 CLASSES = 3
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
@@ -85,7 +86,7 @@ def test_losses_are_the_papers_formulas_in_float64() -> None:
     outputs = module(pyramid())
     boxes = torch.tensor([[[4.0, 4, 40, 36], [50, 10, 90, 60]], [[8, 8, 30, 44], [0, 0, 0, 0]]])
     labels = torch.tensor([[0, 2], [1, -1]])
-    losses = module.losses(outputs, SIZES, boxes, labels)
+    losses = module.losses(outputs, GroundTruth.of(boxes, labels, SIZES))
     anchors = module.anchors.grid(outputs.logits)
     limits = padded_extents(SIZES).tolist()
     strides = [8, 16, 32, 64, 128]
@@ -97,7 +98,7 @@ def test_losses_are_the_papers_formulas_in_float64() -> None:
                 for level, y, x, _ in table["cells"]
             ]
         )
-        truth = Truth.of(boxes[image : image + 1], labels[image : image + 1])
+        truth = GroundTruth.of(boxes[image : image + 1], labels[image : image + 1], SIZES[image : image + 1])
         matched = match(anchors.boxes, truth, 0.5, 0.4, 0.0, valid[None])[0]
         positives = 0
         for row, target in enumerate(matched.tolist()):
@@ -120,16 +121,17 @@ def test_losses_are_the_papers_formulas_in_float64() -> None:
 def test_anchors_beyond_an_images_own_padding_cost_nothing() -> None:
     module, features = head(), pyramid()
     outputs = RetinaOutputs(*([m.detach().requires_grad_() for m in maps] for maps in module(features)[:2]), [])
-    none = torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64)
-    module.losses(outputs, SIZES, *none)["loss_cls"].backward()
+    none = GroundTruth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), SIZES)
+    module.losses(outputs, none)["loss_cls"].backward()
     gradient = outputs.logits[0].grad
     assert gradient is not None
     # Image 1 is 50 x 60, padded by itself to 64 x 64: eight columns of P3, in a batch that has twelve.
     assert (gradient[1, :, :, 8:] == 0).all()
     assert (gradient[1, :, :, :8] != 0).all()
     assert (gradient[0] != 0).all()
-    whole = module.losses(outputs, SIZES, *none, extents=torch.tensor([[64, 96]] * 2))["loss_cls"]
-    assert whole > module.losses(outputs, SIZES, *none)["loss_cls"]
+    own = module.losses(outputs, none)["loss_cls"]
+    module.anchors = AnchorsWithin(module.anchors, extents=torch.tensor([[64, 96]] * 2))
+    assert module.losses(outputs, none)["loss_cls"] > own
 
 
 def test_detections_are_the_best_pairs_after_nms_per_class() -> None:
@@ -188,7 +190,7 @@ def test_losses_stay_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = net.features(net.normalise(data["images"], data["sizes"]))
         outputs = net.head(features)
-        losses = net.head.losses(outputs, data["sizes"], data["boxes"], data["labels"])
+        losses = net.head.losses(outputs, truth_of(data))
         proposals = net.head.proposals(outputs, data["sizes"])
         found = net.head.detect(outputs, data["sizes"])
     assert outputs.logits[0].dtype == torch.bfloat16

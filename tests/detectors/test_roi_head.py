@@ -5,18 +5,18 @@ import pytest
 import torch
 from torchvision.ops import nms, roi_align
 
-from headkd_ray.detectors import RoIHead, RoIs
+from headkd_ray.detectors import BoxHead, GroundTruth, RoIs, StageOutput
 from headkd_ray.detectors.boxes import decode, encode
-from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.proposals import Proposals
-from headkd_ray.detectors.roi_head import Look, RoIOutputs, pool_rois, roi_levels
+from headkd_ray.detectors.roi_head import BoxOutputs, pool_rois, roi_levels
 from headkd_ray.detectors.rois import candidates, choose, draw, flatten
 from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 STRIDES = (8, 16, 32, 64)
 CLASSES = 3
 STDS = (0.1, 0.1, 0.2, 0.2)
-NO_TRUTH = Truth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+SIZES = torch.tensor([[256, 256]] * 2)
+NO_TRUTH = GroundTruth.of(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), SIZES)
 
 
 def spec(**keys: Any) -> RoIHeadSpec:
@@ -56,7 +56,7 @@ def test_pooling_in_one_pass_equals_box_by_box() -> None:
 
 def test_taps_are_after_the_relu_and_in_order() -> None:
     features, boxes, image = scene(5)
-    head = RoIHead(spec(fcs=3), 4, CLASSES, STRIDES)
+    head = BoxHead(spec(fcs=3), 4, CLASSES, STRIDES)
     outputs = head(features, boxes, image)
     hidden = pool_rois(features, STRIDES, boxes, image, head.spec).flatten(1)
     for fc, tap in zip(head.fcs, outputs.taps, strict=True):
@@ -84,10 +84,10 @@ def rois(labels: list[int]) -> RoIs:
 @pytest.mark.parametrize("agnostic", [False, True])
 @pytest.mark.parametrize(("stds", "beta"), [(STDS, 0.0), (STDS, 1.0), ((0.05, 0.1, 0.3, 0.2), 1.0)])
 def test_losses_in_float64(agnostic: bool, stds: tuple[float, ...], beta: float) -> None:
-    head = RoIHead(spec(class_agnostic=agnostic, stds=stds, box_beta=beta), 4, CLASSES, STRIDES)
+    head = BoxHead(spec(class_agnostic=agnostic, stds=stds, box_beta=beta), 4, CLASSES, STRIDES)
     sample = rois([0, 2, 3, 1, 3])  # 3 = background
     logits, deltas = torch.randn(5, 4), torch.randn(5, 1 if agnostic else CLASSES, 4)
-    losses = head.losses([Look(sample, RoIOutputs([], logits, deltas))])
+    losses = head.losses([StageOutput(sample, BoxOutputs([], logits, deltas))])
     cls, box = 0.0, 0.0
     for n, label in enumerate(sample.labels.tolist()):
         cls -= float(logits[n].double().log_softmax(0)[label])
@@ -104,9 +104,9 @@ def test_losses_in_float64(agnostic: bool, stds: tuple[float, ...], beta: float)
 def test_no_rois_no_loss_but_gradients_of_zero() -> None:
     features, _, _ = scene(1)
     features = [f.requires_grad_() for f in features]
-    head = RoIHead(spec(), 4, CLASSES, STRIDES)
+    head = BoxHead(spec(), 4, CLASSES, STRIDES)
     nothing = rois([])
-    losses = head.losses(head.looks(features, nothing, NO_TRUTH, torch.tensor([[256, 256]] * 2)))
+    losses = head.losses(head.stage_outputs(features, nothing, NO_TRUTH))
     (losses["cls"] + losses["box"]).backward()
     assert losses["cls"].item() == losses["box"].item() == 0
     assert all(p.grad is not None and (p.grad == 0).all() for p in head.parameters())
@@ -114,9 +114,9 @@ def test_no_rois_no_loss_but_gradients_of_zero() -> None:
 
 def test_detections_by_hand() -> None:
     torch.manual_seed(3)
-    head = RoIHead(spec(postprocess={"score": 0.2, "max_detections": 12}), 4, CLASSES, STRIDES)
+    head = BoxHead(spec(postprocess={"score": 0.2, "max_detections": 12}), 4, CLASSES, STRIDES)
     boxes, image = torch.rand(30, 4).cumsum(1) * 60, torch.arange(30) % 2
-    outputs = RoIOutputs([], torch.randn(30, 4) * 2, torch.randn(30, CLASSES, 4))
+    outputs = BoxOutputs([], torch.randn(30, 4) * 2, torch.randn(30, CLASSES, 4))
     sizes = torch.tensor([[64, 96], [50, 60]])
     found = head.conclude(outputs, boxes, image, sizes)
     for i in range(2):
@@ -136,7 +136,7 @@ def test_detections_by_hand() -> None:
 
 def test_candidates_put_the_truth_in_front_and_ids_survive_sampling() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40]], [[5, 5, 9, 9], [0, 0, 0, 0]]])
-    truth = Truth.of(boxes, torch.tensor([[2, 0], [1, -1]]))
+    truth = GroundTruth.of(boxes, torch.tensor([[2, 0], [1, -1]]), SIZES)
     proposed = torch.tensor(
         [[[0.0, 0, 10, 9], [50, 50, 60, 60], [21, 21, 40, 40]], [[80, 80, 90, 90], [5, 5, 9, 8], [0, 0, 0, 0]]]
     )

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.matching import Truth
 from headkd_ray.detectors.rois import sample_rois
-from headkd_ray.distill import TFHEAD, build_trainee
+from headkd_ray.distill import TrainingModel, build_training_model
+from headkd_ray.distill.ckd import CKD
 from headkd_ray.job import DetectorSpec, Job
-from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from tests.detectors.micro import batch, faster_rcnn_spec, fcos_spec, liven, retinanet_spec, truth_of, whole
 
 CLASSES = 3
 STEPS_PER_EPOCH = 10
@@ -24,10 +24,10 @@ HEADS: dict[str, dict[str, Any]] = {
 STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec(), "faster_rcnn": faster_rcnn_spec()}
 
 
-def trainee_of(
+def model_of(
     names: Iterable[str], student: DetectorSpec | None = None, keys: dict[str, Any] | None = None, **distill: Any
-) -> TFHEAD:
-    """A TF-HEAD trainee with the named assistants; ``keys`` go to each of them."""
+) -> TrainingModel:
+    """A TF-HEAD model with the named assistants; ``keys`` go to each of them."""
     job = Job.model_validate(
         {
             "run": {"name": "test"},
@@ -38,44 +38,48 @@ def trainee_of(
         }
     )
     torch.manual_seed(0)
-    trainee = build_trainee(job, CLASSES, None, STEPS_PER_EPOCH)
-    liven(trainee)
-    assert isinstance(trainee, TFHEAD)
-    return trainee.train()
+    model = build_training_model(job, CLASSES, None, STEPS_PER_EPOCH)
+    liven(model)
+    return model.train()
 
 
-def step(trainee: TFHEAD, at: int = 5000, **change: Tensor) -> dict[str, Tensor]:
+def ckd_of(model: TrainingModel, name: str) -> CKD:
+    (term,) = (term for term in model.terms if isinstance(term, CKD) and term.assistant == name)
+    return term
+
+
+def step(model: TrainingModel, at: int = 5000, **change: Tensor) -> dict[str, Tensor]:
     data = {**batch(), **change}
-    return trainee(data["images"], data["sizes"], data["boxes"], data["labels"], at, torch.Generator().manual_seed(3))
+    return model(whole(data), at, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("names", list(chain.from_iterable(combinations(HEADS, count) for count in (1, 2, 3))))
 def test_every_subset_of_assistants_trains_all_its_parts(names: tuple[str, ...], student: str) -> None:
-    trainee = trainee_of(names, STUDENTS[student])
-    losses = step(trainee)
+    model = model_of(names, STUDENTS[student])
+    losses = step(model)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert {name for name in losses if name.endswith("_ckd")} == {f"loss_{name}_ckd" for name in names}
     torch.stack(list(losses.values())).sum().backward()
-    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("decouple", [True, False])
 def test_ckd_of_the_rcnn_assistant_is_the_formula(decouple: bool) -> None:
     """MSE(D_a(S), A2): S the student's last cls conv at the proposal's cell, a its anchor, GT rows dropped."""
-    trainee = trainee_of(["rcnn"], keys={"decouple": decouple})
-    losses = step(trainee)
+    model = model_of(["rcnn"], keys={"decouple": decouple})
+    losses = step(model)
     data = batch()
-    x = trainee.student.normalise(data["images"], data["sizes"])
-    features = trainee.student.features(x)
-    outputs = trainee.student.head(features)
-    assistant = trainee.assistants["rcnn"].head
-    proposals = trainee.student.head.proposals(outputs, data["sizes"])
-    truth = Truth.of(data["boxes"], data["labels"])
+    x = model.student.normalise(data["images"], data["sizes"])
+    features = model.student.features(x)
+    outputs = model.student.head(features)
+    assistant = model.assistants["rcnn"].head
+    proposals = model.student.head.proposals(outputs, data["sizes"])
+    truth = truth_of(data)
     rois = sample_rois(proposals, truth, assistant.spec, CLASSES, torch.Generator().manual_seed(3))
     taught = assistant(features, rois.boxes, rois.image).taps[-1]
 
-    adapter = trainee.ckds["rcnn"].adapter
+    adapter = ckd_of(model, "rcnn").adapter
     weight, bias = adapter.weight.double(), adapter.bias.double()
     width = taught.shape[1]
     squares, rows, anchors = [], 0, set()
@@ -96,50 +100,51 @@ def test_ckd_of_the_rcnn_assistant_is_the_formula(decouple: bool) -> None:
 @pytest.mark.parametrize("name", ["fcos", "retinanet"])
 def test_ckd_of_a_dense_assistant_is_the_formula(name: str) -> None:
     """Sum over five levels of MSE(1x1 conv(student's last cls conv), the assistant's)."""
-    trainee = trainee_of([name])
-    losses = step(trainee)
+    model = model_of([name])
+    losses = step(model)
     data = batch()
-    features = trainee.student.features(trainee.student.normalise(data["images"], data["sizes"]))
-    assistant, adapter = trainee.assistants[name], trainee.ckds[name].adapter
+    features = model.student.features(model.student.normalise(data["images"], data["sizes"]))
+    assistant, adapter = model.assistants[name], ckd_of(model, name).adapter
     kernel, bias = adapter.weight[:, :, 0, 0].double(), adapter.bias.double()
     expected = torch.zeros((), dtype=torch.float64)
-    for own, theirs in zip(trainee.student.head(features).taps[0], assistant.head(features).taps[0], strict=True):
+    for own, theirs in zip(model.student.head(features).taps[0], assistant.head(features).taps[0], strict=True):
         adapted = torch.einsum("oc,bchw->bohw", kernel, own.double()) + bias[:, None, None]
         expected = expected + (adapted - theirs).square().mean()
     torch.testing.assert_close(losses[f"loss_{name}_ckd"].double(), expected, rtol=1e-5, atol=0)
 
 
-def reached(loss: Tensor, trainee: TFHEAD) -> set[str]:
-    parameters = dict(trainee.named_parameters())
+def reached(loss: Tensor, model: TrainingModel) -> set[str]:
+    parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
     touched = {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().sum() > 0}
     parts = ["student.backbone", "student.neck", "student.head.cls_tower", "student.head.cls_out", "student.head.box"]
-    parts += [f"{part}.{name}" for name in trainee.assistants for part in ("assistants", "ckds")]
+    parts += [f"assistants.{name}" for name in model.assistants]
+    parts += [f"terms.{number}" for number, term in enumerate(model.terms) if isinstance(term, CKD)]
     return {part for part in parts if any(name.startswith(part) for name in touched)}
 
 
 def test_gradients_reach_what_they_should_and_nothing_else() -> None:
-    trainee = trainee_of(HEADS)
-    losses = step(trainee)
+    model = model_of(HEADS)
+    losses = step(model)
     below = {"student.backbone", "student.neck"}
-    for name in HEADS:
-        assert reached(losses[f"loss_{name}_cls"], trainee) == below | {f"assistants.{name}"}
-        assert reached(losses[f"loss_{name}_ckd"], trainee) == below | {"student.head.cls_tower", f"ckds.{name}"}
-    assert reached(losses["loss_cls"], trainee) == below | {"student.head.cls_tower", "student.head.cls_out"}
+    for number, name in enumerate(HEADS):
+        assert reached(losses[f"loss_{name}_cls"], model) == below | {f"assistants.{name}"}
+        assert reached(losses[f"loss_{name}_ckd"], model) == below | {"student.head.cls_tower", f"terms.{2 * number + 1}"}
+    assert reached(losses["loss_cls"], model) == below | {"student.head.cls_tower", "student.head.cls_out"}
 
 
 def test_warmup_early_stop_and_weights() -> None:
-    trainee = trainee_of(HEADS, warmup_steps=40, ckd_epochs=5)
-    full = step(trainee, at=STEPS_PER_EPOCH * 5 - 1)
+    model = model_of(HEADS, warmup_steps=40, ckd_epochs=5)
+    full = step(model, at=STEPS_PER_EPOCH * 5 - 1)
     for at, gt, ckd in ((0, 0.0, 0.0), (10, 0.25, 0.25), (49, 1.0, 1.0), (50, 1.0, 0.0), (1000, 1.0, 0.0)):
-        losses = step(trainee, at=at)
+        losses = step(model, at=at)
         assert losses.keys() == full.keys()
         for name, loss in losses.items():
             factor = 1.0 if name in ("loss_cls", "loss_box") else ckd if name.endswith("_ckd") else gt
             torch.testing.assert_close(loss, factor * full[name], msg=f"{name} at {at}")
 
-    doubled = trainee_of(HEADS, keys={"gt_weight": 2.0, "ckd_weight": 4.0})
-    single = trainee_of(HEADS, keys={"gt_weight": 1.0, "ckd_weight": 1.0})
+    doubled = model_of(HEADS, keys={"gt_weight": 2.0, "ckd_weight": 4.0})
+    single = model_of(HEADS, keys={"gt_weight": 1.0, "ckd_weight": 1.0})
     one, other = step(single), step(doubled)
     for name, loss in other.items():
         factor = 1.0 if name in ("loss_cls", "loss_box") else 4.0 if name.endswith("_ckd") else 2.0
@@ -148,7 +153,7 @@ def test_warmup_early_stop_and_weights() -> None:
 
 def test_a_batch_without_objects_is_finite() -> None:
     data = batch()
-    losses = step(trainee_of(HEADS), boxes=torch.zeros_like(data["boxes"]), labels=torch.full_like(data["labels"], -1))
+    losses = step(model_of(HEADS), boxes=torch.zeros_like(data["boxes"]), labels=torch.full_like(data["labels"], -1))
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     assert total.isfinite()
@@ -156,7 +161,7 @@ def test_a_batch_without_objects_is_finite() -> None:
 
 def test_the_research_branch_weights_are_the_defaults() -> None:
     """method.md section 4: FCOS 0.5 and 1.0, R-CNN 1 and 1.3."""
-    trainee = trainee_of(HEADS)
-    assert trainee.members["fcos"][2:] == (0.5, 1.0) and trainee.members["rcnn"][2:] == (1.0, 1.3)
-    assert trainee.ckds["rcnn"].anchors == 9
-    assert trainee_of(["rcnn"], fcos_spec()).ckds["rcnn"].anchors == 1
+    model = model_of(HEADS)
+    assert [term.weight for term in model.terms] == [0.5, 1.0, 1.0, 1.3, 1.0, 1.0]
+    assert ckd_of(model, "rcnn").anchors == 9
+    assert ckd_of(model_of(["rcnn"], fcos_spec()), "rcnn").anchors == 1

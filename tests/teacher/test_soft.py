@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headkd_ray.data.batch import Batch, idle_batch
-from headkd_ray.detectors.matching import Truth, match
+from headkd_ray.detectors import GroundTruth
+from headkd_ray.detectors.matching import match
 from headkd_ray.detectors.rois import flatten
 from headkd_ray.targets import SoftTargets
 from headkd_ray.teacher import SoftTeacher
@@ -117,7 +118,7 @@ def test_budget_and_share_of_positives(budget: int, fraction: float) -> None:
     for view in examples():
         batch = batch_of(view)
         targets, proposals = teacher(batch), candidates_of(teacher, batch)
-        truth, own = Truth.of(batch.boxes, batch.labels), torch.from_numpy(view.boxes)
+        truth, own = GroundTruth.of(batch.boxes, batch.labels, batch.sizes), torch.from_numpy(view.boxes)
         positive = match(targets.boxes, truth, 0.5, 0.5, valid=targets.valid) >= 0
         offered = torch.cat([own, proposals])
         positives = int((match(offered[None], truth, 0.5, 0.5) >= 0).sum())

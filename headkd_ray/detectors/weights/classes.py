@@ -11,7 +11,7 @@ from torch import Tensor
 from headkd_ray.detectors.build import AnyDetector, build_detector
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.roi_head import RoIHead
+from headkd_ray.detectors.roi_head import BoxHead
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 
 UNUSED = "N/A"
@@ -59,7 +59,7 @@ def _rows(old: AnyDetector, here: Tensor, there: Tensor, classes: int) -> list[t
     side = torch.arange(4)
     rows = []
     for name, head in old.named_modules():
-        if isinstance(head, RoIHead):  # one, or the stages of a cascade
+        if isinstance(head, BoxHead):  # one, or the stages of a cascade
             rows.append((f"{name}.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]])))
             if not head.spec.class_agnostic:
                 rows.append((f"{name}.box_out", (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from torch import Tensor
 
-from headkd_ray.detectors.reppoints_head import POINTS
+from headkd_ray.detectors.reppoints import POINTS
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import (
     BackboneSpec,

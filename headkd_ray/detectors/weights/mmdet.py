@@ -17,7 +17,8 @@ from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
-from headkd_ray.detectors.roi_head import RoIHead
+from headkd_ray.detectors.roi_head import BoxHead
+from headkd_ray.detectors.two_stage import ROI_LEVELS
 from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_config import MMDetConfig
@@ -33,9 +34,6 @@ from headkd_ray.job import (
     RepPointsSpec,
     RetinaNetSpec,
 )
-
-ASSISTANT_STRIDES = (8, 16, 32, 64)
-"""HEAD's assistant pools from P3 to P6."""
 
 _STEMS = ("backbone.body.conv1.weight", "backbone.body.conv_stem.weight")
 _DEFORMABLE = re.compile(r"\.(conv2\.conv_offset|conv2_offset|conv\.conv_offset)\.")
@@ -86,7 +84,7 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
 
 def _build(
     ours: Mapping[str, Tensor], config: MMDetConfig, pixels: PixelSpec
-) -> tuple[AnyDetector, RoIHead | None, dict[int, nn.Linear]]:
+) -> tuple[AnyDetector, BoxHead | None, dict[int, nn.Linear]]:
     """Detector, assistant and adapters of the shapes in ``ours``, with initial weights."""
     neck = infer.fpn(ours)
     parts: dict[str, Any] = {"backbone": _backbone(ours, config), "neck": neck, "pixels": pixels}
@@ -98,7 +96,7 @@ def _build(
     assistant = None
     if any(name.startswith("assistant.") for name in ours):
         spec, assistant_classes = infer.roi_head(ours, "assistant.", neck.channels)
-        assistant = RoIHead(spec, neck.channels, assistant_classes, ASSISTANT_STRIDES)
+        assistant = BoxHead(spec, neck.channels, assistant_classes, detector.strides[:ROI_LEVELS])
     weights = {int(name.split(".")[1]): t for name, t in ours.items() if name.startswith("adapters.") and t.dim() == 2}
     return detector, assistant, {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
 

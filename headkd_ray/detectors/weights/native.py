@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 
+from headkd_ray.detectors.base import Detector
 from headkd_ray.detectors.build import build_detector
-from headkd_ray.detectors.detector import Detector
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.safe_load import read_file
 from headkd_ray.detectors.weights.loaded import LoadedDetector

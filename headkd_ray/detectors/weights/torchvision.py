@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from headkd_ray.detectors.build import build_detector
+from headkd_ray.detectors.dense import STRIDES
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.retina_head import STRIDES
 from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.torchvision_names import torchvision_names

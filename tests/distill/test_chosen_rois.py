@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import Detector, FasterRCNN, build_detector
-from headkd_ray.distill import HEAD, build_trainee
+from headkd_ray.distill import TrainingModel, build_training_model
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from headkd_ray.targets import SoftTargets
 from headkd_ray.teacher import SoftTeacher
-from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec
+from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec, whole
 
 CLASSES = 3
 BUDGET = 10
@@ -32,7 +32,9 @@ def teacher_of(spec: Any = None) -> Detector:
     return teacher
 
 
-def trainee_of(student: str = "retinanet", method: str = "head", teacher: Detector | None = None, **distill: Any) -> HEAD:
+def model_of(
+    student: str = "retinanet", method: str = "head", teacher: Detector | None = None, **distill: Any
+) -> TrainingModel:
     job = Job.model_validate(
         {
             "run": {"name": "test"},
@@ -44,9 +46,7 @@ def trainee_of(student: str = "retinanet", method: str = "head", teacher: Detect
         }
     )
     torch.manual_seed(0)
-    trainee = build_trainee(job, CLASSES, teacher or teacher_of(), 10)
-    assert isinstance(trainee, HEAD)
-    return trainee
+    return build_training_model(job, CLASSES, teacher or teacher_of(), 10)
 
 
 def targets_for(data: dict[str, Tensor]) -> SoftTargets:
@@ -66,34 +66,35 @@ def targets_for(data: dict[str, Tensor]) -> SoftTargets:
 
 
 def step(
-    trainee: HEAD, data: dict[str, Tensor], targets: SoftTargets | None, at: int = 10_000, seed: int = 0
+    model: TrainingModel, data: dict[str, Tensor], targets: SoftTargets | None, at: int = 10_000, seed: int = 0
 ) -> dict[str, Tensor]:
     drawn_by = torch.Generator().manual_seed(seed)
-    return trainee(data["images"], data["sizes"], data["boxes"], data["labels"], at, drawn_by, targets=targets)
+    return model(replace(whole(data), targets=targets), at, drawn_by)
 
 
 def distances(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: loss for name, loss in losses.items() if name.startswith(("loss_akd", "loss_ckd"))}
 
 
-def by_hand(trainee: HEAD, data: dict[str, Tensor], targets: SoftTargets) -> dict[str, float]:
+def by_hand(model: TrainingModel, data: dict[str, Tensor], targets: SoftTargets) -> dict[str, float]:
     """The terms of the loss that hang on RoIs, RoI by RoI, in float64 from the features on."""
-    student, head = trainee.student, trainee.assistant.head
+    student, head = model.student, model.assistants.assist.head
     features = student.features(student.normalise(data["images"], data["sizes"]))
     outputs = student.head(features)  # type: ignore[operator, union-attr]
     image, place = targets.valid.nonzero(as_tuple=True)
     boxes = targets.boxes[image, place]
     looked = head(features[:4], boxes, image)
     cells = student.head.nearest_cells(outputs, boxes)  # type: ignore[operator, union-attr]
+    _, akd_term, cross = model.terms
     akd, ckd = [[], []], []  # type: ignore[var-annotated]
     for row, (i, k) in enumerate(zip(image.tolist(), place.tolist(), strict=True)):
         for layer in range(2):
-            adapted = trainee.akd.adapters[layer](looked.taps[layer][row])  # type: ignore[union-attr]
+            adapted = akd_term.adapters[layer](looked.taps[layer][row])
             akd[layer].append((adapted - targets.taps[i, layer, k]).double() ** 2)
         if not targets.truth[i, k]:
             level, y, x, _ = cells[row].tolist()
             seen = outputs.taps[0][level][i, :, y, x]
-            ckd.append((trainee.ckd.adapter(seen) - targets.taps[i, -1, k]).double() ** 2)  # type: ignore[union-attr]
+            ckd.append((cross.adapter(seen) - targets.taps[i, -1, k]).double() ** 2)
     assert 0 < len(ckd) < len(akd[0]) == 13
     return {
         "loss_akd_1": WEIGHTS["akd_weight"] * float(torch.stack(akd[0]).mean()),
@@ -104,24 +105,24 @@ def by_hand(trainee: HEAD, data: dict[str, Tensor], targets: SoftTargets) -> dic
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_formula(student: str) -> None:
-    trainee, data = trainee_of(student).eval(), batch()
-    liven(trainee.assistant)
+    model, data = model_of(student).eval(), batch()
+    liven(model.assistants)
     targets = targets_for(data)
     with torch.no_grad():
-        losses = step(trainee, data, targets)
-        expected = by_hand(trainee, data, targets)
+        losses = step(model, data, targets)
+        expected = by_hand(model, data, targets)
     assert expected.keys() == distances(losses).keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-5), name
     with torch.no_grad():  # half of the way up, AKD and CKD weigh half
-        half = step(trainee, data, targets, at=1000)
+        half = step(model, data, targets, at=1000)
     for name in losses:
         factor = 0.5 if name in expected else 1.0
         torch.testing.assert_close(half[name], factor * losses[name])
 
 
 def test_padding_of_the_targets_and_of_the_truth_is_never_read() -> None:
-    trainee, data = trainee_of().eval(), batch()
+    model, data = model_of().eval(), batch()
     targets = targets_for(data)
     noise = torch.Generator().manual_seed(1)
     spoilt = targets._replace(
@@ -131,7 +132,7 @@ def test_padding_of_the_targets_and_of_the_truth_is_never_read() -> None:
     )
     wider = data | {"boxes": F.pad(data["boxes"], (0, 0, 0, 3)), "labels": F.pad(data["labels"], (0, 3), value=-1)}
     with torch.no_grad():
-        first, same, padded = (step(trainee, data, targets), step(trainee, data, spoilt), step(trainee, wider, targets))
+        first, same, padded = (step(model, data, targets), step(model, data, spoilt), step(model, wider, targets))
     for name, loss in first.items():
         assert torch.equal(loss, same[name]), name
         # The assistant's own RoIs are drawn from what the padding makes longer.
@@ -139,24 +140,21 @@ def test_padding_of_the_targets_and_of_the_truth_is_never_read() -> None:
 
 
 def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
-    """Given the RoIs that ``SoftTeacher`` chose, a guest says the same about them, and about those alone."""
+    """Given the RoIs that ``SoftTeacher`` chose, a teacher in the step says the same about them, and about those alone."""
     teacher, data = teacher_of(), batch() | {"sizes": torch.tensor([[64, 96], [50, 90], [64, 90]])}  # padded alike
     assert isinstance(teacher, FasterRCNN)
-    asked = Batch(
-        **data, image_ids=torch.arange(3), original_sizes=data["sizes"], views=torch.zeros(3, dtype=torch.int64), step=0
-    )
-    targets = SoftTeacher(teacher, BUDGET, seed=0, pad=32)(asked)
-    given, guest = trainee_of(teacher=teacher).eval(), trainee_of(teacher=teacher, rois="student").eval()
-    guest.load_state_dict(given.state_dict())
-    assert given.teacher is None and guest.teacher is teacher
-    x = given.student.normalise(data["images"], data["sizes"])
+    targets = SoftTeacher(teacher, BUDGET, seed=0, pad=32)(whole(data))
+    given, inline = model_of(teacher=teacher).eval(), model_of(teacher=teacher, rois="student").eval()
+    inline.load_state_dict(given.state_dict())
+    assert given.teacher is None and inline.teacher is teacher
     with torch.no_grad():
-        losses, trace = given.trace(x, x, data["sizes"], data["boxes"], data["labels"], 5000, targets=targets)
-        chosen = trace.advice.looks[0].rois
-        expected, other = guest.trace(x, x, data["sizes"], data["boxes"], data["labels"], 5000, pick=lambda outputs: chosen)
+        forward = given.run(replace(whole(data), targets=targets))
+        losses, chosen = given.losses(forward, 5000), forward.comparison.assistant.stages[0].rois
+        inline.assistants.assist.sample = lambda *_: chosen
+        other = inline.run(whole(data))
+        expected = inline.losses(other, 5000)
     assert torch.equal(chosen.boxes, targets.boxes[targets.valid]) and losses.keys() == expected.keys()
-    assert trace.taught is not None and other.taught is not None
-    for mine, theirs in zip(trace.taught.taps, other.taught.taps, strict=True):
+    for mine, theirs in zip(forward.comparison.teacher.taps, other.comparison.teacher.taps, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     for name in losses:
         if not name.startswith("loss_assist"):
@@ -166,24 +164,24 @@ def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_assistant_learns_from_labels_where_the_student_looks(student: str) -> None:
     """As it does beside a teacher in the step: what was chosen beforehand is for comparison alone."""
-    given, data = trainee_of(student).eval(), batch()
-    guest = trainee_of(student, rois="student").eval()
-    guest.load_state_dict(given.state_dict())
+    given, data = model_of(student).eval(), batch()
+    inline = model_of(student, rois="student").eval()
+    inline.load_state_dict(given.state_dict())
     with torch.no_grad():
-        losses, expected = step(given, data, targets_for(data), seed=3), step(guest, data, None, seed=3)
+        losses, expected = step(given, data, targets_for(data), seed=3), step(inline, data, None, seed=3)
     assert losses.keys() == expected.keys()
     for name in losses:
         assert torch.equal(losses[name], expected[name]) != (name in distances(losses)), name
 
 
-def test_no_teacher_is_in_the_trainee() -> None:
+def test_no_teacher_is_in_the_model() -> None:
     teacher = teacher_of()
-    trainee = trainee_of(teacher=teacher)
-    assert trainee.teacher is None and trainee._guest is None and trainee.akd is not None and trainee.ckd is not None
-    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in trainee.parameters()}
-    assert not any("teacher" in name for name in trainee.state_dict())
-    with_guest = trainee_of(teacher=teacher, rois="student")
-    assert with_guest.teacher is teacher and with_guest.state_dict().keys() == trainee.state_dict().keys()
+    model = model_of(teacher=teacher)
+    assert model.teacher is None and len(model.terms) == 3
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
+    assert not any("teacher" in name for name in model.state_dict())
+    with_teacher = model_of(teacher=teacher, rois="student")
+    assert with_teacher.teacher is teacher and with_teacher.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -191,33 +189,33 @@ def test_no_teacher_is_in_the_trainee() -> None:
 @pytest.mark.parametrize("rois", ["all", "truth", "none"])
 def test_every_parameter_gets_a_gradient(student: str, method: str, rois: str) -> None:
     """Also where the batch has no RoI at all, or none but ground truth, which CKD leaves out."""
-    trainee, data = trainee_of(student, method).train(), batch()
+    model, data = model_of(student, method).train(), batch()
     targets = targets_for(data)
     if rois != "all":
         kept = targets.truth if rois == "truth" else torch.zeros_like(targets.truth)
         targets = targets._replace(valid=kept)
-    losses = step(trainee, data, targets)
+    losses = step(model, data, targets)
     torch.stack(list(losses.values())).sum().backward()
-    assert [n for n, p in trainee.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert len(distances(losses)) == (3 if method == "head" else 2)
     for name, loss in distances(losses).items():
         assert (loss.item() == 0) == (rois == "none" or (rois == "truth" and name == "loss_ckd"))
 
 
 def test_what_is_compared_is_not_drawn() -> None:
-    trainee, data = trainee_of().eval(), batch()
+    model, data = model_of().eval(), batch()
     targets = targets_for(data)
-    first, other = (step(trainee, data, targets, seed=seed) for seed in (1, 2))
+    first, other = (step(model, data, targets, seed=seed) for seed in (1, 2))
     assert all(torch.equal(loss, first[name]) for name, loss in distances(other).items())
     before = torch.get_rng_state()
-    step(trainee, data, targets)
+    step(model, data, targets)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_mixed_precision() -> None:
-    trainee, data = trainee_of().train(), batch()
+    model, data = model_of().train(), batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = step(trainee, data, targets_for(data))
+        losses = step(model, data, targets_for(data))
     assert {loss.dtype for loss in losses.values()} == {torch.float32} and all(loss.isfinite() for loss in losses.values())
     torch.stack(list(losses.values())).sum().backward()
 
@@ -225,5 +223,5 @@ def test_mixed_precision() -> None:
 @pytest.mark.parametrize("spec", [retinanet_spec(), cascade_spec()], ids=["retinanet", "cascade_rcnn"])
 def test_only_a_faster_rcnn_chooses_rois(spec: Any) -> None:
     with pytest.raises(JobError, match=r"distill.rois: teacher needs a faster_rcnn teacher.*this one is a (retinanet|cascade)"):
-        trainee_of(teacher=teacher_of(spec))
-    assert isinstance(trainee_of(teacher=teacher_of(spec), rois="student", copy_head=False), HEAD)
+        model_of(teacher=teacher_of(spec))
+    assert model_of(teacher=teacher_of(spec), rois="student", copy_head=False).teacher is not None

@@ -1,0 +1,30 @@
+"""The towers of convs that dense heads and the RPN are made of, and their initial weights."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from headkd_ray.detectors import init
+
+
+def tower(in_channels: int, channels: int, depth: int, norm_groups: int | None = None) -> nn.Sequential:
+    """``depth`` times 3x3 conv, GroupNorm (unless ``norm_groups`` is None) and ReLU."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1))
+        if norm_groups is not None:
+            layers.append(nn.GroupNorm(norm_groups, channels))
+        layers.append(nn.ReLU())  # not in-place: the last output is a tap, and FPN maps feed two towers
+    return nn.Sequential(*layers)
+
+
+def init_dense_head(head: nn.Module, tower_std: float | None) -> None:
+    """Draw output convs from N(0, 0.01); tower convs from N(0, tower_std), or by He et al. (2015) when it is None."""
+    for name, module in head.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if "tower" not in name:
+                init.normal(module, std=0.01)
+            elif tower_std is None:
+                init.kaiming(module)
+            else:
+                init.normal(module, std=tower_std)

@@ -1,0 +1,36 @@
+"""The ground-truth losses of an assistant, through which the student's pyramid learns what a head of another kind needs."""
+
+from __future__ import annotations
+
+from headkd_ray.detectors import BoxHead, Detector
+from headkd_ray.detectors.base import Losses
+from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.distill.terms import Parts, Term
+from headkd_ray.job import Job
+
+
+class AssistantLoss(Term):
+    """``loss_{assistant}_*``: the assistant's supervised losses, at the RoIs that the student proposes if it takes RoIs."""
+
+    per_assistant = True
+
+    def __init__(self, assistant: str, weight: float, warmup_steps: int = 0) -> None:
+        super().__init__(weight, warmup_steps)
+        self.assistant = assistant
+
+    @classmethod
+    def build(cls, parts: Parts, assistant: str) -> AssistantLoss:
+        plan = parts.plans[assistant]
+        return cls(assistant, plan.gt_weight, parts.job.distill.warmup_steps if plan.warm else 0)
+
+    @classmethod
+    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+        if teacher is None or job.distill.assistant is None or isinstance(teacher.detection_head, BoxHead):
+            return []
+        return [
+            "distill.assistant: describes an R-CNN head, but the assistant of this teacher is a head like its own, a "
+            f"{teacher.spec.kind}; use null"
+        ]
+
+    def distances(self, forward: StepForward) -> Losses:
+        return {f"loss_{self.assistant}_{name}": loss for name, loss in forward.assistant(self.assistant).losses.items()}

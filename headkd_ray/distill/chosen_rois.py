@@ -1,0 +1,34 @@
+"""RoIs that a teacher chose beforehand, and what it said about them, made into what a step compares."""
+
+from __future__ import annotations
+
+import torch
+
+from headkd_ray.detectors import DenseDetector, RoIs
+from headkd_ray.distill.features import HeadFeatures
+from headkd_ray.distill.student import StudentForward
+from headkd_ray.targets import SoftTargets
+
+
+@torch.no_grad()
+def chosen_rois(targets: SoftTargets, forward: StudentForward) -> RoIs:
+    """The RoIs of ``targets``; all count as background, for nobody learns from labels at them.
+
+    No anchor proposed them: their cells are those of the student's anchors that are nearest. Ground-truth boxes have none, as
+    among the RoIs that a student proposes.
+    """
+    student = forward.student
+    assert isinstance(student, DenseDetector)  # the job's own checks
+    cells = student.head.nearest_cells(forward.outputs, targets.boxes.flatten(0, 1)).unflatten(0, targets.truth.shape)
+    cells = cells.masked_fill(targets.truth.unsqueeze(-1), -1)
+    image, place = targets.valid.nonzero(as_tuple=True)
+    boxes = targets.boxes[image, place]
+    background = torch.full_like(image, student.num_classes)
+    return RoIs(boxes, image, cells[image, place], labels=background, targets=boxes)
+
+
+def chosen_features(targets: SoftTargets) -> HeadFeatures:
+    """What the teacher said about :func:`chosen_rois`, row for row."""
+    rows = targets.taps.transpose(1, 2)[targets.valid]  # (R, L, D)
+    taps = list(rows.unbind(1))
+    return HeadFeatures(taps, taps[-1])

@@ -1,0 +1,96 @@
+"""The training model of a job: its student, its assistants, and the list of terms that its method is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headkd_ray.detectors import Detector, RoIHead, build_detector, head_class
+from headkd_ray.detectors.dense import STRIDES
+from headkd_ray.detectors.two_stage import ROI_LEVELS
+from headkd_ray.distill.akd import AKD
+from headkd_ray.distill.assistant_loss import AssistantLoss
+from headkd_ray.distill.assistants import Assistant, assistant_of
+from headkd_ray.distill.ckd import CKD
+from headkd_ray.distill.copying import copy_weights
+from headkd_ray.distill.fitnet import FitNet
+from headkd_ray.distill.model import TrainingModel
+from headkd_ray.distill.terms import AssistantPlan, Parts, Term
+from headkd_ray.errors import JobError
+from headkd_ray.job import METHODS, Job, RoIHeadSpec
+
+TERMS: dict[str, type[Term]] = {"assistant": AssistantLoss, "akd": AKD, "ckd": CKD, "fitnet": FitNet}
+"""The terms by the names that ``headkd_ray.job.methods`` has for them."""
+
+ASSIST = "assist"
+"""The name of the one assistant of all methods but tf_head, as in ``loss_assist_cls``."""
+
+
+def build_training_model(job: Job, num_classes: int, teacher: Detector | None, steps_per_epoch: int) -> TrainingModel:
+    """The student of ``job`` with its helpers, freshly initialised from torch's default generator.
+
+    ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` are optimizer steps. Raises JobError if
+    student, teacher and method do not fit.
+    """
+    kinds = [TERMS[name] for name in METHODS[job.method].terms]
+    problems = _problems(job, num_classes, teacher, kinds)
+    if problems:
+        raise JobError(problems)
+    student = build_detector(job.student, num_classes)
+    plans = assistant_plans(job, teacher) if "assistant" in METHODS[job.method].terms else {}
+    assistants: dict[str, Assistant] = {}
+    parts = Parts(job, student, teacher, assistants, plans, steps_per_epoch)
+    terms: list[Term] = []
+    for name, plan in plans.items():  # an assistant before its adapters: seeded runs draw initial weights in this order
+        assistants[name] = _assistant(plan, student, teacher, copy=job.distill.copy_head)
+        terms += [kind.build(parts, name) for kind in kinds if kind.per_assistant]
+    terms += [kind.build(parts, "") for kind in kinds if not kind.per_assistant]
+    return TrainingModel(student, assistants, terms, teacher if _in_the_step(job, terms) else None)
+
+
+def assistant_plans(job: Job, teacher: Detector | None) -> dict[str, AssistantPlan]:
+    """The assistants of a job by name: those that tf_head lists; else one of the teacher's kind and widths, or an R-CNN's
+    without a teacher."""
+    distill = job.distill
+    if job.method == "tf_head":
+        listed = {name: getattr(distill.assistants, name) for name in type(distill.assistants).model_fields}
+        return {
+            name: AssistantPlan(
+                spec.head, spec.gt_weight, spec.ckd_weight, warm=True, decouple=getattr(spec, "decouple", False)
+            )
+            for name, spec in listed.items()
+            if spec is not None
+        }
+    head = distill.assistant or (teacher.detection_head.spec if teacher is not None else RoIHeadSpec())
+    return {ASSIST: AssistantPlan(head, distill.assistant_weight, distill.ckd_weight, warm=distill.warm_assistant)}
+
+
+def _assistant(plan: AssistantPlan, student: Detector, teacher: Detector | None, copy: bool) -> Assistant:
+    """The planned assistant on the student's pyramid, with the teacher's weights if it has a teacher and they are copied."""
+    make: Any = head_class(plan.head)
+    # A dense head is on P3 to P7 of any student; a RoI head pools from the finest levels that the student has.
+    strides = student.strides[:ROI_LEVELS] if issubclass(make, RoIHead) else STRIDES
+    head = make(plan.head, student.spec.neck.channels, student.num_classes, strides)
+    if teacher is not None and copy:
+        copy_weights(teacher.detection_head, head, "distill.assistant")
+    return assistant_of(head)
+
+
+def _in_the_step(job: Job, terms: list[Term]) -> bool:
+    """Whether the teacher runs in the training step; else its answers come with the batches, or no term reads any."""
+    reads = {term.reads_teacher for term in terms}
+    here = job.distill.rois == "student" and (job.teacher is None or job.teacher.placement == "inline")
+    return "pyramid" in reads or ("head" in reads and here)
+
+
+def _problems(job: Job, num_classes: int, teacher: Detector | None, kinds: list[type[Term]]) -> list[str]:
+    """Everything of the job or its teacher that does not fit the method, each with the key to mend."""
+    if not METHODS[job.method].teacher:
+        return [f"teacher: method {job.method} uses none"] if teacher is not None else []
+    if teacher is None:
+        return [f"teacher: method {job.method} needs one"]
+    problems = [problem for kind in kinds for problem in kind.problems(job, teacher)]
+    if teacher.num_classes != num_classes:
+        problems.append(f"teacher.checkpoint: the teacher knows {teacher.num_classes} classes, the data has {num_classes}")
+    if job.method == "copy_only" and not job.distill.copy_head:
+        problems.append("distill.copy_head: false leaves method copy_only nothing of the teacher; use method assist")
+    return problems

@@ -1,0 +1,84 @@
+"""The training model: a student and the distillation terms that help it learn. Only ``student`` is exported.
+
+    L = L_student + sum over terms of  weight w(t) [t < stop] distance
+
+HEAD (Wang et al., ECCV 2022, arXiv 2207.05345) is an assistant of the teacher's kind on the student's pyramid with three terms:
+its own ground-truth losses, AKD (assistant and teacher) and CKD (student and teacher). TF-HEAD is several assistants of other
+kinds, each with its ground-truth losses and a CKD of which it is itself the target. ``methods.py`` has them all as lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.detectors import Detector, GroundTruth
+from headkd_ray.detectors.base import Losses
+from headkd_ray.distill.assistants import Assistant
+from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.distill.student import StudentForward
+from headkd_ray.distill.teacher import FrozenTeacher, TeacherForward
+from headkd_ray.distill.terms import Term
+
+
+class TrainingModel(nn.Module):
+    """What a training step runs; without terms, supervised training of ``student`` alone."""
+
+    def __init__(
+        self,
+        student: Detector,
+        assistants: Mapping[str, Assistant] | None = None,
+        terms: Iterable[Term] = (),
+        teacher: Detector | None = None,
+    ) -> None:
+        """``teacher`` is needed if a term reads it and its answers do not come with the batches."""
+        super().__init__()
+        self.student = student
+        self.assistants = nn.ModuleDict(assistants or {})
+        self.terms = nn.ModuleList(terms)
+        self._teacher = FrozenTeacher(teacher) if teacher is not None else None
+
+    @property
+    def teacher(self) -> Detector | None:
+        """The frozen teacher; not in ``parameters()``, ``modules()`` or ``state_dict()``."""
+        return self._teacher.detector if self._teacher else None
+
+    def forward(self, batch: Batch, step: int, generator: torch.Generator | None = None) -> Losses:
+        """Weighted losses by name, float32 scalars; the total is their plain sum.
+
+        ``step`` is the optimizer step from 0, for warm-ups; ``generator`` (on the batch's device; None = torch's default) draws
+        the RoIs. AKD and CKD compare with ``batch.targets``, at their RoIs, if there are any; else ``batch.ask`` answers for
+        the teacher, if given; else the model's own does.
+        """
+        return self.losses(self.run(batch, generator), step)
+
+    def run(self, batch: Batch, generator: torch.Generator | None = None) -> StepForward:
+        """The forward pass on ``batch``; assistants and teacher follow when a term reads them."""
+        x = self.student.normalise(batch.images, batch.sizes)
+        truth = GroundTruth.of(batch.boxes, batch.labels, batch.sizes)
+        student = StudentForward.run(self.student, x, truth, generator)
+        teacher = None
+        if self._teacher is not None:
+            teacher = TeacherForward(self._teacher, self._teacher.input(batch.images, batch.sizes, x, self.student))
+        return StepForward(student, self.assistants, teacher, batch.ask, batch.targets, generator)  # type: ignore[arg-type]
+
+    def losses(self, forward: StepForward, step: int) -> Losses:
+        """The student's own losses and those of all terms at optimizer step ``step``, in the order of the terms."""
+        losses = dict(forward.student.losses)
+        for term in self.terms:
+            losses |= term(forward, step)
+        return losses
+
+    def without_teacher(self) -> TrainingModel:
+        """The same student and assistants with those terms alone that read no teacher."""
+        terms = [term for term in self.terms if isinstance(term, Term) and term.reads_teacher == "nothing"]
+        return TrainingModel(self.student, self.assistants, terms)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self._teacher:
+            self._teacher.apply(fn)
+        return super()._apply(fn, recurse)

@@ -1,0 +1,31 @@
+"""What each method consists of: the distillation terms beside the student's own losses, and whether it has a teacher.
+
+``headkd_ray.distill.methods`` has the class of each term. Torch is not needed here, so that a mistaken job is told at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
+
+
+class MethodSpec(NamedTuple):
+    """A method."""
+
+    terms: tuple[str, ...]
+    """Names of its terms, in the order in which they are computed: assistant = ground-truth losses of an assistant, akd =
+    assistant distillation, ckd = cross distillation, fitnet = imitation of a pyramid."""
+    teacher: bool
+    """Whether the job has to name a teacher; else it must not."""
+
+
+METHODS: dict[Method, MethodSpec] = {
+    "supervised": MethodSpec((), teacher=False),
+    "assist": MethodSpec(("assistant",), teacher=False),
+    "copy_only": MethodSpec(("assistant",), teacher=True),
+    "akd": MethodSpec(("assistant", "akd"), teacher=True),
+    "head": MethodSpec(("assistant", "akd", "ckd"), teacher=True),
+    "fitnet": MethodSpec(("fitnet",), teacher=True),
+    "tf_head": MethodSpec(("assistant", "ckd"), teacher=False),
+}
