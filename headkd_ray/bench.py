@@ -18,7 +18,7 @@ from rich.table import Table
 
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.errors import JobError
-from headkd_ray.job import Job, load_job
+from headkd_ray.job import METHODS, Job, TwoStageDetectorSpec, load_job
 
 if TYPE_CHECKING:
     from headkd_ray.engine.placements import Building, Placement
@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     with user_errors():
         job = load_job(options.job, options.overrides)
-        if job.method not in ("akd", "head"):
+        if "akd" not in METHODS[job.method].terms:
             raise JobError(f"method: {job.method} has no teacher that could be placed; give a job of method head or akd")
-        if job.student.kind in ("faster_rcnn", "cascade_rcnn"):
+        if isinstance(job.student, TwoStageDetectorSpec):
             raise JobError(f"student.kind: a {job.student.kind} looks at RoIs of its own, so there is nothing to compare")
         measure_teacher(job, options.steps, options.rounds)
     return 0

@@ -1,4 +1,4 @@
-"""Detectors in plain PyTorch: dense (RetinaNet, FCOS, RepPoints) and two-stage (Faster, Cascade R-CNN), and their weights."""
+"""Detectors in plain PyTorch, dense (RetinaNet, FCOS, GFL, RepPoints) and two-stage (Faster, Cascade R-CNN); their weights."""
 
 from headkd_ray.detectors.base import DenseHead, Detector, RoIHead, StageOutput
 from headkd_ray.detectors.build import build_detector
@@ -6,6 +6,7 @@ from headkd_ray.detectors.cascade_rcnn import CascadeHead, CascadeRCNN
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS, FCOSHead
+from headkd_ray.detectors.gfl import GFL, GFLHead
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.proposals import Detections, Proposals
 from headkd_ray.detectors.registry import KINDS, head_class
@@ -17,6 +18,7 @@ from headkd_ray.detectors.two_stage import TwoStageDetector
 
 __all__ = [
     "FCOS",
+    "GFL",
     "KINDS",
     "BoxHead",
     "CascadeHead",
@@ -27,6 +29,7 @@ __all__ = [
     "Detector",
     "FCOSHead",
     "FasterRCNN",
+    "GFLHead",
     "GroundTruth",
     "Proposals",
     "RepPoints",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,6 +30,44 @@ def focal_loss_sum(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float
 
 def _power(value: Tensor, exponent: float) -> Tensor:
     return value * value if exponent == 2 else value.pow(exponent)
+
+
+def quality_focal_loss_sum(logits: Tensor, labels: Tensor, quality: Tensor, counted: Tensor, beta: float) -> Tensor:
+    """Quality focal loss (GFL), summed: |q - p|^beta times the cross entropy of p with q, which is ``quality`` at a target and
+    0 elsewhere.
+
+    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``quality`` (B, N) in 0..1; ``counted`` (B, N) bool, False =
+    no loss. As in :func:`focal_loss_sum`, the one entry a row that is a target is corrected afterwards.
+    """
+    logits = logits.float()
+    background = _power(logits.sigmoid(), beta) * F.softplus(logits)
+    total = background.sum(-1).masked_fill(~counted, 0.0).sum()
+    target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    paid = _power(target.sigmoid(), beta) * F.softplus(target)
+    entropy = F.binary_cross_entropy_with_logits(target, quality, reduction="none")
+    owed = _power((quality - target.sigmoid()).abs(), beta) * entropy
+    return total + (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0).sum()
+
+
+def distribution_focal_loss_sum(bins: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Distribution focal loss (GFL), summed with ``weights`` (..., broadcast): cross entropy of the distribution with the two
+    whole numbers around the target, each by its nearness.
+
+    ``bins`` (..., M + 1) logits of the numbers 0 to M; ``target`` (...) at least 0 and below M.
+    """
+    log = bins.float().log_softmax(-1)
+    low = target.floor()
+    below, above = (log.gather(-1, (low + i).long().unsqueeze(-1)).squeeze(-1) for i in (0, 1))
+    return -((below * (low + 1 - target) + above * (target - low)) * weights).sum()
+
+
+def mean_over_workers(value: Tensor) -> Tensor:
+    """The mean of a scalar that carries no gradient over the processes that train together; itself where there is one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
 
 
 def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0) -> Tensor:

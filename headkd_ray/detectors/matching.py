@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,37 @@ def match_nearest(reference: Tensor, truth: GroundTruth, base_scale: float, vali
     claims = (claimed.unsqueeze(1) == torch.arange(len(reference), device=apart.device).unsqueeze(-1)) & eligible
     nearest, index = apart.masked_fill_(~claims, torch.inf).min(dim=2)
     return index.masked_fill(nearest.isinf(), NEGATIVE)
+
+
+@torch.no_grad()
+def match_adaptive(boxes: Tensor, counts: Sequence[int], truth: GroundTruth, topk: int, valid: Tensor) -> Tensor:
+    """(B, N) int64: index of the ground-truth box that each anchor answers for, NEGATIVE or IGNORED (ATSS, as in mmdet).
+
+    ``boxes`` (N, 4) are the anchors, ``counts`` how many there are on each level. Candidates for a ground-truth box are the
+    ``topk`` ``valid`` (B, N) anchors of each level whose centres are nearest to its own; of these it takes those whose centre
+    lies inside it and whose IoU is at least mean + standard deviation of its candidates'. Of several boxes that take one anchor
+    it answers for that of the greatest IoU. Invalid anchors come out IGNORED.
+    """
+    iou = pairwise_iou(boxes, truth.boxes)
+    x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unsqueeze(-1).unbind(1)
+    x1, y1, x2, y2 = truth.boxes.unsqueeze(1).unbind(-1)
+    apart = torch.hypot(x - (x1 + x2) / 2, y - (y1 + y2) / 2).masked_fill_(~valid.unsqueeze(-1), torch.inf)
+    places, first = [], 0
+    for count in counts:
+        level = apart[:, first : first + count]
+        places.append(level.topk(min(topk, count), dim=1, largest=False).indices + first)
+        first += count
+    candidates = torch.cat(places, dim=1)  # (B, K, G)
+    real = apart.gather(1, candidates).isfinite()
+    overlaps = iou.gather(1, candidates)
+    number = real.sum(1, keepdim=True)
+    mean = (overlaps * real).sum(1, keepdim=True) / number
+    deviation = ((overlaps - mean).square() * real).sum(1, keepdim=True) / (number - 1)
+    inside = torch.minimum(torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y)) > 0.01
+    taken = real & (overlaps >= mean + deviation.sqrt()) & truth.present.unsqueeze(1) & inside.gather(1, candidates)
+    chosen = torch.zeros_like(inside).scatter_(1, candidates, taken)
+    best, index = iou.masked_fill_(~chosen, -1.0).max(dim=2)
+    return torch.where(best >= 0, index, NEGATIVE).masked_fill(~valid, IGNORED)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:

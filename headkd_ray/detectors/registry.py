@@ -9,6 +9,7 @@ from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
+from headkd_ray.detectors.gfl import GFL
 from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.two_stage import TwoStageDetector
@@ -19,6 +20,8 @@ from headkd_ray.job import (
     FasterRCNNSpec,
     FCOSHeadSpec,
     FCOSSpec,
+    GFLHeadSpec,
+    GFLSpec,
     RepPointsHeadSpec,
     RepPointsSpec,
     RetinaHeadSpec,
@@ -40,6 +43,7 @@ class Kind(NamedTuple):
 KINDS: tuple[Kind, ...] = (
     Kind(RetinaNetSpec, RetinaHeadSpec, RetinaNet),
     Kind(FCOSSpec, FCOSHeadSpec, FCOS),
+    Kind(GFLSpec, GFLHeadSpec, GFL),
     Kind(RepPointsSpec, RepPointsHeadSpec, RepPoints),
     Kind(FasterRCNNSpec, RoIHeadSpec, FasterRCNN),
     Kind(CascadeRCNNSpec, CascadeHeadSpec, CascadeRCNN),

@@ -92,7 +92,10 @@ class BoxHead(RoIHead):
         return layers
 
     def forward(self, features: Sequence[Tensor], rois: Tensor, image: Tensor) -> BoxOutputs:
-        """Look at ``rois`` (R, 4) of images ``image`` (R,) on the finest ``len(strides)`` of ``features`` (B, C, H, W)."""
+        """What the head says about ``rois`` (R, 4) of images ``image`` (R,).
+
+        ``features`` are pyramid levels (B, in_channels, H, W), finest first; the first ``len(strides)`` are pooled from.
+        """
         pooled = pool_rois(features[: len(self.strides)], self.strides, rois, image, self.spec)
         hidden, taps = self.convs(pooled).flatten(1), []
         for fc in self.fcs:

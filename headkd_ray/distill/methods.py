@@ -14,11 +14,13 @@ from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.copying import copy_weights
 from headkd_ray.distill.fitnet import FitNet
 from headkd_ray.distill.model import TrainingModel
+from headkd_ray.distill.pkd import PKD
 from headkd_ray.distill.terms import AssistantPlan, Parts, Term
 from headkd_ray.errors import JobError
 from headkd_ray.job import METHODS, Job, RoIHeadSpec
+from headkd_ray.job.methods import terms_of
 
-TERMS: dict[str, type[Term]] = {"assistant": AssistantLoss, "akd": AKD, "ckd": CKD, "fitnet": FitNet}
+TERMS: dict[str, type[Term]] = {"assistant": AssistantLoss, "akd": AKD, "ckd": CKD, "fitnet": FitNet, "pkd": PKD}
 """The terms by the names that ``headkd_ray.job.methods`` has for them."""
 
 ASSIST = "assist"
@@ -31,7 +33,7 @@ def build_training_model(job: Job, num_classes: int, teacher: Detector | None, s
     ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` are optimizer steps. Raises JobError if
     student, teacher and method do not fit.
     """
-    kinds = [TERMS[name] for name in METHODS[job.method].terms]
+    kinds = [TERMS[name] for name in terms_of(job)]
     problems = _problems(job, num_classes, teacher, kinds)
     if problems:
         raise JobError(problems)

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from headkd_ray.detectors import Detections, FasterRCNN, GroundTruth, Proposals, RetinaNet, RoIs, StageOutput
 from headkd_ray.detectors.retinanet import RetinaOutputs
 from headkd_ray.detectors.roi_head import BoxOutputs
-from headkd_ray.detectors.weights import LoadedDetector, load_mmdet
+from headkd_ray.detectors.weights import LoadedDetector
+from headkd_ray.detectors.weights.mmdet import MMDetModel, load_mmdet_model
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
 from headkd_ray.distill import TrainingModel
 from headkd_ray.distill.akd import AKD
@@ -87,10 +88,10 @@ class Replay:
 def replay(golden: Golden) -> Replay:
     """Load, run, differentiate. Raises CheckpointError or DataError if the state dicts are no model that this project has."""
     state, teacher_state = golden.state("student"), golden.state("teacher")
-    student = load_mmdet(state, source=f"{golden.source}: student")
-    teacher = load_mmdet(teacher_state, source=f"{golden.source}: teacher") if teacher_state else None
-    run = Replay(student, teacher)
-    detector, model = student.detector, _training_model(golden, student, teacher)
+    student = load_mmdet_model(state, source=f"{golden.source}: student")
+    teacher = load_mmdet_model(teacher_state, source=f"{golden.source}: teacher").loaded if teacher_state else None
+    run = Replay(student.loaded, teacher)
+    detector, model = student.loaded.detector, _training_model(golden, student, teacher)
     x, sizes = golden.tensor("images"), golden.tensor("image_sizes").long()
 
     run.evaluate("", x, sizes)
@@ -122,9 +123,9 @@ def replay(golden: Golden) -> Replay:
     return run
 
 
-def _training_model(golden: Golden, student: LoadedDetector, teacher: LoadedDetector | None) -> TrainingModel | None:
+def _training_model(golden: Golden, student: MMDetModel, teacher: LoadedDetector | None) -> TrainingModel | None:
     """HEAD with the loaded parts, its assistant at the RoIs that the file chose; None for a plain detector."""
-    if student.assistant is None or not isinstance(student.detector, RetinaNet):
+    if student.assistant is None or not isinstance(student.loaded.detector, RetinaNet):
         return None
     layers, spec = student.assistant.spec.fcs, DistillSpec()
     akd = [a for number, a in student.adapters.items() if number < layers]
@@ -146,7 +147,7 @@ def _training_model(golden: Golden, student: LoadedDetector, teacher: LoadedDete
         *([AKD(akd, spec.akd_weight, spec.warmup_steps)] if akd else []),
         *(CKD(adapter, weight=spec.ckd_weight, warmup_steps=spec.warmup_steps) for adapter in ckd),
     ]
-    return TrainingModel(student.detector, {ASSIST: RoIAssistant(student.assistant, sample)}, terms)
+    return TrainingModel(student.loaded.detector, {ASSIST: RoIAssistant(student.assistant, sample)}, terms)
 
 
 def _head_step(
@@ -198,8 +199,8 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
 
 
-def _gradients(student: LoadedDetector, names: dict[str, str]) -> dict[str, Tensor]:
-    parameters = dict(student.detector.named_parameters())
+def _gradients(student: MMDetModel, names: dict[str, str]) -> dict[str, Tensor]:
+    parameters = dict(student.loaded.detector.named_parameters())
     if student.assistant is not None:
         parameters |= {f"assistant.{name}": p for name, p in student.assistant.named_parameters()}
     for number, adapter in student.adapters.items():

@@ -3,6 +3,7 @@
 from headkd_ray.job.assistants import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
 from headkd_ray.job.checks import Problem, problems, warnings
 from headkd_ray.job.detector import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
+from headkd_ray.job.gfl import GFLFPNSpec, GFLHeadSpec, GFLPostprocessSpec, GFLSpec
 from headkd_ray.job.job import (
     CheckpointSpec,
     ClusterSpec,
@@ -75,6 +76,10 @@ __all__ = [
     "FCOSSpec",
     "FPNSpec",
     "FasterRCNNSpec",
+    "GFLFPNSpec",
+    "GFLHeadSpec",
+    "GFLPostprocessSpec",
+    "GFLSpec",
     "Job",
     "LogSpec",
     "Method",

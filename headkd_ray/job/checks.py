@@ -265,7 +265,21 @@ def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:
             yield f"distill.{term}_weight", f"method {method} has no such loss; remove the key, or use method head"
 
 
+def _pkd(get: Get) -> Iterator[tuple[str, str]]:
+    if not get("distill.pkd_weight") > 0:
+        return
+    method, teacher = get("method"), get("teacher")
+    if not METHODS[method].teacher:
+        yield "distill.pkd_weight", f"method {method} has no teacher to imitate; remove the key, or use method head"
+    elif teacher is not None and get("teacher.placement") != "inline":
+        yield (
+            "teacher.placement",
+            "distill.pkd_weight reads the teacher's pyramid in every step; use inline, or remove that key",
+        )
+
+
 CHECKS: tuple[Check, ...] = (
+    _pkd,
     _idle_weights,
     _workers,
     _method_and_teacher,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from headkd_ray.job.gfl import GFLSpec
 from headkd_ray.job.parts import (
     KIND,
     AnchorSpec,
@@ -121,7 +122,7 @@ class FCOSSpec(DenseDetectorSpec):
 
 
 DetectorSpec = Annotated[
-    RetinaNetSpec | FCOSSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec, Field(discriminator="kind")
+    RetinaNetSpec | FCOSSpec | GFLSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec, Field(discriminator="kind")
 ]
 """Any detector's spec; ``kind`` chooses. ``headkd_ray.detectors.registry`` has the classes that are built from them."""
 

@@ -94,6 +94,10 @@ class DistillSpec(Spec):
     fitnet_levels: Annotated[int, Field(ge=1, le=5)] = 5
     """Pyramid levels that are imitated, P3 the first (method fitnet). Fewer where no object is large enough for the last
     ones: their features then grow without bound, and are all of the loss."""
+    pkd_weight: NonNegativeFloat = 0.0
+    """Weight of the PKD term, which lets the student's pyramid imitate the teacher's on the levels whose strides both have, by
+    Pearson's correlation; any method with a teacher of the same student.neck.channels, placed inline. 0 = no such term; its
+    authors use 6 to 12."""
     assistants: AssistantsSpec = AssistantsSpec()
     """The assistants of method tf_head: at least one, best of other kinds than the student."""
     ckd_epochs: PositiveInt | None = None

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from headkd_ray.job.job import Job
 
 Method = Literal["supervised", "assist", "akd", "head", "copy_only", "fitnet", "tf_head"]
 
@@ -15,7 +18,8 @@ class MethodSpec(NamedTuple):
 
     terms: tuple[str, ...]
     """Names of its terms, in the order in which they are computed: assistant = ground-truth losses of an assistant, akd =
-    assistant distillation, ckd = cross distillation, fitnet = imitation of a pyramid."""
+    assistant distillation, ckd = cross distillation, fitnet = imitation of a pyramid. (pkd, another one, is added by its
+    weight.)"""
     teacher: bool
     """Whether the job has to name a teacher; else it must not."""
 
@@ -29,3 +33,8 @@ METHODS: dict[Method, MethodSpec] = {
     "fitnet": MethodSpec(("fitnet",), teacher=True),
     "tf_head": MethodSpec(("assistant", "ckd"), teacher=False),
 }
+
+
+def terms_of(job: Job) -> tuple[str, ...]:
+    """Names of a job's terms: its method's, and those that a weight of their own adds to any method with a teacher."""
+    return METHODS[job.method].terms + (("pkd",) if job.distill.pkd_weight > 0 else ())

@@ -213,7 +213,8 @@ class DenseDetectorSpec(Spec):
 
 
 KIND = Field(
-    description="The detector's kind: retinanet, fcos or reppoints (a dense head of anchors, of points or of point sets on P3\n"
-    "to P7), faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or three in a row on P2 to P5)."
+    description="The detector's kind: retinanet, fcos, gfl or reppoints (a dense head of anchors, of points, of anchors with\n"
+    "box distributions or of point sets on P3 to P7), faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or\n"
+    "three in a row on P2 to P5)."
 )
 """What ``kind`` means, in the spec of every kind."""

@@ -11,7 +11,7 @@ from evidence_plan import Bench, plan
 from evidence_rows import ROWS
 
 from headkd_ray.detectors import build_detector
-from headkd_ray.distill import build_trainee
+from headkd_ray.distill import build_training_model
 from headkd_ray.errors import DataError
 from headkd_ray.job import FasterRCNNSpec, Job, RetinaNetSpec, warnings
 from tests.support import edit
@@ -123,7 +123,7 @@ def test_every_row_can_be_built(tier: Bench):
         if row.startswith("head") and any(str(rois) in row for rois in (128, 256)):
             continue  # as wide as those of 64 RoIs
         teacher = tier.rows[row].teacher
-        build_trainee(jobs[row], 17, teachers[teacher] if teacher else None, steps_per_epoch=10)
+        build_training_model(jobs[row], 17, teachers[teacher] if teacher else None, steps_per_epoch=10)
 
 
 def test_teachers_are_as_the_methods_need_them(tier: Bench):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import GroundTruth
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, RepPointsSpec, RetinaNetSpec
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, GFLSpec, RepPointsSpec, RetinaNetSpec
 
 BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
@@ -49,11 +49,28 @@ def fcos_spec(**head: Any) -> FCOSSpec:
     return FCOSSpec.model_validate({"backbone": BACKBONE, "neck": {"channels": 16}, "head": head})
 
 
+def gfl_spec(**head: Any) -> GFLSpec:
+    proposals = {"pre_nms": 100, "post_nms": 50}
+    head = {"convs": 1, "channels": 16, "norm_groups": 4, "reg_max": 8, "proposals": proposals, **head}
+    return GFLSpec.model_validate({"backbone": BACKBONE, "neck": {"channels": 16}, "head": head})
+
+
 def reppoints_spec(**head: Any) -> RepPointsSpec:
     proposals = {"pre_nms": 100, "post_nms": 50}
     head = {"convs": 1, "channels": 16, "point_channels": 12, "norm_groups": 4, "proposals": proposals, **head}
     neck = {"channels": 16, "norm_groups": 4}
     return RepPointsSpec.model_validate({"backbone": BACKBONE, "neck": neck, "head": head})
+
+
+SPECS: dict[str, Any] = {
+    "retinanet": retinanet_spec,
+    "fcos": fcos_spec,
+    "gfl": gfl_spec,
+    "reppoints": reppoints_spec,
+    "faster_rcnn": faster_rcnn_spec,
+    "cascade_rcnn": cascade_spec,
+}
+"""A micro spec of every kind."""
 
 
 def batch() -> dict[str, Tensor]:

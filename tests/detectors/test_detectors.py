@@ -9,26 +9,17 @@ from headkd_ray.detectors.fpn import FPN
 from headkd_ray.job import FasterRCNNSpec, FPNSpec, RetinaNetSpec
 from tests.detectors.micro import (
     BACKBONE,
+    SPECS,
     batch,
-    cascade_spec,
     faster_rcnn_spec,
-    fcos_spec,
     liven,
-    reppoints_spec,
-    retinanet_spec,
     truth_of,
 )
 
-SPECS = {
-    "retinanet": retinanet_spec,
-    "fcos": fcos_spec,
-    "reppoints": reppoints_spec,
-    "faster_rcnn": faster_rcnn_spec,
-    "cascade_rcnn": cascade_spec,
-}
 NAMES = {
     "retinanet": {"loss_cls", "loss_box"},
     "fcos": {"loss_cls", "loss_box", "loss_centerness"},
+    "gfl": {"loss_cls", "loss_box", "loss_dfl"},
     "reppoints": {"loss_cls", "loss_init", "loss_refine"},
     "faster_rcnn": {"loss_rpn_cls", "loss_rpn_box", "loss_roi_cls", "loss_roi_box"},
     "cascade_rcnn": {"loss_rpn_cls", "loss_rpn_box"} | {f"loss_roi_s{i}_{name}" for i in range(3) for name in ("cls", "box")},
@@ -74,7 +65,7 @@ def test_a_batch_without_any_object(kind: str, truths: int) -> None:
     data |= {"boxes": torch.zeros(3, truths, 4), "labels": torch.full((3, truths), -1)}
     found = losses(detector, data)
     torch.stack(list(found.values())).sum().backward()
-    assert all(found[name].item() == 0 for name in found if name.endswith(("box", "init", "refine")))
+    assert all(found[name].item() == 0 for name in found if name.endswith(("box", "init", "refine", "dfl")))
     assert all(found[name].item() > 0 for name in found if "cls" in name)
     assert [n for n, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headkd_ray.detectors import FasterRCNN, RetinaNet, build_detector
 from headkd_ray.detectors.weights import load_checkpoint, load_mmdet
+from headkd_ray.detectors.weights.mmdet import load_mmdet_model
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import FasterRCNNSpec
 from tests.detectors.mmdet_mobilenet import MobileNetV2
@@ -37,12 +38,12 @@ def plain_retinanet() -> dict[str, Tensor]:
 
 
 def test_a_head_student_brings_assistant_and_adapters() -> None:
-    loaded = load_mmdet(golden_state("student"))
+    loaded, assistant, adapters = load_mmdet_model(golden_state("student"))
     assert isinstance(loaded.detector, RetinaNet)
     assert loaded.detector.num_classes == 5
-    assert loaded.assistant is not None
-    assert loaded.assistant.strides == (8, 16, 32, 64)
-    assert {number: (a.in_features, a.out_features) for number, a in loaded.adapters.items()} == {
+    assert assistant is not None
+    assert assistant.strides == (8, 16, 32, 64)
+    assert {number: (a.in_features, a.out_features) for number, a in adapters.items()} == {
         0: (32, 32),
         1: (32, 32),
         5: (16, 32),
@@ -52,7 +53,7 @@ def test_a_head_student_brings_assistant_and_adapters() -> None:
 
 def test_plain_retinanet_is_the_same_detector() -> None:
     plain, head = load_mmdet(plain_retinanet()), load_mmdet(golden_state("student"))
-    assert plain.assistant is None
+    assert load_mmdet_model(plain_retinanet())[1:] == (None, {})
     assert plain.detector.spec == head.detector.spec
     assert all(torch.equal(a, b) for a, b in zip(plain.detector.parameters(), head.detector.parameters(), strict=True))
 

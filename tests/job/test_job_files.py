@@ -32,7 +32,7 @@ FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if n
 
 def test_every_promised_job_is_there():
     paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_cascade"]
-    paper += ["head_fcos", "head_mnv2", "head_reppoints", "teacher"]
+    paper += ["head_fcos", "head_gfl", "head_mnv2", "head_reppoints", "teacher"]
     paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_r50"]
     small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER

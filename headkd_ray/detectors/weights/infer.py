@@ -17,6 +17,7 @@ from headkd_ray.job import (
     CascadeHeadSpec,
     FCOSHeadSpec,
     FPNSpec,
+    GFLHeadSpec,
     RepPointsHeadSpec,
     RetinaHeadSpec,
     RoIHeadSpec,
@@ -136,6 +137,21 @@ def fcos_head(state: State) -> tuple[FCOSHeadSpec, int]:
     channels = cls_out.shape[1]
     convs, groups = _tower(state, "an FCOS head", channels, FCOSHeadSpec().norm_groups)
     return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
+
+
+def is_gfl(state: State) -> bool:
+    """Whether the dense head of ``state`` is GFL's: the only one that scales its levels and has no centerness."""
+    return any(name.startswith("head.scales.") for name in state) and not is_fcos(state)
+
+
+def gfl_head(state: State) -> tuple[GFLHeadSpec, int]:
+    """The GFL head of ``state`` and its number of classes; what no shape tells is as in mmdet, 32 groups in the norm."""
+    cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
+    if box_out.shape[0] % 4 or box_out.shape[0] < 8:
+        raise CheckpointError(f"a GFL head with {box_out.shape[0]} box outputs a cell; 4 x (reg_max + 1) are needed")
+    channels = cls_out.shape[1]
+    convs, groups = _tower(state, "a GFL head", channels, GFLHeadSpec().norm_groups)
+    return GFLHeadSpec(convs=convs, channels=channels, norm_groups=groups, reg_max=box_out.shape[0] // 4 - 1), cls_out.shape[0]
 
 
 def is_reppoints(state: State) -> bool:

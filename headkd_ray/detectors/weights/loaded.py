@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from headkd_ray.detectors.build import AnyDetector
-from headkd_ray.detectors.roi_head import BoxHead
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,3 @@ class LoadedDetector:
     """What the file is: headkd_ray, mmdet, torchvision."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Ours only: what was saved beside the weights (method, sizes, versions, ...)."""
-    assistant: BoxHead | None = None
-    """Official HEAD checkpoints only: the assistant."""
-    adapters: dict[int, nn.Linear] = field(default_factory=dict)
-    """Official HEAD checkpoints only: the adapters by their number (0, 1, ... = AKD on fc1, fc2, ...; the last = CKD)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
 from headkd_ray.detectors.fit import fit
+from headkd_ray.detectors.gfl import GFL
 from headkd_ray.detectors.reppoints import RepPoints
 from headkd_ray.detectors.retinanet import RetinaNet
 from headkd_ray.detectors.roi_head import BoxHead
@@ -30,6 +31,7 @@ from headkd_ray.job import (
     CascadeRPNSpec,
     FasterRCNNSpec,
     FCOSSpec,
+    GFLSpec,
     PixelSpec,
     RepPointsSpec,
     RetinaNetSpec,
@@ -45,6 +47,15 @@ def is_mmdet(keys: Iterable[str]) -> bool:
     return any(key.startswith(("neck.lateral_convs.", "bbox_head.", "rpn_head.", "roi_head.bbox_head.")) for key in keys)
 
 
+class MMDetModel(NamedTuple):
+    """What an mmdet file holds: a detector and, of the official HEAD's students, what helped it learn."""
+
+    loaded: LoadedDetector
+    assistant: BoxHead | None
+    adapters: dict[int, nn.Linear]
+    """By their number: 0, 1, ... = AKD on fc1, fc2, ...; the last = CKD."""
+
+
 def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
     """A detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
@@ -53,20 +64,26 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     counts as pytorch style with RGB input and ImageNet's mean and deviation: a caffe-style one then loads and detects badly.
     The detector that is returned always takes RGB; a network trained on BGR has its first conv's channels turned around.
 
-    A dense ``rpn_head`` marks a HEAD student: a dense detector whose assistant (``roi_head``) and adapters are returned
-    beside it. Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
+    Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
     """
+    return load_mmdet_model(state, meta, source).loaded
+
+
+def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> MMDetModel:
+    """As :func:`load_mmdet`, with the assistant and the adapters of a HEAD student: a dense detector whose head is called
+    ``rpn_head`` and whose assistant ``roi_head``."""
     meta = meta or {}
     deformable = [key for key in state if _DEFORMABLE.search(key)]
     if deformable:
         raise CheckpointError(f"{source}: deformable convs (dcn, dcn_on_last_conv) are not supported: {deformable[0]}, ...")
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(".integral.project")}  # GFL's constant 0, 1, ...
     names = mmdet_names(state)
     unknown = [f"unexpected: {key}" for key in state if key not in names]
     if unknown:
         raise CheckpointError(unknown, headline=f"{source}: {len(unknown)} tensors belong to no supported mmdet model")
     config = MMDetConfig.of(meta, source)
     ours = {name: state[key] for key, name in names.items()}
-    if infer.is_fcos(ours) or infer.is_reppoints(ours):
+    if infer.is_fcos(ours) or infer.is_gfl(ours) or infer.is_reppoints(ours):
         ours |= _zero_biases(ours)
     with infer.inferring(source):
         pixels, is_bgr = config.pixels()
@@ -79,7 +96,7 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     if assistant is not None:
         parts["assistant"] = assistant
     fit(parts, ours, source, {name: key for key, name in names.items()})
-    return LoadedDetector(detector, _classes(meta), "mmdet", assistant=assistant, adapters=adapters)
+    return MMDetModel(LoadedDetector(detector, _classes(meta), "mmdet"), assistant, adapters)
 
 
 def _build(
@@ -115,6 +132,10 @@ def _dense(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetConfi
         fcos = config.fcos_head(fcos)
         fcos = fcos.model_copy(update={"postprocess": config.rules(fcos.postprocess, "rpn")})
         return FCOS(FCOSSpec.model_validate(parts | {"head": fcos}), num_classes)
+    if infer.is_gfl(ours):
+        gfl, num_classes = infer.gfl_head(ours)
+        gfl = gfl.model_copy(update={"postprocess": config.rules(gfl.postprocess, "rpn")})
+        return GFL(GFLSpec.model_validate(parts | {"head": gfl}), num_classes)
     if infer.is_reppoints(ours):
         points, num_classes = infer.reppoints_head(ours)
         points = points.model_copy(update={"postprocess": config.rules(points.postprocess, "rpn")})

@@ -17,6 +17,7 @@ _FCOS = {
     "fcos_reg": "box_out",
     "fcos_centerness": "centerness_out",
 }
+_GFL = {"gfl_cls": "cls_out", "gfl_reg": "box_out"}
 _REPPOINTS = {
     "reppoints_pts_init_conv": "init_conv",
     "reppoints_pts_init_out": "init_out",
@@ -61,6 +62,8 @@ def _dense_layers(keys: list[str]) -> Mapping[str, str] | None:
         return _RETINA
     if any(re.match(r"(?:bbox|rpn)_head\.(?:conv|fcos)_centerness\.", key) for key in keys):
         return _FCOS
+    if any(re.match(r"(?:bbox|rpn)_head\.gfl_cls\.", key) for key in keys):
+        return _GFL
     return _REPPOINTS if any(re.match(r"(?:bbox|rpn)_head\.reppoints_", key) for key in keys) else None
 
 
@@ -84,7 +87,7 @@ def _dense_name(rest: str, layers: Mapping[str, str], is_normed: bool) -> str | 
         return f"head.{_TOWERS[match[1]]}.{place}.{match[4]}"
     if match := re.fullmatch(r"(\w+)\.(weight|bias)", rest):
         return f"head.{layers[match[1]]}.{match[2]}" if match[1] in layers else None
-    if layers is _FCOS and (match := re.fullmatch(r"scales\.(\d+)\.scale", rest)):
+    if layers in (_FCOS, _GFL) and (match := re.fullmatch(r"scales\.(\d+)\.scale", rest)):
         return f"head.scales.{match[1]}"
     return "head.moment_transfer" if layers is _REPPOINTS and rest == "moment_transfer" else None
 
