@@ -16,6 +16,7 @@ from headkd_ray.job import (
     FCOSAssistantSpec,
     FCOSHeadSpec,
     FCOSSpec,
+    GFLSpec,
     Job,
     RetinaAssistantSpec,
     RetinaNetSpec,
@@ -101,7 +102,7 @@ def test_paper_schedule_is_the_official_one(file):
     assert job.run.seed == 3407
 
 
-@pytest.mark.parametrize("file", [file for file in PAPER if file not in ("teacher.yaml", "head_cascade.yaml")])
+@pytest.mark.parametrize("file", [file for file in PAPER if file not in ("teacher.yaml", "head_cascade.yaml", "head_gfl.yaml")])
 def test_paper_student(file):
     student = load_job(JOBS / file).student
     mobile = file == "head_mnv2.yaml"
@@ -123,6 +124,19 @@ def test_paper_student(file):
         return
     assert (head.anchors.base_scale, head.anchors.octave_scales, head.anchors.ratios) == (4, 3, (0.5, 1, 2))
     assert (head.positive_iou, head.negative_iou, head.focal_alpha, head.focal_gamma) == (0.5, 0.4, 0.25, 2)
+
+
+def test_gfl_student_is_mmdet_s_with_a_smaller_backbone():
+    """mmdet, configs/gfl/gfl_r50_fpn_1x_coco.py."""
+    student = load_job(JOBS / "head_gfl.yaml").student
+    assert student == GFLSpec(backbone=load_job(JOBS / "head.yaml").student.backbone)
+    assert (student.neck.channels, student.neck.extra, student.neck.relu_before_p7) == (256, "conv_p5", False)
+    head = student.head
+    assert (head.convs, head.channels, head.norm_groups, head.prior) == (4, 256, 32, 0.01)
+    assert (head.base_scale, head.reg_max, head.topk) == (8, 16, 9)
+    assert (head.quality_beta, head.box_weight, head.dfl_weight) == (2, 2, 0.25)
+    post = head.postprocess
+    assert (post.pre_nms, post.score, post.nms_iou, post.max_detections) == (1000, 0.05, 0.6, 100)
 
 
 def test_paper_two_stage_student():
@@ -159,6 +173,7 @@ R50_RETINA = "checkpoints/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-8847
     [
         ("head.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         ("head_fcos.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 1.0, "ckd_epochs": 11}),
+        ("head_gfl.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         ("head_mnv2.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         (
             "head_reppoints.yaml",
