@@ -1,6 +1,6 @@
 """From a dense head's raw maps to proposals, which remember the anchor cell they came from, and to detections.
 
-Shared by RetinaNet, FCOS, RepPoints and RPN; a cell of FCOS or RepPoints counts as its one anchor.
+Shared by all dense heads and the RPN; a cell of a head of points counts as its one anchor.
 """
 
 from __future__ import annotations

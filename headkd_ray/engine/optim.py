@@ -41,7 +41,7 @@ def build_optimizer(
 
 
 def retune(state: dict[str, Any], spec: OptimSpec, global_batch: int, steps_per_epoch: int) -> None:
-    """Give a saved training state (``loop.State.save``) the learning rate, momentum and weight decay of another job: a resumed
+    """Give a saved training state (``loop.save``) the learning rate, momentum and weight decay of another job: a resumed
     optimizer goes on with the saved ones."""
     peak = peak_lr(spec, global_batch)
     lr = peak * lr_factor(spec, state["step"], steps_per_epoch)

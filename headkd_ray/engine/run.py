@@ -25,7 +25,7 @@ JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 # Sections that may change when a run is resumed: they decide where and how loudly it trains, not what it learns.
-# (Some changes of cluster.workers are refused nevertheless: below, and in loop.State.restore.)
+# (Some changes of cluster.workers are refused nevertheless: below, and in loop.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Likewise of the teacher: where it is asked, not what it says.
 FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
