@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
             fix_boxes=options.fix_boxes,
             overwrite=options.overwrite,
         ).meta
+    for note in meta.notes:
+        print(f"note: {note}", file=sys.stderr)
     for line in meta.fixes[:SHOWN]:
         print(f"fixed: {line}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:

@@ -84,6 +84,8 @@ class Meta:
     """SHA-256 of the annotations and of how they were laid out."""
     fixes: tuple[str, ...] = ()
     """What --fix-boxes changed, one line each."""
+    notes: tuple[str, ...] = ()
+    """What was understood in a way that the user should know of, one sentence each."""
 
     def to_json(self) -> bytes:
         """The file's content."""
