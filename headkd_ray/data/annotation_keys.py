@@ -67,7 +67,7 @@ class Flags:
         self.ignored += ignored
         return ignored or crowd
 
-    def notes(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """A line for each key whose meaning is lost, and one for the ignored annotations."""
         of = f"of {self.annotations} annotations"
         ignored = [

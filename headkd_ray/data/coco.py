@@ -39,7 +39,7 @@ class CocoSplit:
     """Crowds, and what is to be ignored: not trained on; in evaluation a detection there is neither right nor wrong."""
     fixes: tuple[str, ...]
     """What --fix-boxes changed."""
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     """What was understood in a way that the user should know of, one sentence each."""
 
     def boxes(self, image: int) -> NDArray[np.float32]:
@@ -90,9 +90,9 @@ def read_coco(uri: str, *, fix_boxes: bool = False, names: FileNames | None = No
     data = load_coco_json(uri)
     problems = Problems()
     records = Records(uri, problems)
-    images, named = records.images(data["images"], names)
-    categories = records.categories(data["categories"], used_categories(data["annotations"]))
-    kept = records.annotations(data["annotations"], images, named, categories, fix_boxes)
+    images, image_ids = records.images(data["images"], names)
+    categories, category_ids = records.categories(data["categories"], used_categories(data["annotations"]))
+    kept = records.annotations(data["annotations"], images, image_ids, category_ids, fix_boxes)
     if not images:
         problems.add("the split has no images; check that this is the right JSON", uri)
     elif all(annotation.crowd for annotation in kept) and not problems:
@@ -114,5 +114,5 @@ def read_coco(uri: str, *, fix_boxes: bool = False, names: FileNames | None = No
         area=np.array([annotation.area for annotation in kept], dtype=np.float64),
         crowd=np.array([annotation.crowd for annotation in kept], dtype=bool),
         fixes=tuple(records.fixes),
-        notes=tuple(records.notes),
+        warnings=tuple(records.warnings),
     )

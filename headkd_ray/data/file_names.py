@@ -47,7 +47,7 @@ class FileNames:
         return {name: path for name, path in found.items() if claims[path] == 1}
 
     def hint(self, name: str) -> str:
-        """``, did you mean …?`` for a name that is not there; nothing if no file has a similar name."""
+        """``; did you mean …?`` for a name that is not there; nothing if no file has a similar name."""
         parts = _parts(name)
         alike = [path for path, _ in self._by_name.get(parts[-1], [])] if parts else []
         stem = posixpath.splitext(parts[-1])[0] if parts else ""

@@ -88,5 +88,5 @@ class Layout:
             shards=tuple(shards),
             fingerprint=self.recipe,
             fixes=self.split.fixes,
-            notes=self.split.notes,
+            warnings=self.split.warnings,
         )

@@ -198,7 +198,7 @@ def _check(split: CocoSplit, image: int, images: Folder, names: FileNames) -> by
     try:
         data = images.read(record.file_name)
     except FileNotFoundError:
-        return MISSING, where + names.hint(record.file_name)
+        return MISSING, f"{images.named(record.file_name)} (image {record.id}{names.hint(record.file_name)})"
     except (OSError, ValueError) as error:  # ValueError: a name that the filesystem does not allow
         return "cannot be read; check access", f"{where}, {error}"
     try:

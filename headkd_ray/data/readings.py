@@ -34,7 +34,7 @@ COCO = Reading("[x, y, width, height]", lambda b: np.concatenate([b[:, :2], b[:,
 OTHERS = (
     Reading("corners [x1, y1, x2, y2]", lambda b: b, "width = x2 - x1 and height = y2 - y1", 1),
     Reading(
-        "[centre x, centre y, width, height], as YOLO writes them",
+        "[centre x, centre y, width, height] (YOLO's form)",
         lambda b: np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], axis=1),
         "x = centre x - width / 2 and y = centre y - height / 2",
         3,
@@ -106,11 +106,12 @@ def _other_form(boxes: Array, sizes: Array, slack: float) -> str | None:
 
 
 def _larger_images(boxes: Array, sizes: Array) -> str | None:
-    centres = boxes[:, :2] + boxes[:, 2:] / 2
-    outside = int(((centres > sizes).any(1) & (boxes[:, 2:] > 0).all(1)).sum())
+    ends = COCO.corners(boxes)[:, 2:] / sizes
+    likely = (boxes[:, 2:] > 0).all(1) & (ends < 100).all(1)  # else a number is wrong, not a size
+    outside = int((likely & (boxes[:, :2] + boxes[:, 2:] / 2 > sizes).any(1)).sum())
     if outside < max(3, 0.1 * len(boxes)):
         return None
-    across, down = np.quantile(COCO.corners(boxes)[:, 2:] / sizes, 0.98, axis=0)
+    across, down = np.quantile(ends[likely], 0.98, axis=0)
     return (
         f"the middle of {outside} of {len(boxes)} boxes is outside its image, and boxes reach to {across:.3g} times the "
         f"images' width and {down:.3g} times their height: they look like those of larger images; scale them to these, or take "

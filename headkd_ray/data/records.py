@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Records:
         self.uri, self.problems = uri, problems
         self.fixes: list[str] = []
         """What --fix-boxes changed."""
-        self.notes: list[str] = []
+        self.warnings: list[str] = []
         """What was understood in a way that the user should know of."""
 
     def images(self, records: Iterable[Any], names: FileNames | None) -> tuple[dict[int, CocoImage], set[int]]:
@@ -87,7 +87,7 @@ class Records:
         taken = names.near([image.file_name for image in images.values()]) if names is not None else {}
         if taken:
             example = next(f"{given!r} -> {path!r}" for given, path in taken.items())
-            self.notes.append(
+            self.warnings.append(
                 f"{len(taken)} of {len(images)} file names are written otherwise in the images folder and were found there, "
                 f"for example {example}"
             )
@@ -99,8 +99,8 @@ class Records:
                 self.problems.add("'file_name' must be a path relative to IMAGES_DIR that stays in it", found)
         return images, named
 
-    def categories(self, records: list[Any], used: Collection[Any]) -> dict[int, str]:
-        """Names of the classes by category id.
+    def categories(self, records: list[Any], used: Collection[int]) -> tuple[dict[int, str], set[int]]:
+        """Names of the classes by category id, and the ids of all categories, as of the images.
 
         A category that only stands above others, as the first of every Roboflow export, is left out.
 
@@ -110,12 +110,14 @@ class Records:
         is_root = _root_test(records, used)
         names: set[str] = set()
         categories: dict[int, str] = {}
+        named: set[int] = set()
         for where, record in self._each("category", records):
             id_, name = _integer(record.get("id")), record.get("name")
+            named |= {id_} if id_ is not None else set()
             if id_ is None or not _is_text(name):
                 self.problems.add("a category needs an integer 'id' and a 'name', in valid Unicode", where)
             elif is_root(record):
-                self.notes.append(f"category {id_} ({name!r}) is no class: no annotation uses it, and others are under it")
+                self.warnings.append(f"category {id_} ({name!r}) is no class: no annotation uses it, and others are under it")
             elif id_ in categories:
                 both = f"{where} ({categories[id_]!r} and {name!r})"
                 self.problems.add("duplicate category id; give every category its own", both)
@@ -128,21 +130,21 @@ class Records:
             self.problems.add("no categories; list them under 'categories'", self.uri)
         markers = [name for name in categories.values() if "".join(filter(str.isalpha, name.lower())) in IGNORED_CLASSES]
         if markers:
-            self.notes.append(
+            self.warnings.append(
                 f"{listed(markers)} will be learnt as any other class; if it marks what is not to be looked at, give its "
                 "annotations the real class and 'ignore': 1, and remove the category"
             )
-        return categories
+        return categories, named
 
     def annotations(
         self,
         records: Iterable[Any],
         images: dict[int, CocoImage],
-        named: set[int],
-        categories: dict[int, str],
+        image_ids: set[int],
+        category_ids: set[int],
         fix_boxes: bool,
     ) -> list[Annotation]:
-        """Annotations with usable boxes. ``named``: ids of all images, sound or not."""
+        """Annotations with usable boxes of ``images``. The ids are those of all records, sound or not."""
         flags, seen = Flags(), set[int]()
         candidates: list[tuple[str, int, CocoImage, int, bool, dict[str, Any]]] = []
         for where, record in self._each("annotation", records):
@@ -160,17 +162,17 @@ class Records:
                 self.problems.add(f"{error.key!r} must be 0 or 1", f"{where}, {error.key} {shortly(error.value)}")
                 continue
             image_id, category_id = _integer(record.get("image_id")), _integer(record.get("category_id"))
-            if categories and category_id not in categories:
+            if category_ids and category_id not in category_ids:
                 found = f"{where}, category_id {shortly(record.get('category_id'))}"
                 self.problems.add("annotation for an unknown category; remove it, or add the category to 'categories'", found)
             if image_id in images and category_id is not None:
                 candidates.append((where, id_, images[image_id], category_id, out, record))
-            elif image_id not in named:
+            elif image_id not in image_ids:
                 found = f"{where}, image_id {shortly(record.get('image_id'))}"
                 self.problems.add("annotation for an unknown image; remove it, or add the image to 'images'", found)
-        self.notes += flags.notes()
+        self.warnings += flags.warnings()
         if self._misread([(record.get("bbox"), image, where) for where, _, image, _, _, record in candidates]):
-            return []
+            candidates = [candidate for candidate in candidates if not is_box(candidate[-1].get("bbox"))]
         check = BoxCheck(fix_boxes, self.problems)
         kept = []
         for where, id_, image, category_id, out, record in candidates:
@@ -180,7 +182,7 @@ class Records:
         self.fixes += check.fixes
         flat = sum(annotation.area == 0 for annotation in kept)
         if flat:
-            self.notes.append(
+            self.warnings.append(
                 f"{flat} of {len(kept)} annotations have area 0, so that they count as small objects in evaluation; leave "
                 "'area' out to use width x height"
             )
@@ -198,7 +200,7 @@ class Records:
             self.problems.add(f"{problem} (for example, {example})", self.uri)
             return True
         doubt = unreached(numbers, sizes, len({image.id for _, image, _ in sound}))
-        self.notes += [doubt] if doubt else []
+        self.warnings += [doubt] if doubt else []
         return False
 
     def _each(self, kind: str, records: Iterable[Any]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -237,7 +239,7 @@ def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63 else None
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Text that is not empty, and that can be written: half of a surrogate pair cannot."""
     if not isinstance(value, str) or not value:
         return False
