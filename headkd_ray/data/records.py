@@ -84,6 +84,12 @@ class Records:
                 self.problems.add("duplicate image id; give every image its own", f"{where} ({name}), already used by {other}")
             else:
                 images[id_] = CocoImage(id_, name, width, height)
+        shared = sum(count for count in Counter(image.file_name for image in images.values()).values() if count > 1)
+        if shared:
+            self.warnings.append(
+                f"{shared} of {len(images)} images share their file with another one, and each has its own annotations alone; "
+                "if they are the same photo, merge them"
+            )
         taken = names.near([image.file_name for image in images.values()]) if names is not None else {}
         if taken:
             example = next(f"{given!r} -> {path!r}" for given, path in taken.items())

@@ -41,9 +41,9 @@ def scoring_of(shards: ShardSet, split: str, classes: Sequence[str], who: str, m
     full = shards.index.boxes[shards.index.boxes > max_detections]
     if len(full):
         warnings.append(
-            f"{len(full)} of {len(shards.index)} images of {split} have more than {max_detections} objects, up to "
-            f"{full.max()}, but no more detections of one count; set eval.max_detections (evaluate: --max-detections) to "
-            f"{full.max()}"
+            f"{split} has more than {max_detections} objects in {len(full)} of {len(shards.index)} images (up to "
+            f"{full.max()}), but only the best {max_detections} detections of an image count; set eval.max_detections "
+            f"(evaluate: --max-detections) to {full.max()}"
         )
     return Scoring(category_ids, max_detections, tuple(warnings))
 

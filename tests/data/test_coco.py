@@ -293,6 +293,15 @@ def test_boxes_that_reach_over_a_part_of_every_image_are_told(tmp_path: Path) ->
     assert warning.startswith("no box of 75 reaches beyond 33% of its image's width or height")
 
 
+def test_images_that_share_a_file_are_told(tmp_path: Path) -> None:
+    """As where two exports of the same photos were joined: each image lacks the other's boxes."""
+    files = make_coco(tmp_path)
+    for image in files.data["images"][3:6]:
+        image["file_name"] = files.data["images"][0]["file_name"]
+    (warning,) = read_coco(files.save().json).warnings
+    assert warning.startswith("4 of 12 images share their file with another one")
+
+
 def test_areas_of_zero_are_told(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     for annotation in files.data["annotations"][:4]:

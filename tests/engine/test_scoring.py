@@ -45,8 +45,8 @@ def test_images_with_more_objects_than_detections_count_are_told(shards: ShardSe
     (warning,) = scoring_of(shards, "val", shards.meta.classes, "student", 100).warnings
     most = int(np.max(shards.index.boxes))
     assert warning == (
-        f"1 of 12 images of val have more than 100 objects, up to {most}, but no more detections of one count; set "
-        f"eval.max_detections (evaluate: --max-detections) to {most}"
+        f"val has more than 100 objects in 1 of 12 images (up to {most}), but only the best 100 detections of an image count; "
+        f"set eval.max_detections (evaluate: --max-detections) to {most}"
     )
     assert scoring_of(shards, "val", shards.meta.classes, "student", most).warnings == ()
 
