@@ -14,8 +14,9 @@ NESTED = ("attributes", "extra")
 
 IGNORE = "ignore"
 CROWD = "crowd"
-SCORE = "they were detected with some doubt, and are trained on as if they were certain"
-ORDINARY = "they are trained on as ordinary boxes (mark them 'ignore': 1 to leave them out)"
+LEAVE_OUT = "(mark them 'ignore': 1 to leave them out)"
+SCORE = f"they are trained on as if they were certain, whatever their score {LEAVE_OUT}"
+ORDINARY = f"they are trained on as ordinary boxes {LEAVE_OUT}"
 UPRIGHT = "'bbox' is used as it is, upright"
 
 MEANINGS = {
@@ -84,7 +85,9 @@ class Flags:
             if (meaning := self._meaning(key)) is not None:
                 yield key, value, meaning
             elif key in NESTED and isinstance(value, dict):
-                yield from ((f"{key}.{name}", inner, meaning) for name, inner, meaning in self._meaningful(value))
+                for name, inner in value.items():
+                    if (meaning := self._meaning(name)) is not None:
+                        yield f"{key}.{name}", inner, meaning
 
     def _meaning(self, key: str) -> str | None:
         if key not in self._meanings:

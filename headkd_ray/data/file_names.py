@@ -12,11 +12,14 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import TypeVar
 from urllib.parse import unquote
 
 from headkd_ray.storage import Folder
+
+Key = TypeVar("Key")
 
 HINTS = 3
 Parts = tuple[str, ...]
@@ -48,10 +51,8 @@ class FileNames:
 
     def hint(self, name: str) -> str:
         """``; did you mean …?`` for a name that is not there; nothing if no file has a similar name."""
-        parts = _parts(name)
-        alike = [path for path, _ in self._by_name.get(parts[-1], [])] if parts else []
-        stem = posixpath.splitext(parts[-1])[0] if parts else ""
-        alike = alike or self._by_stem.get(stem, [])
+        last = _parts(name)[-1:]
+        alike = self._by_end.get(last, []) or self._by_stem.get(_stem(last), [])
         return f"; did you mean {' or '.join(map(repr, alike[:HINTS]))}?" if alike else ""
 
     def _there(self, names: Sequence[str]) -> set[str]:
@@ -61,15 +62,10 @@ class FileNames:
         return {name for name in inside if os.path.isfile(self._folder.at(name))}
 
     def _only_one(self, name: str) -> str | None:
+        """The file of the same folders, or of the last of them, the more the better; or that has more folders before them."""
         wanted = _parts(name)
-        if not wanted:
-            return None
-        alike = self._by_name.get(wanted[-1], [])
-        same = [path for path, parts in alike if parts == wanted]
-        inner = [path for path, parts in alike if len(parts) > len(wanted) and parts[-len(wanted) :] == wanted]
-        outer = [(len(parts), path) for path, parts in alike if len(parts) < len(wanted) and wanted[-len(parts) :] == parts]
-        longest = [path for length, path in outer if length == max(outer)[0]]
-        best = same or longest or inner
+        shorter = (self._whole.get(wanted[dropped:], []) for dropped in range(len(wanted)))
+        best = next(filter(None, shorter), []) or self._by_end.get(wanted, [])
         return best[0] if len(best) == 1 else None
 
     @cached_property
@@ -80,20 +76,31 @@ class FileNames:
             return []
 
     @cached_property
-    def _by_name(self) -> dict[str, list[tuple[str, Parts]]]:
-        by_name: dict[str, list[tuple[str, Parts]]] = {}
-        for path in self._files:
-            parts = _parts(path)
-            if parts:
-                by_name.setdefault(parts[-1], []).append((path, parts))
-        return by_name
+    def _whole(self) -> dict[Parts, list[str]]:
+        """Files by their folders and name."""
+        return _grouped((_parts(path), path) for path in self._files)
+
+    @cached_property
+    def _by_end(self) -> dict[Parts, list[str]]:
+        """Files by their name, by their last folder and name, and so on."""
+        ends = ((parts[first:], path) for parts, paths in self._whole.items() for path in paths for first in range(len(parts)))
+        return _grouped(ends)
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        by_stem: dict[str, list[str]] = {}
-        for name, files in self._by_name.items():
-            by_stem.setdefault(posixpath.splitext(name)[0], []).extend(path for path, _ in files)
-        return by_stem
+        """Files by their name without its suffix."""
+        return _grouped((_stem(parts[-1:]), path) for parts, paths in self._whole.items() for path in paths)
+
+
+def _grouped(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:
+    groups: dict[Key, list[str]] = {}
+    for key, path in pairs:
+        groups.setdefault(key, []).append(path)
+    return groups
+
+
+def _stem(name: Parts) -> str:
+    return posixpath.splitext("".join(name))[0]
 
 
 def _parts(name: str) -> Parts:

@@ -15,8 +15,8 @@ Array = NDArray[np.float64]
 
 FRACTION_SLACK = 0.05
 """By how much a box in fractions may leave its image."""
-FEW = 50
-"""Boxes, and images by the fifth of it, below which a split says nothing about what its boxes do not reach."""
+FEW_BOXES, FEW_IMAGES = 50, 10
+"""Below these a split says nothing about what its boxes do not reach."""
 
 
 class Reading(NamedTuple):
@@ -49,8 +49,8 @@ OTHERS = (
 )
 
 
-def misread(boxes: Array, sizes: Array, slack: float) -> str | None:
-    """What the boxes look like and how to write them, if they do not look like COCO's; None if they do.
+def misread(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
+    """What the boxes look like and how to write them, and the number of one that shows it; None if they look like COCO's.
 
     Args:
         boxes: float64 (n, 4), the four numbers as they are in the JSON; finite.
@@ -70,10 +70,11 @@ def unreached(boxes: Array, sizes: Array, images: int) -> str | None:
         boxes, sizes: as for :func:`misread`.
         images: that have boxes.
     """
-    if len(boxes) < FEW or images < FEW // 5:
+    if len(boxes) < FEW_BOXES or images < FEW_IMAGES:
         return None
-    reach = float((COCO.corners(boxes)[:, 2:] / sizes).max())
-    if reach > 0.6:
+    with np.errstate(over="ignore"):
+        reach = float((COCO.corners(boxes)[:, 2:] / sizes).max())
+    if not reach <= 0.6:
         return None
     return (
         f"no box of {len(boxes)} reaches beyond {reach:.0%} of its image's width or height; if that is not how the photos are, "
@@ -81,56 +82,60 @@ def unreached(boxes: Array, sizes: Array, images: int) -> str | None:
     )
 
 
-def _fractions(boxes: Array, sizes: Array) -> str | None:
+def _fractions(boxes: Array, sizes: Array) -> tuple[str, int] | None:
     small = ((boxes >= -FRACTION_SLACK) & (boxes <= 1 + FRACTION_SLACK)).all(1) & (boxes[:, 2:] > 0).all(1) & (sizes > 2).all(1)
     if small.sum() < max(1, len(boxes) / 2):
         return None
     ones = np.ones((int(small.sum()), 2))
     form = _fitting(boxes[small], ones, FRACTION_SLACK)
-    return (
+    message = (
         f"{small.sum()} of {len(boxes)} boxes lie within the first pixel of their image: they look like fractions of its size "
-        f"(0 to 1){f', as {form.name}' if form else ''}; write pixels, [x, y, width, height]: multiply by the image's width "
-        f"and height{f', with {form.mend}' if form else ''}"
+        f"(0 to 1){f', as {form.name}' if form else ''}; write pixels, {COCO.name}: multiply by the image's width and height"
+        f"{f', with {form.mend}' if form else ''}"
     )
+    return message, int(small.argmax())
 
 
-def _other_form(boxes: Array, sizes: Array, slack: float) -> str | None:
+def _other_form(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
     form = _fitting(boxes, sizes, slack)
     if form is None:
         return None
-    wrong, right = _misfits(COCO, boxes, sizes, slack), len(boxes) - _misfits(form, boxes, sizes, slack)
-    return (
-        f"{wrong} of {len(boxes)} boxes leave their image or have no area, while {right} fit as {form.name}; write them as "
-        f"{COCO.name}: {form.mend}"
+    wrong, right = _misfits(COCO, boxes, sizes, slack), ~_misfits(form, boxes, sizes, slack)
+    message = (
+        f"{wrong.sum()} of {len(boxes)} boxes leave their image or have no area, while {right.sum()} fit as {form.name}; write "
+        f"them as {COCO.name}: {form.mend}"
     )
+    return message, int((wrong & right).argmax())
 
 
-def _larger_images(boxes: Array, sizes: Array) -> str | None:
+def _larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
     ends = COCO.corners(boxes)[:, 2:] / sizes
     likely = (boxes[:, 2:] > 0).all(1) & (ends < 100).all(1)  # else a number is wrong, not a size
-    outside = int((likely & (boxes[:, :2] + boxes[:, 2:] / 2 > sizes).any(1)).sum())
-    if outside < max(3, 0.1 * len(boxes)):
+    outside = likely & (boxes[:, :2] + boxes[:, 2:] / 2 > sizes).any(1)
+    if outside.sum() < max(3, 0.1 * len(boxes)):
         return None
     across, down = np.quantile(ends[likely], 0.98, axis=0)
-    return (
-        f"the middle of {outside} of {len(boxes)} boxes is outside its image, and boxes reach to {across:.3g} times the "
+    message = (
+        f"the middle of {outside.sum()} of {len(boxes)} boxes is outside its image, and boxes reach to {across:.3g} times the "
         f"images' width and {down:.3g} times their height: they look like those of larger images; scale them to these, or take "
         "the images that the boxes were drawn on"
     )
+    return message, int(outside.argmax())
 
 
 def _fitting(boxes: Array, sizes: Array, slack: float) -> Reading | None:
     """The form that the boxes fit far better than COCO's, if they fit that badly."""
-    wrong = _misfits(COCO, boxes, sizes, slack)
+    wrong = _misfits(COCO, boxes, sizes, slack).sum()
     if wrong < 0.4 * len(boxes) and (wrong < 5 or wrong < 0.05 * len(boxes)):
         return None
-    others = [(_misfits(other, boxes, sizes, slack), other) for other in OTHERS if wrong >= other.least]
+    others = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in OTHERS if wrong >= other.least]
     fits, best = min(others, key=lambda pair: pair[0], default=(wrong, COCO))
     return best if fits <= 0.1 * wrong else None
 
 
-def _misfits(reading: Reading, boxes: Array, sizes: Array, slack: float) -> int:
-    """How many boxes have no area or leave their image if they are read so."""
+def _misfits(reading: Reading, boxes: Array, sizes: Array, slack: float) -> NDArray[np.bool_]:
+    """Which boxes have no area or leave their image if they are read so."""
     corners = reading.corners(boxes)
     flat = (corners[:, 2:] <= corners[:, :2]).any(1)
-    return int((flat | (corners[:, :2] < -slack).any(1) | (corners[:, 2:] > sizes + slack).any(1)).sum())
+    outside = (corners[:, :2] < -slack).any(1) | (corners[:, 2:] > sizes + slack).any(1)
+    return np.asarray(flat | outside)

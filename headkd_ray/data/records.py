@@ -199,9 +199,10 @@ class Records:
         sound = [entry for entry in boxes if is_box(entry[0])]
         numbers = np.array([bbox for bbox, _, _ in sound], dtype=np.float64).reshape(-1, 4)
         sizes = np.array([(image.width, image.height) for _, image, _ in sound], dtype=np.float64).reshape(-1, 2)
-        problem = misread(numbers, sizes, SLACK)
-        if problem is not None:
-            bbox, image, where = sound[len(sound) // 2]
+        found = misread(numbers, sizes, SLACK)
+        if found is not None:
+            problem, number = found
+            bbox, image, where = sound[number]
             example = f"{where.removeprefix(f'{self.uri}: ')} has {bbox} in an image of {image.width} x {image.height}"
             self.problems.add(f"{problem} (for example, {example})", self.uri)
             return True
