@@ -77,9 +77,6 @@ def _is_finite(value: Any) -> bool:
 
 
 def shortly(value: Any) -> str:
-    """``repr``, cut where it is long: a number may have thousands of digits, a list may be nested as deeply as can be read."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "a deeply nested list"
+    """``repr``, cut where it is long: a number may have thousands of digits."""
+    text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
