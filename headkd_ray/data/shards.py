@@ -228,11 +228,9 @@ def _unprepared(folder: Folder, uri: str) -> str:
     command = "python -m headkd_ray.prepare COCO.json IMAGES_DIR --out"
     parent, name = Folder.of_file(uri, DataError)
     if parent.has(name):
-        json_uri = uri if name.endswith(".json") else "COCO.json"
-        command = command.replace("COCO.json", json_uri)
-        return (
-            f"{uri}: is a file, not the folder of a prepared split; prepare it first: {command} OUT_DIR, and give OUT_DIR here"
-        )
+        command = command.replace("COCO.json", uri if name.endswith(".json") else "COCO.json")
+        found = "is a file, not the folder of a prepared split"
+        return f"{uri}: {found}; prepare it first: {command} OUT_DIR, and give OUT_DIR here"
     names = folder.names()
     state = "is not completely prepared" if names else "is missing or empty"
     message = f"{uri}: the data set {state} (no {META} or {INDEX})"

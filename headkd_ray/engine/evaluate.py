@@ -80,6 +80,7 @@ def evaluate(
 
     Args:
         ground_truth: COCO dictionary, needed on rank 0 only.
+        scoring: as which categories, and how many, the detections count.
 
     Raises:
         AssertionError: the ranks' shares overlap or miss an image of ``ground_truth``.
