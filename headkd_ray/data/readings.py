@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 
 FRACTION_SLACK = 0.05
 """By how much a box in fractions may leave its image."""
+LARGER = 1.15
+"""How far, in sides of the image, boxes reach that are of larger ones; less may be small objects, drawn carelessly."""
 FEW_BOXES, FEW_IMAGES = 50, 10
 """Below these a split says nothing about what its boxes do not reach."""
 
@@ -31,14 +33,15 @@ class Reading(NamedTuple):
 
 
 COCO = Reading("[x, y, width, height]", lambda b: np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1), "", 0)
+CENTRES = Reading(
+    "[centre x, centre y, width, height] (YOLO's form)",
+    lambda b: np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], axis=1),
+    "x = centre x - width / 2 and y = centre y - height / 2",
+    3,
+)
 OTHERS = (
     Reading("corners [x1, y1, x2, y2]", lambda b: b, "width = x2 - x1 and height = y2 - y1", 1),
-    Reading(
-        "[centre x, centre y, width, height] (YOLO's form)",
-        lambda b: np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], axis=1),
-        "x = centre x - width / 2 and y = centre y - height / 2",
-        3,
-    ),
+    CENTRES,
     Reading(
         "[y, x, height, width]",
         lambda b: COCO.corners(b[:, [1, 0, 3, 2]]),
@@ -115,6 +118,8 @@ def _larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
     if outside.sum() < max(3, 0.1 * len(boxes)):
         return None
     across, down = np.quantile(ends[likely], 0.98, axis=0)
+    if max(across, down) < LARGER:
+        return None
     message = (
         f"the middle of {outside.sum()} of {len(boxes)} boxes is outside its image, and boxes reach to {across:.3g} times the "
         f"images' width and {down:.3g} times their height: they look like those of larger images; scale them to these, or take "
@@ -128,7 +133,11 @@ def _fitting(boxes: Array, sizes: Array, slack: float) -> Reading | None:
     wrong = _misfits(COCO, boxes, sizes, slack).sum()
     if wrong < 0.4 * len(boxes) and (wrong < 5 or wrong < 0.05 * len(boxes)):
         return None
-    others = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in OTHERS if wrong >= other.least]
+    # In COCO's form some boxes lie nearer to the left or top border than half their size, which no centre does. If few such
+    # boxes are to be expected, that there is none says nothing.
+    near_border = (boxes[:, 2:] / (2 * sizes)).sum()
+    likely = [other for other in OTHERS if wrong >= other.least and (other is not CENTRES or near_border >= 4)]
+    others = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in likely]
     fits, best = min(others, key=lambda pair: pair[0], default=(wrong, COCO))
     return best if fits <= 0.1 * wrong else None
 

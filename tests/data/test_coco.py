@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headkd_ray.data.coco import read_coco
+from headkd_ray.data.readings import misread
 from headkd_ray.errors import DataError
 from tests.data.coco_files import CocoFiles, make_coco, spread_boxes
 
@@ -294,6 +295,18 @@ def test_a_few_bad_boxes_are_not_another_form(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"box leaves the image .*--fix-boxes") as caught:
         read_coco(files.save().json)
     assert len(caught.value.problems) == 3
+
+
+def test_sound_splits_are_not_taken_for_another_form() -> None:
+    """Of any number, sizes and places of boxes, and with a few that are drawn over the border."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        sizes = random.integers(60, 2000, (int(random.integers(1, 150)), 2)).astype(float)
+        box = np.maximum(2, sizes * random.uniform(0.01, 0.9) * random.uniform(0.3, 1, sizes.shape))
+        corner = random.uniform(0, 1, sizes.shape) * (sizes - box)
+        over = random.random(len(sizes)) < 0.03
+        corner[over, 0] = (sizes - box)[over, 0] + random.uniform(2, 20, over.sum())
+        assert misread(np.concatenate([corner, box], axis=1), sizes, slack=1) is None
 
 
 def test_boxes_that_reach_over_a_part_of_every_image_are_told(tmp_path: Path) -> None:
