@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parser().parse_args(arguments)
     with user_errors():
-        meta = prepare(
+        shards = prepare(
             options.json,
             options.images,
             options.out,
@@ -36,18 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
             workers=options.workers,
             fix_boxes=options.fix_boxes,
             overwrite=options.overwrite,
-        ).meta
-    for line in meta.fixes[:SHOWN]:
-        print(f"fixed: {line}", file=sys.stderr)
-    if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {options.out}/meta.json", file=sys.stderr)
+        )
+    meta = shards.meta
     boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
     print(f"{options.out}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
     return 0
 
 
 def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> ShardSet:
-    """``data.prepare.prepare_split`` with a progress bar on standard error; ``options`` are passed on."""
+    """``data.prepare.prepare_split`` with a progress bar on standard error, where what it noted and fixed is told, too.
+
+    ``options`` are passed on.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading annotations", total=None)
@@ -55,7 +55,19 @@ def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> Sha
         def show(done: int, total: int) -> None:
             bar.update(task, description="checking and packing images", completed=done, total=total)
 
-        return prepare_split(json_uri, images_uri, out_uri, progress=show, **options)
+        shards = prepare_split(json_uri, images_uri, out_uri, progress=show, **options)
+    _tell(shards, out_uri)
+    return shards
+
+
+def _tell(shards: ShardSet, out_uri: str) -> None:
+    meta = shards.meta
+    for warning in meta.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for line in meta.fixes[:SHOWN]:
+        print(f"fixed: {line}", file=sys.stderr)
+    if len(meta.fixes) > SHOWN:
+        print(f"… {len(meta.fixes)} fixes in all, listed in {out_uri}/meta.json", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

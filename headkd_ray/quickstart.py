@@ -118,8 +118,8 @@ def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: i
     ]
     for checkpoint in checkpoints.values():
         loaded = load_checkpoint(checkpoint)
-        found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), range(len(classes)), torch.device("cpu"))
-        names = dict(enumerate(classes))
+        names = dict(enumerate(loaded.classes or classes))
+        found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), range(len(names)), torch.device("cpu"))
         columns.append(
             [draw_found(image, entries, names, SHOWN_SCORE, TILE) for image, entries in zip(pixels, found, strict=True)]
         )

@@ -154,6 +154,13 @@ class Folder:
         return sorted(info.base_name for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
     @_plainly
+    def tree(self) -> list[str]:
+        """Paths, relative to the folder, of the files in it and in its folders, sorted; empty if there is no folder."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        files = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        return sorted(posixpath.relpath(path, self.path) for path in files)
+
+    @_plainly
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises OSError (FileNotFoundError if missing)."""
         # A file, and not a stream, which would ask for 256 KiB at a time.

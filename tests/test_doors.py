@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,46 @@ def test_evaluate_gives_the_ap_that_training_reported(
     assert {entry["category_id"] for entry in found} <= set(shards.meta.category_ids) and 0 not in shards.meta.category_ids
     assert evaluate.main([trained["student"], val, "--batch-size", "8"]) == 0
     assert f"{metrics['AP']:.1f}" in capsys.readouterr().out
+
+
+def test_a_validation_split_that_lists_fewer_classes_in_another_order(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluation and training match them by name, and say what does not count."""
+    splits = trained["splits"]
+    coco = ShardSet.open(splits["val"]).ground_truth()
+    *listed, gone = coco["categories"]
+    renamed = {category["id"]: 1000 - k for k, category in enumerate(listed)}
+    coco["categories"] = [{"id": renamed[category["id"]], "name": category["name"]} for category in listed]
+    coco["annotations"] = [
+        {**annotation, "category_id": renamed[annotation["category_id"]]}
+        for annotation in coco["annotations"]
+        if annotation["category_id"] in renamed
+    ]
+    (tmp_path / "fewer.json").write_text(json.dumps(coco))
+    fewer = str(tmp_path / "fewer")
+    prepare_split(str(tmp_path / "fewer.json"), str(Path(splits["train"]).parent / "images"), fewer)
+    expected = {name: value for name, value in trained["best"]["per_class"].items() if name != gone["name"]}
+
+    capsys.readouterr()
+    assert evaluate.main([trained["student"], fewer]) == 0
+    text = f"of the {len(listed) + 1} classes of {trained['student']}; detections of the others do not count: {gone['name']!r}"
+    assert f"warning: {fewer} lists {len(listed)} {text}" in capsys.readouterr().err
+    assert evaluate.evaluate_checkpoint(trained["student"], fewer, batch_size=8).as_dict()["per_class"] == expected
+
+    records: list[dict[str, Any]] = []
+    job = micro_job(tmp_path, {**splits, "val": fewer}, student=KEEN_STUDENT, optim=ONE_EPOCH)
+    assert train.train(job, records.append)["best"]["per_class"] == expected
+    assert f"warning: data.val ({fewer}) lists {len(listed)} of" in records[0]["note"]
+
+
+def test_evaluate_counts_as_many_detections_as_asked_for(trained: dict[str, Any], tmp_path: Path) -> None:
+    """The student itself keeps 20 an image."""
+    out, counts = tmp_path / "found.json", {}
+    for most in (None, 150):
+        evaluate.evaluate_checkpoint(trained["student"], trained["splits"]["val"], 8, str(out), max_detections=most)
+        counts[most] = Counter(entry["image_id"] for entry in json.loads(out.read_text()))
+    assert max(counts[None].values()) == 20 and max(counts[150].values()) > 20
 
 
 def test_evaluate_refuses_other_classes_and_unwritable_output_before_the_work(

@@ -88,4 +88,5 @@ class Layout:
             shards=tuple(shards),
             fingerprint=self.recipe,
             fixes=self.split.fixes,
+            warnings=self.split.warnings,
         )

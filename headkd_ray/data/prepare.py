@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headkd_ray.data.coco import CocoSplit, read_coco
+from headkd_ray.data.file_names import FileNames
 from headkd_ray.data.images import decode
 from headkd_ray.data.layout import Layout
 from headkd_ray.data.problems import Problems
@@ -75,8 +76,9 @@ def prepare_split(
     Raises:
         DataError: every problem of the JSON at once; or every problem of the images at once.
     """
-    split = read_coco(json_uri, fix_boxes=fix_boxes)
     images, out = Folder.open(images_uri, DataError), Folder.open(out_uri, DataError)
+    names = FileNames(images)
+    split = read_coco(json_uri, fix_boxes=fix_boxes, names=names)
     layout = Layout(split, shard_images, row_group)
     if out.size(META) is not None and not overwrite:
         existing = Meta.from_json(out.read(META), out.named(META))
@@ -92,7 +94,7 @@ def prepare_split(
         out.create()
         out.delete(META)  # From here on the folder is incomplete, and says so.
         _delete_shards(out, keep=set() if overwrite else {name for name, _ in layout.shards()})
-        shards = _write_shards(layout, images, out, workers or os.cpu_count() or 1, progress)
+        shards = _write_shards(layout, images, names, out, workers or os.cpu_count() or 1, progress)
         out.write(INDEX, layout.index())
         out.write(ANNOTATIONS, json.dumps(split.ground_truth(), separators=(",", ":")).encode())
         out.write(META, layout.meta(shards).to_json())
@@ -108,7 +110,9 @@ def _delete_shards(out: Folder, keep: set[str]) -> None:
             out.delete(name)
 
 
-def _write_shards(layout: Layout, images: Folder, out: Folder, workers: int, progress: Progress) -> list[ShardFile]:
+def _write_shards(
+    layout: Layout, images: Folder, names: FileNames, out: Folder, workers: int, progress: Progress
+) -> list[ShardFile]:
     problems = Problems()
     total, done, shards = len(layout.split.images), 0, []
     with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
@@ -116,7 +120,7 @@ def _write_shards(layout: Layout, images: Folder, out: Folder, workers: int, pro
             plan = layout.shards()
             kept = list(pool.map(lambda shard: _kept(out, shard[0], layout, len(shard[1])), plan))
             todo = [image for (_, members), shard in zip(plan, kept, strict=True) if shard is None for image in members]
-            checked = _checked(layout.split, todo, images, pool, ahead=4 * workers + layout.row_group)
+            checked = _checked(layout.split, todo, images, names, pool, ahead=4 * workers + layout.row_group)
             for (name, members), shard in zip(plan, kept, strict=True):
                 if shard is None:
                     advance = partial(_advance, progress, done, total)
@@ -176,25 +180,25 @@ def _write_shard(
 
 
 def _checked(
-    split: CocoSplit, members: list[int], images: Folder, pool: ThreadPoolExecutor, ahead: int
+    split: CocoSplit, members: list[int], images: Folder, names: FileNames, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[bytes | tuple[str, str]]:
     """Bytes, or (kind, where) of the problem, of each image in order; at most ``ahead`` are held."""
     coming: deque[Future[bytes | tuple[str, str]]] = deque()
     for image in members:
-        coming.append(pool.submit(_check, split, image, images))
+        coming.append(pool.submit(_check, split, image, images, names))
         if len(coming) >= ahead:
             yield coming.popleft().result()
     while coming:
         yield coming.popleft().result()
 
 
-def _check(split: CocoSplit, image: int, images: Folder) -> bytes | tuple[str, str]:
+def _check(split: CocoSplit, image: int, images: Folder, names: FileNames) -> bytes | tuple[str, str]:
     record = split.images[image]
     where = f"{images.named(record.file_name)} (image {record.id})"
     try:
         data = images.read(record.file_name)
     except FileNotFoundError:
-        return MISSING, where
+        return MISSING, f"{images.named(record.file_name)} (image {record.id}{names.hint(record.file_name)})"
     except (OSError, ValueError) as error:  # ValueError: a name that the filesystem does not allow
         return "cannot be read; check access", f"{where}, {error}"
     try:

@@ -84,6 +84,8 @@ class Meta:
     """SHA-256 of the annotations and of how they were laid out."""
     fixes: tuple[str, ...] = ()
     """What --fix-boxes changed, one line each."""
+    warnings: tuple[str, ...] = ()
+    """What was understood in a way that the user should know of, one sentence each."""
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -177,9 +179,8 @@ class ShardSet:
         try:
             meta = Meta.from_json(folder.read(META), folder.named(META))
             index = _read_index(folder, meta.row_group)
-        except FileNotFoundError as error:
-            state = "is not completely prepared" if folder.names() else "is missing or empty"
-            raise DataError(f"{uri}: the data set {state} (no {META} or {INDEX}); {mend}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(_unprepared(folder, uri)) from error
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{uri}: cannot be read ({error}); check access, or {mend} --overwrite") from error
         problems = []
@@ -220,6 +221,22 @@ class ShardSet:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
         return [_sample(table, row - group * self.meta.row_group) for row in rows]
+
+
+def _unprepared(folder: Folder, uri: str) -> str:
+    """What is at ``uri``, if no prepared split, and what to do, which leaves alone what is there."""
+    command = "python -m headkd_ray.prepare COCO.json IMAGES_DIR --out"
+    parent, name = Folder.of_file(uri, DataError)
+    if parent.has(name):
+        command = command.replace("COCO.json", uri if name.endswith(".json") else "COCO.json")
+        found = "is a file, not the folder of a prepared split"
+        return f"{uri}: {found}; prepare it first: {command} OUT_DIR, and give OUT_DIR here"
+    names = folder.names()
+    state = "is not completely prepared" if names else "is missing or empty"
+    message = f"{uri}: the data set {state} (no {META} or {INDEX})"
+    if names and not any(name == INDEX or name.startswith("shard-") for name in names):
+        return f"{message}, and the folder has other files; prepare it first: {command} OUT_DIR, and give OUT_DIR here"
+    return f"{message}; run: {command} {uri}"
 
 
 def _sample(table: pa.Table, row: int) -> Sample:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from headkd_ray.job.job import DistillSpec, Job
+from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job
 from headkd_ray.job.keys import Path
+from headkd_ray.job.limits import below
 
 Get = Callable[[str], Any]
 """Dotted key -> its value; a section is a dict. Raises UnreadableError."""
@@ -246,6 +247,13 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
         yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
 
 
+def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
+    most = get("eval.max_detections")
+    keys = [".".join(("student", *path)) for path in below(get("student"), most)] if most > MAX_DETECTIONS else []
+    for key in keys:
+        yield key, f"keeps {get(key)} an image, fewer than eval.max_detections ({most}) counts; set it to at least {most}"
+
+
 def _workers(get: Get) -> Iterator[tuple[str, str]]:
     workers = get("cluster.workers")
     if not isinstance(workers, int) and workers[0] > workers[1]:
@@ -272,6 +280,7 @@ CHECKS: tuple[Check, ...] = (
     _milestones,
     _short_sides,
     _eval_short_side,
+    _max_detections,
     _random_weights_must_learn,
     _backbone_arguments,
     _pyramid,

@@ -79,6 +79,17 @@ def make_coco(folder: Path, images: int = 12) -> CocoFiles:
     return CocoFiles(folder, data).save()
 
 
+def spread_boxes(data: dict[str, Any]) -> None:
+    """Give every annotation a box somewhere in its image, instead of those that all start near the corner."""
+    images = {image["id"]: image for image in data["images"]}
+    random = np.random.default_rng(1)
+    for annotation in data["annotations"]:
+        image = images[annotation["image_id"]]
+        size = np.array([image["width"], image["height"]])
+        box = random.uniform(4, 12, 2)
+        annotation.update(bbox=np.concatenate([random.uniform(0, size - box), box]).round(3).tolist(), area=10)
+
+
 def spoil_images(shard: Path, row_group: int) -> None:
     """Make it a sound Parquet file of images that are none."""
     table = pq.read_table(shard)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from headkd_ray.data.classes import check_same_classes
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import INDEX, META, ShardSet
 from headkd_ray.errors import DataError
@@ -98,22 +97,19 @@ def test_errors_survive_pickling() -> None:
     assert error.problems == ["one", "two"] and str(error) == "both:\n  - one\n  - two"
 
 
-def test_equal_class_lists_pass() -> None:
-    check_same_classes({"data.train": ("a", "b"), "data.val": ["a", "b"]})
-
-
-def test_one_error_shows_how_class_lists_differ() -> None:
+def test_a_json_or_a_folder_of_photos_is_no_prepared_split_and_stays_as_it_is(tmp_path: Path) -> None:
+    """What to do is said so that nothing of the user's is in its way."""
+    files = make_coco(tmp_path)
     with pytest.raises(DataError) as caught:
-        check_same_classes(
-            {
-                "data.train": ("a", "b", "c"),
-                "data.val": ("a", "c", "d", "e"),
-                "teacher": ("b", "a", "c"),
-                "x": ("a", "b", "c", "c"),
-            }
-        )
-    val, teacher, longer = caught.value.problems
-    assert "data.val has 4 classes, data.train has 3" in val
-    assert "only in data.train: 'b'" in val and "only in data.val: 'd', 'e'" in val
-    assert "label 0 is 'a' in data.train and 'b' in teacher" in teacher
-    assert "label 3 is nothing in data.train and 'c' in x" in longer
+        ShardSet.open(files.json)
+    assert str(caught.value) == (
+        f"{files.json}: is a file, not the folder of a prepared split; prepare it first: python -m headkd_ray.prepare "
+        f"{files.json} IMAGES_DIR --out OUT_DIR, and give OUT_DIR here"
+    )
+    for folder in (files.images, str(tmp_path)):
+        with pytest.raises(
+            DataError, match=r"not completely prepared .*has other files; prepare it first: .*--out OUT_DIR, and"
+        ):
+            ShardSet.open(folder)
+    with pytest.raises(DataError, match=r"is missing or empty .*--out \S+/nowhere$"):
+        ShardSet.open(str(tmp_path / "nowhere"))
