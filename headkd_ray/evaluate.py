@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from headkd_ray.data.classes import check_same_classes
+from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import eval_windows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, local_stream
@@ -18,7 +19,7 @@ from headkd_ray.doors import positive, user_errors
 from headkd_ray.engine.coco import CocoMetrics, coco_metrics
 from headkd_ray.engine.evaluate import predict
 from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.engine.serving import view_spec
+from headkd_ray.engine.serving import trained_range, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
 from headkd_ray.report.tables import print_metrics
@@ -40,6 +41,7 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
         target[0].check_writable()
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
+    check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
     if loaded.classes is not None:
         check_same_classes({data: shards.meta.classes, checkpoint: loaded.classes})
     elif loaded.detector.num_classes != len(shards.meta.classes):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from headkd_ray.data.classes import check_same_classes
+from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_trainee
@@ -35,7 +36,8 @@ def preflight(job: Job) -> None:
     checks: list[Callable[[], None]] = [lambda: check_run(job)]
     if len(splits) == 2:
         lists = {f"data.{name} ({getattr(job.data, name)})": split.meta.classes for name, split in splits.items()}
-        checks.append(lambda: check_same_classes(lists))
+        ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}
+        checks += [lambda: check_same_classes(lists), lambda: check_same_range(ranges)]
     checks.append(lambda: _build(job, splits.get("train")))
     for check in checks:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from headkd_ray.data.classes import check_same_classes
+from headkd_ray.data.meta import VERSION
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import INDEX, META, ShardSet
 from headkd_ray.errors import DataError
@@ -42,8 +43,8 @@ def test_damaged_meta(out: Path, content: str) -> None:
 
 def test_newer_format(out: Path) -> None:
     meta = json.loads((out / META).read_text())
-    (out / META).write_text(json.dumps({**meta, "version": 2, "surprise": 1}))
-    with pytest.raises(DataError, match="version 2; this headkd_ray reads up to 1"):
+    (out / META).write_text(json.dumps({**meta, "version": VERSION + 1, "surprise": 1}))
+    with pytest.raises(DataError, match=f"version {VERSION + 1}; this headkd_ray reads up to {VERSION}"):
         ShardSet.open(str(out))
 
 
