@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 7, "name": "ant"}, {"id": 31, "name": "moth"}]
 """Sparse ids, not in order."""
@@ -100,6 +100,23 @@ def make_coco(folder: Path, images: int = 12) -> CocoFiles:
                 }
             )
     return CocoFiles(folder, data).save()
+
+
+def exif_photo(files: CocoFiles, number: int, orientation: int, *, upright: bool = False) -> Image.Image:
+    """Give image ``number`` an EXIF orientation; ``upright``: with the upright image's size in the JSON. Returns that image."""
+    record = files.data["images"][number]
+    suffix = record["file_name"].rsplit(".")[1]
+    kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix]
+    data = oriented(pixels(number, record["width"], record["height"]), orientation, kind)
+    (Path(files.images) / record["file_name"]).write_bytes(data)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if upright:
+        record.update(width=shown.width, height=shown.height)
+        for annotation in files.data["annotations"]:
+            if annotation["image_id"] == record["id"]:
+                annotation["bbox"] = [2, 3, 10, 8]
+    files.save()
+    return shown
 
 
 def spoil_images(shard: Path, row_group: int) -> None:

@@ -90,6 +90,7 @@ def test_orientation_of_a_16_bit_png() -> None:
     assert image[0].tolist() == np.rot90(values >> 8, -1).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"", *map(oriented, [RGB] * 2, [0, 9])])
 def test_damaged_or_meaningless_exif_is_no_orientation(exif: bytes) -> None:
     data = exif if exif.startswith(b"\xff\xd8") else encoded(RGB, exif=exif)
