@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
@@ -87,7 +87,7 @@ class Meta:
         try:
             meta = _META.validate_json(content, strict=True)
         except ValidationError as error:
-            wrong = [_sentence(problem["loc"], problem["msg"]) for problem in error.errors(include_url=False)]
+            wrong = sentences(error)
         else:
             wrong = list(_contradictions(meta))
         if wrong:
@@ -110,8 +110,10 @@ def check_same_range(ranges: Mapping[str, tuple[int, int] | None]) -> None:
 _META = TypeAdapter(Meta)
 
 
-def _sentence(loc: Sequence[int | str], message: str) -> str:
-    return f"{'.'.join(map(str, loc))}: {message[:1].lower()}{message[1:]}".replace("valid tuple", "list")
+def sentences(error: ValidationError) -> list[str]:
+    """What pydantic found in a file, one ``key.of.the.value: what is wrong`` each."""
+    found = [(problem["loc"], problem["msg"]) for problem in error.errors(include_url=False, include_input=False)]
+    return [": ".join(filter(None, (".".join(map(str, loc)), text[:1].lower() + text[1:]))) for loc, text in found]
 
 
 def _contradictions(meta: Meta) -> Iterator[str]:

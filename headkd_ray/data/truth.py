@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from headkd_ray.data.meta import AGAIN, SHOWN, Meta
+from headkd_ray.data.meta import AGAIN, SHOWN, Meta, sentences
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
 
@@ -62,8 +62,7 @@ def read_truth(folder: Folder, name: str, meta: Meta, image_ids: Sequence[int]) 
         truth = _TRUTH.validate_json(content, strict=True)
         wrong = list(_contradictions(truth, meta, image_ids))
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
-        wrong = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems]
+        wrong = sentences(error)
     except OSError as error:
         raise DataError(f"{folder.named(name)}: cannot be read ({error}); copy it again, or {AGAIN}") from error
     if wrong:
