@@ -41,7 +41,7 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
     device = World.alone().device
     detector = loaded.detector.to(device)
     category_ids = loaded.meta.get("category_ids", list(range(1, len(loaded.classes) + 1)))
-    reading = Reading(upright=True, value_range=trained_range(loaded.meta) or FULL_RANGE)
+    reading = Reading(value_range=trained_range(loaded.meta) or FULL_RANGE)
     names = dict(zip(category_ids, loaded.classes, strict=True))
 
     problems: list[str] = []

@@ -24,7 +24,7 @@ class CocoImage:
     file_name: str
     """Relative to the images folder."""
     width: int
-    """Pixels, as stored (EXIF orientation ignored)."""
+    """Pixels."""
     height: int
 
 

@@ -53,7 +53,7 @@ class TooLargeError(ValueError):
 class Reading:
     """How the images of a split become pixels, where the files leave it open."""
 
-    upright: bool = False
+    upright: bool = True
     """Apply EXIF orientation. Where height and width tell whether the boxes were drawn on the upright image, they decide."""
     value_range: tuple[int, int] = FULL_RANGE
     """Values of 16-bit images that become 0 and 255; those outside are clipped."""
@@ -84,7 +84,7 @@ def decode(
     Grey, palette and CMYK images become RGB, alpha is dropped, an animation gives its first frame.
 
     Args:
-        reading: what to do about EXIF orientation and 16-bit values; None = ignore it, and keep their high byte.
+        reading: what to do about EXIF orientation and 16-bit values; None = apply it, and keep their high byte.
         size: height and width that the image must have; decides whether it is turned where the two differ.
         max_pixels: the largest image that is read; None = any.
 
@@ -126,7 +126,8 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot be decoded ({error})") from error
     if max_pixels is not None and image.width * image.height > max_pixels:
-        raise TooLargeError(f"has {image.width * image.height / 1e6:.1f} megapixels ({image.width} x {image.height})")
+        size = f"{image.width * image.height / 1e6:.1f} megapixels ({image.width} x {image.height})"
+        raise TooLargeError(f"has {size}, more than the {max_pixels / 1e6:.1f} that are allowed")
     return image
 
 

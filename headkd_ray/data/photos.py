@@ -15,7 +15,7 @@ Exif = Literal["apply", "ignore"]
 
 MISSING = "no such file; check IMAGES_DIR and 'file_name'"
 DAMAGED = "damaged, or not a JPEG, PNG or WebP; replace the file, or remove the image from the JSON"
-TOO_LARGE = "larger than allowed; scale it down, remove it from the JSON, or allow it with --max-megapixels"
+TOO_LARGE = "too large; scale it down, remove it from the JSON, or allow it with --max-megapixels"
 WRONG_SIZE = "stored size differs from the JSON; correct the JSON or the file"
 NOT_AS_STORED = "the JSON has the upright size, which contradicts --exif ignore; leave the option away, or correct the JSON"
 NOT_UPRIGHT = "the JSON has the stored size, which contradicts --exif apply; leave the option away, or correct the JSON"

@@ -74,19 +74,19 @@ def test_orientation(kind: str, orientation: int) -> None:
     stored = decode(encoded(RGB, kind))
     facts = inspect(data)
     assert facts.orientation == orientation and facts.size == stored.shape[1:] and facts.upright_size == upright.shape[1:]
-    assert torch.equal(decode(data), stored), "ignored unless asked for"
-    assert torch.equal(decode(data, Reading(upright=True)), upright)
-    assert torch.equal(decode(data, Reading(upright=True), facts.upright_size), upright)
+    assert torch.equal(decode(data, Reading(upright=False)), stored)
+    assert torch.equal(decode(data), upright)
+    assert torch.equal(decode(data, Reading(), facts.upright_size), upright)
     if facts.upright_size != facts.size:  # the wanted size decides
-        assert torch.equal(decode(data, Reading(), facts.upright_size), upright)
-        assert torch.equal(decode(data, Reading(upright=True), facts.size), stored)
+        assert torch.equal(decode(data, Reading(upright=False), facts.upright_size), upright)
+        assert torch.equal(decode(data, Reading(), facts.size), stored)
 
 
 def test_orientation_of_a_16_bit_png() -> None:
     values = np.arange(12, dtype=np.uint16).reshape(3, 4) << 8
     exif = Image.Exif()
     exif[0x112] = 6
-    image = decode(encoded(Image.fromarray(values), "PNG", exif=exif.tobytes()), Reading(upright=True))
+    image = decode(encoded(Image.fromarray(values), "PNG", exif=exif.tobytes()), Reading())
     assert image[0].tolist() == np.rot90(values >> 8, -1).tolist()
 
 
@@ -95,12 +95,12 @@ def test_orientation_of_a_16_bit_png() -> None:
 def test_damaged_or_meaningless_exif_is_no_orientation(exif: bytes) -> None:
     data = exif if exif.startswith(b"\xff\xd8") else encoded(RGB, exif=exif)
     assert inspect(data).orientation == 1
-    assert torch.equal(decode(data, Reading(upright=True)), decode(FILES["jpeg"]))
+    assert torch.equal(decode(data, Reading()), decode(FILES["jpeg"]))
 
 
 def test_another_size_than_wanted() -> None:
     with pytest.raises(ValueError, match="has 50 x 37 pixels, should have 37 x 50"):
-        decode(FILES["jpeg"], Reading(upright=True), (50, 37))
+        decode(FILES["jpeg"], Reading(), (50, 37))
 
 
 def test_large_images_are_a_matter_of_the_limit() -> None:
