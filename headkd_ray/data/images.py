@@ -45,6 +45,10 @@ TURNS: dict[int, Image.Transpose] = {
 """EXIF orientation -> what makes the image upright. 5 to 8 exchange height and width."""
 
 
+class OtherFormatError(ValueError):
+    """The bytes are not a JPEG, PNG or WebP."""
+
+
 class TooLargeError(ValueError):
     """The image has more pixels than allowed."""
 
@@ -89,8 +93,9 @@ def decode(
         max_pixels: the largest image that is read; None = any.
 
     Raises:
+        OtherFormatError: the bytes are not such an image.
         TooLargeError: more than ``max_pixels``.
-        ValueError: the bytes are not such an image, are cut off, or it does not have ``size``.
+        ValueError: damaged or cut off, or not of ``size``.
     """
     reading, image = reading or Reading(), _open(data, max_pixels)
     try:
@@ -122,7 +127,7 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"not a JPEG, PNG or WebP{_other(data)}") from error
+        raise OtherFormatError(f"not a JPEG, PNG or WebP{_other(data)}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot be decoded ({error})") from error
     if max_pixels is not None and image.width * image.height > max_pixels:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from headkd_ray.data.coco import CocoImage, CocoSplit
-from headkd_ray.data.images import FULL_RANGE, MAX_PIXELS, ImageFacts, Reading, TooLargeError, decode, inspect
+from headkd_ray.data.images import FULL_RANGE, MAX_PIXELS, ImageFacts, OtherFormatError, Reading, TooLargeError, decode, inspect
 from headkd_ray.errors import StorageError
 from headkd_ray.storage import Folder
 
 Exif = Literal["apply", "ignore"]
 
 MISSING = "no such file; check IMAGES_DIR and 'file_name'"
-DAMAGED = "damaged, or not a JPEG, PNG or WebP; replace the file, or remove the image from the JSON"
+DAMAGED = "damaged; replace the file, or remove the image from the JSON"
+OTHER_FORMAT = "convert or replace the file, or remove the image from the JSON"
 TOO_LARGE = "too large; scale it down, remove it from the JSON, or allow it with --max-megapixels"
 WRONG_SIZE = "stored size differs from the JSON; correct the JSON or the file"
 NOT_AS_STORED = "the JSON has the upright size, which contradicts --exif ignore; leave the option away, or correct the JSON"
@@ -86,6 +87,8 @@ class Photos:
             decode(data, max_pixels=None)
         except TooLargeError as error:
             return Fault(TOO_LARGE, f"{where}, {error}")
+        except OtherFormatError as error:
+            return Fault(OTHER_FORMAT, f"{where}, {error}")
         except ValueError as error:
             return Fault(DAMAGED, f"{where}, {error}")
         fault = _size_fault(facts, record, self.options.exif)
@@ -162,14 +165,14 @@ class Tally:
             if options.exif:
                 why = "--exif ignore"
             elif self.stored:
-                why = f"the JSON has the stored size of {self.stored}"
+                why = f"the JSON has the stored size of {self.stored} of them"
             else:
                 why = "the JSON does not tell; if the boxes were drawn on the upright images, prepare with --exif apply"
             lines.append(f"EXIF orientation: {_images(ignored)} used as stored, the orientation is ignored ({why})")
         return lines
 
     def _depth_warnings(self, options: PhotoOptions) -> list[str]:
-        lie = f"16-bit values: those of {_images(self.deep)} between {self.low} and {self.high}"
+        lie = f"16-bit images: the values of {self.deep} lie between {self.low} and {self.high}"
         if options.value_range is None:
             if not self.deep or self.high - self.low >= 2**15:
                 return []
@@ -179,7 +182,7 @@ class Tally:
             return [f"{lie}, which is {levels} of 256 grey levels; prepare with --range {low} {high} to use all of them"]
         low, high = options.value_range
         if not self.deep:
-            return ["16-bit values: there is no 16-bit image, --range is not used"]
+            return ["16-bit images: there is none, so --range is not used"]
         if self.low < low or self.high > high:
             return [f"{lie}; what is outside --range is clipped"]
         return []

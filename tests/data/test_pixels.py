@@ -66,7 +66,7 @@ def test_sizes_as_stored_in_the_json_turn_none_and_it_is_told(files: CocoFiles) 
     shards = prepared(files)
     assert all(torch.equal(shown(shards, number), image) for number, image in stored.items())
     assert shards.meta.warnings == (
-        "EXIF orientation: 2 images are used as stored, the orientation is ignored (the JSON has the stored size of 1)",
+        "EXIF orientation: 2 images are used as stored, the orientation is ignored (the JSON has the stored size of 1 of them)",
     )
 
 
@@ -122,9 +122,9 @@ def test_options_that_contradict_the_json(files: CocoFiles) -> None:
         prepared(files, exif="apply")
 
 
-def dark(files: CocoFiles, low: int, high: int, number: int = 1) -> np.ndarray:
+def dark(files: CocoFiles, low: int, high: int) -> np.ndarray:
     """Make image 1 a 16-bit PNG with values in this range, and return them."""
-    record = files.data["images"][number]
+    record = files.data["images"][1]
     values = np.linspace(low, high, record["width"] * record["height"]).astype(np.uint16)
     values = values.reshape(record["height"], record["width"], 1)
     (Path(files.images) / record["file_name"]).write_bytes(png16(values))
@@ -155,7 +155,7 @@ def test_a_range_makes_16_bit_images_bright(files: CocoFiles, capsys: pytest.Cap
 
 
 def test_a_range_that_clips_or_is_not_used_is_told(files: CocoFiles) -> None:
-    assert "there is no 16-bit image" in prepared(files, value_range=(0, 4095)).meta.warnings[0]
+    assert "there is none, so --range is not used" in prepared(files, value_range=(0, 4095)).meta.warnings[0]
     dark(files, 0, 4095)
     (warning,) = prepared(files, value_range=(0, 1023), overwrite=True).meta.warnings
     assert warning.endswith("and 4090; what is outside --range is clipped")
