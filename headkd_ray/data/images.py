@@ -29,9 +29,8 @@ OTHERS = {
 }
 MAX_PIXELS = 178_956_970
 """The largest image that is read unless another limit is given, as Pillow's own: beyond it may be a decompression bomb."""
-Image.MAX_IMAGE_PIXELS = (
-    None  # Pillow's is a setting of the whole process, and warns at half of it; every image here meets ours
-)
+# Pillow's own limit is a setting of the whole process, and warns at half of it. Every image here meets ``max_pixels`` instead.
+Image.MAX_IMAGE_PIXELS = None
 FULL_RANGE = (0, 65535)
 TURNS: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -313,6 +313,9 @@ def test_any_filesystem(tmp_path: Path) -> None:
         remote = prepare_split("memory://own/annotations.json", "memory://own/images", "memory://own/out", shard_images=5)
         local = prepare_split(files.json, files.images, "file://" + files.out, shard_images=5)
         assert samples(remote) == samples(local) and remote.meta == local.meta
+        memory.pipe("/own/images/0.jpg", encoded(pixels(77, 40, 30)))
+        with pytest.raises(DataError, match=r"image files have changed(.|\n)*0.jpg"):
+            prepare_split("memory://own/annotations.json", "memory://own/images", "memory://own/out", shard_images=5)
     finally:
         memory.rm("/own", recursive=True)
     with pytest.raises(DataError, match="no filesystem"):
