@@ -11,6 +11,7 @@ from contextlib import closing
 from rich.console import Console
 from rich.progress import track
 
+from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import eval_windows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, local_stream
@@ -20,7 +21,7 @@ from headkd_ray.engine.coco import CocoMetrics, coco_metrics
 from headkd_ray.engine.evaluate import predict
 from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.engine.scoring import recorded_detections, scoring_of
-from headkd_ray.engine.serving import view_spec
+from headkd_ray.engine.serving import trained_range, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
@@ -52,6 +53,7 @@ def evaluate_checkpoint(
         target[0].check_writable()
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
+    check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
     if loaded.classes is None and loaded.detector.num_classes != len(shards.meta.classes):
         raise DataError(f"{data} has {len(shards.meta.classes)} classes, {checkpoint} knows {loaded.detector.num_classes}")
     most = max_detections or recorded_detections(loaded.meta)

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from headkd_ray.data.images import decode
+from headkd_ray.data.images import FULL_RANGE, Reading, decode
 from headkd_ray.doors import user_errors
 from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.engine.serving import detect_images, view_spec
+from headkd_ray.engine.serving import detect_images, trained_range, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.report.draw import draw_found
@@ -25,7 +25,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> dict[str, Any]:
     """Detect on images and write ``<out>/<number>_<name>.jpg`` (boxes of at least ``score`` drawn) and
-    ``<out>/detections.json``, a COCO data set whose annotations carry a ``score``; returns its content.
+    ``<out>/detections.json``, a COCO data set whose annotations carry a ``score``; returns its content. Images are turned
+    upright as their EXIF orientation says, and boxes are in pixels of the upright image.
 
     Raises:
         CheckpointError: unreadable, or without class names.
@@ -40,6 +41,7 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
     device = World.alone().device
     detector = loaded.detector.to(device)
     category_ids = loaded.meta.get("category_ids", list(range(1, len(loaded.classes) + 1)))
+    reading = Reading(value_range=trained_range(loaded.meta) or FULL_RANGE)
     names = dict(zip(category_ids, loaded.classes, strict=True))
 
     problems: list[str] = []
@@ -47,7 +49,7 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
     annotations: list[dict[str, Any]] = []
     for path in paths:
         try:
-            image = decode(path.read_bytes())
+            image = decode(path.read_bytes(), reading)
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror})")
             continue

@@ -3,7 +3,8 @@
     python -m headkd_ray.prepare instances_train2017.json train2017/ --out data/coco_train
 
 All three places are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec serves). The JSON and every image are
-checked; all problems are reported together. After an interruption the same command continues; finished, it does nothing.
+checked; all problems are reported together. After an interruption the same command continues; finished, it only checks that
+the shards are sound and the images still those that they were made from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.doors import user_errors
@@ -35,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
             row_group=options.row_group,
             workers=options.workers,
             fix_boxes=options.fix_boxes,
+            exif=options.exif,
+            value_range=options.range and tuple(options.range),
+            max_pixels=10**6 * options.max_megapixels if options.max_megapixels else MAX_PIXELS,
             overwrite=options.overwrite,
         )
     meta = shards.meta
@@ -81,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--row-group", type=_positive, default=16, metavar="N", help="images read together (default 16)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a CPU; remote images: more)")
     parser.add_argument("--fix-boxes", action="store_true", help="clip or drop unusable boxes, and say which")
+    parser.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="turn images upright as their EXIF orientation says, or use them as stored (default: as the JSON's sizes say)",
+    )
+    parser.add_argument(
+        "--range",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of 16-bit images that become black and white, for example 0 4095 (default 0 65535)",
+    )
+    parser.add_argument("--max-megapixels", type=_positive, metavar="N", help="refuse larger images (default 178)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split in OUT_DIR")
     return parser
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from headkd_ray.data.images import decode
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.doors import user_errors
@@ -102,7 +101,7 @@ def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: i
 
     rows_of_first_group = list(range(min(images, len(shards.index))))
     samples = shards.read_group(0, 0, rows_of_first_group)
-    pixels = [decode(sample.image) for sample in samples]
+    pixels = [sample.pixels() for sample in samples]
     classes = shards.meta.classes
     columns = [
         [

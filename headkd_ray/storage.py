@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import fcntl
 import functools
 import os
 import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,6 +28,7 @@ from headkd_ray.errors import StorageError, UserError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+LOCK_FILE = ".lock"
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Filesystems (``type_name``) without folders, in which a file appears when the last byte of it has arrived."""
 
@@ -160,6 +163,18 @@ class Folder:
         files = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
         return sorted(posixpath.relpath(path, self.path) for path in files)
 
+    def versions(self, names: list[str]) -> list[tuple[int, int | None] | None]:
+        """Bytes and time of modification of each file, by which a replaced one is noticed; None where there is no such file.
+
+        The time is in nanoseconds, None where the storage does not tell it.
+        """
+        if not self.remote:
+            return [_version(self.at(name)) for name in names]
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)  # one listing, not a request a file
+        files = [info for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        there = {info.path.lstrip("/"): (info.size, info.mtime_ns) for info in files}
+        return [there.get(self.at(name).lstrip("/")) for name in names]
+
     @_plainly
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises OSError (FileNotFoundError if missing)."""
@@ -227,6 +242,37 @@ class Folder:
             for folder in missing:
                 with contextlib.suppress(OSError):  # somebody else uses it by now, or it could not be made
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Folder, busy: UserError) -> Iterator[None]:
+    """Keep other processes from locking the folder, which must exist; the lock ends with this process, however it ends.
+
+    Object stores have no locks, and some network file systems none either: there nothing is kept from anybody.
+
+    Raises:
+        UserError: ``busy``, if another process has locked it.
+    """
+    if folder.remote:
+        yield
+        return
+    with open(folder.at(LOCK_FILE), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
+                raise
+        yield
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name that the filesystem does not allow
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _split(uri: str) -> tuple[str, str]:

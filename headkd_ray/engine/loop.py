@@ -284,6 +284,7 @@ def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Ch
         "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
         "max_detections": job.eval.max_detections,
         "category_ids": list(streams.train_set.meta.category_ids),
+        "value_range": streams.train_set.meta.value_range,
         "metrics": None if scored is None else scored.as_dict(),
         "versions": {
             "headkd_ray": headkd_ray.__version__,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_trainee
@@ -35,6 +36,8 @@ def preflight(job: Job) -> None:
     checks: list[Callable[[], object]] = [lambda: check_run(job)]
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
+        ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}
+        checks.append(lambda: check_same_range(ranges))
     checks.append(lambda: _build(job, splits.get("train")))
     for check in checks:
         try:
