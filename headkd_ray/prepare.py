@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from headkd_ray.data.prepare import prepare_split
-from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.shards import META, ShardSet
 from headkd_ray.doors import user_errors
+from headkd_ray.storage import Folder
 
 SHOWN = 20
 """Fixes printed; meta.json lists all."""
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in meta.fixes[:SHOWN]:
         print(f"fixed: {line}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {options.out}/meta.json", file=sys.stderr)
+        print(f"… {len(meta.fixes)} fixes in all, listed in {Folder.open(options.out).named(META)}", file=sys.stderr)
     boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
     print(f"{options.out}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
     return 0
