@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.prepare import prepare_split
-from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.shards import META, ShardSet
 from headkd_ray.doors import user_errors
 
 SHOWN = 20
@@ -72,7 +72,7 @@ def _tell(shards: ShardSet, out_uri: str) -> None:
     for line in meta.fixes[:SHOWN]:
         print(f"fixed: {line}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {out_uri}/meta.json", file=sys.stderr)
+        print(f"… {len(meta.fixes)} fixes in all, listed in {shards.folder.named(META)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

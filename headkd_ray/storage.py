@@ -156,6 +156,29 @@ class Folder:
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
+    @property
+    @_plainly
+    def exists(self) -> bool:
+        """Is there such a folder?"""
+        if not self.remote:  # asked of Python, which knows names that are not UTF-8, too
+            return os.path.isdir(self.path)
+        return bool(self.fs.get_file_info(self.path).type == pafs.FileType.Directory)
+
+    @_plainly
+    def files(self) -> list[str]:
+        """Paths, relative to the folder, of the files in it and in all folders beneath, sorted.
+
+        What is hidden (its name starts with a dot) is left out; links to folders are followed, into each folder once. Raises
+        OSError (FileNotFoundError if there is no folder).
+        """
+        if self.remote:
+            selector = pafs.FileSelector(self.path, recursive=True)
+            found = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        else:
+            found = list(_local_files(self.path))
+        names = [posixpath.relpath(path, self.path).split("/") for path in found]
+        return ["/".join(parts) for parts in sorted(names) if not any(part.startswith(".") for part in parts)]
+
     @_plainly
     def tree(self) -> list[str]:
         """Paths, relative to the folder, of the files in it and in its folders, sorted; empty if there is no folder."""
@@ -163,6 +186,7 @@ class Folder:
         files = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
         return sorted(posixpath.relpath(path, self.path) for path in files)
 
+    @_plainly
     def versions(self, names: list[str]) -> list[tuple[int, int | None] | None]:
         """Bytes and time of modification of each file, by which a replaced one is noticed; None where there is no such file.
 
@@ -178,6 +202,8 @@ class Folder:
     @_plainly
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises OSError (FileNotFoundError if missing)."""
+        if not self.remote:  # by Python: as above, and its errors say what the matter is
+            return Path(self.at(name)).read_bytes()
         # A file, and not a stream, which would ask for 256 KiB at a time.
         with self.fs.open_input_file(self.at(name)) as file:
             return file.read()
@@ -191,10 +217,15 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file, atomically; the folder must exist."""
         draft = name if self.fs.type_name in OBJECT_STORES else name + ".tmp"
-        with self.fs.open_output_stream(self.at(draft)) as stream:
-            stream.write(content)
-        if draft != name:
-            self.publish(name)
+        try:
+            with self.fs.open_output_stream(self.at(draft)) as stream:
+                stream.write(content)
+            if draft != name:
+                self.publish(name)
+        except OSError:
+            if draft != name:  # on a full disk, half a file would take the room of others
+                self.delete(draft)
+            raise
 
     @_plainly
     def publish(self, name: str) -> None:
@@ -273,6 +304,21 @@ def _version(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):  # ValueError: a name that the filesystem does not allow
         return None
     return found.st_size, found.st_mtime_ns
+
+
+def _local_files(path: str) -> Iterator[str]:
+    """Paths of the files beneath a folder, not in hidden folders; each folder once, whatever links there are to it."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for folder, inside, names in os.walk(path, onerror=refuse, followlinks=True):
+        place = os.path.realpath(folder)
+        inside[:] = [] if place in seen else sorted(name for name in inside if not name.startswith("."))
+        if place not in seen:
+            yield from (os.path.join(folder, name) for name in names)
+        seen.add(place)
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from headkd_ray.data.keyed import key_bits
 from headkd_ray.data.shapes import SHAPES, Pen
+from headkd_ray.storage import Folder
 
 Colour = tuple[int, int, int]
 
@@ -64,24 +65,42 @@ def draw_dataset(folder: str | Path, *, train: int = 800, val: int = 200, seed: 
 
     A finished data set in the folder with the same arguments is kept.
     """
+    draw_splits(Folder.open(folder), train=train, val=val, seed=seed)
     folder = Path(folder)
-    drawn = Drawn(folder / "images", folder / "train.json", folder / "val.json")
-    for path, name, count, first_id in ((drawn.train, "train", train, 1), (drawn.val, "val", val, 1_000_001)):
+    return Drawn(folder / "images", folder / "train.json", folder / "val.json")
+
+
+def draw_splits(folder: Folder, *, train: int = 800, val: int = 200, seed: int = 0) -> None:
+    """``draw_dataset`` into a folder on any filesystem."""
+    for name, count, first_id in (("train", train, 1), ("val", val, 1_000_001)):
         info = {"description": f"drawn by headkd_ray.data.synthetic, split {name}, {count} images, seed {seed}, version 2"}
-        if not (path.exists() and json.loads(path.read_text()).get("info") == info):
-            _draw_split(path, drawn.images, name, count, first_id, seed, info)
-    return drawn
+        if _info(folder, f"{name}.json") != info:
+            _draw_split(folder, name, count, first_id, seed, info)
 
 
-def _draw_split(path: Path, images: Path, name: str, count: int, first_id: int, seed: int, info: dict[str, str]) -> None:
-    images.mkdir(parents=True, exist_ok=True)
+def _info(folder: Folder, file: str) -> Any:
+    """What a COCO JSON says about itself; None if it is missing or damaged."""
+    try:
+        content = json.loads(folder.read(file))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content.get("info") if isinstance(content, dict) else None
+
+
+def _draw_split(folder: Folder, name: str, count: int, first_id: int, seed: int, info: dict[str, str]) -> None:
+    images = folder / "images"
+    images.create()
+
+    def drawn(index: int) -> tuple[str, Scene]:
+        scene, file_name = draw_scene(seed, name, index), f"{name}_{index:05d}.jpg"
+        images.write(file_name, scene.jpeg)
+        return file_name, scene
+
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and NumPy release the GIL in most of the work
-        for index, scene in enumerate(pool.map(lambda i: draw_scene(seed, name, i), range(count))):
+        for index, (file_name, scene) in enumerate(pool.map(drawn, range(count))):
             image_id = first_id + 3 * index
-            file_name = f"{name}_{index:05d}.jpg"
-            (images / file_name).write_bytes(scene.jpeg)
             records.append({"id": image_id, "file_name": file_name, "width": scene.width, "height": scene.height})
             for label, (x, y, width, height) in scene.objects:
                 annotations.append(
@@ -96,9 +115,7 @@ def _draw_split(path: Path, images: Path, name: str, count: int, first_id: int, 
                 )
     categories = [{"id": id_, "name": name} for id_, name in zip(CATEGORY_IDS, SHAPES, strict=True)]
     content = {"info": info, "images": records, "annotations": annotations, "categories": categories}
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content))
-    draft.replace(path)  # last: a split without its JSON is not finished
+    folder.write(f"{name}.json", json.dumps(content).encode())  # last: a split without its JSON is not finished
 
 
 @dataclass(frozen=True)
