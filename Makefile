@@ -1,12 +1,14 @@
 # make quickstart                                                 the whole method on a drawn data set
 # make quickstart TRAIN=train.json VAL=val.json IMAGES=photos     the same on own photos (COCO JSON and image folder)
+# make quickstart TRAIN=... VAL=... IMAGES=... VAL_IMAGES=photos2    if the validation images are in another folder
 # make quickstart ARGS="--out runs/mine optim.epochs=6"           more arguments of python -m headkd_ray.quickstart
 # make test                                                       the tests
 # PYTHON=python3.12 make ...                                      chooses the Python (3.10 to 3.13) for the set-up
 
 PY := .venv/bin/python
 # Taken from the environment, where make puts them: pasted into the command, a quote in a name would end it.
-OWN := $(if $(TRAIN),--train "$$TRAIN") $(if $(VAL),--val "$$VAL") $(if $(IMAGES),--images "$$IMAGES")
+OWN := $(if $(TRAIN),--train "$$TRAIN") $(if $(VAL),--val "$$VAL") $(if $(IMAGES),--images "$$IMAGES") \
+	$(if $(VAL_IMAGES),--val-images "$$VAL_IMAGES")
 
 .PHONY: setup quickstart test lint lock
 

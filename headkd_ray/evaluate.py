@@ -5,34 +5,47 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from contextlib import closing
 
 from rich.console import Console
 from rich.progress import track
 
-from headkd_ray.data.classes import check_same_classes
+from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import eval_windows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, local_stream
+from headkd_ray.detectors.weights import keeping
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.engine.coco import CocoMetrics, coco_metrics
 from headkd_ray.engine.evaluate import predict
 from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.engine.serving import view_spec
+from headkd_ray.engine.scoring import recorded_detections, scoring_of
+from headkd_ray.engine.serving import trained_range, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
+from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.storage import Folder
 
 
-def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: str | None = None) -> CocoMetrics:
+def evaluate_checkpoint(
+    checkpoint: str,
+    data: str,
+    batch_size: int = 2,
+    out: str | None = None,
+    max_detections: int | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
+) -> CocoMetrics:
     """Metrics of a detector on a prepared split, in this process, on the first GPU if there is one.
 
     Args:
         out: where to write the detections (path or URI), as a COCO results file.
+        max_detections: detections that count in an image; None = as many as in the checkpoint's training, or COCO's 100.
+        warn: told what the user should know about the metrics.
 
     Raises:
-        CheckpointError, DataError: unreadable, or their class lists disagree.
+        CheckpointError, DataError: unreadable, or the split has classes that the detector does not know.
         StorageError: ``out`` cannot be written; raised before the work.
     """
     target = None if out is None else Folder.of_file(out)
@@ -40,23 +53,28 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
         target[0].check_writable()
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
-    if loaded.classes is not None:
-        check_same_classes({data: shards.meta.classes, checkpoint: loaded.classes})
-    elif loaded.detector.num_classes != len(shards.meta.classes):
+    check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
+    if loaded.classes is None and loaded.detector.num_classes != len(shards.meta.classes):
         raise DataError(f"{data} has {len(shards.meta.classes)} classes, {checkpoint} knows {loaded.detector.num_classes}")
+    most = max_detections or recorded_detections(loaded.meta)
+    scoring = scoring_of(shards, data, loaded.classes or shards.meta.classes, checkpoint, most)
+    for warning in scoring.warnings:
+        warn(warning)
+    if most > MAX_DETECTIONS:
+        loaded = keeping(loaded, most)
     world = World.alone()
     windows = list(eval_windows(shards.index, rank=0, world=1, batch_size=batch_size))
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
         shown = track(batches, "evaluating", total, console=Console(stderr=True), transient=True)
-        found = predict(loaded.detector.to(world.device), shown, world.device, shards.meta.category_ids)
+        found = predict(loaded.detector.to(world.device), shown, world.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:
         folder, name = target
         folder.create()
         folder.write(name, json.dumps(results).encode())
-    return coco_metrics(shards.ground_truth(), results, list(found))
+    return coco_metrics(shards.ground_truth(), results, list(found), scoring.max_detections)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,10 +83,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="student folder of a run, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
     parser.add_argument("--batch-size", type=positive, default=2, help="images a forward pass (default %(default)s)")
+    parser.add_argument(
+        "--max-detections",
+        type=positive,
+        help="detections of a class that count in an image (default: as in the checkpoint's training, or COCO's 100)",
+    )
     parser.add_argument("--out", help="write the detections here, as a COCO results file")
     options = parser.parse_args(arguments)
     with user_errors():
-        metrics = evaluate_checkpoint(options.checkpoint, options.data, options.batch_size, options.out)
+        metrics = evaluate_checkpoint(
+            options.checkpoint,
+            options.data,
+            options.batch_size,
+            options.out,
+            options.max_detections,
+            lambda warning: print(f"warning: {warning}", file=sys.stderr),
+        )
     print_metrics({options.checkpoint: metrics.as_dict()})
     return 0
 

@@ -3,7 +3,8 @@
     python -m headkd_ray.prepare instances_train2017.json train2017/ --out data/coco_train
 
 All three places are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec serves). The JSON and every image are
-checked; all problems are reported together. After an interruption the same command continues; finished, it does nothing.
+checked; all problems are reported together. After an interruption the same command continues; finished, it only checks that
+the shards are sound and the images still those that they were made from.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.prepare import prepare_split
-from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.shards import META, ShardSet
 from headkd_ray.doors import user_errors
 
 SHOWN = 20
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parser().parse_args(arguments)
     with user_errors():
-        meta = prepare(
+        shards = prepare(
             options.json,
             options.images,
             options.out,
@@ -35,19 +37,22 @@ def main(arguments: list[str] | None = None) -> int:
             row_group=options.row_group,
             workers=options.workers,
             fix_boxes=options.fix_boxes,
+            exif=options.exif,
+            value_range=options.range and tuple(options.range),
+            max_pixels=10**6 * options.max_megapixels if options.max_megapixels else MAX_PIXELS,
             overwrite=options.overwrite,
-        ).meta
-    for line in meta.fixes[:SHOWN]:
-        print(f"fixed: {line}", file=sys.stderr)
-    if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {options.out}/meta.json", file=sys.stderr)
+        )
+    meta = shards.meta
     boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
     print(f"{options.out}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
     return 0
 
 
 def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> ShardSet:
-    """``data.prepare.prepare_split`` with a progress bar on standard error; ``options`` are passed on."""
+    """``data.prepare.prepare_split`` with a progress bar on standard error, where what it noted and fixed is told, too.
+
+    ``options`` are passed on.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading annotations", total=None)
@@ -55,7 +60,19 @@ def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> Sha
         def show(done: int, total: int) -> None:
             bar.update(task, description="checking and packing images", completed=done, total=total)
 
-        return prepare_split(json_uri, images_uri, out_uri, progress=show, **options)
+        shards = prepare_split(json_uri, images_uri, out_uri, progress=show, **options)
+    _tell(shards, out_uri)
+    return shards
+
+
+def _tell(shards: ShardSet, out_uri: str) -> None:
+    meta = shards.meta
+    for warning in meta.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for line in meta.fixes[:SHOWN]:
+        print(f"fixed: {line}", file=sys.stderr)
+    if len(meta.fixes) > SHOWN:
+        print(f"… {len(meta.fixes)} fixes in all, listed in {shards.folder.named(META)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--row-group", type=_positive, default=16, metavar="N", help="images read together (default 16)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a CPU; remote images: more)")
     parser.add_argument("--fix-boxes", action="store_true", help="clip or drop unusable boxes, and say which")
+    parser.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="turn images upright as their EXIF orientation says, or use them as stored (default: as the JSON's sizes say)",
+    )
+    parser.add_argument(
+        "--range",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of 16-bit images that become black and white, for example 0 4095 (default 0 65535)",
+    )
+    parser.add_argument("--max-megapixels", type=_positive, metavar="N", help="refuse larger images (default 178)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split in OUT_DIR")
     return parser
 

@@ -1,8 +1,9 @@
 """The whole method in one command: ``python -m headkd_ray.quickstart`` draws a data set, trains a Faster R-CNN teacher, a
 RetinaNet student without and with HEAD, through Ray, and compares the two students.
 
-On own photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``. Run it again to go on
-where it was stopped; delete the output folder to start over.
+On own photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``, with ``--val-images`` if
+those of validation are in another folder. All places but --jobs are local paths or URIs. Run it again to go on where it was
+stopped; delete the output folder to start over.
 """
 
 from __future__ import annotations
@@ -10,77 +11,94 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
-from headkd_ray.data.images import decode
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.synthetic import draw_dataset
+from headkd_ray.data.synthetic import draw_splits
 from headkd_ray.doors import user_errors
-from headkd_ray.job import ClusterSpec, load_job
+from headkd_ray.job import ClusterSpec, Job, load_job
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
+from headkd_ray.report.fonts import drawable
 from headkd_ray.report.tables import class_table, headline_table
+from headkd_ray.storage import Folder
 from headkd_ray.train import train
 
+STAGES = {
+    "teacher": "Faster R-CNN teacher, supervised",
+    "baseline": "RetinaNet student, supervised",
+    "head": "the same student with HEAD",
+}
+"""Name of each job file and run, and what it is."""
+PICTURE = "detections.png"
 SHOWN_SCORE = 0.3
 """Detections in the picture have at least this score."""
 
 
+class Split(NamedTuple):
+    """A data set split in COCO format; both are paths or URIs."""
+
+    annotations: str
+    images: str
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m headkd_ray.quickstart", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--train", help="own training annotations (COCO JSON); default: a drawn data set")
     parser.add_argument("--val", help="own validation annotations (COCO JSON)")
     parser.add_argument("--images", help="folder of the own images")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="output folder (default: %(default)s)")
+    parser.add_argument("--val-images", help="folder of the own validation images (default: that of --images)")
+    parser.add_argument("--out", default="runs/quickstart", help="output folder (default: %(default)s)")
     parser.add_argument(
         "--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of all three jobs")
     options = parser.parse_args(arguments)
-    own = (options.train, options.val, options.images)
-    if any(own) and not all(own):
+    needed = (options.train, options.val, options.images)
+    if any((*needed, options.val_images)) and not all(needed):
         parser.error("own photos need --train, --val and --images together")
+    own = {"train": Split(options.train, options.images), "val": Split(options.val, options.val_images or options.images)}
     started = time.perf_counter()
     with user_errors():
-        quickstart(own if all(own) else None, options.out, options.jobs, options.overrides)
+        quickstart(own if all(needed) else None, options.out, options.jobs, options.overrides)
     Console().print(f"[bold]done[/] in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 
-def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, overrides: list[str]) -> None:
-    """Every stage in order. ``own`` = train JSON, val JSON, image folder; None = the drawn data set."""
+def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides: list[str]) -> None:
+    """Every stage in order. ``own``: the splits train and val; None = the drawn data set. ``out``: a path or URI."""
+    folder = Folder.open(out)
+    folder.check_writable()
+    splits = {name: (folder / "data" / name).uri for name in ("train", "val")}
+    common = [f"data.train={splits['train']}", f"data.val={splits['val']}", f"run.storage={folder.uri}", *overrides]
+    clusters = [_job(jobs, name, common, "unknown yet").cluster for name in STAGES]  # what is wrong with the jobs is told now
     console = Console(highlight=False, soft_wrap=True)
 
     console.rule("[bold]1/5 data")
     if own is None:
+        drawn = folder / "drawn"
         with console.status("drawing a data set"):
-            drawn = draw_dataset(out / "drawn")
-        console.print(f"drew a data set (COCO format, JPEG) in {out / 'drawn'}")
-        own = (str(drawn.train), str(drawn.val), str(drawn.images))
-    splits = {"train": out / "data" / "train", "val": out / "data" / "val"}
-    for (name, split), coco in zip(splits.items(), own[:2], strict=True):
-        meta = prepare(coco, own[2], str(split)).meta
-        console.print(f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {split}")
-
-    from headkd_ray.cluster.resources import connected  # Ray takes seconds to import: after the first stage, not before it
+            draw_splits(drawn)
+        console.print(f"drew a data set (COCO format, JPEG) in {drawn.uri}", markup=False)
+        own = {name: Split(drawn.named(f"{name}.json"), drawn.named("images")) for name in splits}
+    for name, place in splits.items():
+        meta = prepare(*own[name], place).meta
+        text = f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {place}"
+        console.print(text, markup=False)
 
     results: dict[str, Any] = {}
-    common = [f"data.train={splits['train']}", f"data.val={splits['val']}", f"run.storage={out}", *overrides]
-    stages = {
-        "teacher": "Faster R-CNN teacher, supervised",
-        "baseline": "RetinaNet student, supervised",
-        "head": "the same student with HEAD",
-    }
-    with connected(ClusterSpec()):
-        for number, (name, title) in enumerate(stages.items(), start=2):
+    with _ray() if any(cluster.most_workers > 0 for cluster in clusters) else nullcontext():
+        for number, (name, title) in enumerate(STAGES.items(), start=2):
             console.rule(f"[bold]{number}/5 {name}: {title}")
-            teacher = [f"teacher.checkpoint={results['teacher']['student']}"] if name == "head" else []
-            job = load_job(jobs / f"{name}.yaml", [*common, *teacher])
+            job = _job(jobs, name, common, results["teacher"]["student"] if name == "head" else "")
             with RunConsole(name, console) as run:
                 results[name] = train(job, run)
 
@@ -88,42 +106,65 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
     metrics = {name: results[name]["best"] for name in results}
     console.print(headline_table(metrics))
     console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))
-    picture = out / "detections.png"
-    compare(ShardSet.open(str(splits["val"])), {name: results[name]["student"] for name in results}, picture)
+    sheet, note = compare(ShardSet.open(splits["val"]), results)
+    if note is not None:
+        console.print(f"note: {note}", markup=False)
+    folder.write(PICTURE, sheet)
     for name in results:
-        console.print(f"{name} checkpoint: {results[name]['student']}")
-    console.print(f"picture of detections: {picture}")
+        console.print(f"{name} checkpoint: {results[name]['student']}", markup=False)
+    console.print(f"picture of detections: {folder.named(PICTURE)}", markup=False)
 
 
-def compare(shards: ShardSet, checkpoints: dict[str, str], path: Path, images: int = 6) -> None:
-    """Save a sheet: a row an image of the split, columns ground truth and each checkpoint's detections."""
-    from headkd_ray.detectors.weights import load_checkpoint
+def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:
+    """The job of a stage; only HEAD has a teacher."""
+    return load_job(jobs / f"{name}.yaml", [*common, *([f"teacher.checkpoint={teacher}"] if name == "head" else [])])
+
+
+def _ray() -> AbstractContextManager[Any]:
+    """Ray on this machine, or the cluster that there is."""
+    from headkd_ray.cluster.resources import connected  # Ray takes seconds to import: not before it is needed
+
+    return connected(ClusterSpec())
+
+
+def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 6) -> tuple[bytes, str | None]:
+    """A picture, as PNG: a row an image of the split, columns ground truth and what the student of each run detects.
+
+    Args:
+        results: of each run, as ``train`` returns it.
+    Returns:
+        The picture, and a note on class names that cannot be drawn.
+    """
+    from headkd_ray.engine.fetch import fetch_detector
     from headkd_ray.engine.serving import detect_images, view_spec
 
     rows_of_first_group = list(range(min(images, len(shards.index))))
     samples = shards.read_group(0, 0, rows_of_first_group)
-    pixels = [decode(sample.image) for sample in samples]
-    classes = shards.meta.classes
+    pixels = [sample.pixels() for sample in samples]
+    names, note = drawable(dict(enumerate(shards.meta.classes)))
     columns = [
         [
             draw(
                 image,
                 torch.from_numpy(sample.boxes),
                 torch.from_numpy(sample.labels),
-                [classes[i] for i in sample.labels.tolist()],
+                [names[label] for label in sample.labels.tolist()],
                 TILE,
             )
             for image, sample in zip(pixels, samples, strict=True)
         ]
     ]
-    for checkpoint in checkpoints.values():
-        loaded = load_checkpoint(checkpoint)
-        found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), range(len(classes)), torch.device("cpu"))
-        names = dict(enumerate(classes))
+    titles = ["ground truth"]
+    for name, result in results.items():
+        loaded = fetch_detector(result["student"])
+        known, _ = drawable(dict(enumerate(loaded.classes or shards.meta.classes)))
+        found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), list(known), torch.device("cpu"))
         columns.append(
-            [draw_found(image, entries, names, SHOWN_SCORE, TILE) for image, entries in zip(pixels, found, strict=True)]
+            [draw_found(image, entries, known, SHOWN_SCORE, TILE) for image, entries in zip(pixels, found, strict=True)]
         )
-    contact_sheet(list(zip(*columns, strict=True)), ["ground truth", *checkpoints], path)
+        average_precision = result["best"]["AP"]
+        titles.append(name if average_precision is None else f"{name}: AP {average_precision:.1f}")
+    return contact_sheet(list(zip(*columns, strict=True)), titles), note
 
 
 if __name__ == "__main__":

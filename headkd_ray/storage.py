@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import fcntl
 import functools
 import os
 import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,6 +28,7 @@ from headkd_ray.errors import StorageError, UserError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+LOCK_FILE = ".lock"
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Filesystems (``type_name``) without folders, in which a file appears when the last byte of it has arrived."""
 
@@ -153,9 +156,54 @@ class Folder:
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
+    @property
+    @_plainly
+    def exists(self) -> bool:
+        """Is there such a folder?"""
+        if not self.remote:  # asked of Python, which knows names that are not UTF-8, too
+            return os.path.isdir(self.path)
+        return bool(self.fs.get_file_info(self.path).type == pafs.FileType.Directory)
+
+    @_plainly
+    def files(self) -> list[str]:
+        """Paths, relative to the folder, of the files in it and in all folders beneath, sorted.
+
+        What is hidden (its name starts with a dot) is left out; links to folders are followed, into each folder once. Raises
+        OSError (FileNotFoundError if there is no folder).
+        """
+        if self.remote:
+            selector = pafs.FileSelector(self.path, recursive=True)
+            found = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        else:
+            found = list(_local_files(self.path))
+        names = [posixpath.relpath(path, self.path).split("/") for path in found]
+        return ["/".join(parts) for parts in sorted(names) if not any(part.startswith(".") for part in parts)]
+
+    @_plainly
+    def tree(self) -> list[str]:
+        """Paths, relative to the folder, of the files in it and in its folders, sorted; empty if there is no folder."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        files = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        return sorted(posixpath.relpath(path, self.path) for path in files)
+
+    @_plainly
+    def versions(self, names: list[str]) -> list[tuple[int, int | None] | None]:
+        """Bytes and time of modification of each file, by which a replaced one is noticed; None where there is no such file.
+
+        The time is in nanoseconds, None where the storage does not tell it.
+        """
+        if not self.remote:
+            return [_version(self.at(name)) for name in names]
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)  # one listing, not a request a file
+        files = [info for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        there = {info.path.lstrip("/"): (info.size, info.mtime_ns) for info in files}
+        return [there.get(self.at(name).lstrip("/")) for name in names]
+
     @_plainly
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises OSError (FileNotFoundError if missing)."""
+        if not self.remote:  # by Python: as above, and its errors say what the matter is
+            return Path(self.at(name)).read_bytes()
         # A file, and not a stream, which would ask for 256 KiB at a time.
         with self.fs.open_input_file(self.at(name)) as file:
             return file.read()
@@ -169,10 +217,15 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file, atomically; the folder must exist."""
         draft = name if self.fs.type_name in OBJECT_STORES else name + ".tmp"
-        with self.fs.open_output_stream(self.at(draft)) as stream:
-            stream.write(content)
-        if draft != name:
-            self.publish(name)
+        try:
+            with self.fs.open_output_stream(self.at(draft)) as stream:
+                stream.write(content)
+            if draft != name:
+                self.publish(name)
+        except OSError:
+            if draft != name:  # on a full disk, half a file would take the room of others
+                self.delete(draft)
+            raise
 
     @_plainly
     def publish(self, name: str) -> None:
@@ -220,6 +273,52 @@ class Folder:
             for folder in missing:
                 with contextlib.suppress(OSError):  # somebody else uses it by now, or it could not be made
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Folder, busy: UserError) -> Iterator[None]:
+    """Keep other processes from locking the folder, which must exist; the lock ends with this process, however it ends.
+
+    Object stores have no locks, and some network file systems none either: there nothing is kept from anybody.
+
+    Raises:
+        UserError: ``busy``, if another process has locked it.
+    """
+    if folder.remote:
+        yield
+        return
+    with open(folder.at(LOCK_FILE), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
+                raise
+        yield
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name that the filesystem does not allow
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _local_files(path: str) -> Iterator[str]:
+    """Paths of the files beneath a folder, not in hidden folders; each folder once, whatever links there are to it."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for folder, inside, names in os.walk(path, onerror=refuse, followlinks=True):
+        place = os.path.realpath(folder)
+        inside[:] = [] if place in seen else sorted(name for name in inside if not name.startswith("."))
+        if place not in seen:
+            yield from (os.path.join(folder, name) for name in names)
+        seen.add(place)
 
 
 def _split(uri: str) -> tuple[str, str]:

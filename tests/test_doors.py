@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import load_checkpoint, save_detector
 from headkd_ray.job import Job, load_job
+from headkd_ray.storage import Folder
 from tests.support import MICRO_STUDENT, MICRO_TEACHER, micro_job
 
 KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
@@ -265,6 +269,46 @@ def test_evaluate_gives_the_ap_that_training_reported(
     assert f"{metrics['AP']:.1f}" in capsys.readouterr().out
 
 
+def test_a_validation_split_that_lists_fewer_classes_in_another_order(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluation and training match them by name, and say what does not count."""
+    splits = trained["splits"]
+    coco = ShardSet.open(splits["val"]).ground_truth()
+    *listed, gone = coco["categories"]
+    renamed = {category["id"]: 1000 - k for k, category in enumerate(listed)}
+    coco["categories"] = [{"id": renamed[category["id"]], "name": category["name"]} for category in listed]
+    coco["annotations"] = [
+        {**annotation, "category_id": renamed[annotation["category_id"]]}
+        for annotation in coco["annotations"]
+        if annotation["category_id"] in renamed
+    ]
+    (tmp_path / "fewer.json").write_text(json.dumps(coco))
+    fewer = str(tmp_path / "fewer")
+    prepare_split(str(tmp_path / "fewer.json"), str(Path(splits["train"]).parent / "images"), fewer)
+    expected = {name: value for name, value in trained["best"]["per_class"].items() if name != gone["name"]}
+
+    capsys.readouterr()
+    assert evaluate.main([trained["student"], fewer]) == 0
+    text = f"of the {len(listed) + 1} classes of {trained['student']}; detections of the others do not count: {gone['name']!r}"
+    assert f"warning: {fewer} lists {len(listed)} {text}" in capsys.readouterr().err
+    assert evaluate.evaluate_checkpoint(trained["student"], fewer, batch_size=8).as_dict()["per_class"] == expected
+
+    records: list[dict[str, Any]] = []
+    job = micro_job(tmp_path, {**splits, "val": fewer}, student=KEEN_STUDENT, optim=ONE_EPOCH)
+    assert train.train(job, records.append)["best"]["per_class"] == expected
+    assert f"warning: data.val ({fewer}) lists {len(listed)} of" in records[0]["note"]
+
+
+def test_evaluate_counts_as_many_detections_as_asked_for(trained: dict[str, Any], tmp_path: Path) -> None:
+    """The student itself keeps 20 an image."""
+    out, counts = tmp_path / "found.json", {}
+    for most in (None, 150):
+        evaluate.evaluate_checkpoint(trained["student"], trained["splits"]["val"], 8, str(out), max_detections=most)
+        counts[most] = Counter(entry["image_id"] for entry in json.loads(out.read_text()))
+    assert max(counts[None].values()) == 20 and max(counts[150].values()) > 20
+
+
 def test_evaluate_refuses_other_classes_and_unwritable_output_before_the_work(
     trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,12 +358,21 @@ def test_predict_folder_with_a_truncated_file(
     trained: dict[str, Any], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found"
-    message = refused(capsys, predict.main, [trained["student"], str(photos), "--out", str(out), "--score", "0"])
-    assert "1 of 4 images could not be read" in message and "d_cut.jpeg: cannot be decoded" in message.splitlines()[-1]
+    with pytest.raises(SystemExit) as caught:
+        predict.main([trained["student"], str(photos), "--out", str(out), "--score", "0"])
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    headline, line = said.err[said.err.rindex("error: ") :].splitlines()
+    assert headline == f"error: 1 of 4 images could not be read (the others are in {out}):"
+    assert line.startswith(f"  - {photos}/d_cut.jpeg: cannot be decoded")
+    assert f"{photos}: files that are not named as JPEG, PNG or WebP are left out (1 .txt)" in said.err
+    assert f"detections on 3 images: {out}/detections.json" in said.out
     assert sorted(path.name for path in out.iterdir()) == ["0001_a.jpg", "0002_b.jpg", "0003_c.jpg", "detections.json"]
 
     result = json.loads((out / "detections.json").read_text())
     assert [Path(image["file_name"]).name for image in result["images"]] == ["a.jpg", "b.png", "c.webp"]
+    (problem,) = result["problems"]
+    assert problem["file_name"] == f"{photos}/d_cut.jpeg" and "cannot be decoded" in problem["problem"]
     meta = ShardSet.open(trained["splits"]["val"]).meta
     assert [(category["id"], category["name"]) for category in result["categories"]] == list(
         zip(meta.category_ids, meta.classes, strict=True)
@@ -338,6 +391,73 @@ def test_predict_folder_with_a_truncated_file(
     assert by_image[0] == by_image[1], "PNG of the same pixels, other boxes"
 
 
+def test_predict_nested_folders_and_a_list_on_standard_input(
+    trained: dict[str, Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order is the input's, equal names do not meet, no image is taken twice, nor a picture of an earlier call."""
+    monkeypatch.chdir(tmp_path)
+    source = photos / "a.jpg"
+    names = ["in/b/x.jpg", "in/a/x.JPG", "in/a/b/x.jpg", "in/.cache/x.jpg", "one #1.jpg", "in/" + "é" * 120 + ".jpg"]
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, name)
+    nested = ["in/a/b/x.jpg", "in/a/x.JPG", "in/b/x.jpg", names[-1]]
+
+    def found(*arguments: str, listed: str = "") -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
+        assert predict.main([trained["student"], *arguments, "--score", "1.1"]) == 0
+        images = json.loads(Path(arguments[-1], "detections.json").read_text())["images"]
+        assert [image["id"] for image in images] == list(range(1, len(images) + 1))
+        pictures = sorted(path.name for path in Path(arguments[-1]).glob("*.jpg"))
+        stems = [Path(image["file_name"]).stem[:60] for image in images]
+        assert pictures == [f"{number:04d}_{stem}.jpg" for number, stem in enumerate(stems, start=1)]
+        return [image["file_name"] for image in images]
+
+    assert found("in", "--out", "in/found") == nested
+    assert found("in/", "--out", "in/found") == nested
+    listed = f"in/b/x.jpg\r\none #1.jpg\n\nin/a\n{tmp_path}/one #1.jpg\n"
+    assert found("in/a/x.JPG", "-", "--out", "listed", listed=listed) == [
+        "in/a/x.JPG",
+        "in/b/x.jpg",
+        "one #1.jpg",
+        "in/a/b/x.jpg",
+    ]
+
+
+def test_predict_writes_what_can_be_written(
+    trained: dict[str, Any], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "0001_a.jpg").mkdir(parents=True)  # takes the place of a picture
+    message = refused(
+        capsys,
+        predict.main,
+        [trained["student"], *(str(photos / name) for name in ("a.jpg", "b.png")), "--out", f"{tmp_path}/out"],
+    )
+    headline, line = message.splitlines()
+    assert headline == f"error: 1 picture could not be written (all detections are in {tmp_path}/out/detections.json):"
+    assert line == f"  - {tmp_path}/out/0001_a.jpg: cannot be written (Is a directory)"
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())["images"]) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001_a.jpg", "0002_b.jpg", "detections.json"]
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_predict_from_anywhere_to_anywhere(
+    place: str, trained: dict[str, Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    root = f"memory://{uuid.uuid4()}" if place == "memory" else f"file://{tmp_path}/far"
+    (Folder.open(root) / "in" / "deep").create()
+    (Folder.open(root) / "in" / "deep").write("a.jpg", (photos / "a.jpg").read_bytes())
+    for given in ("in", "in/deep/a.jpg"):
+        assert predict.main([trained["student"], f"{root}/{given}", "--out", f"{root}/out/{given}"]) == 0
+        out = Folder.open(f"{root}/out/{given}")
+        assert out.names() == ["0001_a.jpg", "detections.json"]
+        (image,) = json.loads(out.read("detections.json"))["images"]
+        assert image["file_name"] == f"{root}/in/deep/a.jpg"
+    assert [path.name for path in sorted(tmp_path.iterdir()) if path not in before] == (["far"] if place == "file" else [])
+
+
 def test_predict_draws_boxes_of_at_least_the_score(trained: dict[str, Any], photos: Path, tmp_path: Path) -> None:
     def drawn(score: str) -> tuple[torch.Tensor, torch.Tensor]:
         out = tmp_path / f"at_{score}"
@@ -352,14 +472,21 @@ def test_predict_draws_boxes_of_at_least_the_score(trained: dict[str, Any], phot
     assert ((given - boxes).abs().amax(0) > 100).float().mean() > 0.01
 
 
-def test_predict_refuses(trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_refuses(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     student, out = trained["student"], str(tmp_path / "out")
     assert "no .jpeg, .jpg, .png, .webp files" in refused(
         capsys, predict.main, [student, str(tmp_path / "empty"), "--out", out]
     )
-    assert "gone.jpg: cannot be read" in refused(capsys, predict.main, [student, str(tmp_path / "gone.jpg"), "--out", out])
+    message = refused(capsys, predict.main, [student, str(tmp_path), "--out", str(tmp_path)])
+    assert f"{tmp_path}: holds the images and is --out, too" in message
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert "standard input: no .jpeg, .jpg" in refused(capsys, predict.main, [student, "-", "--out", out])
+    message = refused(capsys, predict.main, [student, str(tmp_path / "gone.jpg"), "--out", out])
+    assert "gone.jpg: cannot be read (No such file or directory)" in message
     message = refused(capsys, predict.main, [student, str(tmp_path / "file"), "--out", str(tmp_path / "file" / "x")])
     assert "not writable" in message
     message = refused(capsys, predict.main, [str(tmp_path / "empty"), str(tmp_path / "file"), "--out", out])

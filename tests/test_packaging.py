@@ -118,6 +118,7 @@ def test_make_hands_names_over_as_they_are():
     name = """my "own" photos' `false`; exit 1"""
     made = make_prints(*STUB, "quickstart", f"TRAIN={name}", "VAL=v.json", f"IMAGES={name}", "ARGS=--out 'a b'")
     assert made == ["-m", "headkd_ray.quickstart", "--train", name, "--val", "v.json", "--images", name, "--out", "a b"]
+    assert make_prints(*STUB, "quickstart", f"VAL_IMAGES={name}")[-2:] == ["--val-images", name]
 
 
 def test_everything_that_the_readme_names_exists():

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load
 
-from headkd_ray import analyze, cache, evaluate, prepare, tune
+from headkd_ray import analyze, cache, evaluate, predict, prepare, tune
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.job import Job
@@ -102,6 +102,9 @@ def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str]
     out = uri("bucket", s3, "found/detections.json")
     assert evaluate.main([result["student"], splits["val"], "--out", out]) == 0
     assert isinstance(json.loads(Folder.open(uri("bucket", s3, "found")).read("detections.json")), list)
+    assert predict.main([result["student"], uri("bucket", s3, "photos"), "--out", uri("bucket", s3, "photos/found")]) == 0
+    pictures = Folder.open(uri("bucket", s3, "photos/found"))
+    assert len(pictures.names()) == 31 and len(json.loads(pictures.read("detections.json"))["images"]) == 30
     assert train(job, lambda record: pytest.fail("it had ended")) == result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import uuid
 from pathlib import Path
@@ -38,6 +39,40 @@ def test_write_read_list_delete(folder: Folder) -> None:
     folder.delete("x")
     assert folder.names() == ["y"]
     assert pickle.loads(pickle.dumps(folder)).read("y") == b""
+
+
+def test_all_files_beneath_a_folder(folder: Folder) -> None:
+    assert not folder.exists
+    for place, name in ((folder, "b.jpg"), (folder, ".hidden"), (folder / "a" / "é #2", "c%20.jpg"), (folder / ".git", "d")):
+        place.create()
+        place.write(name, b"x")
+    assert folder.exists and (folder / "a").exists and not (folder / "b.jpg").exists
+    assert folder.files() == ["a/é #2/c%20.jpg", "b.jpg"]
+    assert folder.read("a/é #2/c%20.jpg") == b"x"
+
+
+def test_links_in_a_circle_and_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.jpg").touch()
+    (tmp_path / "photos" / "sub" / "up").symlink_to(tmp_path / "photos")
+    for link in ("one", "two"):
+        (tmp_path / "photos" / link).symlink_to(tmp_path / "other")
+    folder = Folder.open(tmp_path / "photos")
+    assert folder.files() == ["one/x.jpg"]
+    try:
+        Path(os.fsdecode(bytes(tmp_path) + b"/photos/caf\xe9.jpg")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (name, _) = folder.files()
+    assert folder.read(name) == b"x"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(OSError, match=r"folder\.jpg"):
+        Folder.open(tmp_path).write("folder.jpg", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.jpg"]
 
 
 def test_copy_and_remove_whole_folders(folder: Folder, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headkd_ray.data.coco import CocoImage
     from headkd_ray.data.problems import Problems
+    from headkd_ray.data.records import CocoImage
 
 SLACK = 1.0
 """Pixels by which a box may leave the image unremarked: annotation tools round. COCO's own files have such boxes.
@@ -18,22 +18,27 @@ the image is scaled down."""
 
 NO_AREA = "box without area inside its image; remove the annotation, or run with --fix-boxes to drop all such boxes"
 OUTSIDE = f"box leaves the image by more than {SLACK:g} px; correct it, or run with --fix-boxes to clip all such boxes"
+AREA = "'area' must be a number from 0 to the image's own area (leave it out to use width x height)"
+
+Box = tuple[float, float, float, float]
 
 
 class BoxCheck:
     """Checks boxes one by one, noting problems, or what was fixed."""
 
-    def __init__(self, uri: str, fix: bool, problems: Problems) -> None:
+    def __init__(self, fix: bool, problems: Problems) -> None:
         self.fixes: list[str] = []
-        self._uri, self._fix, self._problems = uri, fix, problems
+        self._fix, self._problems = fix, problems
 
-    def __call__(self, bbox: Any, area: Any, image: CocoImage, where: str) -> dict[str, Any] | None:
+    def __call__(self, bbox: Any, area: Any, image: CocoImage, where: str) -> tuple[Box, float] | None:
         """``bbox`` (x, y, width, height) and ``area`` to use, or None if the box is dropped or refused."""
-        if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_finite(v) for v in bbox):
-            self._problems.add("'bbox' must be four finite numbers [x, y, width, height]", f"{where}, bbox {bbox!r}")
+        if not is_box(bbox):
+            self._problems.add("'bbox' must be four finite numbers [x, y, width, height]", f"{where}, bbox {shortly(bbox)}")
             return None
-        if area is not None and (not _is_finite(area) or area < 0):
-            self._problems.add("'area' must be a number >= 0 (leave it out to use width x height)", f"{where}, area {area!r}")
+        # A segmentation may reach into the slack, too.
+        most = (image.width + 2 * SLACK) * (image.height + 2 * SLACK)
+        if area is not None and (not _is_finite(area) or not 0 <= area <= most):
+            self._problems.add(AREA, f"{where}, area {shortly(area)}")
             return None
         x, y, width, height = map(float, bbox)
         left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
@@ -52,9 +57,26 @@ class BoxCheck:
             self.fixes.append(f"{place}: clipped to {[round(v, 2) for v in clipped]}")
             inside = clipped[2] * clipped[3]
             # A segmentation's area cannot be clipped without the segmentation; it cannot exceed the box's either.
-            return {"bbox": clipped, "area": inside if area is None else min(float(area), inside)}
-        return {"bbox": (x, y, width, height), "area": width * height if area is None else float(area)}
+            return clipped, inside if area is None else min(float(area), inside)
+        return (x, y, width, height), width * height if area is None else float(area)
+
+
+def is_box(value: Any) -> bool:
+    """A list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value))
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that float64 can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float
+        return False
+
+
+def shortly(value: Any) -> str:
+    """``repr``, cut where it is long: a number may have thousands of digits."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"

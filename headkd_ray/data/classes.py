@@ -1,40 +1,47 @@
-"""Do the splits speak of the same classes?"""
+"""Do the splits, and whoever detects, speak of the same classes?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from headkd_ray.errors import DataError
 
 
-def check_same_classes(classes: Mapping[str, Iterable[str]]) -> None:
-    """Raise one DataError that shows the difference unless all class lists are equal, in names and order.
+def ids_of_known(reference: str, known: Sequence[str], who: str, ids: Mapping[str, int]) -> tuple[int | None, ...]:
+    """Category id of each of the ``known`` classes by its name, whatever the order; None where ``ids`` has no such name.
 
     Args:
-        classes: who -> class names, for example ``{"data.train": ..., "data.val": ...}``; the first is the reference.
+        reference: how messages call whoever knows the classes.
+        who: how they call the split whose class names and ids ``ids`` are.
+
+    Raises:
+        DataError: the split has other classes, too.
     """
-    lists = {who: tuple(names) for who, names in classes.items()}
-    (reference, expected), *others = lists.items()
-    problems = [
-        f"{who} has {len(names)} classes, {reference} has {len(expected)}; {difference(reference, expected, who, names)}"
-        for who, names in others
-        if names != expected
+    if not set(ids) <= set(known):
+        raise DataError(
+            [f"{who} has {len(ids)} classes, {reference} has {len(known)}; {difference(reference, known, who, list(ids))}"],
+            "Class lists disagree; give all splits the same COCO categories:",
+        )
+    return tuple(ids.get(name) for name in known)
+
+
+def left_out(reference: str, known: Sequence[str], who: str, names: Sequence[str]) -> list[str]:
+    """A warning if ``names`` lacks some of the ``known`` classes."""
+    missing = [name for name in known if name not in names]
+    if not missing:
+        return []
+    return [
+        f"{who} lists {len(known) - len(missing)} of the {len(known)} classes of {reference}; detections of the others do not "
+        f"count: {listed(missing)}"
     ]
-    if problems:
-        raise DataError(problems, "Class lists disagree; give all splits the same COCO categories:")
 
 
 def difference(reference: str, expected: Sequence[str], who: str, names: Sequence[str]) -> str:
-    """How the class lists of ``reference`` and ``who`` differ, in words."""
+    """Which class names only ``reference`` and only ``who`` has, in words."""
     only_reference = [name for name in expected if name not in names]
     only_other = [name for name in names if name not in expected]
-    parts = [f"only in {place}: {listed(found)}" for place, found in ((reference, only_reference), (who, only_other)) if found]
-    if parts:
-        return "; ".join(parts)
-    differs = (label for label, (one, other) in enumerate(zip(expected, names, strict=False)) if one != other)
-    label = next(differs, min(len(expected), len(names)))
-    here, there = (listed(found[label : label + 1]) or "nothing" for found in (expected, names))
-    return f"the same names in another order: label {label} is {here} in {reference} and {there} in {who}"
+    parts = ((reference, only_reference), (who, only_other))
+    return "; ".join(f"only in {place}: {listed(found)}" for place, found in parts if found)
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:

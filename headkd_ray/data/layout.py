@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,12 @@ import pyarrow.parquet as pq
 
 from headkd_ray.data.coco import CocoSplit
 from headkd_ray.data.keyed import key_permutation
-from headkd_ray.data.shards import INDEX_SCHEMA, SHARD_SCHEMA, VERSION, Meta, ShardFile
+from headkd_ray.data.meta import Meta, ShardFile
+from headkd_ray.data.photos import PhotoOptions, Tally
+from headkd_ray.data.shards import INDEX_SCHEMA, SHARD_SCHEMA
+
+LAYOUT = 1
+"""Counts changes of what a shard holds."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,20 @@ class Layout:
     """Images a shard file."""
     row_group: int
     """Images a row group, the smallest unit that is read."""
+    options: PhotoOptions
+    """What is asked of the images."""
 
     @cached_property
     def recipe(self) -> str:
-        """SHA-256 of the annotations and the layout: shards of the same recipe may stand side by side."""
-        return hashlib.sha256(f"{VERSION}/{self.shard_images}/{self.row_group}/{self.split.digest()}".encode()).hexdigest()
+        """SHA-256 of the annotations, the layout and the options: shards of the same recipe may stand side by side."""
+        parts = [LAYOUT, self.shard_images, self.row_group, self.split.digest()]
+        asked = {"exif": self.options.exif, "range": self.options.value_range}
+        parts += [f"{name}={value}" for name, value in asked.items() if value is not None]
+        return _sha256("/".join(map(str, parts)))
+
+    def fingerprint(self, upright: bool) -> str:
+        """SHA-256 of the recipe and of what the images themselves decided, ``Reading.upright``."""
+        return _sha256(f"{self.recipe}/upright") if upright else self.recipe
 
     def shards(self) -> list[tuple[str, list[int]]]:
         """Name and images of each shard."""
@@ -75,9 +90,13 @@ class Layout:
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         return buffer.getvalue()
 
-    def meta(self, shards: list[ShardFile]) -> Meta:
-        """meta.json."""
-        crowds = int(self.split.crowd.sum())
+    def annotations(self) -> bytes:
+        """annotations.json."""
+        return json.dumps(self.split.ground_truth(), separators=(",", ":")).encode()
+
+    def meta(self, shards: list[ShardFile], tally: Tally, photos: str) -> Meta:
+        """meta.json; ``photos`` as ``Photos.version`` says."""
+        crowds, reading = int(self.split.crowd.sum()), tally.reading(self.options)
         return Meta(
             classes=self.split.classes,
             category_ids=self.split.category_ids,
@@ -86,6 +105,14 @@ class Layout:
             crowds=crowds,
             row_group=self.row_group,
             shards=tuple(shards),
-            fingerprint=self.recipe,
+            fingerprint=self.fingerprint(reading.upright),
             fixes=self.split.fixes,
+            upright=reading.upright,
+            value_range=reading.value_range if tally.deep else None,
+            warnings=(*self.split.warnings, *tally.warnings(self.options)),
+            photos=photos,
         )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,50 +2,51 @@
 
 Images are read, decoded and checked by threads (decoding releases the GIL) and written by one thread in a fixed order, so the
 files are the same bytes whatever the number of workers. A shard gets its final name when it is complete, meta.json comes last:
-after a kill, the same command keeps the finished shards and makes the rest.
+after a kill, the same command keeps the finished shards that still hold the image files' bytes, and makes the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headkd_ray.data.coco import CocoSplit, read_coco
-from headkd_ray.data.images import decode
+from headkd_ray.data.coco import read_coco
+from headkd_ray.data.file_names import FileNames
+from headkd_ray.data.images import FULL_RANGE, MAX_PIXELS
 from headkd_ray.data.layout import Layout
+from headkd_ray.data.meta import Meta, ShardFile
+from headkd_ray.data.photos import Exif, Fault, Photo, PhotoOptions, Photos, Tally
 from headkd_ray.data.problems import Problems
-from headkd_ray.data.shards import (
-    ANNOTATIONS,
-    INDEX,
-    META,
-    SHARD_SCHEMA,
-    Meta,
-    ShardFile,
-    ShardSet,
-)
+from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, SHARD_SCHEMA, ShardSet
+from headkd_ray.data.stored import StoredShard, is_sound, read_stored
 from headkd_ray.errors import DataError
-from headkd_ray.storage import Folder
+from headkd_ray.storage import Folder, locked
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all), in the calling thread."""
 
 
-MISSING = "no such file; check IMAGES_DIR and 'file_name'"
-DAMAGED = "damaged, or not a JPEG, PNG or WebP; replace the file, or remove the image from the JSON"
-WRONG_SIZE = (
-    "stored size differs from the JSON; correct the JSON or the file (EXIF orientation is ignored: boxes must be drawn on the "
-    "stored pixels)"
-)
+@dataclass(frozen=True)
+class Preparation:
+    """What is made of which images, where, and by whom."""
+
+    layout: Layout
+    photos: Photos
+    out: Folder
+    pool: ThreadPoolExecutor
+    ahead: int
+    """Images that are read ahead."""
+    progress: Progress
 
 
 def prepare_split(
@@ -57,6 +58,9 @@ def prepare_split(
     row_group: int = 16,
     workers: int | None = None,
     fix_boxes: bool = False,
+    exif: Exif | None = None,
+    value_range: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ShardSet:
@@ -67,38 +71,93 @@ def prepare_split(
         row_group: images a row group, the smallest unit that is read.
         workers: threads that read and check images; None = one a CPU.
         fix_boxes: clip or drop unusable boxes instead of refusing the split.
+        exif: apply or ignore EXIF orientation; None = as the JSON's sizes say.
+        value_range: values of 16-bit images that become 0 and 255; None = keep the high byte.
+        max_pixels: the largest image that is accepted.
         overwrite: replace another split, or this one, that is complete in the folder.
 
     Returns:
-        The split, opened. If the folder holds this very split already, nothing is done.
+        The split, opened. If the folder holds this very split already, it is only checked, and a damaged file made again.
 
     Raises:
-        DataError: every problem of the JSON at once; or every problem of the images at once.
+        DataError: every problem of the JSON at once; or every problem of the images at once; or the folder holds another split,
+            or this one with other images, or somebody else is preparing there.
     """
-    split = read_coco(json_uri, fix_boxes=fix_boxes)
-    images, out = Folder.open(images_uri, DataError), Folder.open(out_uri, DataError)
-    layout = Layout(split, shard_images, row_group)
-    if out.size(META) is not None and not overwrite:
-        existing = Meta.from_json(out.read(META), out.named(META))
-        if existing.fingerprint != layout.recipe:
-            raise DataError(
-                f"{out_uri}: holds another prepared split ({existing.images} images, or other options); "
-                "choose another --out, or replace it with --overwrite"
-            )
-        opened = ShardSet.open(out_uri)
-        progress(len(split.images), len(split.images))
-        return opened
+    low, high = value_range or FULL_RANGE
+    if not FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
+        raise DataError(f"--range {low} {high}: give two ascending values, from {FULL_RANGE[0]} to {FULL_RANGE[1]}")
+    images = Folder.open(images_uri, DataError)
+    names = FileNames(images)
+    split = read_coco(json_uri, fix_boxes=fix_boxes, names=names)
+    options = PhotoOptions(exif, value_range, max_pixels)
+    photos = Photos(split, images, names, options)
+    out, layout = Folder.open(out_uri, DataError), Layout(split, shard_images, row_group, options)
+    workers = workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
+        try:
+            work = Preparation(layout, photos, out, pool, 4 * workers + row_group, progress)
+            version = photos.version()
+            before = None if overwrite else _complete(out, layout)
+            unchanged = before is not None and version != "" and before.photos == version
+            if before is None or not unchanged or not is_sound(out, layout, before, pool):
+                _write(work, version, overwrite)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    progress(len(split.images), len(split.images))
+    return ShardSet.open(out_uri)
+
+
+def _complete(out: Folder, layout: Layout) -> Meta | None:
+    """meta.json of this split in the folder, if it is complete there. Raises DataError if another one is."""
+    if out.size(META) is None:
+        return None
+    meta = Meta.from_json(out.read(META), out.named(META))
+    if meta.fingerprint != layout.fingerprint(meta.upright):
+        raise DataError(
+            f"{out.uri}: holds another prepared split ({meta.images} images, or other options); "
+            "choose another --out, or replace it with --overwrite"
+        )
+    return meta
+
+
+def _write(work: Preparation, version: str, overwrite: bool) -> None:
+    """Make the files that are not there or not as they should be."""
+    out, layout = work.out, work.layout
+    busy = DataError(f"{out.uri}: another process is preparing a split there; wait for it, end it, or choose another --out")
     try:
         out.create()
-        out.delete(META)  # From here on the folder is incomplete, and says so.
-        _delete_shards(out, keep=set() if overwrite else {name for name, _ in layout.shards()})
-        shards = _write_shards(layout, images, out, workers or os.cpu_count() or 1, progress)
-        out.write(INDEX, layout.index())
-        out.write(ANNOTATIONS, json.dumps(split.ground_truth(), separators=(",", ":")).encode())
-        out.write(META, layout.meta(shards).to_json())
+        with locked(out, busy):
+            before = None if overwrite else _complete(out, layout)
+            stored: list[StoredShard | None] = [None] * len(layout.shards())
+            if not overwrite:
+                stored = list(
+                    work.pool.map(partial(read_stored, out, layout, work.photos), *zip(*layout.shards(), strict=True))
+                )
+            _check_unchanged(stored, before, out)
+            kept = [shard if shard and (before or not shard.missing) and not shard.changed else None for shard in stored]
+            out.delete(META)  # From here on the folder is incomplete, and says so.
+            _delete_shards(out, keep={shard.file.name for shard in kept if shard})
+            shards, tally = _write_shards(work, kept)
+            out.write(INDEX, layout.index())
+            out.write(ANNOTATIONS, layout.annotations())
+            whole = not any(shard and shard.missing for shard in kept)
+            out.write(META, layout.meta(shards, tally, version if whole else "").to_json())
     except OSError as error:  # of the output: reading the images raises none
-        raise DataError(f"{out_uri}: cannot be written ({error}); choose another --out, or mend it and run again") from error
-    return ShardSet.open(out_uri)
+        raise DataError(f"{out.uri}: cannot be written ({error}); choose another --out, or mend it and run again") from error
+
+
+def _check_unchanged(stored: list[StoredShard | None], before: Meta | None, out: Folder) -> None:
+    """Raise DataError if a complete split was prepared from other image files than those that are there now."""
+    changed = [name for shard in stored if shard for name in shard.changed]
+    if before is None or not changed:
+        return
+    problems = Problems()
+    for name in changed:
+        problems.add("other bytes than when the split was prepared", name)
+    raise DataError(
+        problems.lines(), f"{out.uri}: image files have changed; replace the split with --overwrite, or choose another --out:"
+    )
 
 
 def _delete_shards(out: Folder, keep: set[str]) -> None:
@@ -108,28 +167,21 @@ def _delete_shards(out: Folder, keep: set[str]) -> None:
             out.delete(name)
 
 
-def _write_shards(layout: Layout, images: Folder, out: Folder, workers: int, progress: Progress) -> list[ShardFile]:
-    problems = Problems()
-    total, done, shards = len(layout.split.images), 0, []
-    with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
-        try:
-            plan = layout.shards()
-            kept = list(pool.map(lambda shard: _kept(out, shard[0], layout, len(shard[1])), plan))
-            todo = [image for (_, members), shard in zip(plan, kept, strict=True) if shard is None for image in members]
-            checked = _checked(layout.split, todo, images, pool, ahead=4 * workers + layout.row_group)
-            for (name, members), shard in zip(plan, kept, strict=True):
-                if shard is None:
-                    advance = partial(_advance, progress, done, total)
-                    shard = _write_shard(name, members, layout, checked, out, problems, advance)
-                if shard is not None:
-                    shards.append(shard)
-                done += len(members)
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    problems.check(f"{images.uri}: images cannot be used:")
-    return shards
+def _write_shards(work: Preparation, kept: list[StoredShard | None]) -> tuple[list[ShardFile], Tally]:
+    """Write the shards that are None in ``kept``. Raises DataError if an image cannot be used."""
+    problems, tally, shards = Problems(), Tally(), []
+    total, done, plan = len(work.layout.split.images), 0, work.layout.shards()
+    checked = _checked(work, [i for (_, members), shard in zip(plan, kept, strict=True) if shard is None for i in members])
+    for (name, members), stored in zip(plan, kept, strict=True):
+        if stored is None:
+            stored = _write_shard(work, name, members, checked, problems, partial(_advance, work.progress, done, total))
+        if stored is not None:
+            shards.append(stored.file)
+            tally += stored.tally
+        done += len(members)
+        work.progress(done, total)
+    problems.check(f"{work.photos.folder.uri}: images cannot be used:")
+    return shards, tally
 
 
 def _advance(progress: Progress, before: int, total: int, done: int) -> None:
@@ -137,17 +189,17 @@ def _advance(progress: Progress, before: int, total: int, done: int) -> None:
 
 
 def _write_shard(
+    work: Preparation,
     name: str,
     members: list[int],
-    layout: Layout,
-    checked: Iterator[bytes | tuple[str, str]],
-    out: Folder,
+    checked: Iterator[Photo | Fault],
     problems: Problems,
     advance: Callable[[int], None],
-) -> ShardFile | None:
+) -> StoredShard | None:
     """Write one shard from the next ``len(members)`` entries of ``checked``; None if one of its images has a problem."""
+    out, layout = work.out, work.layout
     schema = SHARD_SCHEMA.with_metadata({"recipe": layout.recipe})
-    sound = True
+    sound, tally = True, Tally()
     with (
         out.fs.open_output_stream(out.at(name + ".tmp")) as stream,
         _Hashing(stream) as sink,
@@ -158,11 +210,12 @@ def _write_shard(
         for start in range(0, len(members), layout.row_group):
             group = members[start : start + layout.row_group]
             encoded: list[bytes] = []
-            for _ in group:
+            for image in group:
                 match next(checked):
-                    case bytes() as data:
+                    case Photo(data, facts):
                         encoded.append(data)
-                    case (kind, where):
+                        tally += Tally.of(facts, layout.split.images[image])
+                    case Fault(kind, where):
                         problems.add(kind, where)
                         sound = False
             if sound:
@@ -172,52 +225,18 @@ def _write_shard(
         out.delete(name + ".tmp")
         return None
     out.publish(name)
-    return ShardFile(name, len(members), sink.size, sink.digest.hexdigest())
+    return StoredShard(ShardFile(name, len(members), sink.size, sink.digest.hexdigest()), tally)
 
 
-def _checked(
-    split: CocoSplit, members: list[int], images: Folder, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[bytes | tuple[str, str]]:
-    """Bytes, or (kind, where) of the problem, of each image in order; at most ``ahead`` are held."""
-    coming: deque[Future[bytes | tuple[str, str]]] = deque()
+def _checked(work: Preparation, members: list[int]) -> Iterator[Photo | Fault]:
+    """Each image in order; at most ``work.ahead`` are held."""
+    coming: deque[Future[Photo | Fault]] = deque()
     for image in members:
-        coming.append(pool.submit(_check, split, image, images))
-        if len(coming) >= ahead:
+        coming.append(work.pool.submit(work.photos.check, image))
+        if len(coming) >= work.ahead:
             yield coming.popleft().result()
     while coming:
         yield coming.popleft().result()
-
-
-def _check(split: CocoSplit, image: int, images: Folder) -> bytes | tuple[str, str]:
-    record = split.images[image]
-    where = f"{images.named(record.file_name)} (image {record.id})"
-    try:
-        data = images.read(record.file_name)
-    except FileNotFoundError:
-        return MISSING, where
-    except (OSError, ValueError) as error:  # ValueError: a name that the filesystem does not allow
-        return "cannot be read; check access", f"{where}, {error}"
-    try:
-        height, width = decode(data).shape[1:]
-    except ValueError as error:
-        return DAMAGED, f"{where}, {error}"
-    if (height, width) != (record.height, record.width):
-        return WRONG_SIZE, f"{where}, stored {width} x {height}, JSON {record.width} x {record.height}"
-    return data
-
-
-def _kept(out: Folder, name: str, layout: Layout, images: int) -> ShardFile | None:
-    """The shard, if an earlier run of the same recipe completed it."""
-    if out.size(name) is None:
-        return None
-    content = out.read(name)
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(content))
-    except (OSError, pa.ArrowInvalid):
-        return None
-    if (metadata.metadata or {}).get(b"recipe") != layout.recipe.encode() or metadata.num_rows != images:
-        return None
-    return ShardFile(name, images, len(content), hashlib.sha256(content).hexdigest())
 
 
 class _Hashing(io.RawIOBase):

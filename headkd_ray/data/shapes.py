@@ -1,6 +1,5 @@
-"""The sixteen shapes of the drawn data set: pairs that differ in a detail, so that telling them apart takes resolution.
-
-Each function draws one shape, white on black, into the unit disk: ``pen`` paints in coordinates x, y in [-1, 1].
+"""The eight shapes of the drawn data set. Each function draws one, white on black, into the unit disk:
+``pen`` paints in coordinates x, y in [-1, 1].
 """
 
 from __future__ import annotations
@@ -47,35 +46,18 @@ def _circle_points(count: int, radii: Sequence[float], start: float = 0.0) -> li
     return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
 
 
-def _arms(pen: Pen, count: int, width: float) -> None:
-    for i in range(count):
-        a = math.pi * i / count
-        x, y = math.cos(a), math.sin(a)
-        pen.polygon([(s * x - t * y * width, s * y + t * x * width) for s, t in ((1, 1), (1, -1), (-1, -1), (-1, 1))])
-
-
-def _disk(pen: Pen) -> None:
-    pen.disk((0, 0), 0.95)
-
-
 def _ring(pen: Pen) -> None:
     pen.disk((0, 0), 0.95)
     pen.disk((0, 0), 0.5, fill=0)
 
 
-def _button_two(pen: Pen) -> None:
+def _button(pen: Pen) -> None:
     pen.disk((0, 0), 0.95)
     for x in (-0.4, 0.4):
         pen.disk((x, 0), 0.2, fill=0)
 
 
-def _button_four(pen: Pen) -> None:
-    pen.disk((0, 0), 0.95)
-    for x, y in _circle_points(4, [0.48]):
-        pen.disk((x, y), 0.19, fill=0)
-
-
-def _square_striped(pen: Pen) -> None:
+def _window(pen: Pen) -> None:
     for y in (-0.7, -0.22, 0.26):
         pen.polygon(_rectangle(-0.7, y, 0.7, y + 0.26))
     pen.polygon(_rectangle(-0.7, -0.7, -0.55, 0.7))
@@ -83,36 +65,17 @@ def _square_striped(pen: Pen) -> None:
     pen.polygon(_rectangle(-0.7, 0.55, 0.7, 0.7))
 
 
-def _square_dotted(pen: Pen) -> None:
-    pen.polygon(_rectangle(-0.7, -0.7, 0.7, 0.7))
-    for x in (-0.33, 0.33):
-        for y in (-0.33, 0.33):
-            pen.disk((x, y), 0.2, fill=0)
-
-
 def _triangle(pen: Pen) -> None:
     pen.polygon(_circle_points(3, [1.0]))
 
 
-def _triangle_hollow(pen: Pen) -> None:
-    pen.polygon(_circle_points(3, [1.0]))
-    pen.polygon(_circle_points(3, [0.5]), fill=0)
-
-
-def _star_five(pen: Pen) -> None:
+def _star(pen: Pen) -> None:
     pen.polygon(_circle_points(10, [1.0, 0.42]))
 
 
-def _star_six(pen: Pen) -> None:
-    pen.polygon(_circle_points(12, [1.0, 0.5]))
-
-
 def _plus(pen: Pen) -> None:
-    _arms(pen, 2, 0.27)
-
-
-def _asterisk(pen: Pen) -> None:
-    _arms(pen, 3, 0.2)
+    pen.polygon(_rectangle(-1, -0.27, 1, 0.27))
+    pen.polygon(_rectangle(-0.27, -1, 0.27, 1))
 
 
 def _arrow(pen: Pen) -> None:
@@ -120,39 +83,19 @@ def _arrow(pen: Pen) -> None:
     pen.polygon([(0.95, 0), (0.15, 0.6), (0.15, -0.6)])
 
 
-def _arrow_double(pen: Pen) -> None:
-    pen.polygon(_rectangle(-0.4, -0.18, 0.4, 0.18))
-    for side in (-1, 1):
-        pen.polygon([(side * 0.95, 0), (side * 0.3, 0.6), (side * 0.3, -0.6)])
-
-
 def _crescent(pen: Pen) -> None:
     pen.disk((0, 0), 0.95)
     pen.disk((0.42, 0), 0.72, fill=0)
 
 
-def _gear(pen: Pen) -> None:
-    _arms(pen, 4, 0.17)
-    pen.disk((0, 0), 0.7)
-    pen.disk((0, 0), 0.3, fill=0)
-
-
 SHAPES: dict[str, Callable[[Pen], None]] = {
-    "disk": _disk,
     "ring": _ring,
-    "button two": _button_two,
-    "button four": _button_four,
-    "square striped": _square_striped,
-    "square dotted": _square_dotted,
+    "button": _button,
+    "window": _window,
     "triangle": _triangle,
-    "triangle hollow": _triangle_hollow,
-    "star five": _star_five,
-    "star six": _star_six,
+    "star": _star,
     "plus": _plus,
-    "asterisk": _asterisk,
     "arrow": _arrow,
-    "arrow double": _arrow_double,
     "crescent": _crescent,
-    "gear": _gear,
 }
 """Class name -> its drawing."""

@@ -10,9 +10,8 @@ Layout of the folder::
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,22 +19,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from torch import Tensor
 
+from headkd_ray.data.images import Reading, decode
+from headkd_ray.data.meta import Meta
+from headkd_ray.data.truth import read_truth
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
 from headkd_ray.targets import PackedTargets
 
-VERSION = 1
 META, INDEX, ANNOTATIONS = "meta.json", "index.parquet", "annotations.json"
 
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64()),
         pa.field("file_name", pa.string()),
-        pa.field("width", pa.int32()),  # pixels
+        pa.field("width", pa.int32()),  # pixels; of the upright image, if EXIF orientation is applied
         pa.field("height", pa.int32()),
         pa.field("image", pa.binary()),  # the file's bytes
-        pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # x1 y1 x2 y2, pixels of the stored image, inside it
+        pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # x1 y1 x2 y2, pixels, inside width and height
         pa.field("labels", pa.list_(pa.int32())),  # contiguous, 0..C-1
         pa.field("crowd", pa.list_(pa.bool_())),
         pa.field("annotation_ids", pa.list_(pa.int64())),
@@ -54,59 +56,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One shard, as meta.json lists it."""
-
-    name: str
-    images: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Meta:
-    """meta.json."""
-
-    classes: tuple[str, ...]
-    """Class names; the position is the contiguous label."""
-    category_ids: tuple[int, ...]
-    """COCO category id of each label: sparse, as in the source."""
-    images: int
-    boxes: int
-    """Boxes that are not crowds."""
-    crowds: int
-    row_group: int
-    """Images a row group (fewer at the end of a shard)."""
-    shards: tuple[ShardFile, ...]
-    fingerprint: str
-    """SHA-256 of the annotations and of how they were laid out."""
-    fixes: tuple[str, ...] = ()
-    """What --fix-boxes changed, one line each."""
-
-    def to_json(self) -> bytes:
-        """The file's content."""
-        return (json.dumps({"format": "headkd_ray shards", "version": VERSION, **asdict(self)}, indent=1) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, content: bytes, name: str) -> Meta:
-        """Read it back; ``name`` is how errors call the file. Raises DataError."""
-        try:
-            fields: dict[str, Any] = json.loads(content)
-            kind, version = fields.pop("format"), fields.pop("version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{name}: not written by headkd_ray.prepare ({error!r}); prepare the split again, with --overwrite"
-            ) from error
-        if kind != "headkd_ray shards" or not isinstance(version, int) or version > VERSION:
-            raise DataError(f"{name}: format {kind!r} version {version}; this headkd_ray reads up to {VERSION}, upgrade it")
-        try:
-            shards = tuple(ShardFile(**shard) for shard in fields.pop("shards"))
-            values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-            return cls(shards=shards, **values)
-        except TypeError as error:
-            raise DataError(f"{name}: damaged ({error}); prepare the split again, with --overwrite") from error
+PREPARE = "python -m headkd_ray.prepare COCO.json IMAGES_DIR --out"
 
 
 @dataclass(frozen=True)
@@ -148,13 +98,19 @@ class Sample:
     image: bytes
     """Encoded."""
     boxes: NDArray[np.float32]
-    """float32 (n, 4): x1 y1 x2 y2, pixels of the stored image. No crowds."""
+    """float32 (n, 4): x1 y1 x2 y2, pixels. No crowds."""
     labels: NDArray[np.int64]
     """int64 (n,), contiguous."""
     size: tuple[int, int]
-    """Stored height and width, pixels."""
+    """Height and width, pixels; of the upright image, if EXIF orientation is applied."""
+    reading: Reading
+    """How the image becomes pixels."""
     targets: PackedTargets | None = None
     """Soft targets of the view that is wanted, from a cache."""
+
+    def pixels(self) -> Tensor:
+        """uint8 (3, H, W), RGB. Raises ValueError if the bytes are not an image of this size."""
+        return decode(self.image, self.reading, self.size, max_pixels=None)  # prepare has looked whether it is too large
 
 
 @dataclass(frozen=True)
@@ -173,13 +129,12 @@ class ShardSet:
             DataError: it is missing, not completely prepared, damaged or of a newer format.
         """
         folder = Folder.open(uri, DataError)
-        mend = "run: python -m headkd_ray.prepare COCO.json IMAGES_DIR --out " + uri
+        mend = f"run: {PREPARE} {uri}"
         try:
             meta = Meta.from_json(folder.read(META), folder.named(META))
             index = _read_index(folder, meta.row_group)
-        except FileNotFoundError as error:
-            state = "is not completely prepared" if folder.names() else "is missing or empty"
-            raise DataError(f"{uri}: the data set {state} (no {META} or {INDEX}); {mend}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(_unprepared(folder, uri)) from error
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{uri}: cannot be read ({error}); check access, or {mend} --overwrite") from error
         problems = []
@@ -187,18 +142,17 @@ class ShardSet:
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, should have {shard.bytes}"
                 problems.append(f"{folder.named(shard.name)}: {found}; copy it again, or {mend} --overwrite")
-        if len(index) != meta.images:
-            problems.append(f"{folder.named(INDEX)}: {len(index)} rows, {META} counts {meta.images} images; {mend} --overwrite")
+        problems += [f"{folder.named(INDEX)}: {problem}; {mend} --overwrite" for problem in _check_index(index, meta)]
         if problems:
             raise DataError(problems)
         return cls(folder, meta, index)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``."""
-        try:
-            return json.loads(self.folder.read(ANNOTATIONS))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder.named(ANNOTATIONS)}: {error}; prepare the split again, with --overwrite") from error
+        """The COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``.
+
+        Raises DataError if it is damaged or not that of this split.
+        """
+        return read_truth(self.folder, ANNOTATIONS, self.meta, self.index.image_id.tolist())
 
     def read_group(self, shard: int, group: int, rows: Sequence[int]) -> list[Sample]:
         """Samples of one row group of one shard.
@@ -215,37 +169,96 @@ class ShardSet:
         try:
             source = self.folder.fs.open_input_file(self.folder.at(name))
             with pq.ParquetFile(source, pre_buffer=self.folder.remote, page_checksum_verification=True) as file:
-                _check_columns(file, SHARD_SCHEMA)
+                check_columns(file, SHARD_SCHEMA)
                 table = file.read_row_group(group, columns=columns, use_threads=False)
-        except (OSError, ValueError) as error:
+            return [self._sample(table, shard, row) for row in rows]
+        except (OSError, ValueError, IndexError, TypeError) as error:
             raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
-        return [_sample(table, row - group * self.meta.row_group) for row in rows]
+
+    def _sample(self, table: pa.Table, shard: int, row: int) -> Sample:
+        """One row of a row group's table. Raises ValueError, TypeError or IndexError if it is not what the index says of it."""
+        cell = {name: table[name][row % self.meta.row_group].as_py() for name in table.column_names}
+        crowd = np.array(cell["crowd"], dtype=bool)
+        boxes = np.array(cell["boxes"], dtype=np.float32).reshape(-1, 4)
+        labels = np.array(cell["labels"], dtype=np.int64)
+        wrong = self._wrong(self._position(shard, row), cell, boxes, labels, crowd)
+        if wrong is not None:
+            raise ValueError(f"row {row}, image {cell['image_id']}: {wrong}")
+        size = (cell["height"], cell["width"])
+        return Sample(cell["image_id"], cell["image"], boxes[~crowd], labels[~crowd], size, self.meta.reading)
+
+    def _position(self, shard: int, row: int) -> int:
+        """The index entry of a shard's row."""
+        return int(np.searchsorted(self.index.shard, shard)) + row
+
+    def _wrong(
+        self,
+        position: int,
+        cell: dict[str, Any],
+        boxes: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        crowd: NDArray[np.bool_],
+    ) -> str | None:
+        """What does not fit in a row. A shard that was made otherwise than by prepare has sound checksums, too."""
+        index = self.index
+        expected = (index.image_id[position], index.height[position], index.width[position])
+        if (cell["image_id"], cell["height"], cell["width"]) != expected:
+            return "other id or size than in the index"
+        if not len(boxes) == len(labels) == len(crowd) or (~crowd).sum() != index.boxes[position]:
+            return (
+                f"{len(boxes)} boxes, {len(labels)} labels, {len(crowd)} crowd flags; the index counts {index.boxes[position]}"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.meta.classes):
+            return f"labels {labels.min()} to {labels.max()}, of {len(self.meta.classes)} classes"
+        limits = np.array([cell["width"], cell["height"]] * 2, dtype=np.float32)
+        if not ((boxes >= 0) & (boxes <= limits)).all() or not (boxes[:, :2] <= boxes[:, 2:]).all():
+            return "a box is not x1 y1 x2 y2 inside the image"
+        return None
 
 
-def _sample(table: pa.Table, row: int) -> Sample:
-    cell = {name: table[name][row] for name in table.column_names}
-    crowd = np.array(cell["crowd"].as_py(), dtype=bool)
-    boxes = np.array(cell["boxes"].as_py(), dtype=np.float32).reshape(-1, 4)
-    labels = np.array(cell["labels"].as_py(), dtype=np.int64)
-    return Sample(
-        image_id=cell["image_id"].as_py(),
-        image=cell["image"].as_py(),
-        boxes=boxes[~crowd],
-        labels=labels[~crowd],
-        size=(cell["height"].as_py(), cell["width"].as_py()),
-    )
+def _unprepared(folder: Folder, uri: str) -> str:
+    """What is at ``uri``, if no prepared split, and what to do, which leaves alone what is there."""
+    command = PREPARE
+    parent, name = Folder.of_file(uri, DataError)
+    if parent.has(name):
+        command = command.replace("COCO.json", uri if name.endswith(".json") else "COCO.json")
+        found = "is a file, not the folder of a prepared split"
+        return f"{uri}: {found}; prepare it first: {command} OUT_DIR, and give OUT_DIR here"
+    names = folder.names()
+    state = "is not completely prepared" if names else "is missing or empty"
+    message = f"{uri}: the data set {state} (no {META} or {INDEX})"
+    if names and not any(name == INDEX or name.startswith("shard-") for name in names):
+        return f"{message}, and the folder has other files; prepare it first: {command} OUT_DIR, and give OUT_DIR here"
+    return f"{message}; run: {command} {uri}"
 
 
 def _read_index(folder: Folder, row_group: int) -> ShardIndex:
     # No Arrow threads: beside torch's, its CPU pool can abort the process at exit (apache/arrow#34314).
     file = pq.ParquetFile(pa.BufferReader(folder.read(INDEX)), page_checksum_verification=True)
-    _check_columns(file, INDEX_SCHEMA)
+    check_columns(file, INDEX_SCHEMA)
     table = file.read(use_threads=False)
+    empty = [name for name in table.column_names if table[name].null_count]
+    if empty:
+        raise ValueError(f"{INDEX}: entries without {', '.join(empty)}")
     names = ("image_id", "width", "height", "shard", "row", "boxes")
     return ShardIndex(**{name: table[name].to_numpy() for name in names}, row_group=row_group)
 
 
-def _check_columns(file: pq.ParquetFile, schema: pa.Schema) -> None:
+def _check_index(index: ShardIndex, meta: Meta) -> Iterator[str]:
+    if len(index) != meta.images:
+        yield f"{len(index)} rows, {META} counts {meta.images} images"
+        return
+    images = [shard.images for shard in meta.shards]
+    shard, row = np.repeat(np.arange(len(images)), images), np.concatenate([np.arange(count) for count in images])
+    if not (np.array_equal(index.shard, shard) and np.array_equal(index.row, row)):
+        yield f"its rows are not in the order of the shards that {META} lists"
+    if len(np.unique(index.image_id)) != len(index):
+        yield "an image is there twice"
+    if min(index.width.min(), index.height.min()) < 1 or index.boxes.min() < 0 or index.boxes.sum(dtype=np.int64) != meta.boxes:
+        yield f"sizes below 1, or not the {meta.boxes} boxes that {META} counts"
+
+
+def check_columns(file: pq.ParquetFile, schema: pa.Schema) -> None:
     """Raises ArrowInvalid for other columns. Not for a clear error alone: where Ray Data is imported, a column of its type for
     Python objects is unpickled when it is read, and a pickle may run any code."""
     if not file.schema_arrow.equals(schema):

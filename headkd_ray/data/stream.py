@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Protocol
 
 from headkd_ray.data.batch import Batch, Example, collate, idle_batch
-from headkd_ray.data.images import decode
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.data.views import View, apply_view, eval_view, train_view, view_number, view_size
@@ -109,7 +108,7 @@ class BatchMaker:
     def example(self, sample: Sample, number: int) -> Example:
         """View ``number`` of an image. Raises DataError, CacheError."""
         try:
-            image, boxes = apply_view(decode(sample.image), sample.boxes, self.view(sample.image_id, number))
+            image, boxes = apply_view(sample.pixels(), sample.boxes, self.view(sample.image_id, number))
         except ValueError as error:
             raise DataError(f"image {sample.image_id} in the prepared shards: {error}; prepare the split again") from error
         targets = None

@@ -68,7 +68,7 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     with streams.val() as stream:
         shown = list(islice(stream, steps))
     with _Watch(world) as evaluation:
-        predict(timed.learner.student, shown, world.device, val.meta.category_ids, job.optim.precision)
+        predict(timed.learner.student, shown, world.device, streams.scoring.category_ids, job.optim.precision)
     trained = [parameter for parameter in timed.learner.model.parameters() if parameter.requires_grad]
     return Calibration(
         Costs(

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """Average precision in percent (0..100) at up to 100 detections an image.
+    """Average precision in percent (0..100), at up to 100 detections an image and class unless more or fewer were asked for.
 
     ``AP`` averages IoU 0.50:0.95; s, m, l are COCO's areas (under 32², to 96², above, in original pixels).
     """
@@ -38,32 +38,46 @@ class CocoMetrics:
         return {name: _known(value) for name, value in values.items()}
 
 
-def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int]) -> CocoMetrics:
+def coco_metrics(
+    ground_truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int], max_detections: int = 100
+) -> CocoMetrics:
     """Evaluate detections as pycocotools does.
 
     Args:
-        ground_truth: COCO dictionary: images, annotations (bbox, area, iscrowd, category_id), categories.
+        ground_truth: COCO dictionary: images, annotations (bbox, area, iscrowd, category_id), categories. Ids may be any
+            integers. It is not changed.
         detections: COCO results: image_id, category_id, bbox (xywh, pixels of the stored image), score.
         image_ids: the images that were evaluated; ground truth of others is left out.
+        max_detections: how many of an image's best detections count, in each class.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
-        truth.dataset = ground_truth
+        # pycocotools marks what a detection matched by the annotation's id, and takes an id of 0 for "nothing".
+        numbered = [{**annotation, "id": number} for number, annotation in enumerate(ground_truth["annotations"], start=1)]
+        truth.dataset = {**ground_truth, "annotations": numbered}
         truth.createIndex()
         found = _results(truth, detections)
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.imgIds = sorted(image_ids)
+        evaluation.params.maxDets = [max_detections]
+        # pycocotools leaves out objects of more than 1e10 square pixels even where it says "all".
+        evaluation.params.areaRng = [[low, math.inf if high == 1e10 else high] for low, high in evaluation.params.areaRng]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU threshold, recall, class; all areas, 100 detections
-    per_class = {names[category]: _mean(precision[:, :, k]) for k, category in enumerate(evaluation.params.catIds)}
-    order = [category["name"] for category in ground_truth["categories"]]
-    headline = [100 * float(value) if value > -1 else float("nan") for value in evaluation.stats[:6]]
-    ap, ap50, ap75, small, medium, large = headline
-    in_order = {name: per_class[name] for name in order}
-    return CocoMetrics(ap, ap50, ap75, small, medium, large, in_order, images=len(image_ids))
+    precision = evaluation.eval["precision"][..., 0]  # IoU threshold 0.50, 0.55 …, recall, class, area
+    small, medium, large = (_mean(precision[:, :, :, area]) for area in (1, 2, 3))
+    overall = precision[:, :, :, 0]
+    by_id = {category: _mean(overall[:, :, k]) for k, category in enumerate(evaluation.params.catIds)}
+    return CocoMetrics(
+        AP=_mean(overall),
+        AP50=_mean(overall[0]),
+        AP75=_mean(overall[5]),
+        APs=small,
+        APm=medium,
+        APl=large,
+        per_class={category["name"]: by_id[category["id"]] for category in ground_truth["categories"]},
+        images=len(image_ids),
+    )
 
 
 def _results(truth: COCO, detections: list[dict[str, Any]]) -> COCO:
@@ -82,4 +96,4 @@ def _known(value: Any) -> Any:
 
 def _mean(precision: np.ndarray) -> float:
     counted = precision[precision > -1]  # -1 marks classes without ground truth
-    return float(100 * counted.mean()) if counted.size else float("nan")
+    return 100 * float(counted.mean()) if counted.size else float("nan")

@@ -10,14 +10,22 @@ import torch
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import Detections, Detector
 from headkd_ray.engine.coco import CocoMetrics, coco_metrics
+from headkd_ray.engine.scoring import Scoring
 from headkd_ray.engine.world import World
 
 
 @torch.inference_mode()
 def predict(
-    detector: Detector, batches: Iterable[Batch], device: torch.device, category_ids: Sequence[int], precision: str = "fp32"
+    detector: Detector,
+    batches: Iterable[Batch],
+    device: torch.device,
+    category_ids: Sequence[int | None],
+    precision: str = "fp32",
 ) -> dict[int, list[dict[str, Any]]]:
     """COCO results by image id: bbox xywh in pixels of the stored image, the data set's own category ids.
+
+    Args:
+        category_ids: of each of the detector's classes; None = leave what is detected of it out.
 
     Raises:
         AssertionError: an image came twice (the plan never does that; a duplicate would inflate the metrics silently).
@@ -38,8 +46,12 @@ def predict(
     return results
 
 
-def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int]) -> list[list[dict[str, Any]]]:
-    """One list of COCO results per image of the batch; boxes go back to the stored image's pixels and inside it."""
+def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int | None]) -> list[list[dict[str, Any]]]:
+    """One list of COCO results per image of the batch; boxes go back to the stored image's pixels and inside it.
+
+    Args:
+        category_ids: as in :func:`predict`.
+    """
     scale = batch.original_sizes.float() / batch.sizes.float()  # (B, 2) h, w
     factors = scale[:, [1, 0, 1, 0]][:, None]
     limits = batch.original_sizes.float()[:, [1, 0, 1, 0]][:, None]
@@ -50,7 +62,7 @@ def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int]) -
         [
             {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
             for box, score, label in zip(*columns, strict=True)
-            if label >= 0
+            if label >= 0 and category_ids[label] is not None
         ]
         for image_id, *columns in rows
     ]
@@ -61,25 +73,26 @@ def evaluate(
     batches: Iterable[Batch],
     world: World,
     ground_truth: dict[str, Any] | None,
-    category_ids: Sequence[int],
+    scoring: Scoring,
     precision: str = "fp32",
 ) -> CocoMetrics:
     """COCO metrics of the detector over the ranks' shares of the images; the same on every rank. A collective call.
 
     Args:
         ground_truth: COCO dictionary, needed on rank 0 only.
+        scoring: as which categories, and how many, the detections count.
 
     Raises:
         AssertionError: the ranks' shares overlap or miss an image of ``ground_truth``.
     """
-    shares = world.gather(predict(detector, batches, world.device, category_ids, precision))
+    shares = world.gather(predict(detector, batches, world.device, scoring.category_ids, precision))
     metrics = None
     if shares is not None:
         assert ground_truth is not None
         image_ids = [image_id for share in shares for image_id in share]
         assert sorted(image_ids) == sorted(image["id"] for image in ground_truth["images"]), "ranks overlap or miss images"
         found = [entry for share in shares for entries in share.values() for entry in entries]
-        metrics = coco_metrics(ground_truth, found, image_ids)
+        metrics = coco_metrics(ground_truth, found, image_ids, scoring.max_detections)
     metrics = world.broadcast(metrics)
     assert metrics is not None
     return metrics

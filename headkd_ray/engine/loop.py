@@ -73,6 +73,9 @@ def fit(
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
     if teacher is not None and teacher.note is not None and state.step == 0:
         sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": teacher.note})
+    if state.step == 0:
+        for warning in streams.scoring.warnings:
+            sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": f"warning: {warning}"})
 
     state.ddp = DistributedDataParallel(model) if world.size > 1 else None
     ranks = [rank for _ in range(accumulate) for rank in streams.ranks]
@@ -163,7 +166,7 @@ def validate(job: Job, world: World, streams: Streams, student: Detector) -> Coc
     world.share_buffers(student)  # what is exported, and so evaluated, is rank 0's
     truth = streams.val_set.ground_truth() if world.rank == 0 else None
     with streams.val() as batches:
-        return evaluate(student, batches, world, truth, streams.val_set.meta.category_ids, job.optim.precision)
+        return evaluate(student, batches, world, truth, streams.scoring, job.optim.precision)
 
 
 def soft_targets(
@@ -210,7 +213,9 @@ def keep(
         "run": job.run.name,
         "step": state.step,
         "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
+        "max_detections": job.eval.max_detections,
         "category_ids": list(streams.train_set.meta.category_ids),
+        "value_range": streams.train_set.meta.value_range,
         "metrics": None if scored is None else scored.as_dict(),
         "versions": {
             "headkd_ray": headkd_ray.__version__,

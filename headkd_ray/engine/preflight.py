@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from headkd_ray.data.classes import check_same_classes
+from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_training_model
 from headkd_ray.engine.run import check_run
+from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.errors import UserError
 from headkd_ray.job import Job
@@ -32,10 +33,11 @@ def preflight(job: Job) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], None]] = [lambda: check_run(job)]
+    checks: list[Callable[[], object]] = [lambda: check_run(job)]
     if len(splits) == 2:
-        lists = {f"data.{name} ({getattr(job.data, name)})": split.meta.classes for name, split in splits.items()}
-        checks.append(lambda: check_same_classes(lists))
+        checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
+        ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}
+        checks.append(lambda: check_same_range(ranges))
     checks.append(lambda: _build(job, splits.get("train")))
     for check in checks:
         try:

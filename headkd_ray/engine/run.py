@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import tempfile
 import time
@@ -19,11 +17,10 @@ from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER
 from headkd_ray.engine.log import JsonLines, Record, TensorBoard
 from headkd_ray.errors import JobError, StorageError
 from headkd_ray.job import Job
-from headkd_ray.storage import Folder
+from headkd_ray.storage import LOCK_FILE, Folder, locked
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
-LOCK_FILE = ".lock"
 # Sections that may change when a run is resumed: they decide where and how loudly it trains, not what it learns.
 # (Some changes of cluster.workers are refused nevertheless: below, and in loop.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
@@ -115,24 +112,14 @@ def only_one(run: Folder) -> Iterator[None]:
     Raises:
         JobError: another process is training it.
     """
-    if run.remote:
-        yield
-        return
-    run.create()
-    with open(run.at(LOCK_FILE), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobError(
-                f"run.name: another process is training {run.uri}; wait for it, end it, or choose another run.name"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
-                raise
+    if not run.remote:
+        run.create()
+    busy = JobError(f"run.name: another process is training {run.uri}; wait for it, end it, or choose another run.name")
+    with locked(run, busy):
         try:
             yield
         finally:
-            if not run.has(JOB_FILE):  # refused before it began, which leaves nothing behind
+            if not run.remote and not run.has(JOB_FILE):  # refused before it began, which leaves nothing behind
                 run.delete(LOCK_FILE)
                 with suppress(OSError):  # there are other things in it
                     Path(run.path).rmdir()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from headkd_ray.data.batch import Example, collate
+from headkd_ray.data.images import FULL_RANGE
 from headkd_ray.data.views import apply_view, eval_view
 from headkd_ray.detectors import Detector
 from headkd_ray.engine.evaluate import coco_results
@@ -28,6 +29,20 @@ def view_spec(meta: Mapping[str, Any]) -> DataSpec:
         return DataSpec.model_validate({"train": "none", "val": "none", **meta.get("data", {})})
     except (ValidationError, TypeError) as error:
         raise CheckpointError(f"model.json: meta.data {meta.get('data')!r} is not how images are shown: {error}") from error
+
+
+def trained_range(meta: Mapping[str, Any]) -> tuple[int, int] | None:
+    """With which range of values a checkpoint's 16-bit training images were read; None if it had none.
+
+    Raises:
+        CheckpointError: it records something else.
+    """
+    match meta.get("value_range"):
+        case None:
+            return None
+        case [int(low), int(high)] if FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
+            return low, high
+    raise CheckpointError(f"model.json: meta.value_range {meta['value_range']!r} is not a range of 16-bit values")
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.plan import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker, TargetReader, local_stream
+from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
 from headkd_ray.teacher.recipe import view_seed
@@ -40,6 +41,8 @@ class Streams:
             len(self.rows), job.data.batch_size, self.ranks_in_all, job.optim.accumulate
         )
         """The same for every epoch and rank; a multiple of optim.accumulate."""
+        self.scoring = scoring_of_job(job, train, val)
+        """How what the student detects on the validation images is scored."""
 
     def train(self, first: int, cache: TargetReader | None = None) -> AbstractContextManager[Iterator[Batch]]:
         """Batches of all epochs from micro-batch ``first`` on, with the targets of ``cache`` if there is one."""

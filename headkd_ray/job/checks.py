@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from headkd_ray.job.assistants import AssistantsSpec
 from headkd_ray.job.detector import SPECS
-from headkd_ray.job.job import DistillSpec, Job
+from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job
 from headkd_ray.job.keys import Path, sections
+from headkd_ray.job.limits import below
 from headkd_ray.job.methods import METHODS
 from headkd_ray.job.parts import DenseDetectorSpec, Spec
 from headkd_ray.job.two_stage import TwoStageDetectorSpec
@@ -251,6 +252,13 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
         yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
 
 
+def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
+    most = get("eval.max_detections")
+    keys = [".".join(("student", *path)) for path in below(get("student"), most)] if most > MAX_DETECTIONS else []
+    for key in keys:
+        yield key, f"keeps {get(key)} an image, fewer than eval.max_detections ({most}) counts; set it to at least {most}"
+
+
 def _workers(get: Get) -> Iterator[tuple[str, str]]:
     workers = get("cluster.workers")
     if not isinstance(workers, int) and workers[0] > workers[1]:
@@ -292,6 +300,7 @@ CHECKS: tuple[Check, ...] = (
     _milestones,
     _short_sides,
     _eval_short_side,
+    _max_detections,
     _random_weights_must_learn,
     _backbone_arguments,
     _pyramid,

@@ -150,6 +150,10 @@ class OptimSpec(Spec):
     """bf16 = autocast on forward passes; weights and losses stay fp32."""
 
 
+MAX_DETECTIONS = 100
+"""COCO's own number of detections an image."""
+
+
 class EvalSpec(Spec):
     """COCO evaluation on data.val."""
 
@@ -157,6 +161,10 @@ class EvalSpec(Spec):
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: PositiveInt = 2
     """Images per worker and forward pass."""
+    max_detections: PositiveInt = MAX_DETECTIONS
+    """Detections of a class that count in an image, the best first; 100 is COCO's number. For images with more objects set it
+    to the most that one has, and the student's postprocess.max_detections (and a two-stage student's
+    rpn.test_proposals.post_nms) to at least as many."""
 
 
 class CheckpointSpec(Spec):

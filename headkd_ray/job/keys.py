@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -85,6 +86,14 @@ def field_at(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> Fi
         value = value.get(part) if isinstance(value, Mapping) else None
         model = section_at(field, value)
     return field
+
+
+def takes_text(field: FieldInfo) -> bool:
+    """Whether the key holds free text, such as a path or a name, or perhaps null."""
+    is_union = get_origin(field.annotation) in (Union, UnionType)
+    options = get_args(field.annotation) if is_union else (field.annotation,)
+    bare = {get_args(option)[0] if get_origin(option) is Annotated else option for option in options}
+    return bare - {NoneType} == {str}
 
 
 def nearest(word: object, options: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from headkd_ray.errors import JobError
 from headkd_ray.job.checks import Problem, problems_in
@@ -17,9 +18,11 @@ from headkd_ray.job.job import Job
 from headkd_ray.job.keys import (
     Path,
     dotted,
+    field_at,
     kind_of,
     section_at,
     sections,
+    takes_text,
     with_defaults,
 )
 from headkd_ray.job.messages import none_of, problem_of, show
@@ -27,6 +30,11 @@ from headkd_ray.job.parts import Spec
 from headkd_ray.job.tree import YamlError, parse, position
 
 SomeSpec = TypeVar("SomeSpec", bound=Spec)
+
+QUOTED = re.compile(r"""\s*('([^']|'')*'|"(\\.|[^"\\])*")\s*""", re.DOTALL)
+"""A value in YAML's quotes from its first character to its last."""
+NULL = ("", "~", "null", "Null", "NULL")
+"""Null in YAML."""
 
 
 class Origin(NamedTuple):
@@ -55,7 +63,8 @@ def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
 
     Args:
         path: the YAML file (YAML 1.2: ``1e-3`` is a number, ``yes`` is text).
-        overrides: ``key.path=value`` each, applied in order; the value is YAML (``null``, ``[8, 11]``, ``1e-3``).
+        overrides: ``key.path=value`` each, applied in order; the value is YAML (``null``, ``[8, 11]``, ``1e-3``), but for keys
+            that hold text, such as ``run.name`` and ``data.train``, it is the text itself (``2024``, ``photos #2``).
 
     Raises:
         JobError: all mistakes of the file and the overrides at once, in the order of the lines.
@@ -110,19 +119,28 @@ def _similar_file(path: FilePath) -> str:
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def apply_override(draft: Draft, override: str, number: int) -> None:
-    """Put one ``key.path=value`` into the draft; what is wrong with it becomes one of the draft's mistakes."""
+def apply_override(
+    draft: Draft, override: str, number: int, field_of: Callable[[Path, Mapping[str, Any]], FieldInfo | None] = field_at
+) -> None:
+    """Put one ``key.path=value`` into the draft; what is wrong with it becomes one of the draft's mistakes.
+
+    ``field_of`` gives the field that a path names in a file with the draft's values.
+    """
     where = Origin(number, 0, f"override {override}")
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         draft.mistakes.append((where, "write it as key.path=value, for example optim.lr=0.02"))
+        return
+    path = tuple(key.split("."))
+    field = field_of(path, draft.values)
+    if field is not None and takes_text(field) and text.strip() not in NULL and not QUOTED.fullmatch(text):
+        put(draft, path, text, where)  # as YAML, "2024" would be a number, and "photos #2" would end at the blank
         return
     try:
         tree = parse(text)
     except YamlError as error:
         draft.mistakes.append((where, f"{error}; quote the value: {key}='\"...\"'"))
         return
-    path = tuple(key.split("."))
     draft.mistakes.extend((where, message) for _, _, message in tree.problems)
     draft.unread.update((*path, *inner) for inner in tree.unread)
     put(draft, path, tree.value, where)

@@ -3,40 +3,93 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize, to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from headkd_ray.report.fonts import Run, runs
 
 TILE = 384
 """Side of a picture in a contact sheet, pixels."""
+LEAST_LETTERS, LETTERS_A_SIDE = 13, 60
+"""Size of a caption's letters: at least so many pixels, and so many fit into the longer side of the image."""
+
+Rectangle = tuple[int, int, int, int]
+"""x1, y1, x2, y2 in pixels, without the last column and row."""
+Colour = tuple[int, int, int]
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
 def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str], least_side: int = 0) -> Tensor:
-    """Boxes with captions on an image, each class in its own colour.
+    """Boxes with captions on an image, each class in its own colour; the first ones lie on top.
+
+    Lines are edged with black and captions stand on a ground of their own, so that both are seen on any image.
 
     Args:
         image: uint8 (3, H, W), RGB.
         boxes: float (N, 4), xyxy, pixels of ``image``.
         labels: int64 (N,).
-        captions: N strings.
-        least_side: enlarge the image first until its longer side has this many pixels: captions do not shrink with an image.
+        captions: N strings; nothing is written where the string is empty, or where no font has its letters.
+        least_side: enlarge the image first until its longer side has this many pixels.
     Returns:
         uint8 (3, H', W'); H, W unless enlarged.
     """
     factor = max(1.0, least_side / max(image.shape[-2:]))
+    picture = to_pil_image(image)
     if factor > 1:
-        image, boxes = resize(image, [round(side * factor) for side in image.shape[-2:]]), boxes * factor
-    if not len(boxes):
-        return image
-    thickness = max(1, round(max(image.shape[-2:]) / 300))
+        picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    corners = [(round(x1), round(y1), round(x2), round(y2)) for x1, y1, x2, y2 in (boxes * factor).tolist()]
     colours = [colour(label) for label in labels.tolist()]
-    return draw_bounding_boxes(image, boxes, labels=list(captions), colors=colours, width=thickness)
+    width = max(2, round(max(picture.size) / 250))
+    for (x1, y1, x2, y2), shade in reversed(list(zip(corners, colours, strict=True))):
+        for grown, outline, thickness in ((1, BLACK, width + 2), (0, shade, width)):
+            right, bottom = max(x1, x2) + grown, max(y1, y2) + grown
+            pen.rectangle((x1 - grown, y1 - grown, right, bottom), outline=outline, width=thickness)
+    size = max(LEAST_LETTERS, round(max(picture.size) / LETTERS_A_SIDE))
+    placed: list[tuple[Rectangle, list[Run], Colour]] = []
+    for corner, shade, caption in zip(corners, colours, captions, strict=True):
+        pieces = runs(caption, size) if caption else None
+        if pieces is not None:
+            placed.append((_place(corner, _extent(pieces, size), picture.size, [old for old, *_ in placed]), pieces, shade))
+    for ground, pieces, shade in reversed(placed):
+        _write(pen, ground, pieces, shade, size)
+    return pil_to_tensor(picture)
+
+
+def _extent(pieces: Sequence[Run], size: int) -> tuple[int, int]:
+    """Width and height of a caption's ground."""
+    return round(sum(font.getlength(text) for text, font in pieces)) + size // 2, round(size * 1.35)
+
+
+def _place(box: Rectangle, extent: tuple[int, int], size: tuple[int, int], taken: Sequence[Rectangle]) -> Rectangle:
+    """Where a caption stands: above, below, or inside its box, within the image, over no other caption if that is possible."""
+    x1, y1, x2, y2 = box
+    width, height = extent
+    lefts = [max(0, min(x, size[0] - width)) for x in (x1, x2 - width)]
+    tops = [y for y in (y1 - height, y2, y1, y2 - height) if 0 <= y <= size[1] - height] or [0]
+    places = [(x, y, x + width, y + height) for y in tops for x in lefts]
+    return next((place for place in places if not any(_overlap(place, other) for other in taken)), places[0])
+
+
+def _overlap(one: Rectangle, other: Rectangle) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _write(pen: ImageDraw.ImageDraw, ground: Rectangle, pieces: Sequence[Run], shade: Colour, size: int) -> None:
+    """A caption on its ground, in black or white, whichever is clearer."""
+    left, top, right, bottom = ground
+    pen.rectangle((left, top, right - 1, bottom - 1), fill=shade, outline=BLACK)
+    ink = BLACK if brightness(shade) > 0.18 else WHITE
+    x: float = left + size // 4
+    for text, font in pieces:
+        pen.text((x, bottom - round(size * 0.35)), text, fill=ink, font=font, anchor="ls")
+        x += font.getlength(text)
 
 
 def draw_found(
@@ -52,25 +105,43 @@ def draw_found(
     return draw(image, boxes, labels, captions, least_side)
 
 
-def colour(label: int) -> tuple[int, int, int]:
+def colour(label: int) -> Colour:
     """A saturated colour, far from its neighbours': hues step by the golden ratio."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1.0, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: Path, side: int = TILE) -> None:
-    """Save a grid of images, a column a title, each scaled to ``side`` pixels, as a picture.
+def brightness(shade: Colour) -> float:
+    """Relative luminance as WCAG defines it, 0 to 1; from 0.18 on, black letters are clearer than white ones."""
+    linear = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in shade]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def jpeg(image: Tensor) -> bytes:
+    """A picture of uint8 (3, H, W), RGB, as a JPEG file. Raises OSError or ValueError if JPEG cannot hold it."""
+    encoded = io.BytesIO()
+    to_pil_image(image).save(encoded, "JPEG", quality=92)
+    return encoded.getvalue()
+
+
+def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], side: int = TILE) -> bytes:
+    """A grid of images, a column a title, each scaled to ``side`` pixels, as a PNG file.
 
     Args:
         rows: each as many uint8 (3, H, W) images as there are titles.
     """
-    gap, header = 6, 24
+    gap, header = max(6, side // 48), max(24, side // 10)
     sheet = Image.new("RGB", ((side + gap) * len(titles) + gap, (side + gap) * len(rows) + gap + header), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        pen.text((gap + column * (side + gap), gap), title, fill="black")
+        left, x = gap + column * (side + gap), 0.0
+        for text, font in runs(title, round(header * 0.55)) or ():
+            pen.text((left + x, header * 0.75), text, fill="black", font=font, anchor="ls")
+            x += font.getlength(text)
         for row, images in enumerate(rows):
             tile = ImageOps.contain(to_pil_image(images[column]), (side, side))
-            sheet.paste(tile, (gap + column * (side + gap), header + gap + row * (side + gap)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+            across, down = (side - tile.width) // 2, (side - tile.height) // 2
+            sheet.paste(tile, (left + across, header + gap + row * (side + gap) + down))
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG")
+    return encoded.getvalue()

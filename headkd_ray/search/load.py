@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from headkd_ray.errors import JobError
 from headkd_ray.job import Problem
-from headkd_ray.job.keys import Path, dotted
+from headkd_ray.job.keys import Path, dotted, field_at
 from headkd_ray.job.load import (
     Draft,
     Origin,
@@ -45,7 +47,7 @@ def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
     """
     draft = read_file(path, needs="a search has at least run, job and space")
     for number, override in enumerate(overrides, start=1):
-        apply_override(draft, override, number)
+        apply_override(draft, override, number, _field_of)
     for section in ("space", "overrides"):
         _join_keys(draft, section)
     found, spec = _check_search(draft)
@@ -61,6 +63,11 @@ def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
         lines = sorted(dict.fromkeys(lines), key=lambda line: line[0][:2])
         raise job_error([f"{where.label}: {message}" for where, message in lines] + job_lines, path)
     return search
+
+
+def _field_of(path: Path, values: Mapping[str, Any]) -> FieldInfo | None:
+    """The field that an override of a search names; below ``overrides`` it is one of the job's."""
+    return field_at(path[1:], {}) if path[0] == "overrides" else field_at(path, values, SearchSpec)
 
 
 def _join_keys(draft: Draft, section: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 7, "name": "ant"}, {"id": 31, "name": "moth"}]
 """Sparse ids, not in order."""
@@ -27,6 +30,26 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def oriented(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+    """The image with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return encoded(image, kind, exif=exif.tobytes())
+
+
+def png16(values: NDArray[np.uint16]) -> bytes:
+    """A PNG of 16-bit values, (H, W, channels); Pillow writes only grey ones."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @dataclass
@@ -77,6 +100,34 @@ def make_coco(folder: Path, images: int = 12) -> CocoFiles:
                 }
             )
     return CocoFiles(folder, data).save()
+
+
+def spread_boxes(data: dict[str, Any]) -> None:
+    """Give every annotation a box somewhere in its image, instead of those that all start near the corner."""
+    images = {image["id"]: image for image in data["images"]}
+    random = np.random.default_rng(1)
+    for annotation in data["annotations"]:
+        image = images[annotation["image_id"]]
+        size = np.array([image["width"], image["height"]])
+        box = random.uniform(4, 12, 2)
+        annotation.update(bbox=np.concatenate([random.uniform(0, size - box), box]).round(3).tolist(), area=10)
+
+
+def exif_photo(files: CocoFiles, number: int, orientation: int, *, upright: bool = False) -> Image.Image:
+    """Give image ``number`` an EXIF orientation; ``upright``: with the upright image's size in the JSON. Returns that image."""
+    record = files.data["images"][number]
+    suffix = record["file_name"].rsplit(".")[1]
+    kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix]
+    data = oriented(pixels(number, record["width"], record["height"]), orientation, kind)
+    (Path(files.images) / record["file_name"]).write_bytes(data)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if upright:
+        record.update(width=shown.width, height=shown.height)
+        for annotation in files.data["annotations"]:
+            if annotation["image_id"] == record["id"]:
+                annotation["bbox"] = [2, 3, 10, 8]
+    files.save()
+    return shown
 
 
 def spoil_images(shard: Path, row_group: int) -> None:

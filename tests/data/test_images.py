@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from headkd_ray.data.images import decode
-from tests.data.coco_files import encoded, pixels
+from headkd_ray.data.images import Reading, TooLargeError, decode, inspect
+from tests.data.coco_files import encoded, oriented, pixels, png16
 
 RGB = pixels(1, 50, 37)
 FILES = {
@@ -33,8 +35,8 @@ FILES = {
 @pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 @pytest.mark.parametrize("name", FILES)
 def test_same_pixels_as_torchvision(name: str) -> None:
-    io = pytest.importorskip("torchvision.io")
-    expected = io.decode_image(torch.frombuffer(bytearray(FILES[name]), dtype=torch.uint8), io.ImageReadMode.RGB)
+    tv = pytest.importorskip("torchvision.io")
+    expected = tv.decode_image(torch.frombuffer(bytearray(FILES[name]), dtype=torch.uint8), tv.ImageReadMode.RGB)
     image = decode(FILES[name])
     assert image.dtype == torch.uint8 and torch.equal(image, expected)
 
@@ -43,6 +45,75 @@ def test_16_bit_png_keeps_its_high_byte() -> None:
     grey = (np.arange(12 * 10, dtype=np.uint16) * 500).reshape(10, 12)
     image = decode(encoded(Image.fromarray(grey), "PNG"))
     assert torch.equal(image, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 10, 12))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4], ids=["grey", "grey alpha", "rgb", "rgb alpha"])
+def test_16_bit_values_in_a_range(channels: int) -> None:
+    values = np.random.default_rng(0).integers(900, 3500, (50, 40, channels), dtype=np.uint16)
+    rgb = values[..., :1].repeat(3, 2) if channels < 3 else values[..., :3]
+    data = png16(values)
+    assert np.array_equal(decode(data).permute(1, 2, 0), rgb >> 8)
+    assert np.array_equal(decode(data, Reading(value_range=(0, 4095))).permute(1, 2, 0), rgb >> 4)
+    scaled = np.floor((rgb.astype(float) - 1000) * 256 / 2001).clip(0, 255)  # 1000 to 3000, clipped
+    assert np.array_equal(decode(data, Reading(value_range=(1000, 3000))).permute(1, 2, 0), scaled)
+    low, high = inspect(data).values or (0, 0)
+    assert 900 <= low < 950 and 3450 < high < 3500
+
+
+def test_values_of_8_bit_images_are_not_touched_by_a_range() -> None:
+    for name in FILES:
+        assert inspect(FILES[name]).values is None
+        assert torch.equal(decode(FILES[name], Reading(value_range=(0, 4095))), decode(FILES[name]))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(kind: str, orientation: int) -> None:
+    data = oriented(RGB, orientation, kind)
+    upright = torch.from_numpy(np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))).permute(2, 0, 1)
+    stored = decode(encoded(RGB, kind))
+    facts = inspect(data)
+    assert facts.orientation == orientation and facts.size == stored.shape[1:] and facts.upright_size == upright.shape[1:]
+    assert torch.equal(decode(data, Reading(upright=False)), stored)
+    assert torch.equal(decode(data), upright)
+    assert torch.equal(decode(data, Reading(), facts.upright_size), upright)
+    if facts.upright_size != facts.size:  # the wanted size decides
+        assert torch.equal(decode(data, Reading(upright=False), facts.upright_size), upright)
+        assert torch.equal(decode(data, Reading(), facts.size), stored)
+
+
+def test_orientation_of_a_16_bit_png() -> None:
+    values = np.arange(12, dtype=np.uint16).reshape(3, 4) << 8
+    exif = Image.Exif()
+    exif[0x112] = 6
+    image = decode(encoded(Image.fromarray(values), "PNG", exif=exif.tobytes()), Reading())
+    assert image[0].tolist() == np.rot90(values >> 8, -1).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"", *map(oriented, [RGB] * 2, [0, 9])])
+def test_damaged_or_meaningless_exif_is_no_orientation(exif: bytes) -> None:
+    data = exif if exif.startswith(b"\xff\xd8") else encoded(RGB, exif=exif)
+    assert inspect(data).orientation == 1
+    assert torch.equal(decode(data, Reading()), decode(FILES["jpeg"]))
+
+
+def test_another_size_than_wanted() -> None:
+    with pytest.raises(ValueError, match="has 50 x 37 pixels, should have 37 x 50"):
+        decode(FILES["jpeg"], Reading(), (50, 37))
+
+
+def test_large_images_are_a_matter_of_the_limit() -> None:
+    large = encoded(Image.new("1", (15_000, 12_000)), "PNG")  # 180 megapixels: more than Pillow reads
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's of a decompression bomb
+        for read in (inspect, decode):
+            with pytest.raises(TooLargeError, match=r"has 180\.0 megapixels \(15000 x 12000\)"):
+                read(large)
+        assert inspect(large, max_pixels=None).size == inspect(large, max_pixels=180_000_000).size == (12_000, 15_000)
+    with pytest.raises(TooLargeError):
+        decode(FILES["webp"], max_pixels=50 * 37 - 1)
+    assert decode(FILES["webp"], max_pixels=50 * 37).shape == (3, 37, 50)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp"])
@@ -57,6 +128,22 @@ def test_cut_off_files_are_refused(name: str, share: float) -> None:
 )
 def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"cannot be decoded|not a JPEG, PNG or WebP"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"", "an empty file"),
+        (encoded(RGB, "GIF"), "a GIF"),
+        (encoded(RGB, "TIFF"), "a TIFF"),
+        (b"\0\0\0\x18ftypheic" + bytes(50), "a HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer"),
+        (b"<!DOCTYPE html>", "an HTML"),
+    ],
+)
+def test_files_of_other_kinds_are_called_what_they_are(data: bytes, name: str) -> None:
+    with pytest.raises(ValueError, match=f"not a JPEG, PNG or WebP but {name}"):
         decode(data)
 
 

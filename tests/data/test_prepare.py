@@ -15,14 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from headkd_ray.data.images import decode
 from headkd_ray.data.prepare import prepare_split
-from headkd_ray.data.shards import META, ShardSet
+from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, ShardSet
 from headkd_ray.errors import DataError
 from headkd_ray.prepare import main
-from tests.data.coco_files import encoded, make_coco, pixels
+from tests.data.coco_files import CocoFiles, encoded, exif_photo, make_coco, pixels
 
 
 def contents(folder: str | Path) -> dict[str, str]:
@@ -127,15 +125,6 @@ def test_a_name_that_no_filesystem_allows(tmp_path: Path) -> None:
         prepare_split(files.save().json, files.images, files.out)
 
 
-def test_exif_orientation_is_ignored_as_coco_does(tmp_path: Path) -> None:
-    files = make_coco(tmp_path)
-    exif = Image.Exif()
-    exif[0x112] = 6
-    (tmp_path / "images" / "0.jpg").write_bytes(encoded(pixels(0, 40, 30), exif=exif.tobytes()))
-    shards = prepare_split(files.json, files.images, files.out)
-    assert decode(samples(shards)[500][0]).shape == (3, 30, 40)
-
-
 def test_kill_9_keeps_finished_shards_and_the_rest_is_made(tmp_path: Path) -> None:
     files = make_coco(tmp_path, images=40)
     for image in files.data["images"]:  # large enough that the kill falls in the middle
@@ -172,6 +161,111 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path) -> Non
     shard.write_bytes(shard.read_bytes()[:-100])
     prepare_split(files.json, files.images, files.out, shard_images=4)
     assert contents(files.out) == before
+
+
+def flip_a_byte(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+def test_a_flipped_byte_is_mended(tmp_path: Path, finished: bool) -> None:
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    before = contents(files.out)
+    flip_a_byte(Path(files.out) / "shard-00001.parquet")
+    if not finished:
+        (Path(files.out) / META).unlink()
+    sound = Path(files.out) / "shard-00000.parquet"
+    written = sound.stat().st_mtime_ns
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert contents(files.out) == before and sound.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", [INDEX, ANNOTATIONS])
+def test_a_damaged_file_beside_the_shards_is_mended(tmp_path: Path, name: str) -> None:
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    before = contents(files.out)
+    (Path(files.out) / name).write_bytes(b"PAR1{}")
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert contents(files.out) == before
+
+
+def replace_photo(files: CocoFiles) -> bytes:
+    """Another photo under the same name: of the same size in pixels and in bytes."""
+    path = Path(files.images) / "0.jpg"
+    other = encoded(pixels(77, 40, 30), quality=60)
+    old = path.read_bytes()
+    assert len(other) < len(old)
+    path.write_bytes(other + bytes(len(old) - len(other)))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    return path.read_bytes()
+
+
+def test_a_replaced_photo_is_noticed(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    before = contents(files.out)
+    photo = replace_photo(files)
+    with pytest.raises(DataError, match=r"image files have changed; replace the split with --overwrite(.|\n)*  - 0.jpg: other"):
+        prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert contents(files.out) == before, "what is there may be needed"
+    replaced = prepare_split(files.json, files.images, files.out, shard_images=4, overwrite=True)
+    assert samples(replaced)[500][0] == photo
+
+
+def test_a_photo_that_is_replaced_after_an_interruption_is_packed_anew(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    prepare_split(files.json, files.images, files.out, shard_images=4)
+    (Path(files.out) / META).unlink()
+    photo = replace_photo(files)
+    assert samples(prepare_split(files.json, files.images, files.out, shard_images=4))[500][0] == photo
+
+
+def test_photos_that_were_only_copied_or_are_gone_change_nothing(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    first = prepare_split(files.json, files.images, files.out, shard_images=4)
+    shutil.copytree(files.images, tmp_path / "copied", copy_function=shutil.copy)  # other times of modification
+    shards = {path: path.stat().st_mtime_ns for path in Path(files.out).glob("shard-*")}
+    again = prepare_split(files.json, str(tmp_path / "copied"), files.out, shard_images=4)
+    assert again.meta == first.meta and again.meta.photos != first.meta.photos
+    shutil.rmtree(files.images)
+    gone = prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert gone.meta == first.meta and samples(gone) == samples(first)
+    assert {path: path.stat().st_mtime_ns for path in Path(files.out).glob("shard-*")} == shards
+
+
+def test_a_split_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    """It knows nothing of what version 2 notices."""
+    files = make_coco(tmp_path)
+    exif_photo(files, 0, 3)
+    first = prepare_split(files.json, files.images, files.out, shard_images=4)
+    path = Path(files.out) / META
+    fields = json.loads(path.read_text())
+    for name in ("upright", "value_range", "warnings", "photos"):
+        del fields[name]
+    path.write_text(json.dumps({**fields, "version": 1}))
+    old = ShardSet.open(files.out)
+    assert samples(old) == samples(first) and not old.meta.warnings
+    shards = {path: path.stat().st_mtime_ns for path in Path(files.out).glob("shard-*")}
+    again = prepare_split(files.json, files.images, files.out, shard_images=4)
+    assert again.meta == first.meta and again.meta.photos == first.meta.photos and len(again.meta.warnings) == 1
+    assert {path: path.stat().st_mtime_ns for path in Path(files.out).glob("shard-*")} == shards
+
+
+def test_two_runs_cannot_prepare_into_one_folder(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+
+    def meanwhile(done: int, total: int) -> None:
+        with pytest.raises(DataError, match="out: another process is preparing a split there; wait for it") as caught:
+            prepare_split(files.json, files.images, files.out)
+        refused.append(caught.value)
+
+    refused: list[DataError] = []
+    shards = prepare_split(files.json, files.images, files.out, progress=lambda *done: refused or meanwhile(*done))
+    assert refused and len(samples(shards)) == 12
 
 
 def test_a_finished_split_is_kept_and_another_one_is_not_overwritten_by_accident(tmp_path: Path) -> None:
@@ -219,6 +313,9 @@ def test_any_filesystem(tmp_path: Path) -> None:
         remote = prepare_split("memory://own/annotations.json", "memory://own/images", "memory://own/out", shard_images=5)
         local = prepare_split(files.json, files.images, "file://" + files.out, shard_images=5)
         assert samples(remote) == samples(local) and remote.meta == local.meta
+        memory.pipe("/own/images/0.jpg", encoded(pixels(77, 40, 30)))
+        with pytest.raises(DataError, match=r"image files have changed(.|\n)*0.jpg"):
+            prepare_split("memory://own/annotations.json", "memory://own/images", "memory://own/out", shard_images=5)
     finally:
         memory.rm("/own", recursive=True)
     with pytest.raises(DataError, match="no filesystem"):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from headkd_ray.data.classes import check_same_classes
+from headkd_ray.data.meta import VERSION
 from headkd_ray.data.prepare import prepare_split
-from headkd_ray.data.shards import INDEX, META, ShardSet
+from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, ShardSet
 from headkd_ray.errors import DataError
 from tests.data.coco_files import make_coco
 
@@ -40,10 +45,156 @@ def test_damaged_meta(out: Path, content: str) -> None:
         ShardSet.open(str(out))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"row_group": 0}, "row_group: input should be greater than or equal to 1"),
+        ({"row_group": "16"}, "row_group: input should be a valid integer"),
+        ({"row_group": 10**30}, "row_group: "),
+        ({"shards": []}, "shards: empty; images: 12, the shards hold 0"),
+        ({"shards": [{"name": "shard-00000.parquet"}]}, r"shards\.0\.images: field required"),
+        ({"shards": None}, "shards: input should be a valid array"),
+        ({"classes": None}, "classes: input should be a valid array"),
+        ({"classes": ["a", "a", "b"]}, "classes: something is there twice"),
+        ({"classes": ["a"]}, "1 classes, 3 category_ids"),
+        ({"category_ids": [1, 2, 2**70]}, "category_ids"),
+        ({"images": 13}, "images: 13, the shards hold 12"),
+        ({"value_range": [5, 3]}, "value_range: must ascend"),
+        ({"upright": "yes", "boxes": -1}, "boxes: .*; upright: "),
+    ],
+)
+def test_meta_that_cannot_be(out: Path, change: dict[str, Any], words: str) -> None:
+    fields = json.loads((out / META).read_text())
+    (out / META).write_text(json.dumps({**fields, **change}))
+    with pytest.raises(DataError, match=rf"meta\.json: damaged \({words}.*prepare the split again, with --overwrite"):
+        ShardSet.open(str(out))
+
+
+@pytest.mark.parametrize("name", ["../shard-00000.parquet", "/etc/passwd", "shard-00000.parquet/../x", "s3://bucket/shard"])
+def test_shards_do_not_leave_their_folder(out: Path, name: str) -> None:
+    fields = json.loads((out / META).read_text())
+    fields["shards"][1]["name"] = name
+    (out / META).write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"meta\.json: damaged \(shards\.1\.name: .* is no shard's"):
+        ShardSet.open(str(out))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"format":' * 100_000, "\ud800"], ids=["lists", "objects", "surrogate"])
+def test_meta_that_json_readers_stumble_over(out: Path, content: str) -> None:
+    (out / META).write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(DataError, match=r"meta\.json: not written by"):
+        ShardSet.open(str(out))
+
+
+def rewrite(file: Path, column: str, change: Callable[[list[Any]], Any]) -> None:
+    """Write a Parquet file again, with a value of the first row that has any changed; meta.json gets its size."""
+    table = pq.read_table(file)
+    values = table[column].to_pylist()
+    first = next(row for row, boxes in enumerate(table["boxes"].to_pylist()) if boxes)
+    values[first] = change(values[first])
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(table.column_names.index(column), field, pa.array(values, field.type)), file)
+    fields = json.loads((file.parent / META).read_text())
+    for shard in fields["shards"]:
+        if shard["name"] == file.name:
+            shard["bytes"] = file.stat().st_size
+    (file.parent / META).write_text(json.dumps(fields))
+
+
+def read_all(shards: ShardSet, shard: int) -> None:
+    for group in range(-(-shards.meta.shards[shard].images // shards.meta.row_group)):
+        rows = range(shards.meta.shards[shard].images)
+        shards.read_group(shard, group, [row for row in rows if row // shards.meta.row_group == group])
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "words"),
+    [
+        ("labels", lambda labels: [-1] * len(labels), "labels -1 to -1, of 3 classes"),
+        ("labels", lambda labels: [3] * len(labels), "labels 3 to 3, of 3 classes"),
+        ("labels", lambda labels: labels[1:], "boxes, . labels"),
+        ("labels", lambda labels: None, ""),
+        ("labels", lambda labels: [None] * len(labels), ""),
+        ("boxes", lambda boxes: [[math.nan] * 4] * len(boxes), "a box is not x1 y1 x2 y2 inside the image"),
+        ("boxes", lambda boxes: [[0, 0, 1000, 5]] * len(boxes), "a box is not"),
+        ("boxes", lambda boxes: [[9, 9, 3, 12]] * len(boxes), "a box is not"),
+        ("boxes", lambda boxes: [], "0 boxes"),
+        ("crowd", lambda crowd: [True] * len(crowd), "the index counts"),
+        ("image_id", lambda image_id: image_id + 1, "other id or size than in the index"),
+        ("width", lambda width: None, "other id or size than in the index"),
+    ],
+)
+def test_rows_that_do_not_fit(out: Path, column: str, change: Callable[[Any], Any], words: str) -> None:
+    """A shard that somebody wrote again has sound checksums."""
+    rewrite(out / "shard-00001.parquet", column, change)
+    with pytest.raises(DataError, match=rf"shard-00001.parquet: cannot be read \(.*{words}.*; copy or prepare it again"):
+        read_all(ShardSet.open(str(out)), 1)
+
+
+def test_a_shard_of_fewer_rows(out: Path) -> None:
+    rows = pq.read_table(out / "shard-00001.parquet")
+    pq.write_table(rows[:1], out / "shard-00001.parquet")
+    fields = json.loads((out / META).read_text())
+    fields["shards"][1]["bytes"] = (out / "shard-00001.parquet").stat().st_size
+    (out / META).write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"shard-00001.parquet: cannot be read"):
+        read_all(ShardSet.open(str(out)), 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("image_id", 1, "an image is there twice"),
+        ("shard", 0, "not in the order of the shards"),
+        ("row", 7, "not in the order of the shards"),
+        ("width", 0, "sizes below 1"),
+        ("boxes", -1, "the 12 boxes that meta.json counts"),
+        ("height", None, "entries without height"),
+    ],
+)
+def test_an_index_that_cannot_be(out: Path, column: str, value: int | None, words: str) -> None:
+    table = pq.read_table(out / INDEX)
+    field = table.schema.field(column)
+    table = table.set_column(table.column_names.index(column), field, pa.array([value] * len(table), field.type))
+    pq.write_table(table, out / INDEX)
+    with pytest.raises(DataError, match=rf"{words}.*--overwrite"):
+        ShardSet.open(str(out))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda truth: truth.pop("images"), "images: "),
+        (lambda truth: truth["images"].pop(), "other images than in the shards"),
+        (lambda truth: truth["categories"].pop(), "other categories than in meta.json"),
+        (lambda truth: truth["annotations"][0].update(image_id=3), "annotation .*: image or category unknown"),
+        (lambda truth: truth["annotations"][0].update(bbox=[1, 2, 3]), r"annotations\.0\.bbox\.3: field required"),
+        (lambda truth: truth["annotations"][0].update(bbox=[1, 2, math.nan, 3]), r"annotations\.0\.bbox\.2: "),
+        (lambda truth: truth["annotations"][0].update(area="big"), r"annotations\.0\.area: "),
+        (lambda truth: truth["annotations"].append(truth["annotations"][0]), "an annotation id is there twice"),
+        (lambda truth: truth.update(annotations=None), "annotations: "),
+    ],
+)
+def test_a_ground_truth_that_cannot_be(out: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
+    shards = ShardSet.open(str(out))
+    truth = shards.ground_truth()
+    change(truth)
+    (out / ANNOTATIONS).write_text(json.dumps(truth))
+    with pytest.raises(DataError, match=rf"annotations\.json: damaged \({words}.*prepare the split again, with --overwrite"):
+        shards.ground_truth()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "{}"], ids=["empty", "list", "deep", "object"])
+def test_a_ground_truth_that_is_none(out: Path, content: str) -> None:
+    (out / ANNOTATIONS).write_text(content)
+    with pytest.raises(DataError, match=r"annotations\.json: damaged \("):
+        ShardSet.open(str(out)).ground_truth()
+
+
 def test_newer_format(out: Path) -> None:
     meta = json.loads((out / META).read_text())
-    (out / META).write_text(json.dumps({**meta, "version": 2, "surprise": 1}))
-    with pytest.raises(DataError, match="version 2; this headkd_ray reads up to 1"):
+    (out / META).write_text(json.dumps({**meta, "version": VERSION + 1, "surprise": 1}))
+    with pytest.raises(DataError, match=f"version {VERSION + 1}; this headkd_ray reads up to {VERSION}"):
         ShardSet.open(str(out))
 
 
@@ -98,22 +249,19 @@ def test_errors_survive_pickling() -> None:
     assert error.problems == ["one", "two"] and str(error) == "both:\n  - one\n  - two"
 
 
-def test_equal_class_lists_pass() -> None:
-    check_same_classes({"data.train": ("a", "b"), "data.val": ["a", "b"]})
-
-
-def test_one_error_shows_how_class_lists_differ() -> None:
+def test_a_json_or_a_folder_of_photos_is_no_prepared_split_and_stays_as_it_is(tmp_path: Path) -> None:
+    """What to do is said so that nothing of the user's is in its way."""
+    files = make_coco(tmp_path)
     with pytest.raises(DataError) as caught:
-        check_same_classes(
-            {
-                "data.train": ("a", "b", "c"),
-                "data.val": ("a", "c", "d", "e"),
-                "teacher": ("b", "a", "c"),
-                "x": ("a", "b", "c", "c"),
-            }
-        )
-    val, teacher, longer = caught.value.problems
-    assert "data.val has 4 classes, data.train has 3" in val
-    assert "only in data.train: 'b'" in val and "only in data.val: 'd', 'e'" in val
-    assert "label 0 is 'a' in data.train and 'b' in teacher" in teacher
-    assert "label 3 is nothing in data.train and 'c' in x" in longer
+        ShardSet.open(files.json)
+    assert str(caught.value) == (
+        f"{files.json}: is a file, not the folder of a prepared split; prepare it first: python -m headkd_ray.prepare "
+        f"{files.json} IMAGES_DIR --out OUT_DIR, and give OUT_DIR here"
+    )
+    for folder in (files.images, str(tmp_path)):
+        with pytest.raises(
+            DataError, match=r"not completely prepared .*has other files; prepare it first: .*--out OUT_DIR, and"
+        ):
+            ShardSet.open(folder)
+    with pytest.raises(DataError, match=r"is missing or empty .*--out \S+/nowhere$"):
+        ShardSet.open(str(tmp_path / "nowhere"))

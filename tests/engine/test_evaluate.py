@@ -11,6 +11,7 @@ import torch
 from headkd_ray.data.batch import Batch, idle_batch
 from headkd_ray.detectors import Detections, Detector, build_detector
 from headkd_ray.engine.evaluate import coco_results, evaluate, predict
+from headkd_ray.engine.scoring import Scoring
 from headkd_ray.engine.world import World
 from tests.support import MICRO_STUDENT, micro_job
 
@@ -48,6 +49,7 @@ def test_boxes_go_back_to_the_stored_image() -> None:
     ]
     (entry,) = second
     assert entry["image_id"] == 2 and entry["bbox"] == pytest.approx([3.0, 6.0, 3.0, 6.0])
+    assert coco_results(found, batch, (None, 90)) == [first[:1], []], "the data have no category for class 0"
 
 
 def micro_detector(classes: int) -> Detector:
@@ -74,4 +76,4 @@ def test_an_image_that_comes_twice_is_an_error() -> None:
 def test_a_missing_image_is_an_error() -> None:
     truth = {"images": [{"id": 1}, {"id": 2}], "annotations": [], "categories": []}
     with pytest.raises(AssertionError, match="ranks overlap or miss images"):
-        evaluate(micro_detector(2), [blank([(64, 64)], [(64, 64)])], ALONE, truth, CATEGORY_IDS)
+        evaluate(micro_detector(2), [blank([(64, 64)], [(64, 64)])], ALONE, truth, Scoring(CATEGORY_IDS, 100, ()))

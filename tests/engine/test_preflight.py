@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_without_ray_and_with_it_are_not_the_same_run(tmp_path: Path, drawn_spli
         preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
     (tmp_path / "run" / "result.json").write_text("{}")  # ended: nothing to resume
     preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
+
+
+def test_splits_whose_16_bit_images_are_read_differently(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    splits = {}
+    for (name, split), high in zip(drawn_splits.items(), (4095, 65535), strict=True):
+        splits[name] = shutil.copytree(split, tmp_path / name)
+        meta = json.loads((splits[name] / "meta.json").read_text())
+        (splits[name] / "meta.json").write_text(json.dumps({**meta, "value_range": [0, high]}))
+    with pytest.raises(
+        UserError, match=r"data\.train .* from 0 to 4095, data\.val .* from 0 to 65535; prepare all splits with"
+    ):
+        preflight(micro_job(tmp_path / "runs", {name: str(split) for name, split in splits.items()}))

@@ -57,6 +57,11 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "1334 is above data.long_side (1333)",
         ),
         (
+            {"eval": {"max_detections": 300}},
+            "student.head.postprocess.max_detections",
+            "keeps 100 an image, fewer than eval.max_detections (300) counts; set it to at least 300",
+        ),
+        (
             {"student": {"kind": "retinanet", "backbone": {"norm_eval": False}}},
             "student.backbone.frozen_stages",
             "1 would freeze",
@@ -222,6 +227,17 @@ def test_an_assistant_of_the_student_s_own_kind_is_warned_about():
     (warning,) = warnings(Job.model_validate({**keys, "distill": own}))
     assert warning.startswith("distill.assistants.retinanet: of the student's own kind")
     assert warnings(Job.model_validate({**keys, "distill": other})) == []
+
+
+def test_all_limits_of_a_two_stage_detector_are_named():
+    student = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}
+    sections = {"method": "supervised", "teacher": None, "student": student}
+    assert [key for key, _ in found(**sections, eval={"max_detections": 1500})] == [
+        "student.rpn.test_proposals.post_nms",
+        "student.roi.postprocess.max_detections",
+    ]
+    few = {**student, "roi": {"postprocess": {"max_detections": 50}}}
+    assert not found(**sections | {"student": few}), "COCO's 100 is a most, not a least"
 
 
 def test_sound_jobs_have_no_problems():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headkd_ray.errors import JobError
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job, render_job
 
 KINDS = "retinanet, fcos, reppoints, faster_rcnn, cascade_rcnn"
 
@@ -110,7 +111,6 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("optim.lr=.inf", "Infinity is not a finite number"),
         ("run.seed=-1", "-1 must be at least 0"),
         ("run.seed=4294967296", "4294967296 must be below 4294967296"),
-        ("run.name=3", '3 is not text; write it in double quotes: "3"'),
         (
             "run.name=my run",
             "'my run' may hold letters, digits, dot, dash and underscore alone, and starts with a letter or digit",
@@ -245,6 +245,47 @@ def test_overrides_are_yaml_and_apply_in_order(write):
     assert (job.run.name, job.run.storage, job.teacher) == ("7", "s3://bucket/runs?region=eu", None)
 
 
+TEXTS = [
+    "2024",
+    "1e3",
+    "true",
+    "photos #2/train",
+    "exp: new",
+    "[a",
+    "{b}",
+    "*c",
+    "'d' e",
+    'f"',
+    "007",
+    "- g",
+    "!h",
+    "x y ",
+    "@",
+    "a, b",
+]
+
+
+@pytest.mark.parametrize("key", ["data.train", "run.storage", "teacher.checkpoint", "teacher.cache.path", "cluster.address"])
+def test_an_override_of_a_text_key_is_the_text_itself(write, key):
+    path = write(MINIMAL.replace("supervised", "head") + "teacher: {checkpoint: t}\n")
+    for text in TEXTS:
+        job = load_job(path, [f"{key}={text}"])
+        assert functools.reduce(getattr, key.split("."), job) == text
+        Path("printed.yaml").write_text(render_job(job))
+        assert load_job("printed.yaml") == job
+
+
+def test_a_text_key_takes_quotes_and_null_as_yaml(write):
+    overrides = ["data.train='it''s 007'", r'data.val="a\tb"', "cluster.address=auto", "cluster.address=null", "run.name=2024"]
+    job = load_job(write(MINIMAL), overrides)
+    assert (job.data.train, job.data.val, job.cluster.address, job.run.name) == ("it's 007", "a\tb", None, "2024")
+
+
+def test_a_number_in_the_file_s_place_of_text(write):
+    (problem,) = mistakes(write(MINIMAL.replace("name: ", "name: 3 # ")))
+    assert problem.endswith('run.name: 3 is not text; write it in double quotes: "3"')
+
+
 def test_override_creates_a_section(write):
     path = write(MINIMAL.replace("supervised", "head") + "teacher:\n")  # an empty section: null
     job = load_job(path, ["teacher.checkpoint=t.pth", "distill.assistant.fcs=1"])
@@ -263,7 +304,7 @@ def test_override_creates_a_section(write):
         ("--optim.lr=3", "write it as key.path=value, for example optim.lr=0.02"),
         ("method.kind=3", "method is 'supervised' and not a section of keys"),
         ("data.short_side=[1", "not valid YAML"),
-        ("run.name=!!python/name:os.system x", "tag !!python/name:os.system does not fit here; remove it"),
+        ("optim.lr=!!python/name:os.system x", "tag !!python/name:os.system does not fit here; remove it"),
         ("optim={lr: 1, lr: 2}", "written twice"),
     ],
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from headkd_ray.report.draw import colour, contact_sheet, draw, draw_found
+from headkd_ray.report.draw import brightness, colour, contact_sheet, draw, draw_found
 
 
 def grey(height: int, width: int) -> torch.Tensor:
@@ -34,6 +35,34 @@ def test_captions_are_drawn() -> None:
     assert not torch.equal(draw(*arguments, ["cat 0.93"]), draw(*arguments, [""]))
 
 
+@pytest.mark.parametrize("ground", [0, 128, 255, "stripes"])
+@pytest.mark.parametrize("label", range(8))
+def test_captions_and_lines_are_clear_on_any_ground(ground: int | str, label: int) -> None:
+    """Of WCAG: letters have a contrast of 4.5 to what they stand on, and the line one of 3 to its edges or to the image."""
+    image = torch.full((3, 100, 200), 0 if ground == "stripes" else int(ground), dtype=torch.uint8)
+    if ground == "stripes":
+        image[:, :, ::2] = 255
+    shown = draw(image, torch.tensor([[40.0, 50.0, 160.0, 90.0]]), torch.tensor([label]), ["MMMMMM 0.93"])
+    caption = shown[:, 36:44, 46:110].reshape(3, -1).T.tolist()
+    shades = sorted({tuple(pixel) for pixel in caption if caption.count(pixel) > 20}, key=brightness)
+    assert colour(label) in shades, "its ground is the class's colour"
+    assert (brightness(shades[-1]) + 0.05) / (brightness(shades[0]) + 0.05) >= 4.5
+    assert tuple(shown[:, 70, 40].tolist()) == tuple(shown[:, 70, 41].tolist()) == colour(label)
+    assert not shown[:, 70, 39].any() and not shown[:, 70, 42].any(), "edged with black"
+
+
+def test_captions_stay_within_the_image_and_off_each_other() -> None:
+    corners = [[0.0, 0.0, 30.0, 20.0], [370.0, 280.0, 399.0, 299.0], [2.0, 1.0, 33.0, 22.0], [0.0, 0.0, 399.0, 299.0]]
+    image = torch.full((3, 300, 400), 128, dtype=torch.uint8)
+    boxes, labels = torch.tensor(corners), torch.tensor([0, 1, 2, 3])
+    shown = draw(image, boxes, labels, ["cat 0.93", "dog 0.90", "emu 0.80", "yak 0.70"])
+    for label in range(4):
+        alone = draw(image, boxes, labels, ["emu 0.80" if each == label else "" for each in range(4)])
+        ground = ((alone == torch.tensor(colour(label), dtype=torch.uint8).view(3, 1, 1)).all(0)).sum()
+        seen = ((shown == torch.tensor(colour(label), dtype=torch.uint8).view(3, 1, 1)).all(0)).sum()
+        assert seen > 0.8 * ground, label
+
+
 def test_nothing_to_draw() -> None:
     assert torch.equal(draw(grey(10, 20), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), []), grey(10, 20))
 
@@ -56,14 +85,13 @@ def test_neighbouring_classes_have_far_colours() -> None:
     assert ((colours >= 0) & (colours <= 255)).all() and len({tuple(c) for c in colours.tolist()}) > 70
 
 
-def test_contact_sheet_has_a_tile_an_image_at_its_place(tmp_path: Path) -> None:
+def test_contact_sheet_has_a_tile_an_image_at_its_place() -> None:
     red, green, blue = (
         torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, *size)
         for rgb, size in (((255, 0, 0), (50, 100)), ((0, 255, 0), (100, 50)), ((0, 0, 255), (300, 300)))
     )
-    path = tmp_path / "made" / "sheet.png"
-    contact_sheet([[red, green], [blue, red], [green, blue]], ["truth", "found"], path, side=64)
-    sheet = np.asarray(Image.open(path)).astype(int)
+    png = contact_sheet([[red, green], [blue, red], [green, blue]], ["truth", "found"], side=64)
+    sheet = np.asarray(Image.open(io.BytesIO(png))).astype(int)
     gap, header = 6, 24
     assert sheet.shape == (3 * (64 + gap) + gap + header, 2 * (64 + gap) + gap, 3)
 

@@ -73,6 +73,12 @@ def test_overrides_replace_add_and_remove(here: Path) -> None:
     assert load(SEARCH, "space.optim.lr.uniform=[0.1, 0.2]").spec.space["optim.lr"].uniform == (0.1, 0.2)
 
 
+def test_an_override_of_a_text_key_is_the_text_itself(here: Path) -> None:
+    search = load(SEARCH, "run.name=2024", "run.storage=runs #2", "overrides.data.train=photos #2/train")
+    assert (search.spec.run.name, search.spec.run.storage) == ("2024", "runs #2")
+    assert search.base.data.train == "photos #2/train"
+
+
 def test_all_mistakes_at_once_with_their_lines(here: Path) -> None:
     text = """\
 run: {nam: s}

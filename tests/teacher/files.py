@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from headkd_ray.data.shards import Meta, ShardFile, ShardIndex, ShardSet
+from headkd_ray.data.meta import Meta, ShardFile
+from headkd_ray.data.shards import ShardIndex, ShardSet
 from headkd_ray.storage import Folder
 from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher import Cache

@@ -2,6 +2,7 @@
 
 from headkd_ray.detectors.weights.checkpoint import load_checkpoint
 from headkd_ray.detectors.weights.classes import drop_unused_classes, with_classes
+from headkd_ray.detectors.weights.limits import keeping
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import load_mmdet
 from headkd_ray.detectors.weights.native import load_detector, save_detector
@@ -10,6 +11,7 @@ from headkd_ray.detectors.weights.torchvision import load_torchvision
 __all__ = [
     "LoadedDetector",
     "drop_unused_classes",
+    "keeping",
     "load_checkpoint",
     "load_detector",
     "load_mmdet",

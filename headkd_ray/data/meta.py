@@ -1,0 +1,138 @@
+"""meta.json of a prepared split: what the split is, and which files it consists of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from headkd_ray.data.images import FULL_RANGE, Reading
+from headkd_ray.errors import DataError
+
+VERSION = 2
+FORMAT = "headkd_ray shards"
+AGAIN = "prepare the split again, with --overwrite"
+SHOWN = 5
+"""Most problems that one message lists."""
+SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\.parquet")
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Value = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard, as meta.json lists it."""
+
+    name: str
+    images: Positive
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Meta:
+    """meta.json."""
+
+    classes: tuple[Name, ...]
+    """Class names; the position is the contiguous label."""
+    category_ids: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...]
+    """COCO category id of each label: sparse, as in the source."""
+    images: Positive
+    boxes: Count
+    """Boxes that are not crowds."""
+    crowds: Count
+    row_group: Positive
+    """Images a row group (fewer at the end of a shard)."""
+    shards: tuple[ShardFile, ...]
+    fingerprint: str
+    """SHA-256 of the annotations, of how they were laid out and of how the images are read."""
+    fixes: tuple[str, ...] = ()
+    """What --fix-boxes changed, one line each."""
+    upright: bool = False
+    """EXIF orientation is applied where the images' sizes do not tell whether it should be."""
+    value_range: tuple[Value, Value] | None = None
+    """Values of 16-bit images that become 0 and 255; None if there is no such image."""
+    warnings: tuple[str, ...] = ()
+    """What was noticed about the images, one line each."""
+    photos: str = field(default="", compare=False)
+    """SHA-256 of the image files' sizes and times of modification, by which a replaced file is noticed."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the images become pixels."""
+        return Reading(self.upright, self.value_range or FULL_RANGE)
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return (json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, name: str) -> Meta:
+        """Read it back; ``name`` is how errors call the file. Raises DataError naming every key that is wrong."""
+        try:
+            fields = from_json(content)
+            kind, version = fields["format"], fields["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{name}: not written by headkd_ray.prepare ({error!r}); {AGAIN}") from error
+        if kind != FORMAT or not isinstance(version, int) or version > VERSION:
+            raise DataError(f"{name}: format {kind!r} version {version!r}; this headkd_ray reads up to {VERSION}, upgrade it")
+        try:
+            meta = _META.validate_json(content, strict=True)
+        except ValidationError as error:
+            wrong = sentences(error)
+        else:
+            wrong = list(_contradictions(meta))
+        if wrong:
+            raise DataError(f"{name}: damaged ({'; '.join(wrong[:SHOWN])}); {AGAIN}")
+        return meta
+
+
+def check_same_range(ranges: Mapping[str, tuple[int, int] | None]) -> None:
+    """Raise DataError if 16-bit images were made brighter or darker in one place than in another.
+
+    Args:
+        ranges: ``Meta.value_range`` of each place; None, which goes with any, where there are no such images.
+    """
+    told = {place: found for place, found in ranges.items() if found is not None}
+    if len(set(told.values())) > 1:
+        found = ", ".join(f"{place} from {low} to {high}" for place, (low, high) in told.items())
+        raise DataError(f"16-bit images are read with different ranges: {found}; prepare all splits with the same --range")
+
+
+_META = TypeAdapter(Meta)
+
+
+def sentences(error: ValidationError) -> list[str]:
+    """What pydantic found in a file, one ``key.of.the.value: what is wrong`` each."""
+    found = [(problem["loc"], problem["msg"]) for problem in error.errors(include_url=False, include_input=False)]
+    return [": ".join(filter(None, (".".join(map(str, loc)), text[:1].lower() + text[1:]))) for loc, text in found]
+
+
+def _contradictions(meta: Meta) -> Iterator[str]:
+    if not meta.shards:
+        yield "shards: empty"
+    for number, shard in enumerate(meta.shards):
+        if not SHARD_NAME.fullmatch(shard.name):
+            yield f"shards.{number}.name: {shard.name!r} is no shard's"
+    for key, values in {
+        "shards": [shard.name for shard in meta.shards],
+        "classes": meta.classes,
+        "category_ids": meta.category_ids,
+    }.items():
+        if len(set(values)) != len(values):
+            yield f"{key}: something is there twice"
+    if not meta.classes or len(meta.classes) != len(meta.category_ids):
+        yield f"{len(meta.classes)} classes, {len(meta.category_ids)} category_ids"
+    inside = sum(shard.images for shard in meta.shards)
+    if inside != meta.images:
+        yield f"images: {meta.images}, the shards hold {inside}"
+    if meta.value_range is not None and meta.value_range[0] >= meta.value_range[1]:
+        yield "value_range: must ascend"

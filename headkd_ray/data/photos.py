@@ -1,0 +1,195 @@
+"""The image files that a split is prepared from: reading them, checking them, and what is noticed about all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from headkd_ray.data.coco import CocoSplit
+from headkd_ray.data.file_names import FileNames
+from headkd_ray.data.images import FULL_RANGE, MAX_PIXELS, ImageFacts, OtherFormatError, Reading, TooLargeError, decode, inspect
+from headkd_ray.data.records import CocoImage
+from headkd_ray.errors import StorageError
+from headkd_ray.storage import Folder
+
+Exif = Literal["apply", "ignore"]
+
+MISSING = "no such file; check IMAGES_DIR and 'file_name'"
+DAMAGED = "damaged; replace the file, or remove the image from the JSON"
+OTHER_FORMAT = "convert or replace the file, or remove the image from the JSON"
+TOO_LARGE = "too large; scale it down, remove it from the JSON, or allow it with --max-megapixels"
+WRONG_SIZE = "stored size differs from the JSON; correct the JSON or the file"
+NOT_AS_STORED = "the JSON has the upright size, which contradicts --exif ignore; leave the option away, or correct the JSON"
+NOT_UPRIGHT = "the JSON has the stored size, which contradicts --exif apply; leave the option away, or correct the JSON"
+
+
+@dataclass(frozen=True)
+class PhotoOptions:
+    """What is asked of the images."""
+
+    exif: Exif | None = None
+    """Apply EXIF orientation or ignore it; None = as the JSON's sizes say."""
+    value_range: tuple[int, int] | None = None
+    """Values of 16-bit images that become 0 and 255; None = keep the high byte."""
+    max_pixels: int = MAX_PIXELS
+    """The largest image that is accepted."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an image cannot be used."""
+
+    kind: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A sound image file."""
+
+    data: bytes
+    facts: ImageFacts
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A split's image files."""
+
+    split: CocoSplit
+    folder: Folder
+    names: FileNames
+    options: PhotoOptions
+
+    def version(self) -> str:
+        """SHA-256 of all files' sizes and times of modification, as far as the storage tells; empty if it lists none."""
+        try:
+            versions = self.folder.versions([record.file_name for record in self.split.images])
+        except (OSError, StorageError):  # only reading needs to be allowed
+            return ""
+        return hashlib.sha256(repr(versions).encode()).hexdigest()
+
+    def read(self, image: int) -> bytes | Fault:
+        """The file's bytes."""
+        record = self.split.images[image]
+        try:
+            return self.folder.read(record.file_name)
+        except FileNotFoundError:
+            return Fault(MISSING, self._where(record, self.names.hint(record.file_name)))
+        except (OSError, ValueError) as error:  # ValueError: a name that the filesystem does not allow
+            return Fault("cannot be read; check access", f"{self._where(record)}, {error}")
+
+    def check(self, image: int) -> Photo | Fault:
+        """Read and decode the file, and compare its size with the JSON's."""
+        record, data = self.split.images[image], self.read(image)
+        if isinstance(data, Fault):
+            return data
+        where = self._where(record)
+        try:
+            facts = inspect(data, self.options.max_pixels)
+            decode(data, max_pixels=None)
+        except TooLargeError as error:
+            return Fault(TOO_LARGE, f"{where}, {error}")
+        except OtherFormatError as error:
+            return Fault(OTHER_FORMAT, f"{where}, {error}")
+        except ValueError as error:
+            return Fault(DAMAGED, f"{where}, {error}")
+        fault = _size_fault(facts, record, self.options.exif)
+        return Photo(data, facts) if fault is None else Fault(fault, f"{where}, {_sizes(facts, record)}")
+
+    def _where(self, record: CocoImage, hint: str = "") -> str:
+        return f"{self.folder.named(record.file_name)} (image {record.id}{hint})"
+
+
+def _size_fault(facts: ImageFacts, record: CocoImage, exif: Exif | None) -> str | None:
+    size = (record.height, record.width)
+    if size == facts.size:
+        return NOT_UPRIGHT if exif == "apply" and size != facts.upright_size else None
+    if size == facts.upright_size:
+        return NOT_AS_STORED if exif == "ignore" else None
+    return WRONG_SIZE
+
+
+def _sizes(facts: ImageFacts, record: CocoImage) -> str:
+    (height, width), (tall, wide) = facts.size, facts.upright_size
+    upright = f"upright {wide} x {tall} (EXIF orientation {facts.orientation}), " if facts.orientation > 1 else ""
+    return f"stored {width} x {height}, {upright}JSON {record.width} x {record.height}"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts over images."""
+
+    upright: int = 0
+    """Images whose EXIF orientation exchanges height and width, where the JSON has the upright size."""
+    stored: int = 0
+    """Those where the JSON has the stored size."""
+    unclear: int = 0
+    """Images whose EXIF orientation is not 1 but leaves the size as it is."""
+    deep: int = 0
+    """16-bit images."""
+    low: int = FULL_RANGE[1]
+    """Between ``low`` and ``high`` lie their values."""
+    high: int = FULL_RANGE[0]
+
+    def __add__(self, other: Tally) -> Tally:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("upright", "stored", "unclear", "deep")}
+        return Tally(**sums, low=min(self.low, other.low), high=max(self.high, other.high))
+
+    @classmethod
+    def of(cls, facts: ImageFacts, record: CocoImage) -> Tally:
+        """Of one image whose size has been checked."""
+        tally = cls()
+        if facts.orientation > 1:
+            tells = facts.size != facts.upright_size
+            told = "upright" if (record.height, record.width) == facts.upright_size else "stored"
+            tally = replace(tally, **{told if tells else "unclear": 1})
+        if facts.values is not None:
+            tally = replace(tally, deep=1, low=facts.values[0], high=facts.values[1])
+        return tally
+
+    def reading(self, options: PhotoOptions) -> Reading:
+        """How the images become pixels: what was asked, else what the JSON's sizes say of those images that tell."""
+        upright = options.exif == "apply" or (options.exif is None and self.upright > 0 and self.stored == 0)
+        return Reading(upright, options.value_range or FULL_RANGE)
+
+    def warnings(self, options: PhotoOptions) -> tuple[str, ...]:
+        """What the user should know about the images, one line each."""
+        return tuple(self._exif_warnings(options) + self._depth_warnings(options))
+
+    def _exif_warnings(self, options: PhotoOptions) -> list[str]:
+        turned = self.reading(options).upright
+        applied, ignored = self.upright + self.unclear * turned, self.stored + self.unclear * (not turned)
+        lines = []
+        if applied:
+            why = "--exif apply" if options.exif else "the JSON's sizes are those of the upright images"
+            lines.append(f"EXIF orientation: {_images(applied)} turned upright ({why})")
+        if ignored:
+            if options.exif:
+                why = "--exif ignore"
+            elif self.stored:
+                why = f"the JSON has the stored size of {self.stored} of them"
+            else:
+                why = "the JSON does not tell; if the boxes were drawn on the upright images, prepare with --exif apply"
+            lines.append(f"EXIF orientation: {_images(ignored)} used as stored, the orientation is ignored ({why})")
+        return lines
+
+    def _depth_warnings(self, options: PhotoOptions) -> list[str]:
+        lie = f"16-bit images: the values of {self.deep} lie between {self.low} and {self.high}"
+        if options.value_range is None:
+            if not self.deep or self.high - self.low >= 2**15:
+                return []
+            whole = 2 ** max(self.high.bit_length(), 1) - 1
+            low, high = (0, whole) if self.low <= whole // 2 else (self.low, self.high)
+            levels = (self.high >> 8) - (self.low >> 8) + 1
+            return [f"{lie}, which is {levels} of 256 grey levels; prepare with --range {low} {high} to use all of them"]
+        low, high = options.value_range
+        if not self.deep:
+            return ["16-bit images: there is none, so --range is not used"]
+        if self.low < low or self.high > high:
+            return [f"{lie}; what is outside --range is clipped"]
+        return []
+
+
+def _images(count: int) -> str:
+    return "1 image is" if count == 1 else f"{count} images are"

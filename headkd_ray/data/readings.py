@@ -1,0 +1,150 @@
+"""Do all boxes of a split together look as if they were written in another form than COCO's, or for other images?
+
+One such box is a mistake of one annotation. Nearly all of them are a mistake of the file, which clipping would make worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+FRACTION_SLACK = 0.05
+"""By how much a box in fractions may leave its image."""
+LARGER = 1.15
+"""How far, in sides of the image, boxes reach that are of larger ones; less may be small objects, drawn carelessly."""
+FEW_BOXES, FEW_IMAGES = 50, 10
+"""Below these a split says nothing about what its boxes do not reach."""
+
+
+class Reading(NamedTuple):
+    """A way in which four numbers can be meant."""
+
+    name: str
+    corners: Callable[[Array], Array]
+    """Boxes (n, 4) to x1 y1 x2 y2."""
+    mend: str
+    least: int
+    """Boxes that have to contradict COCO's form before this one is believed."""
+
+
+COCO = Reading("[x, y, width, height]", lambda b: np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1), "", 0)
+CENTRES = Reading(
+    "[centre x, centre y, width, height] (YOLO's form)",
+    lambda b: np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], axis=1),
+    "x = centre x - width / 2 and y = centre y - height / 2",
+    3,
+)
+OTHERS = (
+    Reading("corners [x1, y1, x2, y2]", lambda b: b, "width = x2 - x1 and height = y2 - y1", 1),
+    CENTRES,
+    Reading(
+        "[y, x, height, width]",
+        lambda b: COCO.corners(b[:, [1, 0, 3, 2]]),
+        "x before y; or the images' width and height are swapped",
+        3,
+    ),
+    Reading("corners [y1, x1, y2, x2]", lambda b: b[:, [1, 0, 3, 2]], "width = x2 - x1 and height = y2 - y1", 3),
+)
+
+
+def misread(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
+    """What the boxes look like and how to write them, and the number of one that shows it; None if they look like COCO's.
+
+    Args:
+        boxes: float64 (n, 4), the four numbers as they are in the JSON; finite.
+        sizes: float64 (n, 2), width and height of each box's image, pixels.
+        slack: pixels by which a box may leave its image.
+    """
+    if not len(boxes):
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest that there are
+        return _fractions(boxes, sizes) or _other_form(boxes, sizes, slack) or _larger_images(boxes, sizes)
+
+
+def unreached(boxes: Array, sizes: Array, images: int) -> str | None:
+    """A doubt that is worth telling: in no image does a box reach beyond a part of it.
+
+    Args:
+        boxes, sizes: as for :func:`misread`.
+        images: that have boxes.
+    """
+    if len(boxes) < FEW_BOXES or images < FEW_IMAGES:
+        return None
+    with np.errstate(over="ignore"):
+        reach = float((COCO.corners(boxes)[:, 2:] / sizes).max())
+    if not reach <= 0.6:
+        return None
+    return (
+        f"no box of {len(boxes)} reaches beyond {reach:.0%} of its image's width or height; if that is not how the photos are, "
+        "the boxes are in percent, or those of smaller photos"
+    )
+
+
+def _fractions(boxes: Array, sizes: Array) -> tuple[str, int] | None:
+    small = ((boxes >= -FRACTION_SLACK) & (boxes <= 1 + FRACTION_SLACK)).all(1) & (boxes[:, 2:] > 0).all(1) & (sizes > 2).all(1)
+    if small.sum() < max(1, len(boxes) / 2):
+        return None
+    ones = np.ones((int(small.sum()), 2))
+    form = _fitting(boxes[small], ones, FRACTION_SLACK)
+    message = (
+        f"{small.sum()} of {len(boxes)} boxes lie within the first pixel of their image: they look like fractions of its size "
+        f"(0 to 1){f', as {form.name}' if form else ''}; write pixels, {COCO.name}: multiply by the image's width and height"
+        f"{f', with {form.mend}' if form else ''}"
+    )
+    return message, int(small.argmax())
+
+
+def _other_form(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
+    form = _fitting(boxes, sizes, slack)
+    if form is None:
+        return None
+    wrong, right = _misfits(COCO, boxes, sizes, slack), ~_misfits(form, boxes, sizes, slack)
+    message = (
+        f"{wrong.sum()} of {len(boxes)} boxes leave their image or have no area, while {right.sum()} fit as {form.name}; write "
+        f"them as {COCO.name}: {form.mend}"
+    )
+    return message, int((wrong & right).argmax())
+
+
+def _larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
+    ends = COCO.corners(boxes)[:, 2:] / sizes
+    likely = (boxes[:, 2:] > 0).all(1) & (ends < 100).all(1)  # else a number is wrong, not a size
+    outside = likely & (boxes[:, :2] + boxes[:, 2:] / 2 > sizes).any(1)
+    if outside.sum() < max(3, 0.1 * len(boxes)):
+        return None
+    across, down = np.quantile(ends[likely], 0.98, axis=0)
+    if max(across, down) < LARGER:
+        return None
+    message = (
+        f"the middle of {outside.sum()} of {len(boxes)} boxes is outside its image, and boxes reach to {across:.3g} times the "
+        f"images' width and {down:.3g} times their height: they look like those of larger images; scale them to these, or take "
+        "the images that the boxes were drawn on"
+    )
+    return message, int(outside.argmax())
+
+
+def _fitting(boxes: Array, sizes: Array, slack: float) -> Reading | None:
+    """The form that the boxes fit far better than COCO's, if they fit that badly."""
+    wrong = _misfits(COCO, boxes, sizes, slack).sum()
+    if wrong < 0.4 * len(boxes) and (wrong < 5 or wrong < 0.05 * len(boxes)):
+        return None
+    # In COCO's form some boxes lie nearer to the left or top border than half their size, which no centre does. If few such
+    # boxes are to be expected, that there is none says nothing.
+    near_border = (boxes[:, 2:] / (2 * sizes)).sum()
+    likely = [other for other in OTHERS if wrong >= other.least and (other is not CENTRES or near_border >= 4)]
+    others = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in likely]
+    fits, best = min(others, key=lambda pair: pair[0], default=(wrong, COCO))
+    return best if fits <= 0.1 * wrong else None
+
+
+def _misfits(reading: Reading, boxes: Array, sizes: Array, slack: float) -> NDArray[np.bool_]:
+    """Which boxes have no area or leave their image if they are read so."""
+    corners = reading.corners(boxes)
+    flat = (corners[:, 2:] <= corners[:, :2]).any(1)
+    outside = (corners[:, :2] < -slack).any(1) | (corners[:, 2:] > sizes + slack).any(1)
+    return np.asarray(flat | outside)
