@@ -82,7 +82,7 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
             teacher = [f"teacher.checkpoint={results['teacher']['student']}"] if name == "head" else []
             job = load_job(jobs / f"{name}.yaml", [*common, *teacher])
             with RunConsole(name, console) as run:
-                results[name] = train(job, run)
+                results[name] = train(job, run, run.note)
 
     console.rule("[bold]5/5 comparison")
     metrics = {name: results[name]["best"] for name in results}

@@ -32,7 +32,9 @@ def preflight(job: Job) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], None]] = [lambda: check_run(job)]
+    checks: list[Callable[[], None]] = [
+        lambda: check_run(job, {f"data.{name}": split.meta.fingerprint for name, split in splits.items()})
+    ]
     if len(splits) == 2:
         lists = {f"data.{name} ({getattr(job.data, name)})": split.meta.classes for name, split in splits.items()}
         checks.append(lambda: check_same_classes(lists))
