@@ -67,7 +67,7 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
         meta = prepare(coco, own[2], str(split)).meta
         console.print(f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {split}")
 
-    from headkd_ray.cluster.resources import connected  # Ray takes seconds to import: after the first stage, not before it
+    from headkd_ray.cluster.connect import connected  # Ray takes seconds to import: after the first stage, not before it
 
     results: dict[str, Any] = {}
     common = [f"data.train={splits['train']}", f"data.val={splits['val']}", f"run.storage={out}", *overrides]

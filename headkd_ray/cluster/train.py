@@ -17,9 +17,10 @@ from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, Run
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.listing import drop_unusable
-from headkd_ray.cluster.resources import Resources, check_resources, connected
+from headkd_ray.cluster.resources import Resources, check_resources
 from headkd_ray.cluster.restarts import with_restarts
 from headkd_ray.cluster.stream import decode_on_ray
 from headkd_ray.data.shards import ShardSet
