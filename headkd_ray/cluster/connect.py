@@ -124,9 +124,10 @@ def _start(dashboard: bool) -> None:
     try:
         # It ends with this process, and has no dashboard unless asked: its start costs more than a small job's training.
         ray.init(address="local", include_dashboard=dashboard, **QUIET)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"Ray cannot start a cluster on this machine: {error}") from None
-    except OSError as error:  # sockets in a folder with a long name, a file in a folder's place, a full disk
+    except Exception as error:  # of many kinds, the bare Exception among them: a node that does not come up in time
+        if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+            raise ClusterError(f"Ray cannot start a cluster on this machine: {error}") from error
+        # Sockets in a folder with a long name, a file in a folder's place, a full disk.
         place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
         raise ClusterError(
             f"RAY_TMPDIR={place}: Ray cannot keep its session there ({error}); set RAY_TMPDIR to a folder with a short path "
