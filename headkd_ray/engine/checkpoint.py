@@ -103,8 +103,8 @@ class LocalCheckpoints:
         assert folder is not None, "a single process is rank 0"
         place = self.folder / name
         try:
-            place.remove()  # what a killed predecessor may have left half written
             with writing(place.uri, "run.storage"):
+                place.remove()  # what a killed predecessor may have left half written
                 try:
                     place.copy_from(Folder.open(folder))
                 except OSError:

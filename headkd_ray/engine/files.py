@@ -23,8 +23,9 @@ def writing(path: str, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch says "unexpected pos"
-        if isinstance(cause, RuntimeError):
+        # torch says "unexpected pos", while it handles the system's error.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError | SafetensorError):
             raise
         reason = getattr(cause, "strerror", None) or str(cause)
         raise DiskError(

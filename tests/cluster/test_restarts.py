@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,16 +17,22 @@ import ray
 from machines import processes
 from ray.cloudpickle import register_pickle_by_value
 from ray.exceptions import ActorDiedError
+from ray.train import CheckpointConfig
 from ray.train.v2._internal.exceptions import (
     CheckpointManagerInitializationError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from headkd_ray.cluster import train as ray_train
+from headkd_ray.cluster.listing import SNAPSHOT, drop_unusable
 from headkd_ray.cluster.restarts import with_restarts
-from headkd_ray.errors import ClusterError
+from headkd_ray.engine.checkpoint import STATE_FILE, seal
+from headkd_ray.errors import CheckpointError, ClusterError
+from headkd_ray.storage import Folder
 from headkd_ray.train import train
 from tests.support import assert_same_weights, micro_job, student_weights
 
@@ -64,6 +72,57 @@ def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -
     with pytest.raises(ControllerError, match="damaged"):
         with_restarts(fit, 3, lambda text: None)
     assert fit.ends == ["done"]
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    """A sealed checkpoint on disk; its entry in Ray's listing."""
+    folder = run / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / STATE_FILE).write_bytes(bytes(1000))
+    seal(folder)
+    return {"version": 0, "checkpoint_dir_name": folder.name, "metrics": {"AP": -1.0, "step": step}}
+
+
+def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path) -> None:
+    """Ray's own reader then takes what is left; it would not start the run otherwise."""
+    run = tmp_path / "run"
+    entries = [checkpoint(run, step) for step in (4, 6, 8)]
+    none: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            "pending_training_results",
+            "pending_validation_specs",
+            "validated_checkpoint_dir_names",
+            "timed_out_validation_checkpoint_dir_names",
+            "failed_validation_checkpoint_dir_names",
+        )
+    }
+    snapshot = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": entries,
+        "checkpoint_report_indices": [1, 2, 3],
+        "latest_checkpoint_result": entries[-1],
+        "current_report_index": 3,
+        **none,
+    }
+    (run / SNAPSHOT).write_text(json.dumps(snapshot))
+    assert drop_unusable(Folder.open(run)) == []
+    (run / "step_00000008" / STATE_FILE).write_bytes(bytes(999) + b"!")
+    shutil.rmtree(run / "step_00000006")
+    assert drop_unusable(Folder.open(run)) == [
+        f"{run}/step_00000006: is gone",
+        f"{run}/step_00000008/{STATE_FILE}: is damaged: its content is not what was written",
+        "going on from the checkpoint before, step_00000004",
+    ]
+    manager = CheckpointManager(CheckpointConfig(num_to_keep=2), StorageContext(str(tmp_path), "run"))
+    assert manager.latest_checkpoint_result is not None
+    assert manager.latest_checkpoint_result.checkpoint.path == f"{run}/step_00000004"
+    shutil.rmtree(run / "step_00000004")
+    with pytest.raises(CheckpointError, match=r"step_00000004: is gone(?s:.*)to train the run from the start"):
+        drop_unusable(Folder.open(run))
+    (run / SNAPSHOT).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{SNAPSHOT}: is not Ray Train's list"):
+        drop_unusable(Folder.open(run))
 
 
 def dies_at_first(config: dict[str, Any]) -> dict[str, Any]:
