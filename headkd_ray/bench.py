@@ -61,7 +61,8 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
         theirs, cache = (_changed(job, "teacher", name, scratch) for name in ("inline", "cache"))
         decode: Decode = decode_here
         if job.cluster.most_workers > 0:
-            from headkd_ray.cluster.resources import check_resources, connected
+            from headkd_ray.cluster.connect import connected
+            from headkd_ray.cluster.resources import check_resources
             from headkd_ray.cluster.stream import decode_on_ray
             from headkd_ray.cluster.train import with_absolute_paths
 

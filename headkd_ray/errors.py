@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 
 
@@ -46,9 +47,16 @@ class StorageError(UserError):
     """A storage folder or URI that cannot be used."""
 
 
+class DiskError(StorageError):
+    """A file cannot be written: the disk is full or read-only, or a quota is used up."""
+
+
 class TrainingError(UserError):
     """Training cannot go on: the loss is not finite."""
 
 
 class StoppedError(UserError):
-    """The run was asked to stop (SIGTERM) and did, with a checkpoint: started again, it goes on."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and did, with a checkpoint: started again, it goes on."""
+
+    signal: int = signal.SIGTERM
+    """What asked."""

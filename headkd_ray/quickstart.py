@@ -100,7 +100,7 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
             console.rule(f"[bold]{number}/5 {name}: {title}")
             job = _job(jobs, name, common, results["teacher"]["student"] if name == "head" else "")
             with RunConsole(name, console) as run:
-                results[name] = train(job, run)
+                results[name] = train(job, run, run.note)
 
     console.rule("[bold]5/5 comparison")
     metrics = {name: results[name]["best"] for name in results}
@@ -122,7 +122,7 @@ def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:
 
 def _ray() -> AbstractContextManager[Any]:
     """Ray on this machine, or the cluster that there is."""
-    from headkd_ray.cluster.resources import connected  # Ray takes seconds to import: not before it is needed
+    from headkd_ray.cluster.connect import connected  # Ray takes seconds to import: not before it is needed
 
     return connected(ClusterSpec())
 

@@ -16,8 +16,9 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.population import member, population_scheduler
-from headkd_ray.cluster.resources import connected, gpus_of_process, room_for
+from headkd_ray.cluster.resources import gpus_of_process, room_for
 from headkd_ray.cluster.trial import TIME, TrainJob, TrialContext, run_trial
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job

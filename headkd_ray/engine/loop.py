@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,9 +22,20 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import Trainee, build_trainee
-from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, STUDENT_FOLDER, UNSCORED, Checkpoints, load_state, save_state
+from headkd_ray.engine.checkpoint import (
+    METRICS_FILE,
+    SCORE,
+    STUDENT_FOLDER,
+    UNSCORED,
+    Checkpoints,
+    load_state,
+    save_state,
+    scores_of,
+    seal,
+)
 from headkd_ray.engine.coco import CocoMetrics
 from headkd_ray.engine.evaluate import evaluate
+from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.engine.streams import Streams
@@ -57,6 +67,7 @@ def fit(
         TrainingError: the loss is not finite.
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
+        DiskError: a checkpoint or the log cannot be written.
         StoppedError: it was asked to stop before the end.
     """
     classes = streams.train_set.meta.classes
@@ -76,13 +87,15 @@ def fit(
     with checkpoints.latest() as folder:
         if folder is not None:
             state.restore(folder, order_key(streams))
-            last = json.loads((folder / METRICS_FILE).read_text()) if (folder / METRICS_FILE).exists() else {}
+            last = scores_of(folder)
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
+    notes = list(checkpoints.notes)
     if teacher is not None and teacher.note is not None and state.step == 0:
-        sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": teacher.note})
+        notes.append(teacher.note)
     if state.step == 0:
-        for warning in streams.scoring.warnings:
-            sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": f"warning: {warning}"})
+        notes += [f"warning: {warning}" for warning in streams.scoring.warnings]
+    for note in notes:
+        sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
 
     model = DistributedDataParallel(trainee) if world.size > 1 else trainee
     trainee.train()
@@ -194,11 +207,12 @@ class State:
 
 def order_key(streams: Streams) -> dict[str, Any]:
     """What the images' order and the best checkpoint depend on besides the keys that cannot change in a resumed run."""
-    return {
-        "cluster.workers": streams.ranks_in_all,
-        "data.train": streams.train_set.meta.fingerprint,
-        "data.val": streams.val_set.meta.fingerprint,
-    }
+    return {"cluster.workers": streams.ranks_in_all, **data_fingerprints(streams)}
+
+
+def data_fingerprints(streams: Streams) -> dict[str, str]:
+    """The fingerprint of each split, by its job key."""
+    return {"data.train": streams.train_set.meta.fingerprint, "data.val": streams.val_set.meta.fingerprint}
 
 
 def build_ema(job: Job, student: Detector) -> AveragedModel | None:
@@ -269,13 +283,16 @@ def check_finite(record: Record) -> None:
 
 
 def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None) -> None:
-    """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics."""
+    """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics.
+
+    Raises DiskError if there is no room for it.
+    """
     name = f"step_{state.step:08d}"
     metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
     if world.rank != 0:
         checkpoints.report(name, metrics, None)
         return
-    folder = Path(tempfile.mkdtemp(prefix="headkd-checkpoint-"))
+    folder = checkpoints.draft()
     state.save(folder, order_key(streams))
     meta = {
         "method": job.method,
@@ -291,9 +308,11 @@ def keep(state: State, job: Job, world: World, streams: Streams, checkpoints: Ch
             **{name: version(name) for name in ("torch", "torchvision", "timm")},
         },
     }
-    save_detector(folder / STUDENT_FOLDER, state.student, streams.train_set.meta.classes, meta)
-    if scored is not None:
-        (folder / METRICS_FILE).write_text(json.dumps({"step": state.step, **scored.as_dict()}))
+    with writing(str(folder), "TMPDIR"):
+        save_detector(folder / STUDENT_FOLDER, state.student, streams.train_set.meta.classes, meta)
+        if scored is not None:
+            (folder / METRICS_FILE).write_text(json.dumps({"step": state.step, **scored.as_dict()}))
+    seal(folder)
     checkpoints.report(name, metrics, folder)
 
 

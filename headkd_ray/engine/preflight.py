@@ -33,7 +33,9 @@ def preflight(job: Job) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], object]] = [lambda: check_run(job)]
+    checks: list[Callable[[], object]] = [
+        lambda: check_run(job, {f"data.{name}": split.meta.fingerprint for name, split in splits.items()})
+    ]
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}

@@ -199,7 +199,7 @@ class ClusterSpec(Spec):
     threads_per_worker: PositiveInt | None = None
     """torch CPU threads of a worker; null = cpus_per_worker (without Ray: torch's own choice)."""
     max_failures: NonNegativeInt = 3
-    """Worker-group failures after which the run gives up; each one resumes from the last checkpoint."""
+    """Losses of a worker or of Ray Train's controller after which the run gives up; each resumes from the last checkpoint."""
     resize_seconds: PositiveFloat = 60.0
     """With a range of workers: seconds between looks whether there is room for more. Each change goes back to the last
     checkpoint."""
@@ -237,7 +237,7 @@ class Job(Spec):
     eval: EvalSpec = EvalSpec()
     """COCO evaluation on data.val."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """Training state, for resuming. The last one and the best by AP are kept."""
+    """Training state, for resuming. The last one and the best by AP are kept; two at least."""
     log: LogSpec = LogSpec()
     """What the run tells while it goes."""
     cluster: ClusterSpec = ClusterSpec()

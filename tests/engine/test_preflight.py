@@ -84,7 +84,8 @@ def test_without_ray_and_with_it_are_not_the_same_run(tmp_path: Path, drawn_spli
     open_run(micro_job(tmp_path, drawn_splits))
     with pytest.raises(UserError, match=r"cluster\.workers: the run .* was started with 0, now 2"):
         preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
-    (tmp_path / "run" / "result.json").write_text("{}")  # ended: nothing to resume
+    ended = {"best": {}, "last": {}, "student": "student"}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(ended))  # nothing to resume
     preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
 
 
