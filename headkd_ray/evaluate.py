@@ -40,6 +40,8 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
         target[0].check_writable()
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
     if loaded.classes is not None:
         check_same_classes({data: shards.meta.classes, checkpoint: loaded.classes})
     elif loaded.detector.num_classes != len(shards.meta.classes):

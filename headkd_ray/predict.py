@@ -33,6 +33,8 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
         DataError: files that are missing or no images; raised after all others have been written.
     """
     loaded = fetch_detector(checkpoint)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
     if loaded.classes is None:
         raise CheckpointError(f"{checkpoint}: does not name its classes; a headkd_ray student or an mmdet .pth with meta does")
     Folder.open(out).check_writable()
