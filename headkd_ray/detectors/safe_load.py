@@ -48,7 +48,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file")
     mistaken = mistaken_for(path)
     if mistaken is not None:
-        raise CheckpointError(f"{path}: {mistaken}")
+        raise CheckpointError(f"{path}: not a readable weight file: it is {mistaken}")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -56,7 +56,7 @@ def read_file(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "invalid load key" in str(error):  # no pickle at all
-            raise CheckpointError(f"{path}: not a weight file (neither torch.save nor safetensors wrote it)") from error
+            raise CheckpointError(f"{path}: not a readable weight file: torch.save did not write it") from error
         # Not torch's own words: they say how to load it all the same.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
@@ -74,19 +74,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def mistaken_for(path: Path) -> str | None:
-    """What the file is, in words, if it is one of the things that often get a weight file's name; else None."""
+def mistaken_for(path: Path, may_be_json: bool = False) -> str | None:
+    """What the file is, in words, if it is one of the things that often stand in a downloaded file's place; else None."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
-        return "is an empty file"
+        return "empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the file that it stands for; run git lfs pull in the repository that it came from"
+        return "a Git LFS pointer and not the file that it stands for; run git lfs pull in the repository that it came from"
     if start.startswith(b"\x1f\x8b"):
-        return "is a compressed archive (gzip); unpack it first"
+        return "a compressed archive (gzip); unpack it first"
     text = start.decode("utf-8", errors="ignore").lstrip()
-    if not text.isprintable() and not all(letter.isprintable() or letter.isspace() for letter in text):
+    if not all(letter.isprintable() or letter.isspace() for letter in text):
         return None
     if re.match(r"<(!doctype|html|head|\?xml)", text, re.IGNORECASE):
-        return "is a web page (HTML) and not a weight file, as an address that asks for a login gives; download the file itself"
-    return "is JSON text and not a weight file" if text.startswith(("{", "[")) else None
+        return "a web page (HTML), as an address that asks for a login or a click gives; download the file itself"
+    return "JSON text" if text.startswith(("{", "[")) and not may_be_json else None

@@ -56,7 +56,7 @@ class MMDetConfig:
         activation = self._model("backbone", "act_cfg")
         return _number(activation.get("negative_slope"), 0.01) if _kind(activation) == "LeakyReLU" else None
 
-    def pixels(self, buffers: Mapping[str, Tensor]) -> tuple[PixelSpec, bool]:
+    def pixels(self, buffers: Mapping[str, Tensor] | None = None) -> tuple[PixelSpec, bool]:
         """Input normalisation in RGB order, and whether the network itself reads BGR.
 
         3.x says it in ``data_preprocessor``, 2.x in the test pipeline's ``Normalize`` (usually a copy of ``img_norm_cfg``).

@@ -117,7 +117,8 @@ def _read_card(path: Path) -> _Card:
         raise CheckpointError(f"{path}: is nested too deeply to be a checkpoint card") from error
     except ValueError as error:
         if not isinstance(error, ValidationError):  # also numbers of thousands of digits, and bytes that are no text
-            raise CheckpointError(f"{path}: {mistaken_for(path) or f'not JSON: {error}'}") from error
+            mistaken = mistaken_for(path, may_be_json=True)
+            raise CheckpointError(f"{path}: not JSON: {f'it is {mistaken}' if mistaken else error}") from error
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise CheckpointError(problems, headline=f"{path}: not a checkpoint card") from error
     if problems := card.problems():
