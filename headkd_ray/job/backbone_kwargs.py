@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
-
-PROBLEM = "backbone_argument"
-"""Pydantic's kind of the errors that :func:`check_kwargs` raises; the sentence is the context's ``problem``."""
 
 _MOST_BLOCKS, _LARGEST = 256, 65536
 """No network has as many; a mistyped number is told before it fills the memory."""
@@ -79,14 +75,13 @@ def check_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     problems = {name: problem for name, value in kwargs.items() if (problem := _problem(name, value)) is not None}
     if problems:
         raise ValidationError.from_exception_data(
-            "kwargs", [_detail(name, problem, kwargs) for name, problem in problems.items()]
+            "kwargs",
+            [
+                {"type": "value_error", "loc": (name,), "input": kwargs[name], "ctx": {"error": ValueError(problem)}}
+                for name, problem in problems.items()
+            ],
         )
     return kwargs
-
-
-def _detail(name: str, problem: str, kwargs: Mapping[str, Any]) -> InitErrorDetails:
-    error = PydanticCustomError(PROBLEM, "{problem}", {"problem": problem})
-    return InitErrorDetails(type=error, loc=(name,), input=kwargs[name])
 
 
 def _problem(name: str, value: object) -> str | None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from headkd_ray.job.backbone_kwargs import PROBLEM
 from headkd_ray.job.checks import Problem
 from headkd_ray.job.job import NUMBER, RANGE, Job
 from headkd_ray.job.keys import (
@@ -140,6 +139,6 @@ SENTENCES: dict[str, Sentence] = {
     ),
     "model_type": _section,
     "dict_type": _section,
-    PROBLEM: lambda shown, given, context: str(context["problem"]),
+    "value_error": lambda shown, given, context: str(context["error"]),  # of our own validators
 }
 """For each kind of error that the Job's types can raise."""

@@ -119,7 +119,7 @@ def _read_card(path: Path) -> _Card:
         if not isinstance(error, ValidationError):  # also numbers of thousands of digits, and bytes that are no text
             mistaken = mistaken_for(path, may_be_json=True)
             raise CheckpointError(f"{path}: not JSON: {f'it is {mistaken}' if mistaken else error}") from error
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise CheckpointError(problems, headline=f"{path}: not a checkpoint card") from error
     if problems := card.problems():
         raise CheckpointError(problems, headline=f"{path}: not a checkpoint card")
