@@ -53,6 +53,8 @@ def evaluate_checkpoint(
         target[0].check_writable()
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
     check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
     if loaded.classes is None and loaded.detector.num_classes != len(shards.meta.classes):
         raise DataError(f"{data} has {len(shards.meta.classes)} classes, {checkpoint} knows {loaded.detector.num_classes}")

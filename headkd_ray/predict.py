@@ -72,6 +72,8 @@ def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: fl
     """
     out.check_writable()
     loaded = fetch_detector(checkpoint)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
     names = _class_names(checkpoint, loaded)
     reading = Reading(value_range=trained_range(loaded.meta) or FULL_RANGE)
     content = _detect(loaded, names, images, reading)

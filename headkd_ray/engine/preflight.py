@@ -9,11 +9,13 @@ import torch
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.views import extreme_sizes
+from headkd_ray.detectors.backbone_trial import backbone_problems
 from headkd_ray.distill import build_trainee
 from headkd_ray.engine.run import check_run
 from headkd_ray.engine.scoring import scoring_of_job
-from headkd_ray.engine.teacher import load_teacher
-from headkd_ray.errors import UserError
+from headkd_ray.engine.teacher import Teacher, load_teacher
+from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
 from headkd_ray.teacher import open_cache
 
@@ -57,5 +59,22 @@ def _build(job: Job, shards: ShardSet | None) -> None:
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
         build_trainee(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
+    if shards is not None:
+        _check_sizes(job, shards, teacher)
     if shards is not None and teacher is not None and job.teacher is not None and job.teacher.placement == "cache":
         open_cache(job, shards, teacher.detector).check()
+
+
+def _check_sizes(job: Job, shards: ShardSet, teacher: Teacher | None) -> None:
+    """Try the backbones on the smallest and the largest views of the job: many of timm's take images of one size alone.
+
+    Raises:
+        JobError: a backbone cannot take them.
+    """
+    sizes = extreme_sizes(job.data, shards.index.height, shards.index.width)
+    problems = [f"student.{problem}" for problem in backbone_problems(job.student.backbone, sizes)]
+    if teacher is not None and job.teacher is not None:
+        found = backbone_problems(teacher.detector.spec.backbone, sizes, changeable=False)
+        problems += [f"teacher.checkpoint ({job.teacher.checkpoint}): {problem}" for problem in found]
+    if problems:
+        raise JobError(problems)

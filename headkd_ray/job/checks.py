@@ -151,16 +151,6 @@ def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
         yield "student.backbone.norm_eval", f"true would keep BatchNorm from learning its statistics; {remedy} norm_eval: false"
 
 
-def _backbone_arguments(get: Get) -> Iterator[tuple[str, str]]:
-    taken = sorted(get("student.backbone.kwargs").keys() & {"pretrained", "features_only", "out_indices"})
-    for name in taken:
-        yield (
-            f"student.backbone.kwargs.{name}",
-            "is set by the detector itself; remove it"
-            + (" (student.backbone.weights chooses the initial weights)" if name == "pretrained" else ""),
-        )
-
-
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
     kind, extra = get("student.kind"), get("student.neck.extra")
     if kind in ("retinanet", "fcos", "reppoints") and extra == "pool":
@@ -282,7 +272,6 @@ CHECKS: tuple[Check, ...] = (
     _eval_short_side,
     _max_detections,
     _random_weights_must_learn,
-    _backbone_arguments,
     _pyramid,
     _cascade_stages,
     _regress_ranges,

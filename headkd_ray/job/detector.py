@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from headkd_ray.job.parts import (
     AnchorSpec,
     BackboneSpec,
+    Count,
     FCOSFPNSpec,
     FPNSpec,
     Fraction,
@@ -20,6 +21,7 @@ from headkd_ray.job.parts import (
     PostprocessSpec,
     ProposalSpec,
     Spec,
+    Width,
 )
 from headkd_ray.job.reppoints import RepPointsSpec
 from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec
@@ -28,9 +30,9 @@ from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec
 class RetinaHeadSpec(Spec):
     """RetinaNet's dense head."""
 
-    convs: PositiveInt = 4
+    convs: Count = 4
     """Depth of each tower (classification, box): 3x3 conv + ReLU."""
-    channels: PositiveInt = 256
+    channels: Width = 256
     """Width of the towers."""
     tower_std: PositiveFloat | None = 0.01
     """Initial weights of the towers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation, for narrow
@@ -58,9 +60,9 @@ class RetinaHeadSpec(Spec):
 class FCOSHeadSpec(Spec):
     """FCOS's dense head."""
 
-    convs: PositiveInt = 4
+    convs: Count = 4
     """Depth of each tower (classification, box): 3x3 conv, norm, ReLU."""
-    channels: PositiveInt = 256
+    channels: Width = 256
     """Width of the towers."""
     norm_groups: PositiveInt | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""

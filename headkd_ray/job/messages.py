@@ -139,5 +139,6 @@ SENTENCES: dict[str, Sentence] = {
     ),
     "model_type": _section,
     "dict_type": _section,
+    "value_error": lambda shown, given, context: str(context["error"]),  # of our own validators
 }
 """For each kind of error that the Job's types can raise."""

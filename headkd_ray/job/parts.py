@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -12,6 +13,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
+
+from headkd_ray.job.backbone_kwargs import check_kwargs
 
 
 class Spec(BaseModel):
@@ -29,6 +32,10 @@ class Spec(BaseModel):
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=256)]
+"""Layers one behind the other, or cells of a RoI. The bounds here tell a mistyped number before it fills the memory."""
+Width = Annotated[int, Field(ge=1, le=65536)]
+"""Channels."""
 Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 
 
@@ -38,9 +45,10 @@ class BackboneSpec(Spec):
     name: Text = "resnet18"
     """timm model name, for example resnet18, resnet50, mobilenetv2_100, convnext_tiny. A tag chooses among timm's weights:
     resnet18.tv_in1k = torchvision's ImageNet weights (the paper's)."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments of timm.create_model: widths and depths of micro models (for example stem_width, channels, layers).
-    mobilenetv2_* takes stem_width, channels (7), layers (7) and head_width here."""
+    kwargs: Annotated[dict[str, Any], AfterValidator(check_kwargs)] = Field(default_factory=dict)
+    """Extra arguments of timm.create_model, those alone that shape a network: widths and depths of micro models (for example
+    stem_width, channels, layers), img_size, strict_img_size, norm_layer, drop_path_rate. mobilenetv2_* takes stem_width,
+    channels (7), layers (7) and head_width here."""
     weights: Text = "none"
     """Initial weights: none (timm's random init), timm (download through timm), or a path to a .safetensors or
     .pth state dict (timm's, torchvision's or mmdet's key names). A relative path starts at the command's current folder."""
@@ -73,7 +81,7 @@ class PixelSpec(Spec):
 class FPNSpec(Spec):
     """Feature pyramid network; the lowest level follows from the detector (P3 for the dense ones, P2 for the R-CNNs)."""
 
-    channels: PositiveInt = 256
+    channels: Width = 256
     """Channels of every pyramid level."""
     extra: Literal["conv_c5", "conv_p5", "pool"] = "conv_c5"
     """Levels above P5: conv_c5 = two stride-2 3x3 convs, the first on C5 (paper's RetinaNet); conv_p5 = the first on P5;
@@ -116,9 +124,9 @@ class AnchorSpec(Spec):
 
     base_scale: PositiveFloat = 4.0
     """Anchor side in units of the level's stride, before octaves (RetinaNet 4, RPN 8)."""
-    octave_scales: PositiveInt = 3
+    octave_scales: Count = 3
     """Anchor scales an octave: base_scale x 2^(i/octave_scales) (RetinaNet 3, RPN 1)."""
-    ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
+    ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=256)] = (0.5, 1.0, 2.0)
     """Aspect ratios, height / width."""
     rounding: bool = False
     """Round anchors to whole pixels and derive strides from the feature size, as torchvision does (paper: false)."""
@@ -129,7 +137,7 @@ class RPNAnchorSpec(AnchorSpec):
 
     base_scale: PositiveFloat = 8.0
     """Anchor side in units of the level's stride, before octaves."""
-    octave_scales: PositiveInt = 1
+    octave_scales: Count = 1
     """Anchor scales an octave: base_scale x 2^(i/octave_scales)."""
 
 

@@ -9,17 +9,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from headkd_ray.job.parts import FPNSpec, Fraction, PixelSpec, PostprocessSpec, ProposalSpec, ResNet50Spec, Spec
+from headkd_ray.job.parts import (
+    Count,
+    FPNSpec,
+    Fraction,
+    PixelSpec,
+    PostprocessSpec,
+    ProposalSpec,
+    ResNet50Spec,
+    Spec,
+    Width,
+)
 
 
 class RepPointsHeadSpec(Spec):
     """RepPoints' dense head: nine points a cell, refined once, whose spread is the box."""
 
-    convs: PositiveInt = 3
+    convs: Count = 3
     """Depth of each tower (classification, points): 3x3 conv, norm, ReLU."""
-    channels: PositiveInt = 256
+    channels: Width = 256
     """Width of the towers."""
-    point_channels: PositiveInt = 256
+    point_channels: Width = 256
     """Width of the three layers behind the towers: the conv before the initial points, and the two deformable convs that read
     the towers at these points, to classify and to refine them."""
     norm_groups: PositiveInt | None = 32

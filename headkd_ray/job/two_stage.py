@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from headkd_ray.job.parts import (
+    Count,
     Fraction,
     PixelSpec,
     PooledFPNSpec,
@@ -23,13 +24,14 @@ from headkd_ray.job.parts import (
     SamplerSpec,
     Spec,
     Stds,
+    Width,
 )
 
 
 class RPNSpec(Spec):
     """Region proposal network of Faster R-CNN and Cascade R-CNN."""
 
-    convs: PositiveInt = 1
+    convs: Count = 1
     """3x3 conv + ReLU layers before the two outputs (torchvision v2: 2)."""
     tower_std: PositiveFloat | None = 0.01
     """Initial weights of those layers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation, for
@@ -55,17 +57,17 @@ class RPNSpec(Spec):
 class BoxHeadSpec(Spec):
     """What every box head on RoI features has."""
 
-    convs: NonNegativeInt = 0
+    convs: Annotated[int, Field(ge=0, le=256)] = 0
     """3x3 conv layers before the fully connected ones (torchvision v2: 4)."""
-    conv_channels: PositiveInt = 256
+    conv_channels: Width = 256
     """Width of those convs."""
     conv_norm: bool = False
     """BatchNorm after each of those convs (torchvision v2)."""
-    fcs: PositiveInt = 2
+    fcs: Count = 2
     """Fully connected layers with ReLU; each one's output is a tap for AKD."""
-    fc_channels: PositiveInt = 1024
+    fc_channels: Width = 1024
     """Width of the fully connected layers."""
-    pool: PositiveInt = 7
+    pool: Count = 7
     """RoIAlign output side, in bins."""
     sampling_ratio: NonNegativeInt = 0
     """RoIAlign samples per bin and axis; 0 = adaptive (paper); torchvision's models use 2."""

@@ -130,6 +130,20 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("optim=3", "3 is not a section (a mapping of keys)"),
         ("optim=null", "is empty; give its keys or remove it"),
         ("student.backbone.kwargs=3", "3 is not a section (a mapping of keys)"),
+        (
+            "student.backbone.kwargs.pretrained=true",
+            "is set by the detector itself; remove it (student.backbone.weights chooses the initial weights)",
+        ),
+        ("student.backbone.kwargs.features_only=true", "is set by the detector itself; remove it"),
+        ("student.backbone.kwargs.chanels=[8]", "is none of the arguments that shape a network; did you mean channels?"),
+        (
+            "student.backbone.kwargs.layers=[10000000]",
+            "[10000000] is not a whole number from 1 to 256, or a list of such, one a stage",
+        ),
+        ("student.backbone.kwargs.stem_width=8.5", "8.5 is not a whole number from 1 to 65536, or a list of such"),
+        ("student.backbone.kwargs.drop_path_rate=5", "5 is not a number from 0 to below 1"),
+        ("student.backbone.kwargs.norm_layer=a/b.pth", "'a/b.pth' is not a short name of letters, digits and underscores"),
+        ("student.head.convs=10000000", "10000000 must be at most 256"),
     ],
 )
 def test_wrong_value(write, override, message):

@@ -10,6 +10,9 @@ from torch import nn
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.roi_head import RoIHead
 
+UNUSED = "N/A"
+"""torchvision's COCO models have 90 outputs; ten have this name, for classes that COCO never used."""
+
 
 @dataclass(frozen=True)
 class LoadedDetector:
@@ -22,6 +25,8 @@ class LoadedDetector:
     """What the file is: headkd_ray, mmdet, torchvision."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Ours only: what was saved beside the weights (method, sizes, versions, ...)."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the file was read."""
     assistant: RoIHead | None = None
     """Official HEAD checkpoints only: the assistant."""
     adapters: dict[int, nn.Linear] = field(default_factory=dict)

@@ -37,6 +37,7 @@ from headkd_ray.job import (
 ASSISTANT_STRIDES = (8, 16, 32, 64)
 """HEAD's assistant pools from P3 to P6."""
 
+_NORMALISATION = ("data_preprocessor.mean", "data_preprocessor.std")
 _STEMS = ("backbone.body.conv1.weight", "backbone.body.conv_stem.weight")
 _DEFORMABLE = re.compile(r"\.(conv2\.conv_offset|conv2_offset|conv\.conv_offset)\.")
 """In a ResNet's blocks, spelled in two ways, and in a tower; RepPoints' own deformable convs have no such tensor."""
@@ -56,9 +57,18 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     The detector that is returned always takes RGB; a network trained on BGR has its first conv's channels turned around.
 
     A dense ``rpn_head`` marks a HEAD student: a dense detector whose assistant (``roi_head``) and adapters are returned
-    beside it. Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
+    beside it.
+
+    Two kinds of tensors besides the network's are known: 3.x's ``data_preprocessor``, the normalisation, and the ``ema_*`` that
+    2.x keeps of a training with averaged weights, which are left out with a note.
+
+    Raises CheckpointError listing every tensor that is missing, unexpected or of another shape, or if there are more or fewer
+    class names than outputs.
     """
     meta = meta or {}
+    averaged = [key for key in state if key.startswith("ema_")]
+    normalisation = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key in _NORMALISATION}
+    state = {key: tensor for key, tensor in state.items() if key not in _NORMALISATION and not key.startswith("ema_")}
     deformable = [key for key in state if _DEFORMABLE.search(key)]
     if deformable:
         raise CheckpointError(f"{source}: deformable convs (dcn, dcn_on_last_conv) are not supported: {deformable[0]}, ...")
@@ -71,7 +81,7 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     if infer.is_fcos(ours) or infer.is_reppoints(ours):
         ours |= _zero_biases(ours)
     with infer.inferring(source):
-        pixels, is_bgr = config.pixels()
+        pixels, is_bgr = config.pixels(normalisation)
         if is_bgr:
             ours |= {stem: ours[stem].flip(1) for stem in _STEMS if stem in ours}
         detector, assistant, adapters = _build(ours, config, pixels)
@@ -81,7 +91,9 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     if assistant is not None:
         parts["assistant"] = assistant
     fit(parts, ours, source, {name: key for key, name in names.items()})
-    return LoadedDetector(detector, _classes(meta), "mmdet", assistant=assistant, adapters=adapters)
+    notes = (f"{source}: {len(averaged)} ema_* tensors, mmdet's second set of weights, are not used",) if averaged else ()
+    classes = _classes(meta, detector.num_classes, source)
+    return LoadedDetector(detector, classes, "mmdet", notes=notes, assistant=assistant, adapters=adapters)
 
 
 def _build(
@@ -149,8 +161,16 @@ def _backbone(ours: Mapping[str, Tensor], config: MMDetConfig) -> BackboneSpec:
     return spec.model_copy(update={"stride_in_1x1": config.is_caffe and has_bottlenecks})
 
 
-def _classes(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``."""
+def _classes(meta: Mapping[str, Any], outputs: int, source: str) -> tuple[str, ...] | None:
+    """Class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``; one class may stand there as a bare string."""
     described = meta.get("dataset_meta")
     names = described.get("classes") or described.get("CLASSES") if isinstance(described, Mapping) else meta.get("CLASSES")
-    return tuple(str(name) for name in names) if names else None
+    if not names:
+        return None
+    classes = (names,) if isinstance(names, str) else tuple(str(name) for name in names)
+    if len(classes) != outputs:
+        raise CheckpointError(
+            f"{source}: its meta names {len(classes)} classes, but the network has {outputs} outputs, as when a fine-tuned "
+            "file keeps its origin's names; correct meta['CLASSES'] (3.x: meta['dataset_meta']['classes']) in the file"
+        )
+    return classes
