@@ -14,6 +14,7 @@ from headkd_ray.job.load import (
     Draft,
     Origin,
     apply_override,
+    as_line,
     check,
     job_error,
     origin,
@@ -49,7 +50,7 @@ def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
     for section in ("space", "overrides"):
         _join_keys(draft, section)
     found, spec = _check_search(draft)
-    lines = draft.mistakes + [(origin(draft, problem.path), f"{dotted(problem.path)}: {problem.message}") for problem in found]
+    lines = draft.mistakes + [(origin(draft, problem.path), as_line(problem)) for problem in found]
     job, job_lines = _read_job(draft)
     search = None
     if job is not None and not job_lines:
@@ -174,8 +175,8 @@ def _read_job(draft: Draft) -> tuple[Draft | None, list[str]]:
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             put(job, tuple(key.split(".")), value, origin(draft, ("overrides", key)))
-    found, _ = check(job.values, job.unread)
-    lines = job.mistakes + [(origin(job, problem.path), f"{dotted(problem.path)}: {problem.message}") for problem in found]
+    found, _ = check(job.values, job.unread, job.spelled)
+    lines = job.mistakes + [(origin(job, problem.path), as_line(problem)) for problem in found]
     return job, [f"{where.label}: {message}" for where, message in sorted(lines, key=lambda line: line[0].line)]
 
 
