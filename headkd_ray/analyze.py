@@ -20,6 +20,7 @@ from headkd_ray.report.search.frame import read_trials, trial_frame
 from headkd_ray.report.search.importance import importances
 from headkd_ray.report.search.page import page
 from headkd_ray.report.search.table import print_trials
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.search.records import SearchFolder
 from headkd_ray.storage import Folder
 
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", help="write the trials here, as CSV")
     parser.add_argument("--parquet", help="write the trials here, as Parquet")
     options = parser.parse_args(arguments)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(soft_wrap=True)
     with user_errors():
         out = Folder.open(options.run) / "analysis" if options.out is None else Folder.open(options.out)
         analyze(options.run, out, console)

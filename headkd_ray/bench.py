@@ -13,12 +13,12 @@ import tempfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job, load_job
+from headkd_ray.report.terminal import Terminal
 
 if TYPE_CHECKING:
     from headkd_ray.engine.placements import Building, Placement
@@ -103,7 +103,7 @@ def _tell(placements: list[Placement], rates: dict[str, float], building: Buildi
     for placement in placements:
         rate, wait = rates[placement.name], sum(placement.waited) / sum(placement.seconds)
         table.add_row(placement.name, f"{rate:.1f}", f"{bare / rate:.2f}", f"{wait:.0%}")
-    console = Console()
+    console = Terminal()
     console.print(table)
     rate = building.views / building.seconds
     console.print(

@@ -7,7 +7,6 @@ import json
 import sys
 from contextlib import closing
 
-from rich.console import Console
 from rich.progress import track
 
 from headkd_ray.data.classes import check_same_classes
@@ -22,6 +21,7 @@ from headkd_ray.engine.serving import view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
 from headkd_ray.report.tables import print_metrics
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
 
 
@@ -49,7 +49,7 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
-        shown = track(batches, "evaluating", total, console=Console(stderr=True), transient=True)
+        shown = track(batches, "evaluating", total, console=Terminal(stderr=True), transient=True)
         found = predict(loaded.detector.to(world.device), shown, world.device, shards.meta.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:

@@ -12,12 +12,13 @@ import argparse
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.doors import user_errors
+from headkd_ray.report.terminal import Terminal
+from headkd_ray.text import printable
 
 SHOWN = 20
 """Fixes printed; meta.json lists all."""
@@ -38,18 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
             overwrite=options.overwrite,
         ).meta
     for line in meta.fixes[:SHOWN]:
-        print(f"fixed: {line}", file=sys.stderr)
+        print(f"fixed: {printable(line)}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {options.out}/meta.json", file=sys.stderr)
+        print(f"… {len(meta.fixes)} fixes in all, listed in {printable(options.out)}/meta.json", file=sys.stderr)
     boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
-    print(f"{options.out}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
+    print(f"{printable(options.out)}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
     return 0
 
 
 def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> ShardSet:
     """``data.prepare.prepare_split`` with a progress bar on standard error; ``options`` are passed on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task("reading annotations", total=None)
 
         def show(done: int, total: int) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from headkd_ray.data.images import decode
 from headkd_ray.data.shards import ShardSet
@@ -25,6 +24,7 @@ from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
 from headkd_ray.report.tables import class_table, headline_table
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.train import train
 
 SHOWN_SCORE = 0.3
@@ -48,15 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     with user_errors():
         quickstart(own if all(own) else None, options.out, options.jobs, options.overrides)
-    Console().print(f"[bold]done[/] in {(time.perf_counter() - started) / 60:.1f} minutes")
+    Terminal().print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 
 def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, overrides: list[str]) -> None:
     """Every stage in order. ``own`` = train JSON, val JSON, image folder; None = the drawn data set."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
 
-    console.rule("[bold]1/5 data")
+    console.rule("1/5 data")
     if own is None:
         with console.status("drawing a data set"):
             drawn = draw_dataset(out / "drawn")
@@ -78,13 +78,13 @@ def quickstart(own: tuple[str, str, str] | None, out: Path, jobs: Path, override
     }
     with connected(ClusterSpec()):
         for number, (name, title) in enumerate(stages.items(), start=2):
-            console.rule(f"[bold]{number}/5 {name}: {title}")
+            console.rule(f"{number}/5 {name}: {title}")
             teacher = [f"teacher.checkpoint={results['teacher']['student']}"] if name == "head" else []
             job = load_job(jobs / f"{name}.yaml", [*common, *teacher])
             with RunConsole(name, console) as run:
                 results[name] = train(job, run)
 
-    console.rule("[bold]5/5 comparison")
+    console.rule("5/5 comparison")
     metrics = {name: results[name]["best"] for name in results}
     console.print(headline_table(metrics))
     console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))

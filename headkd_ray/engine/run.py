@@ -20,6 +20,7 @@ from headkd_ray.engine.log import JsonLines, Record, TensorBoard
 from headkd_ray.errors import JobError, StorageError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
+from headkd_ray.text import masked
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -51,7 +52,7 @@ def check_run(job: Job) -> None:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
         return
-    before, after = (_flatten(keys) for keys in (_recorded(folder), job.model_dump(mode="json")))
+    before, after = (_flatten(keys) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
     differing = [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
@@ -72,11 +73,16 @@ def check_run(job: Job) -> None:
 
 def _recorded(folder: Folder) -> dict[str, Any]:
     """The job that the run was started with; keys that are newer than the run have their default."""
-    keys = json.loads(folder.read(JOB_FILE))
+    keys = json.loads(masked(folder.read(JOB_FILE).decode()))
     try:
         return Job.model_validate(keys).model_dump(mode="json")
     except ValidationError:  # it has keys that are no more, which is told key by key
         return keys
+
+
+def _as_recorded(job: Job) -> str:
+    """The job as job.json has it: without the secrets of signed addresses."""
+    return masked(json.dumps(job.model_dump(mode="json"), indent=1))
 
 
 def open_run(job: Job) -> Folder:
@@ -84,7 +90,7 @@ def open_run(job: Job) -> Folder:
     folder = run_folder(job)
     if not folder.has(JOB_FILE):
         folder.create()
-        folder.write(JOB_FILE, json.dumps(job.model_dump(mode="json"), indent=1).encode())
+        folder.write(JOB_FILE, _as_recorded(job).encode())
     return folder
 
 
@@ -102,7 +108,7 @@ def finish(folder: Folder, best: Folder, last: Record) -> Record:
         "last": last,
         "student": student.address,
     }
-    folder.write(RESULT_FILE, json.dumps(result, indent=1).encode())
+    folder.write(RESULT_FILE, masked(json.dumps(result, indent=1)).encode())
     return result
 
 
