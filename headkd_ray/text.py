@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from urllib.parse import unquote
 
 MASK = "***"
@@ -30,6 +31,11 @@ def printable(text: str) -> str:
 def _escape(found: re.Match[str]) -> str:
     code = ord(found.group())
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def warn(text: str) -> None:
+    """A warning on standard error."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def masked(text: str) -> str:

@@ -141,9 +141,6 @@ def apply_override(draft: Draft, override: str, number: int) -> None:
         draft.mistakes.append((where, f"{error}; quote the value: {key}='\"...\"'"))
         return
     path = tuple(key.split("."))
-    if len(path) > DEEPEST:
-        draft.mistakes.append((where, f"no key has more than {DEEPEST} parts"))
-        return
     draft.mistakes.extend((where, as_line(Problem((*path, *inner), message))) for inner, _, message in tree.problems)
     put(draft, path, tree.value, where)
     draft.unread.update((*path, *inner) for inner in tree.unread)
@@ -152,6 +149,9 @@ def apply_override(draft: Draft, override: str, number: int) -> None:
 
 def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
     """Set a key of the draft, making the sections that hold it; one that is no section becomes a mistake."""
+    if len(path) > DEEPEST:
+        draft.mistakes.append((where, f"no key has more than {DEEPEST} parts"))
+        return
     *parents, last = path
     section = draft.values
     for depth, name in enumerate(parents, start=1):
