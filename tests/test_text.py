@@ -51,9 +51,7 @@ def test_addresses_without_secrets_stay_as_they_are(address: str) -> None:
     assert masked(address) == address
 
 
-@pytest.mark.parametrize(
-    "address", ["s3://KEY%3Ahunter2@bucket/x", "s3://KEY:hun/te?r2@bucket/x", "s3://KEY:hunter 2@bucket/x"]
-)
+@pytest.mark.parametrize("password", ["%3Ahunter2", ":hun/te?r2", ":hunter 2"])
 def test_an_address_with_a_password_is_refused_and_not_echoed(password: str) -> None:
     with pytest.raises(StorageError, match=r"s3://KEY:\*\*\*@bucket/x: has a password in it") as caught:
         Folder.open(f"s3://KEY{password}@bucket/x")
