@@ -68,7 +68,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
             pool, held = (with_absolute_paths(_changed(job, rois, "pool", scratch)) for rois in ("teacher", "student"))
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             stack.enter_context(connected(job.cluster))
-            check_resources(pool.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})}))
+            check_resources(pool.replace({"cluster.workers": 1}))
             decode = decode_on_ray(job.cluster)
         builder, building = fill(cache, shards, world)
         placements = [
@@ -89,10 +89,8 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
 def _changed(job: Job, rois: str, placement: str, cache: str) -> Job:
     """The job with one view an image, and its teacher placed so."""
     assert job.teacher is not None
-    kept = job.teacher.cache.model_copy(update={"path": cache})
-    teacher = job.teacher.model_copy(update={"placement": placement, "cache": kept})
-    distill = job.distill.model_copy(update={"rois": rois})
-    return job.model_copy(update={"teacher": teacher, "distill": distill, "data": job.data.model_copy(update={"views": 1})})
+    changes = {"teacher.placement": placement, "teacher.cache.path": cache, "distill.rois": rois, "data.views": 1}
+    return job.replace(changes)
 
 
 def _tell(placements: list[Placement], rates: dict[str, float], building: Building) -> None:

@@ -40,7 +40,7 @@ Multiple = Annotated[int, Field(gt=0, le=4096)]
 Batch = Annotated[int, Field(gt=0, le=65_536)]
 """Images at a time."""
 Images = Annotated[int, Field(gt=0, le=10**8)]
-Boxes = Annotated[int, Field(gt=0, le=10**6)]
+Boxes = Annotated[int, Field(gt=0, le=10**7)]
 """Boxes of an image."""
 Logits = Annotated[int, Field(ge=0, le=10**6)]
 """Of a box, one for each class."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self
 
 from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Length, Mean, Octaves, Ratio, Scale
 
@@ -20,6 +22,26 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, from_attributes=True
     )
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with other values of some keys: ``job.replace({"teacher.placement": "pool"})``.
+
+        Args:
+            changes: dotted key -> value, applied in order; a section may be given whole.
+
+        Raises:
+            pydantic.ValidationError: a key does not exist, or a value is none that a file could give.
+        """
+        values = self.model_dump()
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            section = values
+            for name in parents:
+                if not isinstance(section.get(name), dict):
+                    section[name] = {}
+                section = section[name]
+            section[last] = value.model_dump() if isinstance(value, Spec) else value
+        return self.model_validate(values)
 
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]

@@ -123,7 +123,7 @@ def check_search(
     mistyped, spec = validated(SearchSpec, values, spelled)
     found = [problem for problem in mistyped + found if problem.path not in unread]
     if spec is not None:
-        spec = spec.model_copy(update={"space": parameters})
+        spec = spec.replace({"space": parameters})
         try:
             ordered(parameters)
         except ValueError as error:

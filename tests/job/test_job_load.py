@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from headkd_ray.errors import JobError
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job
@@ -290,6 +291,21 @@ def test_overrides_are_yaml_and_apply_in_order(write):
     assert (job.student.neck.channels, job.student.neck.extra) == (32, "conv_p5")
     assert job.student.backbone.kwargs == {"stem_width": 8}
     assert (job.run.name, job.run.storage, job.teacher) == ("7", "s3://bucket/runs?region=eu", None)
+
+
+def test_a_replaced_key_is_checked_as_a_file_s_is(write):
+    job = load_job(write(MINIMAL.replace("supervised", "head") + "teacher: {checkpoint: t}\n"))
+    changed = job.replace(
+        {"teacher.placement": "pool", "student.backbone.kwargs.stem_width": 8, "data": job.data, "data.flip": 0}
+    )
+    assert changed.teacher is not None and changed.teacher.placement == "pool" and changed.teacher.checkpoint == "t"
+    assert changed.student.backbone.kwargs == {"stem_width": 8} and changed.data.flip == 0
+    assert job.student.backbone.kwargs == {} and job.data.flip == 0.5, "the job itself stays as it is"
+    same = {"teacher.placement": "inline", "student": job.student, "data": job.data}
+    assert changed.replace(same) == job.replace({}) == job
+    for wrong in ({"teacher.placment": "pool"}, {"optim.lr": -1}, {"method.kind": "x"}, {"optim.lr": 1e300}):
+        with pytest.raises(ValidationError):
+            job.replace(wrong)
 
 
 def test_override_creates_a_section(write):

@@ -71,7 +71,7 @@ def load_detector(folder: str | Path) -> LoadedDetector:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise CheckpointError(problems, headline=f"{folder / CARD}: not a checkpoint card") from error
     # The backbone's initial weights are part of these tensors: nothing to load or download again.
-    spec = card.spec.model_copy(update={"backbone": card.spec.backbone.model_copy(update={"weights": "none"})})
+    spec = card.spec.replace({"backbone.weights": "none"})
     detector = build_detector(spec, len(card.classes))
     fit(detector, read_file(folder / WEIGHTS), str(folder))
     return LoadedDetector(detector, card.classes, "headkd_ray", meta=card.meta)
