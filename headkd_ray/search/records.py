@@ -15,12 +15,12 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from headkd_ray.errors import JobError
@@ -41,10 +41,9 @@ Metric = FiniteFloat | None
 """In percent; None where it cannot be computed."""
 
 
+@with_config(ConfigDict(extra="allow"))
 class Result(TypedDict):
     """What a trial's file keeps of a training: its best checkpoint's COCO metrics, and where its student is."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")
 
     AP: Metric
     AP50: Metric
@@ -83,7 +82,8 @@ class Trial:
 
     def scores(self, metric: str) -> list[float]:
         """The metric of each seed, in percent; NaN where it cannot be computed."""
-        return [math.nan if result[metric] is None else result[metric] for result in self.results.values()]
+        found: list[Mapping[str, Any]] = list(self.results.values())
+        return [math.nan if result[metric] is None else result[metric] for result in found]
 
     def mean(self, metric: str) -> float:
         """The metric's mean over seeds; NaN if there is none."""
@@ -233,7 +233,7 @@ class SearchFolder:
     def curve(self, trial: Trial, seed: int, metric: str) -> list[tuple[float, float | None]]:
         """(epoch, metric in percent, None where it cannot be computed) of each evaluation of a trial's training so far."""
         evaluations = [record for record in self.log(trial, seed) if isinstance(record.get("val"), dict)]
-        points = [(record.get("epoch"), record["val"].get(metric)) for record in evaluations]
+        points: list[tuple[Any, Any]] = [(record.get("epoch"), record["val"].get(metric)) for record in evaluations]
         return [(epoch, value) for epoch, value in points if _is_number(epoch) and (value is None or _is_number(value))]
 
 
