@@ -83,7 +83,8 @@ def _join_keys(draft: Draft, section: str) -> None:
         kept: tuple[dict[Path, Any], ...] = (draft.origins, draft.spelled)
         for places in kept:
             for old in [old for old in places if old[: len(parts)] == parts]:
-                places[(section, key, *old[len(parts) :])] = places.pop(old)
+                place: Path = (section, key, *old[len(parts) :])
+                places[place] = places.pop(old)
         joined[key] = value
         if value is None and section == "space" and origin(draft, (section, key)).override:
             del joined[key]
