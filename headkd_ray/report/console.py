@@ -39,7 +39,7 @@ class RunConsole:
     def __call__(self, record: dict[str, Any]) -> None:
         self.progress.update(self.task, completed=record["step"], total=record["steps"])
         text = record["note"] if "note" in record else line(record)
-        self.console.print(f"{self.name}  {text}")
+        self.console.print(f"{self.name}  {text}", markup=False)
 
 
 def line(record: dict[str, Any]) -> str:

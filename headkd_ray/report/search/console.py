@@ -29,11 +29,11 @@ class SearchConsole:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self.console.print("stopped; --resume goes on")
+            self.console.print("stopped; --resume goes on", markup=False)
 
     def __call__(self, event: dict[str, Any]) -> None:
         minutes = (time.monotonic() - self.started) / 60
-        self.console.print(f"{minutes:6.1f} min  {line(event, self.search)}")
+        self.console.print(f"{minutes:6.1f} min  {line(event, self.search)}", markup=False)
 
     def summary(self, trials: Sequence[Trial]) -> None:
         """The table of all trials."""
