@@ -15,6 +15,7 @@ from headkd_ray.doors import user_errors
 from headkd_ray.job import Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
+from headkd_ray.text import masked, printable
 
 if TYPE_CHECKING:
     from headkd_ray.engine.log import Record, Sink
@@ -59,14 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     with user_errors():
         job = load_job(options.job, options.overrides)
         if options.print_config:
-            print(render_job(job), end="")
+            print(masked(render_job(job)), end="")
             return 0
         for warning in warnings(job):
             print(f"warning: {warning}", file=sys.stderr)
         with RunConsole(job.run.name) as console:
             result = train(job, console, console.note)
         print_metrics({job.run.name: result["best"]})
-        print(f"student: {result['student']}")
+        print(f"student: {printable(result['student'])}")
     return 0
 
 

@@ -17,10 +17,11 @@ from tests.support import micro_job
 PACKAGE = Path(headkd_ray.__file__).parent
 DETECTORS, LEARNING = {"detectors", "job", "errors"}, {"distill", "detectors", "job", "errors", "targets"}
 TEACHING = {"data", "storage", "targets", *DETECTORS}
-ENGINE = {"engine", "teacher", *TEACHING, *LEARNING}
+ENGINE = {"engine", "teacher", "text", *TEACHING, *LEARNING}
 ROOMS = {
-    "errors": set[str](),
-    "storage": {"errors"},
+    "text": set[str](),
+    "errors": {"text"},
+    "storage": {"errors", "text"},
     "job": {"errors"},
     "detectors": DETECTORS - {"detectors"},
     "distill": DETECTORS | {"targets"},
@@ -28,10 +29,10 @@ ROOMS = {
     "data": {"storage", "job", "errors", "targets"},
     "teacher": TEACHING,
     "engine": ENGINE - {"engine"},
-    "search": {"storage", "job", "errors"},
+    "search": {"storage", "job", "errors", "text"},
     "golden": LEARNING,
     "cluster": ENGINE | {"search"},
-    "report": {"search", "job", "errors"},
+    "report": {"search", "job", "errors", "text"},
     "doors": {"errors", "report"},
 }
 """Room -> rooms that it may import besides itself; they point down, so there is no circle. Other modules are doors."""

@@ -133,22 +133,14 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
     def absolute(path: str) -> str:
         return path if "://" in path else str((Path(start) / Path(path).expanduser()).absolute())
 
-    backbone = job.student.backbone
-    if Path(backbone.weights).suffix:  # a file, not none or timm
-        backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
-    teacher = job.teacher
-    if teacher is not None:
-        path = teacher.cache.path
-        cache = teacher.cache.model_copy(update={"path": None if path is None else absolute(path)})
-        teacher = teacher.model_copy(update={"checkpoint": absolute(teacher.checkpoint), "cache": cache})
-    return job.model_copy(
-        update={
-            "run": job.run.model_copy(update={"storage": absolute(job.run.storage)}),
-            "data": job.data.model_copy(update={"train": absolute(job.data.train), "val": absolute(job.data.val)}),
-            "student": job.student.model_copy(update={"backbone": backbone}),
-            "teacher": teacher,
-        }
-    )
+    paths = {"run.storage": job.run.storage, "data.train": job.data.train, "data.val": job.data.val}
+    if Path(job.student.backbone.weights).suffix:  # a file, not none or timm
+        paths["student.backbone.weights"] = job.student.backbone.weights
+    if job.teacher is not None:
+        paths["teacher.checkpoint"] = job.teacher.checkpoint
+        if job.teacher.cache.path is not None:
+            paths["teacher.cache.path"] = job.teacher.cache.path
+    return job.replace({key: absolute(path) for key, path in paths.items()})
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

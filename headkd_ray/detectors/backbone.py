@@ -112,7 +112,7 @@ def shapes_of(spec: BackboneSpec, kwargs: Mapping[str, Any]) -> dict[str, tuple[
     """Shapes of the parameters of timm's model with ``kwargs``, without memory for them; None if timm cannot build it."""
     try:
         with torch.device("meta"):
-            body = _created(spec.model_copy(update={"weights": "none"}), kwargs)
+            body = _created(spec.replace({"weights": "none"}), kwargs)
     except Exception:  # as above
         return None
     return {name: tuple(parameter.shape) for name, parameter in body.named_parameters()}

@@ -52,7 +52,7 @@ def _unread(spec: BackboneSpec) -> list[str]:
 
 def _failure(spec: BackboneSpec, extra: Mapping[str, Any], sizes: Iterable[Size]) -> tuple[Size, str] | None:
     """The first of ``sizes`` that the backbone with the ``extra`` arguments cannot take, and why."""
-    plain = spec.model_copy(update={"weights": "none", "kwargs": {**spec.kwargs, **extra}})
+    plain = spec.replace({"weights": "none", "kwargs": {**spec.kwargs, **extra}})
     try:
         with torch.device("meta"):
             net = Backbone(plain).eval()
@@ -77,7 +77,7 @@ def _remedy(spec: BackboneSpec, sizes: Sequence[Size], changeable: bool) -> tupl
         return "backbone.name", "use a teacher with another backbone"
     for name in spec.kwargs:
         others = {other: value for other, value in spec.kwargs.items() if other != name}
-        if _failure(spec.model_copy(update={"kwargs": others}), {}, sizes) is None:
+        if _failure(spec.replace({"kwargs": others}), {}, sizes) is None:
             return f"backbone.kwargs.{name}", "give another value or remove it"
     return "backbone.name", "choose another backbone, for example resnet50 or convnext_tiny, which take any size"
 

@@ -55,12 +55,12 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     """
     cluster = job.cluster
     if cluster.workers != 0 and cluster.threads_per_worker is None:  # as a worker on Ray takes it
-        cluster = cluster.model_copy(update={"threads_per_worker": max(1, int(cluster.cpus_per_worker))})
+        cluster = cluster.replace({"threads_per_worker": max(1, int(cluster.cpus_per_worker))})
     world = World.here(cluster)
     count = WARM_UP + steps
     # One rank and one window, so that no image is read that is not shown.
-    window = job.data.model_copy(update={"shuffle_window": count * job.data.batch_size})
-    sample = job.model_copy(update={"data": window, "cluster": cluster.model_copy(update={"workers": 0})})
+    window = count * job.data.batch_size
+    sample = job.replace({"cluster": cluster, "cluster.workers": 0, "data.shuffle_window": window})
     streams = Streams(sample, world, train, val, _one_by_one)
     with _Watch(world) as decoding, streams.train(first=0) as stream:
         batches = [batch for batch in islice(stream, count) if not batch.idle]
@@ -98,10 +98,10 @@ class _Learner:
         detector = None if loaded is None else loaded.detector
         apart = job
         if job.teacher is not None:  # placed in a pool, the teacher is not the trainee's
-            apart = job.model_copy(update={"teacher": job.teacher.model_copy(update={"placement": "pool"})})
+            apart = job.replace({"teacher.placement": "pool"})
         self.trainee = build_trainee(apart, len(classes), detector, steps_per_epoch=1)
         self.trainee.to(world.device).to(memory_format=torch.channels_last).train()
-        still = job.optim.model_copy(update={"lr": 1e-9})  # as much work as any rate, and no loss explodes
+        still = job.optim.replace({"lr": 1e-9})  # as much work as any rate, and no loss explodes
         self.optimizer, _ = build_optimizer(still, self.trainee.parameters(), job.data.batch_size, steps_per_epoch=1)
         self.ema = build_ema(job, self.trainee.student)
         self.guest = self.soft = None

@@ -93,7 +93,7 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -
         trainee = HEAD(trainee.student, trainee.assistant, job.distill)
     trainee.to(world.device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-6)  # as much work as any rate, and no loss explodes
-    alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})  # plays its own rank only
+    alone = job.replace({"cluster.workers": 1})  # plays its own rank only
     streams = Streams(alone, world, shards, shards, placement.decode)
     waited = started = 0.0
     images = 0

@@ -19,6 +19,7 @@ from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import CheckpointError, JobError, StorageError
 from headkd_ray.job import Job
 from headkd_ray.storage import LOCK_FILE, Folder, locked
+from headkd_ray.text import masked
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -54,7 +55,7 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
         return
-    before, after = (_flatten(keys) for keys in (_recorded(folder), job.model_dump(mode="json")))
+    before, after = (_flatten(keys) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
     differing = [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
@@ -84,11 +85,16 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
 
 def _recorded(folder: Folder) -> dict[str, Any]:
     """The job that the run was started with; keys that are newer than the run have their default. Raises StorageError."""
-    keys = read_json(folder, JOB_FILE, StorageError, _MEND)
+    keys = json.loads(masked(json.dumps(read_json(folder, JOB_FILE, StorageError, _MEND))))  # an older version masked nothing
     try:
         return Job.model_validate(keys).model_dump(mode="json")
     except ValidationError:  # it has keys that are no more, which is told key by key
         return keys
+
+
+def _as_recorded(job: Job) -> str:
+    """The job as job.json has it: without the secrets of signed addresses."""
+    return masked(json.dumps(job.model_dump(mode="json"), indent=1))
 
 
 def open_run(job: Job) -> Folder:
@@ -97,7 +103,7 @@ def open_run(job: Job) -> Folder:
     if not folder.has(JOB_FILE):
         with writing(folder.named(JOB_FILE), "run.storage"):
             folder.create()
-            folder.write(JOB_FILE, json.dumps(job.model_dump(mode="json"), indent=1).encode())
+            folder.write(JOB_FILE, _as_recorded(job).encode())
     return folder
 
 
@@ -140,7 +146,7 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
             "student": student.address,
             "data": data,
         }
-        folder.write(RESULT_FILE, json.dumps(result, indent=1).encode())
+        folder.write(RESULT_FILE, masked(json.dumps(result, indent=1)).encode())
     return result
 
 

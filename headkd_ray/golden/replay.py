@@ -180,7 +180,7 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     boxes, labels = golden.truth()
     run.features = student.features(x)
     outputs = student.rpn(run.features)
-    student.rpn.spec = student.rpn.spec.model_copy(update={"sampler": ALL})
+    student.rpn.spec = student.rpn.spec.replace({"sampler": ALL})
     losses, run.notes = own_losses(
         golden, x, _FASTER_LOSSES, lambda extents: student.rpn.losses(outputs, sizes, boxes, labels, extents=extents)
     )

@@ -37,9 +37,12 @@ def problems(job: Job) -> list[Problem]:
 def problems_in(values: Mapping[str, Any], broken: Collection[Path]) -> list[Problem]:
     """The same for a job's plain values with defaults filled in, leaving out checks that read a ``broken`` key."""
 
+    whole = set(broken)
+    parts = {bad[:count] for bad in broken for count in range(1, len(bad))}
+
     def get(key: str) -> Any:
         path = tuple(key.split("."))
-        if any(bad[: len(path)] == path[: len(bad)] for bad in broken):
+        if path in parts or any(path[:count] in whole for count in range(len(path) + 1)):
             raise UnreadableError(key)
         value: Any = values
         for part in path:

@@ -8,12 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from headkd_ray.report.terminal import Terminal
+
 
 class RunConsole:
     """Takes a run's log records (see ``engine.log``) and shows them; a context manager."""
 
     def __init__(self, name: str, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal(soft_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

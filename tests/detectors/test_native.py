@@ -38,8 +38,7 @@ def test_a_saved_detector_comes_back_as_it_was(spec: DetectorSpec, tmp_path: Pat
 def test_loading_needs_no_initial_backbone_weights(tmp_path: Path) -> None:
     spec = retinanet_spec()
     detector = build_detector(spec, 3)
-    elsewhere = spec.backbone.model_copy(update={"weights": "/gone/resnet.pth"})
-    detector.spec = spec.model_copy(update={"backbone": elsewhere})
+    detector.spec = spec.replace({"backbone.weights": "/gone/resnet.pth"})
     save_detector(tmp_path, detector, CLASSES)
     assert load_detector(tmp_path).detector.num_classes == 3
 

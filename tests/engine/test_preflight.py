@@ -41,8 +41,7 @@ def test_the_teacher_is_checked_although_the_data_is_missing(tmp_path: Path) -> 
 
 def test_a_student_that_timm_does_not_know_is_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     job = micro_job(tmp_path, drawn_splits)
-    backbone = job.student.backbone.model_copy(update={"name": "resnet10tt"})
-    job = job.model_copy(update={"student": job.student.model_copy(update={"backbone": backbone})})
+    job = job.replace({"student.backbone.name": "resnet10tt"})
     with pytest.raises(UserError, match="resnet10tt"):
         preflight(job)
 

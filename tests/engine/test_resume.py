@@ -54,7 +54,7 @@ def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> Non
 
 def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     whole = micro_job(tmp_path, drawn_splits, "whole", checkpoint={"every_steps": 3}, optim={"ema": 0.9, "accumulate": 2})
-    killed = whole.model_copy(update={"run": whole.run.model_copy(update={"name": "killed"})})
+    killed = whole.replace({"run.name": "killed"})
     expected = train(whole, lambda record: None)
 
     job_file = tmp_path / "killed.yaml"

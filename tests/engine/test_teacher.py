@@ -62,7 +62,7 @@ def test_fresh_outputs_depend_on_the_seed_alone(tmp_path: Path, drawn_splits: di
     weights = []
     for name, state_before in (("one", 1), ("other", 2)):
         torch.manual_seed(state_before)
-        run = job.model_copy(update={"run": job.run.model_copy(update={"name": name})})
+        run = job.replace({"run.name": name})
         weights.append(student_weights(train(run, lambda record: None)))
     assert_same_weights(*weights)
 

@@ -127,14 +127,14 @@ def _dense(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetConfi
     if infer.is_fcos(ours):
         fcos, num_classes = infer.fcos_head(ours)
         fcos = config.fcos_head(fcos)
-        fcos = fcos.model_copy(update={"postprocess": config.rules(fcos.postprocess, "rpn")})
+        fcos = fcos.replace({"postprocess": config.rules(fcos.postprocess, "rpn")})
         return FCOS(FCOSSpec.model_validate(parts | {"head": fcos}), num_classes)
     if infer.is_reppoints(ours):
         points, num_classes = infer.reppoints_head(ours)
-        points = points.model_copy(update={"postprocess": config.rules(points.postprocess, "rpn")})
+        points = points.replace({"postprocess": config.rules(points.postprocess, "rpn")})
         return RepPoints(RepPointsSpec.model_validate(parts | {"head": points}), num_classes)
     head, num_classes = infer.retina_head(ours)
-    head = head.model_copy(update={"postprocess": config.rules(head.postprocess, "rpn")})
+    head = head.replace({"postprocess": config.rules(head.postprocess, "rpn")})
     return RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
 
 
@@ -143,12 +143,12 @@ def _two_stage(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetC
     proposals = config.rules(rpn.test_proposals, "rpn")
     if infer.is_cascade(ours):
         cascade, num_classes = infer.cascade_head(ours, parts["neck"].channels)
-        cascade = cascade.model_copy(update={"postprocess": config.rules(cascade.postprocess, "rcnn")})
+        cascade = cascade.replace({"postprocess": config.rules(cascade.postprocess, "rcnn")})
         parts |= {"rpn": CascadeRPNSpec(convs=rpn.convs, test_proposals=proposals), "roi": cascade}
         return CascadeRCNN(CascadeRCNNSpec.model_validate(parts), num_classes)
     roi, num_classes = infer.roi_head(ours, "roi.", parts["neck"].channels)
-    roi = roi.model_copy(update={"postprocess": config.rules(roi.postprocess, "rcnn")})
-    parts |= {"rpn": rpn.model_copy(update={"test_proposals": proposals}), "roi": roi}
+    roi = roi.replace({"postprocess": config.rules(roi.postprocess, "rcnn")})
+    parts |= {"rpn": rpn.replace({"test_proposals": proposals}), "roi": roi}
     return FasterRCNN(FasterRCNNSpec.model_validate(parts), num_classes)
 
 
@@ -158,7 +158,7 @@ def _backbone(ours: Mapping[str, Tensor], config: MMDetConfig) -> BackboneSpec:
         return infer.mobilenet_v2(ours, config.leaky_slope if config else 0.1)
     spec = infer.resnet(ours)
     has_bottlenecks = "backbone.body.layer1.0.conv3.weight" in ours  # mmdet's other blocks are the same in both styles
-    return spec.model_copy(update={"stride_in_1x1": config.is_caffe and has_bottlenecks})
+    return spec.replace({"stride_in_1x1": config.is_caffe and has_bottlenecks})
 
 
 def _classes(meta: Mapping[str, Any], outputs: int, source: str) -> tuple[str, ...] | None:

@@ -99,14 +99,14 @@ class MMDetConfig:
         pyramid.
         """
         if not self:
-            return neck.model_copy(update={"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
+            return neck.replace({"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
         said = self._model("neck")
         convs = said.get("add_extra_convs")
         if convs == "on_lateral":
             raise CheckpointError(f"{self.source}: a pyramid with add_extra_convs='on_lateral' is not supported")
         on_output = convs == "on_output" or (convs is True and said.get("extra_convs_on_inputs") is False)  # mmdet 1.x
-        return neck.model_copy(
-            update={
+        return neck.replace(
+            {
                 "extra": "conv_p5" if on_output else neck.extra,
                 "relu_before_p7": said.get("relu_before_extra_convs") is True,
             }
@@ -118,8 +118,8 @@ class MMDetConfig:
             return head
         said = self._model("bbox_head") or self._model("rpn_head")  # the latter in HEAD's two-headed students
         radius = _number(said.get("center_sample_radius"), 1.5)
-        return head.model_copy(
-            update={
+        return head.replace(
+            {
                 "center_radius": radius if said.get("center_sampling") is True else None,
                 "norm_on_bbox": said.get("norm_on_bbox") is True,
                 "centerness_on_reg": said.get("centerness_on_reg") is True,

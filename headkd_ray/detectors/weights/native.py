@@ -90,7 +90,7 @@ def load_detector(folder: str | Path) -> LoadedDetector:
         raise CheckpointError(_not_a_checkpoint(folder, missing))
     card = _read_card(folder / CARD)
     # The backbone's initial weights are part of these tensors: nothing to load or download again.
-    spec = card.spec.model_copy(update={"backbone": card.spec.backbone.model_copy(update={"weights": "none"})})
+    spec = card.spec.replace({"backbone.weights": "none"})
     tensors = read_file(folder / WEIGHTS)
     try:
         with torch.device("meta"):
