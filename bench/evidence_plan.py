@@ -99,16 +99,15 @@ def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
         lr = found.get("lr") if found.get("search") == search else None
     searched = lr is not None
     if lr is not None:
-        job = job.model_copy(update={"optim": job.optim.model_copy(update={"lr": lr})})
+        job = job.replace({"optim.lr": lr})
     key = _digest({**decides, "lr": job.optim.lr, "taught_by": taught_by})
-    changed: dict[str, Any] = {"run": job.run.model_copy(update={"name": f"{row}-{key}-{seed}"})}
+    changed: dict[str, Any] = {"run.name": f"{row}-{key}-{seed}"}
     if job.teacher is not None and job.teacher.placement == "cache":
         # The name has to keep caches apart; whether a cache is the right one, its recipe says.
         name = f"cache-{taught_by}-{job.data.views}-{job.distill.roi_budget}-{job.teacher.cache.dtype}"
-        kept = job.teacher.cache.model_copy(update={"path": str(bench.storage / name)})
-        changed["teacher"] = job.teacher.model_copy(update={"cache": kept})
+        changed["teacher.cache.path"] = str(bench.storage / name)
     matched = _digest({name: decides[name] for name in ("splits", "data", "kind", "student", "optim")})
-    return Plan(row, job.model_copy(update=changed), key, matched, search, searched)
+    return Plan(row, job.replace(changed), key, matched, search, searched)
 
 
 def _decides(bench: Bench, job: Job) -> dict[str, Any]:

@@ -239,8 +239,7 @@ def run_faults(faults: Sequence[str], seeds: Sequence[int]) -> None:
         expected = outcome(train(calm, lambda record: None))
         with Machines() as machines:
             for seed in seeds:
-                named = disturbed.run.model_copy(update={"name": f"faults-{seed}"})
-                found = trial(machines, disturbed.model_copy(update={"run": named}), faults, seed, scratch)
+                found = trial(machines, disturbed.replace({"run.name": f"faults-{seed}"}), faults, seed, scratch)
                 same = all(found.pop(key) == value for key, value in expected.items())
                 record = {
                     "seed": seed,

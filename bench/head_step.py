@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from headkd_ray.cluster.resources import connected
+from headkd_ray.cluster.connect import connected
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector

@@ -48,7 +48,7 @@ def main() -> int:
     with user_errors():
         folder = SearchFolder.open(options.run)
         search = folder.search()
-        best = best_trial(search, folder.trials())
+        best = best_trial(search, folder.trials(search))
         used = sorted(set(options.seeds) & set(search.seeds))
         if best is None:
             raise JobError(f"{options.run}: no trial has finished")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headkd_ray.cluster import stream
-from headkd_ray.cluster.resources import connected
+from headkd_ray.cluster.connect import connected
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset

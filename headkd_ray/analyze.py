@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,8 +21,10 @@ from headkd_ray.report.search.frame import read_trials, trial_frame
 from headkd_ray.report.search.importance import importances
 from headkd_ray.report.search.page import page
 from headkd_ray.report.search.table import print_trials
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.search.records import SearchFolder
 from headkd_ray.storage import Folder
+from headkd_ray.text import warn
 
 if TYPE_CHECKING:
     import pandas
@@ -34,18 +37,19 @@ def load(run: str) -> pandas.DataFrame:
         run: the search's folder, local or remote.
 
     Raises:
-        JobError: there is no search. UserError: pandas is not installed.
+        JobError: there is no search, or its file is damaged. (Trials whose files are damaged are left out with a warning.)
+        UserError: pandas is not installed.
     """
     folder = SearchFolder.open(run)
     search = folder.search()
-    return trial_frame(search, read_trials(folder, search))
+    return trial_frame(search, read_trials(folder, search, warnings.warn))
 
 
 def analyze(run: str, out: Folder, console: Console) -> None:
     """Print the table, write the page, the figures and the best job into ``out``."""
     folder = SearchFolder.open(run)
     search = folder.search()
-    trials = read_trials(folder, search)
+    trials = read_trials(folder, search, warn)
     print_trials(console, search, trials)
     shares, note = importances(search, trials)
     drawn = figures(search, trials, shares)
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", help="write the trials here, as CSV")
     parser.add_argument("--parquet", help="write the trials here, as Parquet")
     options = parser.parse_args(arguments)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(soft_wrap=True)
     with user_errors():
         out = Folder.open(options.run) / "analysis" if options.out is None else Folder.open(options.out)
         analyze(options.run, out, console)

@@ -13,12 +13,12 @@ import tempfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.job import METHODS, Job, TwoStageDetectorSpec, load_job
+from headkd_ray.report.terminal import Terminal
 
 if TYPE_CHECKING:
     from headkd_ray.engine.placements import Building, Placement
@@ -61,14 +61,15 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
         theirs, cache = (_changed(job, "teacher", name, scratch) for name in ("inline", "cache"))
         decode: Decode = decode_here
         if job.cluster.most_workers > 0:
-            from headkd_ray.cluster.resources import check_resources, connected
+            from headkd_ray.cluster.connect import connected
+            from headkd_ray.cluster.resources import check_resources
             from headkd_ray.cluster.stream import decode_on_ray
             from headkd_ray.cluster.train import with_absolute_paths
 
             pool, held = (with_absolute_paths(_changed(job, rois, "pool", scratch)) for rois in ("teacher", "student"))
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             stack.enter_context(connected(job.cluster))
-            check_resources(pool.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})}))
+            check_resources(pool.replace({"cluster.workers": 1}))
             decode = decode_on_ray(job.cluster)
         builder, building = fill(cache, shards, world)
         placements = [
@@ -89,10 +90,8 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
 def _changed(job: Job, rois: str, placement: str, cache: str) -> Job:
     """The job with one view an image, and its teacher placed so."""
     assert job.teacher is not None
-    kept = job.teacher.cache.model_copy(update={"path": cache})
-    teacher = job.teacher.model_copy(update={"placement": placement, "cache": kept})
-    distill = job.distill.model_copy(update={"rois": rois})
-    return job.model_copy(update={"teacher": teacher, "distill": distill, "data": job.data.model_copy(update={"views": 1})})
+    changes = {"teacher.placement": placement, "teacher.cache.path": cache, "distill.rois": rois, "data.views": 1}
+    return job.replace(changes)
 
 
 def _tell(placements: list[Placement], rates: dict[str, float], building: Building) -> None:
@@ -103,7 +102,7 @@ def _tell(placements: list[Placement], rates: dict[str, float], building: Buildi
     for placement in placements:
         rate, wait = rates[placement.name], sum(placement.waited) / sum(placement.seconds)
         table.add_row(placement.name, f"{rate:.1f}", f"{bare / rate:.2f}", f"{wait:.0%}")
-    console = Console()
+    console = Terminal()
     console.print(table)
     rate = building.views / building.seconds
     console.print(

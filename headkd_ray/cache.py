@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.errors import CacheError
 from headkd_ray.job import Job, load_job
+from headkd_ray.report.terminal import Terminal
+from headkd_ray.text import printable
 
 if TYPE_CHECKING:
     from headkd_ray.teacher import Builder, Cache
@@ -78,7 +79,7 @@ def _build(job: Job) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     builder = _builder(job)
     started, sizes = time.perf_counter(), list[int]()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task("asking the teacher", total=len(builder.cache.units()))
 
         def done(unit: tuple[int, int], size: int) -> None:
@@ -97,7 +98,7 @@ def _verify(job: Job, sample: int) -> int:
 
     builder = _builder(job, on_gpu=True)
     found = verify(builder, sample)
-    print(f"{builder.cache.folder.uri}: {found.views} views compared with the teacher")
+    print(f"{printable(builder.cache.folder.uri)}: {found.views} views compared with the teacher")
     print(f"  RoIs that it would choose now: the same in {found.same_rois} of {found.views} views")
     print(f"  cosine of the features: mean {found.cosine:.6f}, least {found.least_cosine:.6f}")
     print(f"  greatest difference: {found.worst:.2%} of the greatest feature")
@@ -120,7 +121,10 @@ def _tell(cache: Cache) -> None:
     total, missing = len(cache.units()), len(cache.missing())
     sizes = [size or 0 for size in cache.folder.sizes([cache.file(*unit) for unit in cache.units()])]
     images = sum(cache.shards.meta.shards[shard].images for (shard, _), size in zip(cache.units(), sizes, strict=True) if size)
-    print(f"{cache.folder.uri}: {cache.views} views of {cache.shards.meta.images} images, up to {cache.budget} RoIs each")
+    print(
+        f"{printable(cache.folder.uri)}: {cache.views} views of {cache.shards.meta.images} images, "
+        f"up to {cache.budget} RoIs each"
+    )
     print(f"  {total - missing} of {total} files, {sum(sizes) / 1e6:.1f} MB, {sum(sizes) / max(images, 1) / 1e3:.1f} kB a view")
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
+
+from headkd_ray.text import printable
 
 
 class UserError(Exception):
     """Something the user can mend: one or more problems, all found before anything is lost.
 
-    ``problems`` holds one line each; ``str(error)`` is the headline (if any) and the problems, one a line.
+    ``problems`` holds one line each; ``str(error)`` is the headline (if any) and the problems, one a line. Both are made
+    ``printable``: they quote names from files and addresses, and are shown, logged and written into records.
     """
 
     def __init__(self, problems: str | Iterable[str], headline: str | None = None) -> None:
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
-        self.headline = headline
+        lines = [problems] if isinstance(problems, str) else problems
+        self.problems: list[str] = [printable(line) for line in lines]
+        self.headline = None if headline is None else printable(headline)
         # Exception.args stays rebuildable, so that the error survives pickling between processes (Ray, process pools).
-        super().__init__(self.problems, headline)
+        super().__init__(self.problems, self.headline)
 
     def __str__(self) -> str:
         lines = self.problems if self.headline is None else [self.headline, *(f"  - {line}" for line in self.problems)]
@@ -46,9 +51,16 @@ class StorageError(UserError):
     """A storage folder or URI that cannot be used."""
 
 
+class DiskError(StorageError):
+    """A file cannot be written: the disk is full or read-only, or a quota is used up."""
+
+
 class TrainingError(UserError):
     """Training cannot go on: the loss is not finite."""
 
 
 class StoppedError(UserError):
-    """The run was asked to stop (SIGTERM) and did, with a checkpoint: started again, it goes on."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and did, with a checkpoint: started again, it goes on."""
+
+    signal: int = signal.SIGTERM
+    """What asked."""

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 
-from rich.console import Console
 from rich.progress import track
 
 from headkd_ray.data.meta import check_same_range
@@ -26,7 +25,9 @@ from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.report.tables import print_metrics
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
+from headkd_ray.text import printable
 
 
 def evaluate_checkpoint(
@@ -53,6 +54,8 @@ def evaluate_checkpoint(
         target[0].check_writable()
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
+    for note in loaded.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
     if loaded.classes is None and loaded.detector.num_classes != len(shards.meta.classes):
         raise DataError(f"{data} has {len(shards.meta.classes)} classes, {checkpoint} knows {loaded.detector.num_classes}")
@@ -67,7 +70,7 @@ def evaluate_checkpoint(
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
-        shown = track(batches, "evaluating", total, console=Console(stderr=True), transient=True)
+        shown = track(batches, "evaluating", total, console=Terminal(stderr=True), transient=True)
         found = predict(loaded.detector.to(world.device), shown, world.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:

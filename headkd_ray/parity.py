@@ -10,14 +10,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from headkd_ray.doors import user_errors
 from headkd_ray.golden.checks import check
 from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import replay
+from headkd_ray.report.terminal import Terminal
 
 WIDTH = 120
 """Columns of the table at least, also where the output is no terminal: names and notes are not cut."""
@@ -41,7 +42,7 @@ def render(rows: Sequence[Row]) -> Table:
         title="ours against the official code",
     )
     for row in rows:
-        verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
+        verdict = Text("pass", "green") if row.passed else Text("FAIL", "bold red")
         numbers = [f"{value:.1e}" if value == value else "-" for value in (row.absolute, row.relative, row.tolerance)]
         table.add_row(row.name, *numbers, verdict, row.note)
     return table
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with user_errors():
         rows = compare_file(options.golden)
-    Console(width=max(Console().width, WIDTH)).print(render(rows))
+    Terminal(width=max(Terminal().width, WIDTH)).print(render(rows))
     failed = [row.name for row in rows if not row.passed]
     print(f"{len(rows) - len(failed)} of {len(rows)} quantities hold" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed or not rows else 0

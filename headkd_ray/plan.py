@@ -12,11 +12,10 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from headkd_ray.doors import positive, user_errors
 from headkd_ray.job import Job, load_job
 from headkd_ray.report.plan import cost_table, plan_table
+from headkd_ray.report.terminal import Terminal
 
 if TYPE_CHECKING:
     from headkd_ray.engine.calibration import Calibration
@@ -57,11 +56,11 @@ def tell(
     work = work_of(job, train, val, on_gpu=measured.device.type == "cuda")
     machine = Machine(os.cpu_count() or 1, per_machine or max(1, torch.cuda.device_count()))
     plans = [plan(work, measured.costs, Prices(*hourly), count, gbps * 1e9 / 8, machine) for count in workers]
-    console = Console()
+    console = Terminal()
     console.print(cost_table(asdict(measured.costs), measured.device.type))
     console.print(plan_table([asdict(each) for each in plans], with_money=any(hourly)))
     for line in _notes(job, work, measured, plans, gbps):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps: float) -> list[str]:

@@ -29,6 +29,7 @@ from headkd_ray.errors import CheckpointError, DataError, StorageError, UserErro
 from headkd_ray.report.draw import draw_found, jpeg
 from headkd_ray.report.fonts import drawable
 from headkd_ray.storage import Folder
+from headkd_ray.text import printable
 
 Item = TypeVar("Item")
 
@@ -72,6 +73,8 @@ def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: fl
     """
     out.check_writable()
     loaded = fetch_detector(checkpoint)
+    for note in loaded.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     names = _class_names(checkpoint, loaded)
     reading = Reading(value_range=trained_range(loaded.meta) or FULL_RANGE)
     content = _detect(loaded, names, images, reading)
@@ -82,9 +85,9 @@ def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: fl
         raise StorageError(
             f"{out.named(RESULT)}: cannot be written ({_reason(error)}); make room or choose another --out"
         ) from error
-    shown, note = drawable(names)
-    if note is not None:
-        print(f"note: {note}", file=sys.stderr)
+    shown, undrawable = drawable(names)
+    if undrawable is not None:
+        print(f"note: {printable(undrawable)}", file=sys.stderr)
     return Predicted(content, list(_draw(content, images, reading, out, shown, score)))
 
 

@@ -13,13 +13,14 @@ import argparse
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import META, ShardSet
 from headkd_ray.doors import user_errors
+from headkd_ray.report.terminal import Terminal
+from headkd_ray.text import printable
 
 SHOWN = 20
 """Fixes printed; meta.json lists all."""
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     meta = shards.meta
     boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
-    print(f"{options.out}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
+    print(f"{printable(options.out)}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
     return 0
 
 
@@ -54,7 +55,7 @@ def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> Sha
     ``options`` are passed on.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task("reading annotations", total=None)
 
         def show(done: int, total: int) -> None:
@@ -68,11 +69,11 @@ def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> Sha
 def _tell(shards: ShardSet, out_uri: str) -> None:
     meta = shards.meta
     for warning in meta.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     for line in meta.fixes[:SHOWN]:
-        print(f"fixed: {line}", file=sys.stderr)
+        print(f"fixed: {printable(line)}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {shards.folder.named(META)}", file=sys.stderr)
+        print(f"… {len(meta.fixes)} fixes in all, listed in {printable(shards.folder.named(META))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

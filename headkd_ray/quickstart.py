@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_splits
@@ -28,6 +27,7 @@ from headkd_ray.report.console import RunConsole
 from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
 from headkd_ray.report.fonts import drawable
 from headkd_ray.report.tables import class_table, headline_table
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
 from headkd_ray.train import train
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     with user_errors():
         quickstart(own if all(needed) else None, options.out, options.jobs, options.overrides)
-    Console().print(f"[bold]done[/] in {(time.perf_counter() - started) / 60:.1f} minutes")
+    Terminal().print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 
@@ -80,39 +80,39 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
     splits = {name: (folder / "data" / name).uri for name in ("train", "val")}
     common = [f"data.train={splits['train']}", f"data.val={splits['val']}", f"run.storage={folder.uri}", *overrides]
     clusters = [_job(jobs, name, common, "unknown yet").cluster for name in STAGES]  # what is wrong with the jobs is told now
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
 
-    console.rule("[bold]1/5 data")
+    console.rule("1/5 data")
     if own is None:
         drawn = folder / "drawn"
         with console.status("drawing a data set"):
             draw_splits(drawn)
-        console.print(f"drew a data set (COCO format, JPEG) in {drawn.uri}", markup=False)
+        console.print(f"drew a data set (COCO format, JPEG) in {drawn.uri}")
         own = {name: Split(drawn.named(f"{name}.json"), drawn.named("images")) for name in splits}
     for name, place in splits.items():
         meta = prepare(*own[name], place).meta
         text = f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {place}"
-        console.print(text, markup=False)
+        console.print(text)
 
     results: dict[str, Any] = {}
     with _ray() if any(cluster.most_workers > 0 for cluster in clusters) else nullcontext():
         for number, (name, title) in enumerate(STAGES.items(), start=2):
-            console.rule(f"[bold]{number}/5 {name}: {title}")
+            console.rule(f"{number}/5 {name}: {title}")
             job = _job(jobs, name, common, results["teacher"]["student"] if name == "head" else "")
             with RunConsole(name, console) as run:
-                results[name] = train(job, run)
+                results[name] = train(job, run, run.note)
 
-    console.rule("[bold]5/5 comparison")
+    console.rule("5/5 comparison")
     metrics = {name: results[name]["best"] for name in results}
     console.print(headline_table(metrics))
     console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))
     sheet, note = compare(ShardSet.open(splits["val"]), results)
     if note is not None:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     folder.write(PICTURE, sheet)
     for name in results:
-        console.print(f"{name} checkpoint: {results[name]['student']}", markup=False)
-    console.print(f"picture of detections: {folder.named(PICTURE)}", markup=False)
+        console.print(f"{name} checkpoint: {results[name]['student']}")
+    console.print(f"picture of detections: {folder.named(PICTURE)}")
 
 
 def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:
@@ -122,7 +122,7 @@ def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:
 
 def _ray() -> AbstractContextManager[Any]:
     """Ray on this machine, or the cluster that there is."""
-    from headkd_ray.cluster.resources import connected  # Ray takes seconds to import: not before it is needed
+    from headkd_ray.cluster.connect import connected  # Ray takes seconds to import: not before it is needed
 
     return connected(ClusterSpec())
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from headkd_ray.errors import StorageError, UserError
+from headkd_ray.text import without_password
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -52,19 +53,32 @@ REASONS = {
 
 
 def _plainly(method: Method) -> Method:
-    """Let a Folder's method raise StorageError where an S3 store refuses a request or cannot be reached."""
+    """Let a Folder's method raise StorageError where the storage refuses a request or cannot be reached."""
 
     @functools.wraps(method)
     def wrapped(self: Folder, *args: Any) -> Any:
         try:
             return method(self, *args)
+        except (StorageError, FileNotFoundError):
+            raise
         except OSError as error:
             reason = _reason(error)
-            if reason is None:
+            if reason is None and not self.remote:
                 raise
-            raise StorageError(f"{self.uri}: {reason}") from error
+            raise StorageError(f"{self.uri}: {reason or _in_words(error)}") from error
+        except Exception as error:
+            if not self.remote:
+                raise
+            # fsspec's filesystems raise errors of their own kinds (aiohttp's, botocore's, ...).
+            raise StorageError(f"{self.uri}: {_in_words(error)}") from error
 
     return cast(Method, wrapped)
+
+
+def _in_words(error: Exception) -> str:
+    """An error of a filesystem that is not S3's, on one line."""
+    said = " ".join(str(error).split()) or "no reason given"
+    return f"cannot be used ({type(error).__name__}: {said}); check the address, the network and the credentials"
 
 
 def _reason(error: OSError) -> str | None:
@@ -330,12 +344,10 @@ def _split(uri: str) -> tuple[str, str]:
 def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    scheme, _, rest = uri.partition("://")
-    user, _, host = rest.partition("/")[0].rpartition("@")
-    if ":" in user:
+    scheme = uri.partition("://")[0]
+    if (shown := without_password(uri)) is not None:
         raise error(
-            f"{scheme}://…@{host}: has a password in it, which would be written into job.json and logs; take it out, and "
-            f"{CREDENTIALS}"
+            f"{shown}: has a password in it, which would be written into job.json and logs; take it out, and {CREDENTIALS}"
         )
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
@@ -348,7 +360,9 @@ def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
             import fsspec  # A dependency of torch and of Ray; imported only for the schemes pyarrow does not know.
 
             fs, path = fsspec.core.url_to_fs(uri)
-        except (ImportError, ValueError, OSError) as unknown_to_fsspec:
+        except OSError as unreachable:  # some log in at once
+            raise error(f"{uri}: {_in_words(unreachable)}") from unreachable
+        except (ImportError, ValueError) as unknown_to_fsspec:
             raise error(
                 f"{uri}: no filesystem for this URI (pyarrow: {unknown_to_arrow}; fsspec: {unknown_to_fsspec}); "
                 "check the scheme, or install the fsspec package that serves it (for example adlfs, s3fs)"

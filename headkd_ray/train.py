@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headkd_ray.doors import user_errors
 from headkd_ray.job import Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
+from headkd_ray.text import masked, printable
 
 if TYPE_CHECKING:
     from headkd_ray.engine.log import Record, Sink
 
 
-def train(job: Job, tell: Sink) -> Record:
-    """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before."""
+def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None) -> Record:
+    """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before.
+
+    Args:
+        tell: takes the log records.
+        note: takes a sentence about the run, if it had ended and nothing is trained.
+    """
     # Imported here, because torch, timm and Ray take ten seconds: what is wrong with the job file is told before.
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.engine.run import finished, only_one, run_folder
@@ -29,6 +36,10 @@ def train(job: Job, tell: Sink) -> Record:
     run = run_folder(job)
     result = finished(run)
     if result is not None:
+        note(
+            f"the run {run.uri} had ended at step {result['last'].get('step')}: nothing was trained now, this is its result; "
+            "to train again, choose another run.name"
+        )
         return result
     with only_one(run):
         if job.cluster.workers == 0:
@@ -49,14 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     with user_errors():
         job = load_job(options.job, options.overrides)
         if options.print_config:
-            print(render_job(job), end="")
+            print(masked(render_job(job)), end="")
             return 0
         for warning in warnings(job):
             print(f"warning: {warning}", file=sys.stderr)
         with RunConsole(job.run.name) as console:
-            result = train(job, console)
+            result = train(job, console, console.note)
         print_metrics({job.run.name: result["best"]})
-        print(f"student: {result['student']}")
+        print(f"student: {printable(result['student'])}")
     return 0
 
 

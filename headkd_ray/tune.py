@@ -17,6 +17,7 @@ from headkd_ray.search.records import SearchFolder, Trial
 from headkd_ray.search.space import Search
 from headkd_ray.search.study import check_optuna
 from headkd_ray.storage import Folder
+from headkd_ray.text import printable
 
 
 def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[Trial]:
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         with SearchConsole(search) as console:
             trials = tune(search, folder, console)
         console.summary(trials)
-        print(f"more: python -m headkd_ray.analyze {folder.folder.uri}")
+        print(f"more: python -m headkd_ray.analyze {printable(folder.folder.uri)}")
     return 0
 
 

@@ -13,7 +13,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_raylet_start_wait_time_s="180",  # a machine that is busy with other things
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # as in a cluster that a run starts for itself (cluster.resources.OWN_CLUSTER)
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # as in a cluster that a run starts for itself (cluster.connect.OWN_CLUSTER)
     RAY_idle_worker_killing_time_threshold_ms="600000",
     OMP_NUM_THREADS="1",
 )

@@ -71,7 +71,7 @@ def test_print_config_is_a_job_that_loads_to_the_same(
     assert train.main([write(job), "optim.lr=0.125", "--print-config"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert load_job(printed) == job.model_copy(update={"optim": job.optim.model_copy(update={"lr": 0.125})})
+    assert load_job(printed) == job.replace({"optim.lr": 0.125})
     assert not storage.exists()
 
 

@@ -18,10 +18,11 @@ PACKAGE = Path(headkd_ray.__file__).parent
 DETECTORS = {"detectors", "job", "errors"}
 LEARNING = {"distill", "data", "storage", "targets", *DETECTORS}
 TEACHING = {"data", "storage", "targets", *DETECTORS}
-ENGINE = {"engine", "teacher", *TEACHING, *LEARNING}
+ENGINE = {"engine", "teacher", "text", *TEACHING, *LEARNING}
 ROOMS = {
-    "errors": set[str](),
-    "storage": {"errors"},
+    "text": set[str](),
+    "errors": {"text"},
+    "storage": {"errors", "text"},
     "job": {"errors"},
     "detectors": DETECTORS - {"detectors"},
     "distill": {"data", "storage", "targets", *DETECTORS},
@@ -29,11 +30,11 @@ ROOMS = {
     "data": {"storage", "job", "errors", "targets"},
     "teacher": TEACHING,
     "engine": ENGINE - {"engine"},
-    "search": {"storage", "job", "errors"},
+    "search": {"storage", "job", "errors", "text"},
     "golden": LEARNING,
     "cluster": ENGINE | {"search"},
-    "report": {"search", "job", "errors"},
-    "doors": {"errors"},
+    "report": {"search", "job", "errors", "text"},
+    "doors": {"errors", "report"},
 }
 """Room -> rooms that it may import besides itself; they point down, so there is no circle. Other modules are doors."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from headkd_ray.job import load_job
 
@@ -48,9 +49,9 @@ def test_declared_dependencies_are_the_imported_ones():
     modules |= {"tensorboard"} if "torch.utils.tensorboard" in modules else set()
     packages = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"headkd_ray"}
     distributions = packages_distributions()
-    imported = {distributions[package][0].lower() for package in packages}
+    imported = {canonicalize_name(distributions[package][0]) for package in packages}
     optional = PROJECT["optional-dependencies"]["tune"]
-    declared = {Requirement(line).name.lower() for line in PROJECT["dependencies"] + optional}
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + optional}
     assert imported == declared - {"scikit-learn"}, "scikit-learn is Optuna's, which does not declare it"
 
 

@@ -56,7 +56,7 @@ def proxy(s3: str) -> Iterator[Proxy]:
 def job_on(netloc: str, splits: dict[str, str], name: str, **sections: Any) -> Job:
     """A job whose run is on the store at ``netloc``."""
     job = micro_job(Path("unused"), splits, name, **sections)
-    return job.model_copy(update={"run": job.run.model_copy(update={"storage": uri("bucket", netloc, "runs")})})
+    return job.replace({"run.storage": uri("bucket", netloc, "runs")})
 
 
 def write(job: Job, folder: Path) -> str:
@@ -97,7 +97,7 @@ def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str]
     assert cache.main(["build", write(job, tmp_path)]) == 0
     result = train(job, lambda record: None)
     assert result["student"] == uri("bucket", s3, "runs/cached/student")
-    here = job.model_copy(update={"run": job.run.model_copy(update={"storage": str(tmp_path)})})
+    here = job.replace({"run.storage": str(tmp_path)})
     assert_same_weights(weights_on(result["student"]), student_weights(train(here, lambda record: None)))
     out = uri("bucket", s3, "found/detections.json")
     assert evaluate.main([result["student"], splits["val"], "--out", out]) == 0
@@ -111,7 +111,7 @@ def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str]
 def test_kill_9_in_the_middle_of_an_upload(proxy: Proxy, splits: dict[str, str], tmp_path: Path) -> None:
     """The half-written checkpoint is not chosen, the run resumes from the one before and ends as an undisturbed one."""
     job = job_on(proxy.netloc, splits, "killed", checkpoint={"every_steps": 2})
-    here = job.model_copy(update={"run": job.run.model_copy(update={"storage": str(tmp_path)})})
+    here = job.replace({"run.storage": str(tmp_path)})
     expected = train(here, lambda record: None)
     run = Folder.open(job.run.storage) / "killed"
     uploading, ended = threading.Event(), threading.Event()
@@ -243,10 +243,10 @@ def test_a_run_on_ray_train(s3: str, splits: dict[str, str], tmp_path: Path) -> 
     run = Folder.open(job.run.storage) / "on_ray"
     assert start(write(job, tmp_path)).wait() == 0
     result = json.loads(run.read("result.json"))
-    here = job.model_copy(
-        update={
-            "run": job.run.model_copy(update={"storage": str(tmp_path)}),
-            "cluster": job.cluster.model_copy(update={"workers": 0}),
+    here = job.replace(
+        {
+            "run.storage": str(tmp_path),
+            "cluster.workers": 0,
         }
     )
     assert_same_weights(weights_on(result["student"]), student_weights(train(here, lambda record: None)))

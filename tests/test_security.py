@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import io
+import json
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
 import headkd_ray
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.safe_load import read_file
-from headkd_ray.detectors.weights import load_checkpoint
+from headkd_ray.detectors.weights import load_checkpoint, save_detector
 from headkd_ray.engine.checkpoint import STATE_FILE, load_state
 from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.errors import DataError, JobError, UserError
 from headkd_ray.golden.file import Golden
 from headkd_ray.job import load_job
+from headkd_ray.job.backbone_kwargs import KWARGS
 from headkd_ray.storage import Folder
 from tests.support import micro_job
 
@@ -103,8 +111,7 @@ def test_the_bomb_works(tmp_path: Path) -> None:
 
 def backbone(file: Path) -> None:
     job = micro_job(file.parent, {"train": "t", "val": "v"})
-    weights = job.student.backbone.model_copy(update={"weights": str(file)})
-    build_detector(job.student.model_copy(update={"backbone": weights}), 2)
+    build_detector(job.student.replace({"backbone.weights": str(file)}), 2)
 
 
 LOADERS: dict[str, Callable[[Path], object]] = {
@@ -184,3 +191,112 @@ def test_ray_s_python_objects_in_shards(file: str, bomb: Bomb, drawn_splits: dic
     split.write(file, content)
     with pytest.raises(DataError, match=f"{'split' if file == 'index.parquet' else file}.*other columns"):
         ShardSet.open(split.uri).read_group(0, 0, [0])
+
+
+class Watch:
+    """Readers, whoever they are, seen by Python's audit hook and by a file's time of access."""
+
+    TOLD = ("socket.", "urllib.", "http.", "ftplib.", "subprocess.", "os.system", "os.exec", "pickle.find_class")
+
+    def __init__(self, bait: Path) -> None:
+        self.bait = bait
+        self.events: list[str] = []
+        self.on = False
+        sys.addaudithook(self.hear)  # for good: a hook cannot be taken off
+
+    def hear(self, event: str, args: tuple[object, ...]) -> None:
+        if not self.on:
+            return
+        if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
+            self.events.append(f"open {os.fsdecode(args[0])}")
+        elif event.startswith(self.TOLD):
+            self.events.append(event)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Gather in ``events``; a reader in another language than Python is seen by the bait's time of access."""
+        self.events.clear()
+        os.utime(self.bait, (0, self.bait.stat().st_mtime))
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
+        if self.bait.stat().st_atime > 0:
+            self.events.append("bait was read")
+
+    def strange(self, *allowed: Path) -> list[str]:
+        """Events but for reading the ``allowed`` files and those of installed packages and of the system."""
+        installed = (sys.prefix, sys.base_prefix, str(ROOT), "/proc", "/sys", "/dev", "/usr/lib", *map(str, allowed))
+        return [event for event in self.events if not event.startswith(tuple(f"open {place}" for place in installed))]
+
+
+@pytest.fixture
+def watch(bomb: Bomb, tmp_path: Path) -> Watch:
+    torch.save(bomb, tmp_path / "bait.pth")
+    return Watch(tmp_path / "bait.pth")
+
+
+def test_the_watch_sees_readers(watch: Watch) -> None:
+    readers: dict[str, Callable[[], object]] = {
+        "timm's own": lambda: timm.create_model("resnet10t", checkpoint_path=str(watch.bait)),
+        "safetensors, in Rust": lambda: load_file(watch.bait),
+        "Arrow, in C++": lambda: pa.OSFile(str(watch.bait)).read(),
+        "an address": lambda: timm.create_model(
+            "resnet10t", pretrained=True, pretrained_cfg={"url": "http://127.0.0.1:9/a.pth"}
+        ),
+    }
+    for name, reader in readers.items():
+        with watch.watching(), suppress(Exception):
+            reader()
+        assert watch.strange(), name
+
+
+def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Paths of the plain values in ``value``, and of its empty parts."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = [leaf for key, inner in items for leaf in leaves(inner, (*path, key))]
+    yield from inside or [path]
+
+
+def replaced(value: Any, path: tuple[str | int, ...], new: Any) -> Any:
+    """A copy of ``value`` with ``new`` at ``path``."""
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]] if not isinstance(value, dict) else value.get(path[0]), path[1:], new)
+    return copy
+
+
+def timm_arguments() -> set[str]:
+    """Every argument that timm's builders take, every key of its pretrained configs, and every argument that we let pass."""
+    builders = (timm.create_model, timm.models.build_model_with_cfg, timm.models.load_pretrained)
+    return {name for builder in builders for name in inspect.signature(builder).parameters} | set(KWARGS)
+
+
+def test_no_value_of_a_model_json_or_job_makes_anything_read_or_fetch(watch: Watch, tmp_path: Path) -> None:
+    """Whatever stands at whatever key, the files of the folder alone are read: there is no second reader."""
+    folder = tmp_path / "student"
+    job = micro_job(tmp_path, {"train": "t", "val": "v"})
+    save_detector(folder, build_detector(job.student, 2), ("ant", "bee"))
+    files = (folder / "model.json", folder / "model.safetensors")
+    card = json.loads(files[0].read_text())
+    file, address = str(watch.bait), "http://127.0.0.1:9/a.pth"
+    names = [f"local-dir:{tmp_path}", f"hf-hub:{file}", f"resnet10t.{file}", f"resnet10t.{address}"]
+    tries: list[tuple[tuple[str | int, ...], Any]] = [(path, file) for path in leaves(card)]
+    tries += [(("spec", "backbone", "name"), name) for name in names]
+    arguments = [("spec", "backbone", "kwargs", name) for name in sorted(timm_arguments())]
+    tries += [(path, value) for path in arguments for value in (file, {"url": address, "file": file})]
+    for path, value in tries:
+        files[0].write_text(json.dumps(replaced(card, path, value)))
+        with watch.watching(), suppress(UserError):
+            load_checkpoint(folder)
+        assert not watch.strange(*files), f"model.json with {value} at {path}"
+
+    for path in [*leaves(card["spec"]), *(argument[1:] for argument in arguments)]:
+        if path == ("backbone", "weights"):
+            continue  # the one reader, which is watched above
+        override = f"student.{'.'.join(map(str, path))}={json.dumps(file)}"
+        with watch.watching(), suppress(UserError):
+            build_detector(load_job(ROOT / "jobs/small/baseline.yaml", [override]).student, 2)
+        assert not watch.strange(), override

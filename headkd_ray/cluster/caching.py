@@ -8,7 +8,8 @@ from typing import Any
 
 import ray
 
-from headkd_ray.cluster.resources import check_pool, connected
+from headkd_ray.cluster.connect import connected
+from headkd_ray.cluster.resources import check_pool
 from headkd_ray.cluster.teachers import PATIENCE, actors_of, answer_of, set_up
 from headkd_ray.cluster.train import with_absolute_paths
 from headkd_ray.engine.caching import open_builder

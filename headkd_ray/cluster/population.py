@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
-from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, UNSCORED, LocalCheckpoints, load_state, save_state
+from headkd_ray.engine.checkpoint import SCORE, UNSCORED, LocalCheckpoints, load_state, save_state, scores_of, seal
 from headkd_ray.engine.log import Record
 from headkd_ray.engine.optim import retune
 from headkd_ray.engine.run import run_folder
@@ -65,12 +64,11 @@ def member(trial_id: str, numbers: list[int]) -> int:
     return numbers[int(trial_id.rpartition("_")[2])]
 
 
-def save_for_others(trial: Trial, job: Job, evaluation: Record) -> Path:
-    """A folder, the caller's, with the latest checkpoint of the trial's training, for whoever copies it.
+def save_for_others(trial: Trial, job: Job, evaluation: Record, folder: Path) -> None:
+    """Copy the latest checkpoint of the trial's training into ``folder``, for whoever copies the trial.
 
     ``evaluation``: the log record of its latest evaluation.
     """
-    folder = Path(tempfile.mkdtemp(prefix="headkd-population-"))
     with LocalCheckpoints(run_folder(job)).latest() as latest:
         assert latest is not None, "a training that was evaluated has a checkpoint"
         shutil.copytree(latest, folder, dirs_exist_ok=True)
@@ -81,7 +79,6 @@ def save_for_others(trial: Trial, job: Job, evaluation: Record) -> Path:
         "steps_per_epoch": evaluation["steps"] // job.optim.epochs,
     }
     (folder / ORIGIN_FILE).write_text(json.dumps(origin))
-    return folder
 
 
 def copied(trial: Trial, values: dict[str, Any], checkpoint: Path) -> tuple[Trial, dict[str, Any]] | None:
@@ -99,12 +96,13 @@ def plant(job: Job, checkpoint: Path, origin: dict[str, Any], folder: SearchFold
     run, donor = run_folder(job), folder.runs / origin["run"]
     state = load_state(checkpoint)
     retune(state, job.optim, job.data.batch_size * job.optim.accumulate, origin["steps_per_epoch"])
-    scratch = Path(tempfile.mkdtemp(prefix="headkd-population-"))
-    shutil.copytree(checkpoint, scratch, dirs_exist_ok=True)
-    (scratch / ORIGIN_FILE).unlink()
-    save_state(scratch, state)
-    scored = scratch / METRICS_FILE  # a checkpoint within an epoch has none
-    score = json.loads(scored.read_text())[SCORE] if scored.exists() else None
+    checkpoints = LocalCheckpoints(run)
+    draft = checkpoints.draft()
+    shutil.copytree(checkpoint, draft, dirs_exist_ok=True)
+    (draft / ORIGIN_FILE).unlink()
+    save_state(draft, state)
+    seal(draft)
+    score = scores_of(draft).get(SCORE)  # a checkpoint within an epoch has none
     run.create()
     run.write("log.jsonl", donor.read("log.jsonl"))
-    LocalCheckpoints(run).report(f"step_{state['step']:08d}", {SCORE: UNSCORED if score is None else score}, scratch)
+    checkpoints.report(f"step_{state['step']:08d}", {SCORE: UNSCORED if score is None else score}, draft)

@@ -1,28 +1,16 @@
-"""Connect to Ray and check, before anything is started, that the cluster can hold the job: Ray itself would wait for ever."""
+"""Check, before anything is started, that the cluster can hold the job: Ray itself would wait for ever."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import ClusterSpec, Job, PoolSpec
-
-OWN_CLUSTER = {
-    # Ray ends processes that idle for a second if there are more than CPUs: decoding would start, and import torch, for ever.
-    "RAY_idle_worker_killing_time_threshold_ms": "600000",
-    # One process fewer: it asks whether the cloud takes this node away.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-"""Environment of a cluster that we start for one run."""
+from headkd_ray.job import Job, PoolSpec
 
 GROWS = "HEADKD_RAY_NODES"
 """Environment variable by which a cluster file tells what its autoscaler may start, the head aside, as JSON, for example
@@ -38,51 +26,6 @@ class Resources:
     """Their number, or the fewest and the most."""
     cpus_per_worker: float
     gpus_per_worker: float
-
-
-@contextmanager
-def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster of ``spec.address`` or ``RAY_ADDRESS``, or start one on this machine and stop it on leaving.
-
-    ``dashboard``: a started cluster has one. Where Tune stops trials with train workers it is needed: through it Ray finds the
-    reservations that they leave behind.
-
-    Raises:
-        ClusterError: no cluster answers at the address.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    before = dict(os.environ)
-    try:
-        _join_or_start(spec.address, dashboard)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(
-            f"cluster.address {spec.address!r}: no Ray cluster answers ({error}); start one (ray start --head)"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        for name in OWN_CLUSTER.keys() - before.keys():
-            os.environ.pop(name, None)
-
-
-def _join_or_start(address: str | None, dashboard: bool) -> None:
-    # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address is not None or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-        return
-    try:
-        ray.init(address="auto", **quiet)  # the one that runs on this machine, if any
-    except ConnectionError:
-        for name, value in OWN_CLUSTER.items():
-            os.environ.setdefault(name, value)
-        # It advises to switch the new cluster's authentication off.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        # It ends with this process, and has no dashboard unless asked: its start costs more than a small job's training.
-        ray.init(address="local", include_dashboard=dashboard, **quiet)
 
 
 def check_resources(job: Job) -> Resources:

@@ -16,14 +16,16 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.population import member, population_scheduler
-from headkd_ray.cluster.resources import connected, gpus_of_process, room_for
+from headkd_ray.cluster.resources import gpus_of_process, room_for
 from headkd_ray.cluster.trial import TIME, TrainJob, TrialContext, run_trial
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job
 from headkd_ray.search.records import SearchFolder, Trial
 from headkd_ray.search.space import Search, Values
 from headkd_ray.search.study import propose
+from headkd_ray.text import warn
 
 OF_TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a CSV, a JSON and TensorBoard files a trial, which its run folder has
@@ -88,7 +90,7 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         tuner.fit()
         scratch.remove()
-    return folder.trials()
+    return folder.trials(search, lambda text: None)  # the Book has warned
 
 
 class Book:
@@ -96,7 +98,8 @@ class Book:
 
     def __init__(self, search: Search, folder: SearchFolder, tell: Callable[[Event], None]) -> None:
         self.search, self.folder, self.tell = search, folder, tell
-        self.trials = {trial.number: trial for trial in folder.trials()}
+        self.trials = {trial.number: trial for trial in folder.trials(search, warn)}
+        self.number_of_next = max(folder.numbers(), default=-1) + 1  # a trial that was left out keeps its number
         self.waiting = [number for number, trial in self.trials.items() if trial.state == "running"]
         self.deadline: float | None = None
         """When Tune stops everything: ``time.monotonic`` seconds."""
@@ -127,15 +130,16 @@ class Book:
         limit = self.search.spec.budget.trials
         if limit is not None and len(self.trials) >= limit:
             return None
-        return propose(self.search, list(self.trials.values()))
+        return propose(self.search, list(self.trials.values()), self.number_of_next)
 
     def following(self) -> Trial | None:
         """The next trial to run: one that did not end before, else a new one, whose file is written; None = no more."""
         if self.waiting:
             return self.trials[self.waiting.pop(0)]
-        number, values = len(self.trials), self._proposed()
+        number, values = self.number_of_next, self._proposed()
         if values is None:
             return None
+        self.number_of_next += 1
         self.trials[number] = trial = Trial(number, values, started=time.time())
         self.folder.write(trial)
         return trial

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,22 +12,36 @@ from typing import Any
 import ray
 import torch
 from ray import train as ray_train
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
-from headkd_ray.cluster.resources import Resources, check_resources, connected
+from headkd_ray.cluster.listing import drop_unusable
+from headkd_ray.cluster.resources import Resources, check_resources
+from headkd_ray.cluster.restarts import with_restarts
 from headkd_ray.cluster.stream import decode_on_ray
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE
+from headkd_ray.engine.checkpoint import SCORE, check
 from headkd_ray.engine.log import Record, Sink
-from headkd_ray.engine.loop import fit
+from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
-from headkd_ray.engine.stop import sigterm
+from headkd_ray.engine.scratch import Scratch
+from headkd_ray.engine.stop import stop_signals
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CacheError, CheckpointError, ClusterError, DataError, StoppedError, TrainingError, UserError
+from headkd_ray.errors import (
+    CacheError,
+    CheckpointError,
+    ClusterError,
+    DataError,
+    DiskError,
+    StoppedError,
+    TrainingError,
+    UserError,
+)
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -36,28 +51,55 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
     Raises:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError, StoppedError, DataError, CacheError: as ``fit`` raises them.
+        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DiskError: as ``fit`` raises them.
     """
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job)
-        open_run(job)
-        with sigterm() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(tell) as queue:
+        run = open_run(job)
+        notes = Notes(tell)
+        for problem in drop_unusable(run):
+            notes(problem)
+        with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
+            driver = {"queue": queue, "stop": sign}
             try:
-                result = _trainer(job, resources, {"queue": queue, "stop": sign}).fit()
-            except TrainingFailedError as error:
+                result = with_restarts(lambda: _trainer(job, resources, driver).fit(), job.cluster.max_failures, notes)
+            except (TrainingFailedError, RayActorError) as error:
                 raise ClusterError(f"training failed for good: {_cause(error)}") from error
-    outcome = result.return_value
-    if "error" in outcome:
-        raise outcome["error"]
-    best = max((entry for entry in result.best_checkpoints if _scored(entry)), key=lambda entry: entry[1][SCORE])[0]
-    return finish(run_folder(job), Folder(best.filesystem, best.path, best.path), outcome["last"])
+            outcome = result.return_value
+            if "error" in outcome:
+                raise outcome["error"]
+    ranking = sorted(result.best_checkpoints, key=lambda entry: entry[1][SCORE], reverse=True)
+    folders = [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
+    return finish(run, folders, outcome["last"], outcome["data"], tell)
+
+
+class Notes:
+    """Passes log records on, and tells sentences of the driver's own at the place where the log is."""
+
+    def __init__(self, tell: Sink) -> None:
+        self.tell = tell
+        self.place = {"step": 0, "steps": None, "epoch": 0.0}
+
+    def record(self, record: Record) -> None:
+        self.place = {name: record[name] for name in self.place}
+        self.tell(record)
+
+    def __call__(self, text: str) -> None:
+        self.tell({**self.place, "note": text})
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train's, but for Ctrl-C: it means what SIGTERM means, and Ray would put a handler of its own in place of ours."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Nothing."""
 
 
 def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTrainer:
     storage = Folder.open(job.run.storage)
-    return TorchTrainer(
+    return _Trainer(
         _worker,
         train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), **driver},
         # What ranks say to each other beside the gradients is on the CPU.
@@ -75,9 +117,9 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             name=job.run.name,
             storage_path=storage.path,
             storage_filesystem=storage.fs,
-            failure_config=FailureConfig(max_failures=job.cluster.max_failures),
-            # The best by AP; Ray keeps the latest besides, always.
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # with_restarts counts
+            # The two best by AP; Ray keeps the latest besides, always. Two, for one may be damaged.
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
     )
 
@@ -91,22 +133,14 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
     def absolute(path: str) -> str:
         return path if "://" in path else str((Path(start) / Path(path).expanduser()).absolute())
 
-    backbone = job.student.backbone
-    if Path(backbone.weights).suffix:  # a file, not none or timm
-        backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
-    teacher = job.teacher
-    if teacher is not None:
-        path = teacher.cache.path
-        cache = teacher.cache.model_copy(update={"path": None if path is None else absolute(path)})
-        teacher = teacher.model_copy(update={"checkpoint": absolute(teacher.checkpoint), "cache": cache})
-    return job.model_copy(
-        update={
-            "run": job.run.model_copy(update={"storage": absolute(job.run.storage)}),
-            "data": job.data.model_copy(update={"train": absolute(job.data.train), "val": absolute(job.data.val)}),
-            "student": job.student.model_copy(update={"backbone": backbone}),
-            "teacher": teacher,
-        }
-    )
+    paths = {"run.storage": job.run.storage, "data.train": job.data.train, "data.val": job.data.val}
+    if Path(job.student.backbone.weights).suffix:  # a file, not none or timm
+        paths["student.backbone.weights"] = job.student.backbone.weights
+    if job.teacher is not None:
+        paths["teacher.checkpoint"] = job.teacher.checkpoint
+        if job.teacher.cache.path is not None:
+            paths["teacher.cache.path"] = job.teacher.cache.path
+    return job.replace({key: absolute(path) for key, path in paths.items()})
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -138,16 +172,24 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         up = stop.wait.remote()
         try:
             last = fit(job, world, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
-            return {"last": last}
+            return {"last": last, "data": data_fingerprints(streams)}
         except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}
-        except (DataError, CacheError) as error:
+        except (DataError, CacheError, DiskError) as error:
             ray.get(stop.give_up.remote(error))
             raise
 
 
 class RayCheckpoints:
     """Checkpoints through ``ray.train.report``: uploaded in the background, listed by Ray only when complete."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.scratch = Scratch()
+        atexit.register(self.scratch.close)  # not before the last upload
+
+    def draft(self) -> Path:
+        return self.scratch.folder()
 
     @contextmanager
     def latest(self) -> Iterator[Path | None]:
@@ -156,6 +198,12 @@ class RayCheckpoints:
             yield None
             return
         with checkpoint.as_directory() as folder:
+            try:
+                check(Folder.open(folder), called=checkpoint.path)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    [f"{line}; the same command, started again, passes it over" for line in error.problems]
+                ) from error
             yield Path(folder)
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
@@ -167,12 +215,7 @@ class RayCheckpoints:
         )
 
 
-def _scored(entry: tuple[ray_train.Checkpoint, dict[str, Any]]) -> bool:
-    checkpoint, _ = entry
-    return Folder(checkpoint.filesystem, checkpoint.path, checkpoint.path).has(METRICS_FILE)
-
-
-def _cause(error: TrainingFailedError) -> str:
+def _cause(error: TrainingFailedError | RayActorError) -> str:
     """A user's mistake whole, if a worker met one; else the last line of the first worker's error."""
     failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
     raised = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps what the worker raised

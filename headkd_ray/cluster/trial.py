@@ -16,6 +16,7 @@ from headkd_ray.cluster.population import copied, member, plant, save_for_others
 from headkd_ray.cluster.train import with_absolute_paths
 from headkd_ray.engine.cost import inference_cost
 from headkd_ray.engine.log import Record, Sink
+from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import StoppedError, TrainingError, UserError
 from headkd_ray.job import Job
 from headkd_ray.search.records import SearchFolder, Trial
@@ -147,13 +148,15 @@ class PopulationReport:
     def __init__(self, trial: Trial, job: Job, metric: str) -> None:
         self.trial, self.job, self.metric = trial, job, metric
         self.waiting: Record | None = None
+        self.scratch = Scratch()
 
     def __call__(self, record: Record) -> None:
         told, self.waiting = self.waiting, record if "val" in record else None
         if told is None or told["val"][self.metric] is None:
             return
-        folder = save_for_others(self.trial, self.job, told)
+        folder = self.scratch.folder()
         try:
+            save_for_others(self.trial, self.job, told, folder)
             tune.report(
                 {TIME: int(told["epoch"]), self.metric: told["val"][self.metric]},
                 checkpoint=tune.Checkpoint.from_directory(folder),

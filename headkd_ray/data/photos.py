@@ -175,7 +175,7 @@ class Tally:
         return lines
 
     def _depth_warnings(self, options: PhotoOptions) -> list[str]:
-        lie = f"16-bit images: the values of {self.deep} lie between {self.low} and {self.high}"
+        lie = f"16-bit images: the values of {_count(self.deep)} lie between {self.low} and {self.high}"
         if options.value_range is None:
             if not self.deep or self.high - self.low >= 2**15:
                 return []
@@ -191,5 +191,9 @@ class Tally:
         return []
 
 
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
+
+
 def _images(count: int) -> str:
-    return "1 image is" if count == 1 else f"{count} images are"
+    return f"{_count(count)} {'is' if count == 1 else 'are'}"

@@ -8,6 +8,7 @@ scale with the *rounded* sides. Interpolation is antialiased bilinear on uint8 (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,19 @@ def view_size(height: int, width: int, view: View) -> tuple[int, int]:
     """Height and width in pixels of an image of (height, width) under ``view``."""
     scale = min(view.short_side / min(height, width), view.long_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def extreme_sizes(spec: DataSpec, heights: NDArray[np.int32], widths: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """The lowest, narrowest, tallest and widest views of images of these sizes, as (height, width) with the padding.
+
+    Args:
+        heights, widths: of the images, in pixels; views in training and at evaluation count.
+    """
+    images = np.unique(np.stack([heights, widths], axis=1), axis=0).tolist()
+    views = [View(short_side, spec.long_side) for short_side in sorted({*spec.short_side, spec.eval_short_side})]
+    shown = (view_size(height, width, view) for height, width in images for view in views)
+    sizes = {(-(-height // spec.pad) * spec.pad, -(-width // spec.pad) * spec.pad) for height, width in shown}
+    return sorted({pick(sizes, key=itemgetter(axis)) for pick in (min, max) for axis in (0, 1)})
 
 
 def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

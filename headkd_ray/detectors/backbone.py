@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Format
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
@@ -79,25 +81,51 @@ class Backbone(nn.Module):
 
 
 def _body(spec: BackboneSpec) -> nn.Module:
-    kwargs: dict[str, Any] = dict(spec.kwargs)
-    if spec.leaky_slope is not None:
-        kwargs["act_layer"] = partial(nn.LeakyReLU, negative_slope=spec.leaky_slope)
-    pretrained = spec.weights == "timm"
     if not timm.is_model(spec.name.split(".")[0]):
         near = difflib.get_close_matches(spec.name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise JobError(f"backbone.name: timm has no model {spec.name!r}{hint}")
     try:
-        if spec.name.startswith("mobilenetv2") and {"channels", "layers", "stem_width", "head_width"} & kwargs.keys():
-            return mobilenet_v2(features_only=not spec.final_conv, **kwargs)
-        if spec.final_conv:
-            return timm.create_model(spec.name, pretrained=pretrained, num_classes=0, **kwargs)
-        if spec.name.startswith("resnet") and "stem_width" in kwargs:
-            net: Any = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
-            return set_plain_stem(net, kwargs["stem_width"], kwargs.get("act_layer", nn.ReLU))
-        return timm.create_model(spec.name, pretrained=pretrained, features_only=True, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # OSError: weights that it cannot download
-        raise JobError(f"backbone: timm cannot build {spec.name} with {kwargs}: {error}") from error
+        return _created(spec, spec.kwargs)
+    except Exception as error:  # timm's models raise anything for arguments that they cannot take
+        key, given = _culprit(spec)
+        raise JobError(f"{key}: timm cannot build {spec.name}{given} ({type(error).__name__}: {error})") from error
+
+
+def _created(spec: BackboneSpec, kwargs: Mapping[str, Any]) -> nn.Module:
+    """timm's feature extractor with ``kwargs`` in the place of the spec's. Raises whatever timm raises."""
+    arguments: dict[str, Any] = dict(kwargs)
+    if spec.leaky_slope is not None:
+        arguments["act_layer"] = partial(nn.LeakyReLU, negative_slope=spec.leaky_slope)
+    pretrained = spec.weights == "timm"
+    if spec.name.startswith("mobilenetv2") and {"channels", "layers", "stem_width", "head_width"} & kwargs.keys():
+        return mobilenet_v2(features_only=not spec.final_conv, **arguments)
+    if spec.final_conv:
+        return timm.create_model(spec.name, pretrained=pretrained, num_classes=0, **arguments)
+    if spec.name.startswith("resnet") and "stem_width" in arguments:
+        net: Any = timm.create_model(spec.name, pretrained=pretrained, **arguments)
+        return set_plain_stem(net, arguments["stem_width"], arguments.get("act_layer", nn.ReLU))
+    return timm.create_model(spec.name, pretrained=pretrained, features_only=True, **arguments)
+
+
+def shapes_of(spec: BackboneSpec, kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the parameters of timm's model with ``kwargs``, without memory for them; None if timm cannot build it."""
+    try:
+        with torch.device("meta"):
+            body = _created(spec.replace({"weights": "none"}), kwargs)
+    except Exception:  # as above
+        return None
+    return {name: tuple(parameter.shape) for name, parameter in body.named_parameters()}
+
+
+def _culprit(spec: BackboneSpec) -> tuple[str, str]:
+    """The key without which timm builds the model, and its value for a message; the section's if it is no single key."""
+    if shapes_of(spec, spec.kwargs) is not None:
+        return "backbone.weights", ""  # it is the weights that timm cannot get
+    for name, value in spec.kwargs.items():
+        if shapes_of(spec, {other: spec.kwargs[other] for other in spec.kwargs if other != name}) is not None:
+            return f"backbone.kwargs.{name}", f" with {value!r}"
+    return ("backbone.kwargs", f" with {spec.kwargs}") if spec.kwargs else ("backbone.name", "")
 
 
 def _stride_in_1x1(body: nn.Module, name: str) -> None:

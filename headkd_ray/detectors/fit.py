@@ -10,10 +10,17 @@ from headkd_ray.errors import CheckpointError
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
-    """Load ``tensors``, named as in ``module``; CheckpointError listing every missing, unexpected or misshapen tensor.
+    """Load ``tensors`` into ``module`` if they fit it; raises as :func:`check_fit` does."""
+    check_fit(module, tensors, source, origin)
+    module.load_state_dict({**module.state_dict(), **tensors})
 
-    ``origin`` maps a name to what it is called in the file, for messages. Only BatchNorm's ``num_batches_tracked`` may be
-    missing: frozen BatchNorms do not have it, and nothing here reads it.
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
+    """Raise CheckpointError listing every missing, unexpected or misshapen tensor, unless ``tensors`` fit ``module``.
+
+    Their names are those in ``module``, which may be on the meta device; ``origin`` maps a name to what it is called in the
+    file, for messages. Only BatchNorm's ``num_batches_tracked`` may be missing: frozen BatchNorms do not have it, and nothing
+    here reads it.
     """
     origin = origin or {}
     own = module.state_dict()
@@ -26,7 +33,6 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: M
     ]
     if problems:
         raise CheckpointError(problems, headline=f"{source}: {len(problems)} tensors do not fit the model")
-    module.load_state_dict({**own, **tensors})
 
 
 def _shape(tensor: Tensor) -> str:

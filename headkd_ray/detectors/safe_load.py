@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from headkd_ray.errors import CheckpointError
 
@@ -48,12 +46,17 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    mistaken = mistaken_for(path)
+    if mistaken is not None:
+        raise CheckpointError(f"{path}: not a readable weight file: it is {mistaken}")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         with torch.serialization.safe_globals(_allowed()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "invalid load key" in str(error):  # no pickle at all
+            raise CheckpointError(f"{path}: not a readable weight file: torch.save did not write it") from error
         # Not torch's own words: they say how to load it all the same.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
@@ -71,20 +74,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def state_dict_of(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors by name and the ``meta`` of a file's ``content``, whichever way it is wrapped.
-
-    Known wrappings: none; {"state_dict": ...} (mmdet, mmcls); {"model": ...} (torchvision's reference scripts); a ``module.``
-    prefix (DDP). Raises CheckpointError if there are no tensors.
-    """
-    meta = content.get("meta")
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise CheckpointError(f"{source}: holds no tensors")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state, dict(meta) if isinstance(meta, Mapping) else {}
+def mistaken_for(path: Path, may_be_json: bool = False) -> str | None:
+    """What the file is, in words, if it is one of the things that often stand in a downloaded file's place; else None."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer and not the file that it stands for; run git lfs pull in the repository that it came from"
+    if start.startswith(b"\x1f\x8b"):
+        return "a compressed archive (gzip); unpack it first"
+    text = start.decode("utf-8", errors="ignore").lstrip()
+    if not all(letter.isprintable() or letter.isspace() for letter in text):
+        return None
+    if re.match(r"<(!doctype|html|head|\?xml)", text, re.IGNORECASE):
+        return "a web page (HTML), as an address that asks for a login or a click gives; download the file itself"
+    return "JSON text" if text.startswith(("{", "[")) and not may_be_json else None

@@ -53,12 +53,12 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     """
     cluster = job.cluster
     if cluster.workers != 0 and cluster.threads_per_worker is None:  # as a worker on Ray takes it
-        cluster = cluster.model_copy(update={"threads_per_worker": max(1, int(cluster.cpus_per_worker))})
+        cluster = cluster.replace({"threads_per_worker": max(1, int(cluster.cpus_per_worker))})
     world = World.here(cluster)
     count = WARM_UP + steps
     # One rank and one window, so that no image is read that is not shown.
-    window = job.data.model_copy(update={"shuffle_window": count * job.data.batch_size})
-    sample = job.model_copy(update={"data": window, "cluster": cluster.model_copy(update={"workers": 0})})
+    window = count * job.data.batch_size
+    sample = job.replace({"cluster": cluster, "cluster.workers": 0, "data.shuffle_window": window})
     streams = Streams(sample, world, train, val, _one_by_one)
     with _Watch(world) as decoding, streams.train(first=0) as stream:
         batches = [batch for batch in islice(stream, count) if not batch.idle]
@@ -93,11 +93,11 @@ class _TimedLearner:
     def __init__(self, job: Job, classes: tuple[str, ...], world: World) -> None:
         loaded = load_teacher(job, classes)
         detector = None if loaded is None else loaded.detector
-        still = job.optim.model_copy(update={"lr": 1e-9, "accumulate": 1})  # as much work as any rate, and no loss explodes
-        self.job, self.world = job.model_copy(update={"optim": still}), world
+        # As much work as any learning rate, and no loss explodes.
+        self.job, self.world = job.replace({"optim.lr": 1e-9, "optim.accumulate": 1}), world
         apart = job
         if job.teacher is not None:  # placed in a pool, the teacher is not the training model's
-            apart = job.model_copy(update={"teacher": job.teacher.model_copy(update={"placement": "pool"})})
+            apart = job.replace({"teacher.placement": "pool"})
         model = build_training_model(apart, len(classes), detector, steps_per_epoch=1)
         self.learner = build_learner(self.job, model, world.device, job.data.batch_size, steps_per_epoch=1)
         self.frozen = self.soft = None

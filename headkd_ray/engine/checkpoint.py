@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +13,15 @@ from typing import Any, Protocol
 import torch
 
 from headkd_ray.detectors.safe_load import read_file
+from headkd_ray.engine.files import read_json, writing
+from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import CheckpointError
 from headkd_ray.storage import Folder
 
 STATE_FILE = "training_state.pt"
 STUDENT_FOLDER = "student"
 METRICS_FILE = "metrics.json"
+CHECKSUMS_FILE = "checksums.json"
 LISTING = "checkpoints.json"
 SCORE = "AP"
 UNSCORED = -1.0
@@ -28,8 +31,18 @@ UNSCORED = -1.0
 class Checkpoints(Protocol):
     """Where the loop reports progress; every rank calls ``report`` equally often."""
 
+    notes: list[str]
+    """What to tell the user of the checkpoints that were found, one sentence each."""
+
+    def draft(self) -> Path:
+        """An empty local folder in which rank 0 writes its next checkpoint."""
+        ...
+
     def latest(self) -> Any:
-        """Context manager giving the latest complete checkpoint as a local folder (``Path``), or None at a fresh start."""
+        """Context manager giving the latest intact checkpoint as a local folder (``Path``), or None at a fresh start.
+
+        Raises CheckpointError if there are checkpoints and none of them is intact.
+        """
         ...
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
@@ -40,46 +53,159 @@ class Checkpoints(Protocol):
 class LocalCheckpoints:
     """Checkpoints of a run in this process: the latest and the best by AP stay, in ``<run>/checkpoints``.
 
+    If these are the same one, the one before stays, too: a run whose latest is damaged goes on from it.
+
     ``checkpoints.json`` lists the complete ones; it is replaced after the files are there, so that a checkpoint half written
-    when the process died is never chosen.
+    when the process died is never chosen. Listed ones that are gone are left out, and damaged ones are passed over.
     """
 
     def __init__(self, run: Folder) -> None:
+        """Raises CheckpointError if the listing is damaged."""
         self.folder = run / "checkpoints"
-        self.entries: list[dict[str, Any]] = json.loads(self.folder.read(LISTING)) if self.folder.has(LISTING) else []
+        self.scratch = Scratch()
+        self.notes: list[str] = []
+        self.entries = _listed(self.folder)
+
+    def draft(self) -> Path:
+        return self.scratch.folder()
 
     @contextmanager
     def latest(self) -> Iterator[Path | None]:
-        if not self.entries:
-            yield None
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            Folder.open(scratch).copy_from(self.folder / self.entries[-1]["name"])
-            yield Path(scratch)
+        problems: list[str] = []
+        copy: Path | None = None
+        while self.entries and copy is None:
+            name = self.entries[-1]["name"]
+            copy = self.scratch.folder()
+            try:
+                if not (self.folder / name).has(STATE_FILE):
+                    raise CheckpointError(f"{self.folder.named(name)}: is gone")
+                Folder.open(copy).copy_from(self.folder / name)
+                check(Folder.open(copy), called=self.folder.named(name))
+                if not (copy / CHECKSUMS_FILE).exists():  # of an earlier version: that it can be read is all that can be asked
+                    load_state(copy)
+            except CheckpointError as error:
+                problems += error.problems
+                self.entries.pop()
+                shutil.rmtree(copy)
+                copy = None
+        if problems and copy is None:
+            raise none_intact(self.folder, problems)
+        if problems:
+            self.notes += [*problems, f"going on from the checkpoint before, {self.entries[-1]['name']}"]
+        try:
+            yield copy
+        finally:
+            if copy is not None:
+                shutil.rmtree(copy)
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
+        """Raises DiskError if it cannot be written; those before stay."""
         assert folder is not None, "a single process is rank 0"
+        place = self.folder / name
         try:
-            (self.folder / name).remove()  # what a killed predecessor may have left half written
-            (self.folder / name).copy_from(Folder.open(folder))
+            with writing(place.uri, "run.storage"):
+                place.remove()  # what a killed predecessor may have left half written
+                try:
+                    place.copy_from(Folder.open(folder))
+                except OSError:
+                    place.remove()  # half of it is of no use, and takes room
+                    raise
         finally:
             shutil.rmtree(folder)
         self.entries = [entry for entry in self.entries if entry["name"] != name] + [{"name": name, "score": metrics[SCORE]}]
-        keep = {self.entries[-1]["name"], self.best()}
+        latest, *others = [entry["name"] for entry in reversed(self.entries)]
+        best = self.ranking()[0]
+        keep = {latest, best if best != latest or not others else others[0]}
         dropped = [entry["name"] for entry in self.entries if entry["name"] not in keep]
         self.entries = [entry for entry in self.entries if entry["name"] in keep]
-        self.folder.write(LISTING, json.dumps(self.entries, indent=1).encode())
+        with writing(self.folder.named(LISTING), "run.storage"):
+            self.folder.write(LISTING, json.dumps(self.entries, indent=1).encode())
         for old in dropped:
             (self.folder / old).remove()
 
-    def best(self) -> str | None:
-        """Name of the checkpoint with the highest AP, the later one of equals; None at first."""
-        return max(reversed(self.entries), key=lambda entry: entry["score"])["name"] if self.entries else None
+    def ranking(self) -> list[str]:
+        """Names of the checkpoints, the highest AP first, the later one of equals."""
+        order = sorted(range(len(self.entries)), key=lambda place: (self.entries[place]["score"], place), reverse=True)
+        return [self.entries[place]["name"] for place in order]
+
+
+def _listed(folder: Folder) -> list[dict[str, Any]]:
+    if not folder.has(LISTING):
+        return []
+    mend = f"restore it, or delete {folder.uri} to train the run from the start"
+    entries = read_json(folder, LISTING, CheckpointError, mend, list)
+    for entry in entries:
+        if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("score"), int | float)):
+            raise CheckpointError(f"{folder.named(LISTING)}: {entry!r} is not a checkpoint's name and score; {mend}")
+    return entries
+
+
+def none_intact(folder: Folder, problems: list[str]) -> CheckpointError:
+    """The error of a run whose checkpoints are all gone or damaged."""
+    return CheckpointError(
+        [*problems, f"none is left to go on from; restore one, or delete {folder.uri} to train the run from the start"],
+        headline=f"{folder.uri}: no checkpoint can be used:",
+    )
+
+
+def seal(folder: Path) -> None:
+    """Complete a checkpoint: write the checksums of its files, by which ``check`` finds damage.
+
+    Raises DiskError if there is no room.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+    sums = {path.relative_to(folder).as_posix(): _sha256(Folder.open(path.parent), path.name) for path in files}
+    with writing(str(folder / CHECKSUMS_FILE), "TMPDIR"):
+        (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1))
+
+
+def check(folder: Folder, called: str | None = None, under: str = "") -> None:
+    """Compare a checkpoint's files with their checksums.
+
+    Args:
+        called: what errors call the folder, if it is a copy of another.
+        under: compare only files whose names start with this.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written. (One of an earlier version, without checksums, is
+            accepted.)
+    """
+    called = called or folder.uri
+    if not folder.has(CHECKSUMS_FILE):
+        return
+    sums = read_json(folder, CHECKSUMS_FILE, CheckpointError, "the checkpoint is damaged", called=called)
+    for name, expected in sums.items():
+        if not name.startswith(under):
+            continue
+        if not folder.has(name):
+            raise CheckpointError(f"{called}/{name}: is missing")
+        if _sha256(folder, name) != expected:
+            raise CheckpointError(f"{called}/{name}: is damaged: its content is not what was written")
+
+
+def first_intact(candidates: Iterable[Folder]) -> tuple[Folder, list[str]]:
+    """The first evaluated checkpoint whose student and metrics are intact, and a sentence about each that is passed over.
+
+    Raises CheckpointError if there is none.
+    """
+    problems: list[str] = []
+    for folder in candidates:
+        if not folder.has(METRICS_FILE):
+            continue
+        try:
+            for part in (STUDENT_FOLDER, METRICS_FILE):
+                check(folder, under=part)
+            return folder, problems
+        except CheckpointError as error:
+            problems += error.problems
+    raise CheckpointError([*problems, "no evaluated checkpoint of the run is intact; choose another run.name"])
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the training state (nested dicts and lists of tensors and plain values)."""
-    torch.save(state, folder / STATE_FILE)
+    """Write the training state (nested dicts and lists of tensors and plain values). Raises DiskError."""
+    path = folder / STATE_FILE
+    with writing(str(path), "TMPDIR"), path.open("wb") as file:  # of a path that torch opens itself no cause would be told
+        torch.save(state, file)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -91,4 +217,19 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         return read_file(folder / STATE_FILE)
     except CheckpointError as error:
-        raise CheckpointError(f"unreadable training state: {error}; start a new run.name or delete this checkpoint") from error
+        raise CheckpointError(f"unreadable training state: {error}; choose another run.name") from error
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    """A checkpoint's metrics; nothing for one that was not evaluated. Raises CheckpointError."""
+    if not (folder / METRICS_FILE).exists():
+        return {}
+    return read_json(Folder.open(folder), METRICS_FILE, CheckpointError, "the checkpoint is damaged")
+
+
+def _sha256(folder: Folder, name: str) -> str:
+    digest = hashlib.sha256()
+    with folder.fs.open_input_file(folder.at(name)) as file:
+        while chunk := file.read(16 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -27,9 +27,9 @@ def inference_cost(job: Job) -> dict[str, float]:
     """
     world = World.here(job.cluster)
     classes = ShardSet.open(job.data.val).meta.classes
-    backbone = job.student.backbone.model_copy(update={"weights": "none"})
+    spec = job.student.replace({"backbone.weights": "none"})
     with torch.random.fork_rng(devices=[]):
-        student = build_detector(job.student.model_copy(update={"backbone": backbone}), len(classes)).to(world.device).eval()
+        student = build_detector(spec, len(classes)).to(world.device).eval()
     size = [-(-side // job.data.pad) * job.data.pad for side in (job.data.eval_short_side, job.data.long_side)]
     image = torch.full((1, 3, *size), 114, dtype=torch.uint8, device=world.device)
     sizes = torch.tensor([size], device=world.device)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from headkd_ray.detectors.weights import LoadedDetector, load_checkpoint
+from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes, load_checkpoint
 from headkd_ray.errors import CheckpointError
 from headkd_ray.storage import Folder
 
 
-def fetch_detector(place: str) -> LoadedDetector:
+def fetch_detector(place: str, all_outputs: bool = False) -> LoadedDetector:
     """``load_checkpoint`` for a path or a URI; what is remote is copied to a temporary folder first.
+
+    Args:
+        all_outputs: keep outputs of classes named "N/A", too, which torchvision's COCO models have and nobody wants to detect.
 
     Raises:
         CheckpointError: missing, unreadable, or as ``load_checkpoint`` raises it.
     """
+    loaded = _fetch(place)
+    return loaded if all_outputs else drop_unused_classes(loaded)
+
+
+def _fetch(place: str) -> LoadedDetector:
     folder, name = Folder.of_file(place, CheckpointError)
     if not folder.remote:
         return load_checkpoint(folder.at(name) if "://" in place else place)

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import LocalCheckpoints
 from headkd_ray.engine.log import Record, Sink
-from headkd_ray.engine.loop import fit
+from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import RunLog, finish, open_run
-from headkd_ray.engine.stop import sigterm
+from headkd_ray.engine.stop import stop_signals
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
@@ -34,8 +34,7 @@ def train_here(job: Job, tell: Sink) -> Record:
 
             return sink
 
-        asked_to_stop = files.enter_context(sigterm())
+        asked_to_stop = files.enter_context(stop_signals())
         last = fit(job, world, streams, checkpoints, open_sink, asked_to_stop)
-    best = checkpoints.best()
-    assert best is not None, "the last epoch is always evaluated"
-    return finish(folder, checkpoints.folder / best, last)
+    ranking = [checkpoints.folder / name for name in checkpoints.ranking()]
+    return finish(folder, ranking, last, data_fingerprints(streams), tell)

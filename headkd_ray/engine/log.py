@@ -91,7 +91,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = (
-            [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            [line for line in path.read_text("utf-8", "replace").splitlines() if _step_of(line) <= resumed_step]
             if resumed_step and path.exists()
             else []
         )
@@ -109,10 +109,12 @@ class JsonLines:
 
 
 def _step_of(line: str) -> float:
+    """Infinite for a line that is no record: cut off by a kill, or damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class TensorBoard:
@@ -126,7 +128,9 @@ class TensorBoard:
     def __call__(self, record: Record) -> None:
         for name, value in _flatten(record):
             if name not in ("step", "epoch", "steps"):
-                self.writer.add_scalar(name, value, record["step"])
+                # Names of classes come from the user's data, where there are halves of characters, too.
+                tag = name.encode("utf-8", "backslashreplace").decode("utf-8")
+                self.writer.add_scalar(tag, value, record["step"])
         self.writer.flush()
 
     def close(self) -> None:

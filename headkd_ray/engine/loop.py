@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +17,20 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import build_training_model
-from headkd_ray.engine.checkpoint import METRICS_FILE, SCORE, STUDENT_FOLDER, UNSCORED, Checkpoints, load_state, save_state
+from headkd_ray.engine.checkpoint import (
+    METRICS_FILE,
+    SCORE,
+    STUDENT_FOLDER,
+    UNSCORED,
+    Checkpoints,
+    load_state,
+    save_state,
+    scores_of,
+    seal,
+)
 from headkd_ray.engine.coco import CocoMetrics
 from headkd_ray.engine.evaluate import evaluate
+from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.streams import Streams, in_order, on_device
@@ -52,6 +62,7 @@ def fit(
         TrainingError: the loss is not finite.
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
+        DiskError: a checkpoint or the log cannot be written.
         StoppedError: it was asked to stop before the end.
     """
     classes = streams.train_set.meta.classes
@@ -69,13 +80,15 @@ def fit(
     with checkpoints.latest() as folder:
         if folder is not None:
             restore(state, folder, order_key(streams))
-            last = json.loads((folder / METRICS_FILE).read_text()) if (folder / METRICS_FILE).exists() else {}
+            last = scores_of(folder)
     sink = open_sink(state.step) if world.rank == 0 else _nowhere
+    notes = list(checkpoints.notes)
     if teacher is not None and teacher.note is not None and state.step == 0:
-        sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": teacher.note})
+        notes.append(teacher.note)
     if state.step == 0:
-        for warning in streams.scoring.warnings:
-            sink({"step": 0, "steps": total_steps, "epoch": 0.0, "note": f"warning: {warning}"})
+        notes += [f"warning: {warning}" for warning in streams.scoring.warnings]
+    for note in notes:
+        sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
 
     state.ddp = DistributedDataParallel(model) if world.size > 1 else None
     ranks = [rank for _ in range(accumulate) for rank in streams.ranks]
@@ -154,11 +167,12 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
 
 def order_key(streams: Streams) -> dict[str, Any]:
     """What the images' order and the best checkpoint depend on besides the keys that cannot change in a resumed run."""
-    return {
-        "cluster.workers": streams.ranks_in_all,
-        "data.train": streams.train_set.meta.fingerprint,
-        "data.val": streams.val_set.meta.fingerprint,
-    }
+    return {"cluster.workers": streams.ranks_in_all, **data_fingerprints(streams)}
+
+
+def data_fingerprints(streams: Streams) -> dict[str, str]:
+    """The fingerprint of each split, by its job key."""
+    return {"data.train": streams.train_set.meta.fingerprint, "data.val": streams.val_set.meta.fingerprint}
 
 
 def validate(job: Job, world: World, streams: Streams, student: Detector) -> CocoMetrics:
@@ -200,13 +214,16 @@ def check_finite(record: Record) -> None:
 def keep(
     state: Learner, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None
 ) -> None:
-    """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics."""
+    """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics.
+
+    Raises DiskError if there is no room for it.
+    """
     name = f"step_{state.step:08d}"
     metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
     if world.rank != 0:
         checkpoints.report(name, metrics, None)
         return
-    folder = Path(tempfile.mkdtemp(prefix="headkd-checkpoint-"))
+    folder = checkpoints.draft()
     save(state, folder, order_key(streams))
     meta = {
         "method": job.method,
@@ -222,9 +239,11 @@ def keep(
             **{name: version(name) for name in ("torch", "torchvision", "timm")},
         },
     }
-    save_detector(folder / STUDENT_FOLDER, state.student, streams.train_set.meta.classes, meta)
-    if scored is not None:
-        (folder / METRICS_FILE).write_text(json.dumps({"step": state.step, **scored.as_dict()}))
+    with writing(str(folder), "TMPDIR"):
+        save_detector(folder / STUDENT_FOLDER, state.student, streams.train_set.meta.classes, meta)
+        if scored is not None:
+            (folder / METRICS_FILE).write_text(json.dumps({"step": state.step, **scored.as_dict()}))
+    seal(folder)
     checkpoints.report(name, metrics, folder)
 
 

@@ -90,11 +90,10 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -
     model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1)
     if not placement.teacher:
         model = model.without_teacher()
-    still = job.optim.model_copy(update={"lr": 1e-9})  # as much work as any rate, and no loss explodes
-    job = job.model_copy(update={"optim": still})
+    job = job.replace({"optim.lr": 1e-9})  # as much work as any rate, and no loss explodes
     learner = build_learner(job, model, world.device, job.data.batch_size, steps_per_epoch=1)
     learner.soft_teacher = placement.asked
-    alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})  # plays its own rank only
+    alone = job.replace({"cluster.workers": 1})  # plays its own rank only
     streams = Streams(alone, world, shards, shards, placement.decode)
     waited = started = 0.0
     images = 0

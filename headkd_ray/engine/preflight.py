@@ -9,11 +9,13 @@ import torch
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.views import extreme_sizes
+from headkd_ray.detectors.backbone_trial import backbone_problems
 from headkd_ray.distill import build_training_model
 from headkd_ray.engine.run import check_run
 from headkd_ray.engine.scoring import scoring_of_job
-from headkd_ray.engine.teacher import load_teacher
-from headkd_ray.errors import UserError
+from headkd_ray.engine.teacher import Teacher, load_teacher
+from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
 from headkd_ray.teacher import open_cache
 
@@ -33,7 +35,9 @@ def preflight(job: Job) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], object]] = [lambda: check_run(job)]
+    checks: list[Callable[[], object]] = [
+        lambda: check_run(job, {f"data.{name}": split.meta.fingerprint for name, split in splits.items()})
+    ]
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}
@@ -55,5 +59,22 @@ def _build(job: Job, shards: ShardSet | None) -> None:
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
         build_training_model(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
+    if shards is not None:
+        _check_sizes(job, shards, teacher)
     if shards is not None and teacher is not None and job.teacher is not None and job.teacher.placement == "cache":
         open_cache(job, shards, teacher.detector).check()
+
+
+def _check_sizes(job: Job, shards: ShardSet, teacher: Teacher | None) -> None:
+    """Try the backbones on the smallest and the largest views of the job: many of timm's take images of one size alone.
+
+    Raises:
+        JobError: a backbone cannot take them.
+    """
+    sizes = extreme_sizes(job.data, shards.index.height, shards.index.width)
+    problems = [f"student.{problem}" for problem in backbone_problems(job.student.backbone, sizes)]
+    if teacher is not None and job.teacher is not None:
+        found = backbone_problems(teacher.detector.spec.backbone, sizes, changeable=False)
+        problems += [f"teacher.checkpoint ({job.teacher.checkpoint}): {problem}" for problem in found]
+    if problems:
+        raise JobError(problems)

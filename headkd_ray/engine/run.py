@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pydantic import ValidationError
 
-from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER
-from headkd_ray.engine.log import JsonLines, Record, TensorBoard
-from headkd_ray.errors import JobError, StorageError
+from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact
+from headkd_ray.engine.files import read_json, writing
+from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard
+from headkd_ray.engine.scratch import Scratch
+from headkd_ray.errors import CheckpointError, JobError, StorageError
 from headkd_ray.job import Job
 from headkd_ray.storage import LOCK_FILE, Folder, locked
+from headkd_ray.text import masked
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -26,6 +28,7 @@ RESULT_FILE = "result.json"
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Likewise of the teacher: where it is asked, not what it says.
 FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
+_MEND = "restore it, or choose another run.name"
 UPLOAD_SECONDS = 60
 """Between uploads of the log, where no checkpoint comes."""
 
@@ -34,12 +37,16 @@ def run_folder(job: Job) -> Folder:
     return Folder.open(job.run.storage) / job.run.name
 
 
-def check_run(job: Job) -> None:
+def check_run(job: Job, data: dict[str, str] | None = None) -> None:
     """Can the job start its run, or resume it? Leaves nothing behind.
 
+    Args:
+        data: fingerprint of each split by its key, data.train and data.val, as far as they could be read.
+
     Raises:
-        StorageError: run.storage is not writable, or no filesystem serves it.
-        JobError: a run of this name exists and was started with other keys (all differing keys are named).
+        StorageError: run.storage is not writable, no filesystem serves it, or the run's own files are damaged.
+        JobError: a run of this name exists and was started with other keys (all differing keys are named), or it has ended and
+            was trained with other data.
     """
     try:
         folder = run_folder(job)
@@ -48,7 +55,7 @@ def check_run(job: Job) -> None:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
         return
-    before, after = (_flatten(keys) for keys in (_recorded(folder), job.model_dump(mode="json")))
+    before, after = (_flatten(keys) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
     differing = [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
@@ -57,8 +64,17 @@ def check_run(job: Job) -> None:
         and key.split(".")[0] not in FREE_SECTIONS
         and not key.startswith(("run.storage", *FREE_KEYS))
     ]
-    workers = before["cluster.workers"], job.cluster.workers
-    if bool(workers[0]) != bool(workers[1]) and not folder.has(RESULT_FILE):
+    result = finished(folder)
+    if result is not None:
+        trained = result.get("data", {})  # missing in results of earlier versions
+        differing += [
+            f"{key}: the run {folder.uri} has ended, and was trained with other data (fingerprint {str(trained[key])[:12]}) "
+            f"than this is now ({now[:12]}); choose another run.name"
+            for key, now in (data or {}).items()
+            if trained.get(key, now) != now
+        ]
+    workers = before.get("cluster.workers"), job.cluster.workers
+    if bool(workers[0]) != bool(workers[1]) and result is None:
         differing.append(
             f"cluster.workers: the run {folder.uri} was started with {workers[0]}, now {workers[1]}; checkpoints of runs "
             "without Ray (0) and with it are not the same: keep the old value to resume it, or choose another run.name"
@@ -68,38 +84,69 @@ def check_run(job: Job) -> None:
 
 
 def _recorded(folder: Folder) -> dict[str, Any]:
-    """The job that the run was started with; keys that are newer than the run have their default."""
-    keys = json.loads(folder.read(JOB_FILE))
+    """The job that the run was started with; keys that are newer than the run have their default. Raises StorageError."""
+    keys = json.loads(masked(json.dumps(read_json(folder, JOB_FILE, StorageError, _MEND))))  # an older version masked nothing
     try:
         return Job.model_validate(keys).model_dump(mode="json")
     except ValidationError:  # it has keys that are no more, which is told key by key
         return keys
 
 
+def _as_recorded(job: Job) -> str:
+    """The job as job.json has it: without the secrets of signed addresses."""
+    return masked(json.dumps(job.model_dump(mode="json"), indent=1))
+
+
 def open_run(job: Job) -> Folder:
     """The run's folder, made if it is new; ``check_run`` has passed."""
     folder = run_folder(job)
     if not folder.has(JOB_FILE):
-        folder.create()
-        folder.write(JOB_FILE, json.dumps(job.model_dump(mode="json"), indent=1).encode())
+        with writing(folder.named(JOB_FILE), "run.storage"):
+            folder.create()
+            folder.write(JOB_FILE, _as_recorded(job).encode())
     return folder
 
 
 def finished(folder: Folder) -> Record | None:
-    """The result of a run that ended, else None."""
-    return json.loads(folder.read(RESULT_FILE)) if folder.has(RESULT_FILE) else None
+    """The result of a run that ended, else None. Raises StorageError if it is damaged."""
+    if not folder.has(RESULT_FILE):
+        return None
+    result = read_json(folder, RESULT_FILE, StorageError, f"{_MEND}; deleted, the run is resumed and writes it again")
+    kinds = {"best": dict, "last": dict, "student": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]
+    if wrong or not isinstance(result.get("data", {}), dict):
+        raise StorageError(
+            f"{folder.named(RESULT_FILE)}: {', '.join(wrong or ['data'])} is missing or damaged; delete the file, and the same "
+            "command writes it again"
+        )
+    return result
 
 
-def finish(folder: Folder, best: Folder, last: Record) -> Record:
-    """Promote the best checkpoint's student to ``<run>/student``; write ``result.json``, last: its presence says 'ended'."""
+def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, str], tell: Sink) -> Record:
+    """Promote the best checkpoint's student to ``<run>/student``; write ``result.json``, last: its presence says 'ended'.
+
+    Args:
+        ranking: the run's checkpoints, the best first. One that is damaged is passed over.
+        data: fingerprint of each split by its key.
+        tell: takes a note about each checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: none is intact.
+        DiskError: there is no room for the student.
+    """
+    best, problems = first_intact(ranking)
+    for problem in problems:
+        tell({"step": last["step"], "steps": last["step"], "note": f"{problem}; its student is passed over"})
     student = folder / STUDENT_FOLDER
-    student.copy_from(best / STUDENT_FOLDER)
-    result = {
-        "best": json.loads(best.read(METRICS_FILE)),
-        "last": last,
-        "student": student.address,
-    }
-    folder.write(RESULT_FILE, json.dumps(result, indent=1).encode())
+    with writing(student.uri, "run.storage"):
+        student.copy_from(best / STUDENT_FOLDER)
+        result = {
+            "best": read_json(best, METRICS_FILE, CheckpointError, "the checkpoint is damaged"),
+            "last": last,
+            "student": student.address,
+            "data": data,
+        }
+        folder.write(RESULT_FILE, masked(json.dumps(result, indent=1)).encode())
     return result
 
 
@@ -113,7 +160,8 @@ def only_one(run: Folder) -> Iterator[None]:
         JobError: another process is training it.
     """
     if not run.remote:
-        run.create()
+        with writing(run.uri, "run.storage"):
+            run.create()
     busy = JobError(f"run.name: another process is training {run.uri}; wait for it, end it, or choose another run.name")
     with locked(run, busy):
         try:
@@ -137,27 +185,33 @@ class RunLog:
         self.checkpoint_every = checkpoint_every
         self.due = False
         self.uploaded = time.monotonic()
-        self.scratch = tempfile.TemporaryDirectory() if run.remote else None
-        local = Path(run.path if self.scratch is None else self.scratch.name)
-        if self.scratch is not None and resumed_step and run.has("log.jsonl"):
-            (local / "log.jsonl").write_bytes(run.read("log.jsonl"))
-        self.sinks: list[JsonLines | TensorBoard] = [JsonLines(local / "log.jsonl", resumed_step)]
-        if tensorboard:
-            self.sinks.append(TensorBoard(local / "tensorboard", resumed_step))
+        self.scratch = Scratch() if run.remote else None
+        self.local = Path(run.path) if self.scratch is None else self.scratch.folder()
+        with self._writing():
+            if self.scratch is not None and resumed_step and run.has("log.jsonl"):
+                (self.local / "log.jsonl").write_bytes(run.read("log.jsonl"))
+            self.sinks: list[JsonLines | TensorBoard] = [JsonLines(self.local / "log.jsonl", resumed_step)]
+            if tensorboard:
+                self.sinks.append(TensorBoard(self.local / "tensorboard", resumed_step))
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for sink in self.sinks:
-            sink.close()
+        with suppress(StorageError, OSError) if error is not None else nullcontext():  # the first error is the one to tell
+            with self._writing():
+                for sink in self.sinks:
+                    sink.close()
+            if self.scratch is not None:
+                self._upload()
         if self.scratch is not None:
-            with self.scratch, suppress(StorageError) if error is not None else nullcontext():
-                self._upload(self.scratch.name)
+            self.scratch.close()
 
     def __call__(self, record: Record) -> None:
-        for sink in self.sinks:
-            sink(record)
+        """Raises DiskError if the record cannot be written: the log is the user's, and a run without one is of little use."""
+        with self._writing():
+            for sink in self.sinks:
+                sink(record)
         every = self.checkpoint_every
         self.due = record["epoch"] == int(record["epoch"]) or (every is not None and record["step"] % every == 0)
 
@@ -165,10 +219,13 @@ class RunLog:
         """Upload, if the storage is remote: before each checkpoint, so that a run that resumes from it lacks no record; else at
         most every UPLOAD_SECONDS, for each upload is of everything."""
         if self.scratch is not None and (self.due or time.monotonic() - self.uploaded > UPLOAD_SECONDS):
-            self._upload(self.scratch.name)
+            self._upload()
 
-    def _upload(self, local: str) -> None:
-        self.run.copy_from(Folder.open(local))
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(str(self.local / "log.jsonl"), "run.storage" if self.scratch is None else "TMPDIR")
+
+    def _upload(self) -> None:
+        self.run.copy_from(Folder.open(self.local))
         self.due, self.uploaded = False, time.monotonic()
 
 

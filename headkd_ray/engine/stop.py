@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, as ``ray job stop``, Kubernetes and Slurm send it, means finish the step and keep it."""
+"""Being asked to stop: SIGTERM, which ``ray job stop``, Kubernetes and Slurm send, and Ctrl-C: finish the step, keep it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-NOTICE = b"SIGTERM: stopping after this step, with a checkpoint; another SIGTERM ends the run at once\n"
+from headkd_ray.errors import StoppedError
+
+SIGNALS = {signal.SIGTERM: b"SIGTERM", signal.SIGINT: b"Ctrl-C"}
+NOTICE = b": stopping after this step, with a checkpoint; once more ends the run at once\n"
 
 
 @contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGTERM only makes the function that this gives return True; a second one does what it did before.
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within, the first SIGTERM or Ctrl-C only makes the function that this gives return True; the next does what it did.
 
-    In a thread that is not the main one, which cannot take signals, the function always returns False.
+    A StoppedError that leaves the context says which signal it was. In a thread that is not the main one, which cannot take
+    signals, the function always returns False.
     """
-    asked = threading.Event()
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
 
     def take(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, before)
-        os.write(2, NOTICE)  # print is not safe here: the signal may come while it prints
+        asked.append(number)
+        restore()
+        os.write(2, SIGNALS[signal.Signals(number)] + NOTICE)  # print is not safe here: the signal may come while it prints
 
-    before = signal.signal(signal.SIGTERM, take)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, take) for number in SIGNALS}
     try:
-        yield asked.is_set
+        yield lambda: bool(asked)
+    except StoppedError as stopped:
+        stopped.signal = asked[0] if asked else stopped.signal
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()

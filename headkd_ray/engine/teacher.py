@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headkd_ray.data.classes import difference, listed
+from headkd_ray.data.classes import listed
 from headkd_ray.detectors import Detector
-from headkd_ray.detectors.weights import drop_unused_classes, with_classes
+from headkd_ray.detectors.weights import with_classes
 from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.errors import CheckpointError, DataError
+from headkd_ray.errors import CheckpointError
 from headkd_ray.job import Job
 
 
@@ -39,18 +39,16 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     the class names, and classes that the teacher does not know start fresh.
 
     Args:
-        classes: the data's; the teacher's must include all of them or be among them. None = take the teacher's.
+        classes: the data's; None = take the teacher's.
 
     Raises:
         CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs,
             ``build_training_model`` knows.)
-        DataError: its classes are neither a superset nor a subset of the data's.
     """
     if job.teacher is None:
         return None
-    loaded = fetch_detector(job.teacher.checkpoint)
-    if job.teacher.classes is None:
-        loaded = drop_unused_classes(loaded)  # torchvision's COCO models name unused ones
+    # teacher.classes names all outputs, unused ones too.
+    loaded = fetch_detector(job.teacher.checkpoint, all_outputs=job.teacher.classes is not None)
     names = job.teacher.classes or loaded.classes
     if names is None:
         raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in order in teacher.classes")
@@ -59,19 +57,17 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
             f"{job.teacher.checkpoint}: has {loaded.detector.num_classes} classes, but teacher.classes names {len(names)}"
         )
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
-    notes = [f"warning: the teacher is a {job.student.kind} like the student; HEAD lives on other kinds"] if own_kind else []
+    notes = list(loaded.notes)
+    notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD lives on other kinds"] if own_kind else []
     if classes is None or classes == names:
         return Teacher(loaded.detector, "; ".join(notes) or None)
-    who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
-    if not (set(names) >= set(classes) or set(names) <= set(classes)):
-        raise DataError(
-            f"{who} has {len(names)} classes, {data} has {len(classes)}; {difference(data, classes, who, names)}; "
-            "a teacher must know all classes of the data, or only such classes"
-        )
     fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
+    spelled = {name.casefold(): name for name in unused}
+    alike = [f"{name!r} (the teacher's {spelled[name.casefold()]!r})" for name in fresh if name.casefold() in spelled]
     notes += [
         f"teacher: its head's outputs follow the data's class names ({len(classes) - len(fresh)} of {len(classes)} matched)",
         *([f"fresh, for the teacher does not know them: {listed(fresh)}"] if fresh else []),
+        *([f"warning: different in letter case alone, and so not matched: {', '.join(alike)}"] if alike else []),
         *([f"left out, for the data does not have them: {listed(unused)}"] if unused else []),
     ]
     return Teacher(with_classes(replace(loaded, classes=names), classes).detector, "; ".join(notes))

@@ -187,7 +187,7 @@ def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tenso
     truth = golden.truth(sizes)
     run.features = student.features(x)
     outputs = student.rpn(run.features)
-    student.rpn.spec = student.rpn.spec.model_copy(update={"sampler": ALL})
+    student.rpn.spec = student.rpn.spec.replace({"sampler": ALL})
     losses, run.notes = own_losses(golden, x, _FASTER_LOSSES, student.rpn, lambda: student.rpn.losses(outputs, truth))
     proposals = student.rpn.proposals(outputs, sizes)
     scores = [m.sigmoid().detach() for m in outputs.logits]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeFloat
-
 from headkd_ray.job.detector import FCOSHeadSpec, RetinaHeadSpec
+from headkd_ray.job.numbers import Weight
 from headkd_ray.job.parts import Spec
 from headkd_ray.job.two_stage import RoIHeadSpec
 
@@ -14,9 +13,9 @@ class FCOSAssistantSpec(Spec):
 
     head: FCOSHeadSpec = FCOSHeadSpec()
     """The head."""
-    gt_weight: NonNegativeFloat = 0.5
+    gt_weight: Weight = 0.5
     """Weight of its ground-truth losses (class, box, centerness)."""
-    ckd_weight: NonNegativeFloat = 1.0
+    ckd_weight: Weight = 1.0
     """Weight of the CKD term: its last classification conv teaches the student's, through one 1x1 conv for all levels."""
 
 
@@ -25,9 +24,9 @@ class RetinaAssistantSpec(Spec):
 
     head: RetinaHeadSpec = RetinaHeadSpec()
     """The head."""
-    gt_weight: NonNegativeFloat = 1.0
+    gt_weight: Weight = 1.0
     """Weight of its ground-truth losses (class, box)."""
-    ckd_weight: NonNegativeFloat = 1.0
+    ckd_weight: Weight = 1.0
     """Weight of the CKD term: its last classification conv teaches the student's, through one 1x1 conv for all levels."""
 
 
@@ -36,9 +35,9 @@ class RCNNAssistantSpec(Spec):
 
     head: RoIHeadSpec = RoIHeadSpec()
     """The head; its sampler draws the RoIs."""
-    gt_weight: NonNegativeFloat = 1.0
+    gt_weight: Weight = 1.0
     """Weight of its ground-truth losses (class, box)."""
-    ckd_weight: NonNegativeFloat = 1.3
+    ckd_weight: Weight = 1.3
     """Weight of the CKD term: its last fully connected layer teaches the student's last classification conv at the cell that
     proposed the RoI."""
     decouple: bool = True

@@ -42,9 +42,12 @@ def problems(job: Job) -> list[Problem]:
 def problems_in(values: Mapping[str, Any], broken: Collection[Path]) -> list[Problem]:
     """The same for a job's plain values with defaults filled in, leaving out checks that read a ``broken`` key."""
 
+    whole = set(broken)
+    parts = {bad[:count] for bad in broken for count in range(1, len(bad))}
+
     def get(key: str) -> Any:
         path = tuple(key.split("."))
-        if any(bad[: len(path)] == path[: len(bad)] for bad in broken):
+        if path in parts or any(path[:count] in whole for count in range(len(path) + 1)):
             raise UnreadableError(key)
         value: Any = values
         for part in path:
@@ -154,16 +157,6 @@ def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
         yield "student.backbone.frozen_stages", f"{frozen} would freeze random initial weights; {remedy} frozen_stages: 0"
     if get("student.backbone.norm_eval"):
         yield "student.backbone.norm_eval", f"true would keep BatchNorm from learning its statistics; {remedy} norm_eval: false"
-
-
-def _backbone_arguments(get: Get) -> Iterator[tuple[str, str]]:
-    taken = sorted(get("student.backbone.kwargs").keys() & {"pretrained", "features_only", "out_indices"})
-    for name in taken:
-        yield (
-            f"student.backbone.kwargs.{name}",
-            "is set by the detector itself; remove it"
-            + (" (student.backbone.weights chooses the initial weights)" if name == "pretrained" else ""),
-        )
 
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
@@ -302,7 +295,6 @@ CHECKS: tuple[Check, ...] = (
     _eval_short_side,
     _max_detections,
     _random_weights_must_learn,
-    _backbone_arguments,
     _pyramid,
     _cascade_stages,
     _regress_ranges,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from headkd_ray.job.gfl import GFLSpec
+from headkd_ray.job.numbers import Channels, Exponent, Factor, Fraction, Layers, Scale
 from headkd_ray.job.parts import (
     KIND,
     AnchorSpec,
@@ -19,7 +20,6 @@ from headkd_ray.job.parts import (
     DenseHeadSpec,
     FCOSFPNSpec,
     FPNSpec,
-    Fraction,
     PostprocessSpec,
     ProposalSpec,
 )
@@ -30,11 +30,11 @@ from headkd_ray.job.two_stage import CascadeRCNNSpec, FasterRCNNSpec, TwoStageDe
 class RetinaHeadSpec(DenseHeadSpec):
     """RetinaNet's dense head."""
 
-    convs: PositiveInt = 4
+    convs: Layers = 4
     """Depth of each tower (classification, box): 3x3 conv + ReLU."""
-    channels: PositiveInt = 256
+    channels: Channels = 256
     """Width of the towers."""
-    tower_std: PositiveFloat | None = 0.01
+    tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation, for narrow
     towers, in which 0.01 lets the signal vanish."""
     anchors: AnchorSpec = AnchorSpec()
@@ -45,7 +45,7 @@ class RetinaHeadSpec(DenseHeadSpec):
     """IoU below which an anchor is negative; between the two it is ignored."""
     focal_alpha: Fraction = 0.25
     """Focal loss alpha."""
-    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
+    focal_gamma: Exponent = 2.0
     """Focal loss gamma."""
     prior: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Initial foreground probability (bias of the classification layer)."""
@@ -60,13 +60,13 @@ class RetinaHeadSpec(DenseHeadSpec):
 class FCOSHeadSpec(DenseHeadSpec):
     """FCOS's dense head."""
 
-    convs: PositiveInt = 4
+    convs: Layers = 4
     """Depth of each tower (classification, box): 3x3 conv, norm, ReLU."""
-    channels: PositiveInt = 256
+    channels: Channels = 256
     """Width of the towers."""
-    norm_groups: PositiveInt | None = 32
+    norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
-    tower_std: PositiveFloat | None = 0.01
+    tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation."""
     centerness_on_reg: bool = True
     """Centerness on the box tower; false = on the classification tower."""
@@ -77,14 +77,14 @@ class FCOSHeadSpec(DenseHeadSpec):
     points: Literal["centre", "corner"] = "centre"
     """Where a cell's point lies: centre = (x + 1/2, y + 1/2) x stride (paper); corner = (x, y) x stride with strides derived
     from the feature size, as torchvision does."""
-    center_radius: PositiveFloat | None = 1.5
+    center_radius: Scale | None = 1.5
     """A point is positive only within this many strides of its box's centre, along both axes; null = anywhere in the box."""
-    regress_ranges: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (64.0, 128.0, 256.0, 512.0)
+    regress_ranges: tuple[Scale, Scale, Scale, Scale] = (64.0, 128.0, 256.0, 512.0)
     """Largest distance from a point to a side of its box on P3, P4, P5 and P6, in pixels of the network input, and the
     smallest on the next level; P7 takes all above."""
     focal_alpha: Fraction = 0.25
     """Focal loss alpha."""
-    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
+    focal_gamma: Exponent = 2.0
     """Focal loss gamma."""
     prior: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Initial foreground probability (bias of the classification layer)."""

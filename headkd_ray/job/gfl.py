@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from headkd_ray.job.numbers import Bins, Boxes, Channels, Exponent, Factor, Fraction, Layers, Scale, Weight
 from headkd_ray.job.parts import (
     KIND,
     BackboneSpec,
     DenseDetectorSpec,
     DenseHeadSpec,
     FPNSpec,
-    Fraction,
     PostprocessSpec,
     ProposalSpec,
 )
@@ -28,26 +28,26 @@ class GFLPostprocessSpec(PostprocessSpec):
 class GFLHeadSpec(DenseHeadSpec):
     """GFL's dense head: class scores that are the boxes' quality too, and a distribution for each side of a box."""
 
-    convs: PositiveInt = 4
+    convs: Layers = 4
     """Depth of each tower (classification, box): 3x3 conv, norm, ReLU."""
-    channels: PositiveInt = 256
+    channels: Channels = 256
     """Width of the towers."""
-    norm_groups: PositiveInt | None = 32
+    norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
-    tower_std: PositiveFloat | None = 0.01
+    tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), mmdet's choice for 256 channels; null = He initialisation."""
-    base_scale: PositiveFloat = 8.0
+    base_scale: Scale = 8.0
     """Side of the one square anchor of a cell, in units of the level's stride."""
-    reg_max: PositiveInt = 16
+    reg_max: Bins = 16
     """Largest distance from a cell's point to a side of its box, in units of the stride; there is a bin for each whole number
     from 0 on."""
-    topk: PositiveInt = 9
+    topk: Boxes = 9
     """ATSS: anchors of each level, nearest to a ground-truth box's centre, that are candidates to answer for it."""
-    quality_beta: NonNegativeFloat = 2.0
+    quality_beta: Exponent = 2.0
     """Quality focal loss: exponent of the distance between score and quality."""
-    box_weight: NonNegativeFloat = 2.0
+    box_weight: Weight = 2.0
     """Weight of the generalised IoU loss."""
-    dfl_weight: NonNegativeFloat = 0.25
+    dfl_weight: Weight = 0.25
     """Weight of the distribution focal loss."""
     prior: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Initial foreground probability (bias of the classification layer)."""

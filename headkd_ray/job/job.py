@@ -7,12 +7,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, Tag
 
 from headkd_ray.job.assistants import AssistantsSpec
 from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.methods import Method
-from headkd_ray.job.parts import Fraction, Spec, Text
+from headkd_ray.job.numbers import (
+    Batch,
+    Boxes,
+    Epochs,
+    Factor,
+    Fraction,
+    Images,
+    Limit,
+    Multiple,
+    Pixels,
+    Processes,
+    ProcessesOrNone,
+    Rate,
+    Restarts,
+    Seconds,
+    Seed,
+    Share,
+    Steps,
+    StepsOrNone,
+    Threads,
+    Weight,
+)
+from headkd_ray.job.parts import Spec, Text
 from headkd_ray.job.teacher import TeacherSpec
 from headkd_ray.job.two_stage import RoIHeadSpec
 
@@ -24,7 +46,7 @@ def _number_or_range(value: Any) -> str:
 
 
 Workers = Annotated[
-    Annotated[NonNegativeInt, Tag(NUMBER)] | Annotated[tuple[PositiveInt, PositiveInt], Tag(RANGE)],
+    Annotated[ProcessesOrNone, Tag(NUMBER)] | Annotated[tuple[Processes, Processes], Tag(RANGE)],
     Discriminator(_number_or_range),  # so that an error is about the one that was meant
 ]
 
@@ -32,13 +54,13 @@ Workers = Annotated[
 class RunSpec(Spec):
     """What the run is called and where it writes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run: its folder under storage. Letters, digits, dot, dash and underscore, a letter or digit first.
     Starting the same name again resumes it."""
     storage: Text = "runs"
     """Folder or URI (file, s3, gs, hdfs) under which the run writes its checkpoints, logs and results.
     A relative path starts at the command's current folder."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seeds the initial weights, the data order, the views and the RoI sampling; 0 to 2^32 - 1."""
 
 
@@ -49,25 +71,25 @@ class DataSpec(Spec):
     """Folder or URI of the prepared training split. A relative path starts at the command's current folder."""
     val: Text
     """Folder or URI of the prepared validation split. A relative path starts at the command's current folder."""
-    batch_size: PositiveInt = 2
+    batch_size: Batch = 2
     """Images per worker and forward pass."""
-    short_side: tuple[PositiveInt, PositiveInt] = (640, 800)
+    short_side: tuple[Pixels, Pixels] = (640, 800)
     """Training views: the short side is drawn uniformly from this closed range, in pixels."""
-    long_side: PositiveInt = 1333
+    long_side: Pixels = 1333
     """Longest side of any view, in pixels; the short side shrinks to respect it."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip of a training view."""
-    eval_short_side: PositiveInt = 800
+    eval_short_side: Pixels = 800
     """Short side at evaluation, in pixels; long_side holds here too."""
-    pad: PositiveInt = 32
+    pad: Multiple = 32
     """Batches are zero-padded on the right and bottom to a multiple of this, in pixels."""
     keep_empty: bool = False
     """Train on images without ground truth too (paper: false)."""
-    shuffle_window: PositiveInt = 256
+    shuffle_window: Images = 256
     """Images read together and shuffled among themselves; their row groups are drawn at random from the whole epoch."""
-    views: PositiveInt | None = None
+    views: Epochs | None = None
     """Distinct augmented views per image: epoch e shows view e mod views; null = a new one each epoch."""
-    view_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    view_seed: Seed | None = None
     """Seeds the views alone, so that runs of several run.seed share a cache of soft targets; null = run.seed."""
 
 
@@ -77,7 +99,7 @@ class DistillSpec(Spec):
     assistant: RoIHeadSpec | None = None
     """The assistant's RoI head; null = the teacher's architecture (the paper's for method assist). A section given here is
     complete: keys left out take the paper's values, not the teacher's."""
-    assistant_weight: NonNegativeFloat = 1.0
+    assistant_weight: Weight = 1.0
     """Weight of the assistant's ground-truth losses."""
     warm_assistant: bool = False
     """Let assistant_weight rise over warmup_steps too, as the research branch does for all but the R-CNN teacher; method
@@ -85,22 +107,22 @@ class DistillSpec(Spec):
     copy_head: bool = True
     """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
     the pyramid's channels included."""
-    akd_weight: NonNegativeFloat = 2.0
+    akd_weight: Weight = 2.0
     """Weight of each AKD term, one per fully connected layer of the assistant (methods akd, head)."""
-    ckd_weight: NonNegativeFloat = 2.0
+    ckd_weight: Weight = 2.0
     """Weight of the CKD term (method head)."""
-    fitnet_weight: NonNegativeFloat = 1.0
+    fitnet_weight: Weight = 1.0
     """Weight of each pyramid level's feature loss (method fitnet)."""
     fitnet_levels: Annotated[int, Field(ge=1, le=5)] = 5
     """Pyramid levels that are imitated, P3 the first (method fitnet). Fewer where no object is large enough for the last
     ones: their features then grow without bound, and are all of the loss."""
-    pkd_weight: NonNegativeFloat = 0.0
+    pkd_weight: Weight = 0.0
     """Weight of the PKD term, which lets the student's pyramid imitate the teacher's on the levels whose strides both have, by
     Pearson's correlation; any method with a teacher of the same student.neck.channels, placed inline. 0 = no such term; its
     authors use 6 to 12."""
     assistants: AssistantsSpec = AssistantsSpec()
     """The assistants of method tf_head: at least one, best of other kinds than the student."""
-    ckd_epochs: PositiveInt | None = None
+    ckd_epochs: Epochs | None = None
     """Epochs with CKD (methods head, tf_head); its weight is 0 in the later ones, while the assistants go on. The research
     branch stops it at the first drop of the learning rate. null = never."""
     rois: Literal["student", "teacher"] = "student"
@@ -108,9 +130,9 @@ class DistillSpec(Spec):
     ground-truth boxes and the teacher's own proposals, sampled once for each view, so that what the teacher says about them
     depends on the view alone and can be computed elsewhere or kept. (The assistant's ground-truth losses are at the student's
     RoIs either way.) Dense student, Faster R-CNN teacher."""
-    roi_budget: PositiveInt = 128
+    roi_budget: Boxes = 128
     """RoIs a view with rois: teacher."""
-    warmup_steps: NonNegativeInt = 2000
+    warmup_steps: StepsOrNone = 2000
     """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head the weights
     of the assistants' ground-truth losses too."""
 
@@ -120,28 +142,28 @@ class OptimSpec(Spec):
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd (the paper's), or adamw, which gets micro models without normalisation layers going in a few hundred steps."""
-    lr: PositiveFloat = 0.01
+    lr: Rate = 0.01
     """Peak learning rate at a global batch of lr_batch images."""
-    lr_batch: PositiveInt | None = 16
+    lr_batch: Images | None = 16
     """Global batch that lr is meant for. The actual lr scales linearly with the actual global batch, which is
     cluster.workers (at least 1; of a range the most) x data.batch_size x optim.accumulate. null = no scaling."""
     momentum: Fraction = 0.9
     """SGD momentum (adamw: unused)."""
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: Weight = 1e-4
     """L2 decay on all parameters."""
-    clip_norm: PositiveFloat | None = 20.0
+    clip_norm: Limit | None = 20.0
     """Gradient norm above which gradients are scaled down; null = never."""
-    epochs: PositiveInt = 12
+    epochs: Epochs = 12
     """Passes over the training images."""
-    milestones: tuple[PositiveInt, ...] = (8, 11)
+    milestones: tuple[Epochs, ...] = (8, 11)
     """Epochs after which the learning rate is multiplied by gamma, ascending and below epochs; [] = never."""
-    gamma: PositiveFloat = 0.1
+    gamma: Factor = 0.1
     """Factor at each milestone."""
-    warmup_steps: NonNegativeInt = 500
+    warmup_steps: StepsOrNone = 500
     """Optimizer steps of linear learning-rate warm-up."""
     warmup_ratio: Fraction = 0.001
     """Learning rate at step 0 as a share of the peak."""
-    accumulate: PositiveInt = 1
+    accumulate: Batch = 1
     """Forward passes whose gradients are averaged into one optimizer step."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay per step of an exponential moving average of the student's weights, which is then what is evaluated and exported;
@@ -157,11 +179,11 @@ MAX_DETECTIONS = 100
 class EvalSpec(Spec):
     """COCO evaluation on data.val."""
 
-    every_epochs: PositiveInt = 1
+    every_epochs: Epochs = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    batch_size: PositiveInt = 2
+    batch_size: Batch = 2
     """Images per worker and forward pass."""
-    max_detections: PositiveInt = MAX_DETECTIONS
+    max_detections: Boxes = MAX_DETECTIONS
     """Detections of a class that count in an image, the best first; 100 is COCO's number. For images with more objects set it
     to the most that one has, and the student's postprocess.max_detections (and a two-stage student's
     rpn.test_proposals.post_nms) to at least as many."""
@@ -170,14 +192,14 @@ class EvalSpec(Spec):
 class CheckpointSpec(Spec):
     """Training state, for resuming."""
 
-    every_steps: PositiveInt | None = None
+    every_steps: Steps | None = None
     """Optimizer steps between checkpoints within an epoch; null = only at epoch ends."""
 
 
 class LogSpec(Spec):
     """What a run tells while it goes."""
 
-    every_steps: PositiveInt = 50
+    every_steps: Steps = 50
     """Optimizer steps per log line."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
@@ -195,15 +217,15 @@ class ClusterSpec(Spec):
     on this machine, else one that lives as long as the command."""
     gpus_per_worker: Fraction | None = None
     """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: Share = 1.0
     """CPUs that Ray reserves for a worker."""
-    data_cpus: PositiveFloat = 1.0
+    data_cpus: Share = 1.0
     """CPUs left free for each worker's data tasks (decode and augmentation), one CPU a task."""
-    threads_per_worker: PositiveInt | None = None
+    threads_per_worker: Threads | None = None
     """torch CPU threads of a worker; null = cpus_per_worker (without Ray: torch's own choice)."""
-    max_failures: NonNegativeInt = 3
-    """Worker-group failures after which the run gives up; each one resumes from the last checkpoint."""
-    resize_seconds: PositiveFloat = 60.0
+    max_failures: Restarts = 3
+    """Losses of a worker or of Ray Train's controller after which the run gives up; each resumes from the last checkpoint."""
+    resize_seconds: Seconds = 60.0
     """With a range of workers: seconds between looks whether there is room for more. Each change goes back to the last
     checkpoint."""
 
@@ -240,7 +262,7 @@ class Job(Spec):
     eval: EvalSpec = EvalSpec()
     """COCO evaluation on data.val."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """Training state, for resuming. The last one and the best by AP are kept."""
+    """Training state, for resuming. The last one and the best by AP are kept; two at least."""
     log: LogSpec = LogSpec()
     """What the run tells while it goes."""
     cluster: ClusterSpec = ClusterSpec()

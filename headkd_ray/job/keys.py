@@ -16,6 +16,8 @@ from headkd_ray.job.job import Job
 from headkd_ray.job.parts import Spec
 
 Path = tuple[str | int, ...]
+DEEPEST = 50
+"""Levels of nesting that are read: many more than any job has, many fewer than Python's recursion can stand."""
 
 
 def dotted(path: Path) -> str:
@@ -107,7 +109,11 @@ def nearest_keys(path: Path, known: Iterable[Path], most: int = 3) -> list[str]:
     section, name = path[:-1], str(path[-1]).lower()
     scores: dict[str, float] = {}
     for candidate in known:
-        likeness = difflib.SequenceMatcher(None, name, str(candidate[-1])).ratio() + 0.1 * (candidate[:-1] == section)
+        matcher = difflib.SequenceMatcher(None, name, str(candidate[-1]))
+        bonus = 0.1 * (candidate[:-1] == section)
+        if matcher.real_quick_ratio() + bonus < 0.6:  # by the lengths alone; the ratio takes their product
+            continue
+        likeness = matcher.ratio() + bonus
         if likeness >= 0.6:
             scores[dotted(candidate)] = likeness
     best = max(scores.values(), default=0.0)

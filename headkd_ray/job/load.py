@@ -16,6 +16,7 @@ from headkd_ray.errors import JobError
 from headkd_ray.job.checks import Problem, problems_in
 from headkd_ray.job.job import Job
 from headkd_ray.job.keys import (
+    DEEPEST,
     Path,
     dotted,
     field_at,
@@ -35,6 +36,12 @@ QUOTED = re.compile(r"""\s*('([^']|'')*'|"(\\.|[^"\\])*")\s*""", re.DOTALL)
 """A value in YAML's quotes from its first character to its last."""
 NULL = ("", "~", "null", "Null", "NULL")
 """Null in YAML."""
+MOST_BYTES = 2**20
+"""Of a job file; the committed ones have a few thousand."""
+MOST_HINTS = 50
+"""Mistakes of a file for which what was meant is looked up: each takes milliseconds."""
+MOST_LINES = 100
+"""Mistakes of a file that are told one by one."""
 
 
 class Origin(NamedTuple):
@@ -53,6 +60,8 @@ class Draft(NamedTuple):
     mistakes: list[tuple[Origin, str]]
     unread: set[Path]
     """Keys whose value could not be read, which one of the mistakes says."""
+    spelled: dict[Path, str]
+    """Unquoted numbers, booleans and nulls as they are written."""
 
 
 def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
@@ -72,8 +81,8 @@ def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
     draft = read_file(path)
     for number, override in enumerate(overrides, start=1):
         apply_override(draft, override, number)
-    found, job = check(draft.values, draft.unread)
-    lines = draft.mistakes + [(origin(draft, problem.path), f"{dotted(problem.path)}: {problem.message}") for problem in found]
+    found, job = check(draft.values, draft.unread, draft.spelled)
+    lines = draft.mistakes + [(origin(draft, problem.path), as_line(problem)) for problem in found]
     if lines or job is None:
         raise job_error([f"{where.label}: {message}" for where, message in sorted(lines, key=lambda line: line[0][:2])], path)
     return job
@@ -86,7 +95,8 @@ def read_file(path: str | FilePath, needs: str = "a job has at least run, method
         JobError: no such file, not a text file, not YAML or not a mapping of keys.
     """
     try:
-        content = FilePath(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise JobError(f"{path}: no such file{_similar_file(FilePath(path))}") from None
     except IsADirectoryError:
@@ -94,6 +104,8 @@ def read_file(path: str | FilePath, needs: str = "a job has at least run, method
         raise JobError(f"{path}: is a folder; name a job file" + (f" in it ({', '.join(jobs)})" if jobs else "")) from None
     except OSError as error:
         raise JobError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > MOST_BYTES:
+        raise JobError(f"{path}: has more than {MOST_BYTES / 2**20:.0f} MiB, so it is no job file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -109,8 +121,13 @@ def read_file(path: str | FilePath, needs: str = "a job has at least run, method
     if not isinstance(tree.value, dict):
         raise JobError(f"{path}:1:1: is not a mapping of keys; {needs}")
     origins = {key: Origin(0, line, f"{path}:{line}") for key, line in tree.lines.items()}
-    mistakes = [(Origin(0, line, f"{path}:{line}"), f"{dotted(key)}: {message}") for key, line, message in tree.problems]
-    return Draft(tree.value, origins, mistakes, tree.unread)
+    mistakes = [(Origin(0, at, f"{path}:{at}"), as_line(Problem(key, message))) for key, at, message in tree.problems]
+    return Draft(tree.value, origins, mistakes, tree.unread, tree.spelled)
+
+
+def as_line(problem: Problem) -> str:
+    """A problem on one line, after its key; one of the whole file has none."""
+    return f"{dotted(problem.path)}: {problem.message}" if problem.path else problem.message
 
 
 def _similar_file(path: FilePath) -> str:
@@ -132,6 +149,9 @@ def apply_override(
         draft.mistakes.append((where, "write it as key.path=value, for example optim.lr=0.02"))
         return
     path = tuple(key.split("."))
+    if len(path) > DEEPEST:
+        draft.mistakes.append((where, f"no key has more than {DEEPEST} parts"))
+        return
     field = field_of(path, draft.values)
     if field is not None and takes_text(field) and text.strip() not in NULL and not QUOTED.fullmatch(text):
         put(draft, path, text, where)  # as YAML, "2024" would be a number, and "photos #2" would end at the blank
@@ -141,13 +161,17 @@ def apply_override(
     except YamlError as error:
         draft.mistakes.append((where, f"{error}; quote the value: {key}='\"...\"'"))
         return
-    draft.mistakes.extend((where, message) for _, _, message in tree.problems)
-    draft.unread.update((*path, *inner) for inner in tree.unread)
+    draft.mistakes.extend((where, as_line(Problem((*path, *inner), message))) for inner, _, message in tree.problems)
     put(draft, path, tree.value, where)
+    draft.unread.update((*path, *inner) for inner in tree.unread)
+    draft.spelled.update({(*path, *inner): text for inner, text in tree.spelled.items()})
 
 
 def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
     """Set a key of the draft, making the sections that hold it; one that is no section becomes a mistake."""
+    if len(path) > DEEPEST:
+        draft.mistakes.append((where, f"no key has more than {DEEPEST} parts"))
+        return
     *parents, last = path
     section = draft.values
     for depth, name in enumerate(parents, start=1):
@@ -159,8 +183,9 @@ def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
             return
         section = section[name]
     section[last] = value
-    for old in [old for old in draft.origins if old[: len(path)] == path]:
-        del draft.origins[old]
+    for kept in (draft.origins, draft.spelled):
+        for old in [old for old in kept if old[: len(path)] == path]:
+            del kept[old]
     draft.origins[path] = where
 
 
@@ -171,22 +196,31 @@ def origin(draft: Draft, path: Path) -> Origin:
     return draft.origins[path]
 
 
-def check(values: Mapping[str, Any], unread: Collection[Path] = ()) -> tuple[list[Problem], Job | None]:
-    """Everything wrong with a job's plain values but for the ``unread`` keys, and the Job if nothing is."""
+def check(
+    values: Mapping[str, Any], unread: Collection[Path] = (), spelled: Mapping[Path, str] | None = None
+) -> tuple[list[Problem], Job | None]:
+    """Everything wrong with a job's plain values but for the ``unread`` keys, and the Job if nothing is.
+
+    ``spelled``: how the file or the command line writes its numbers, for the messages.
+    """
     values, found = _with_known_kinds(values)
-    mistyped, job = validated(Job, values)
+    mistyped, job = validated(Job, values, spelled)
     found = [problem for problem in found + mistyped if problem.path not in unread]
     found += problems_in(with_defaults(Job, values), broken=[*unread, *(problem.path for problem in found)])
     return found, None if found else job
 
 
-def validated(top: type[SomeSpec], values: Mapping[str, Any]) -> tuple[list[Problem], SomeSpec | None]:
+def validated(
+    top: type[SomeSpec], values: Mapping[str, Any], spelled: Mapping[Path, str] | None = None
+) -> tuple[list[Problem], SomeSpec | None]:
     """What types and ranges are wrong in the plain values of a ``top``, and the section itself if nothing is."""
     try:
         # As JSON, because strict JSON takes a list for a tuple but neither "2" nor true for a number.
         return [], top.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        return [problem_of(detail, values, top) for detail in error.errors(include_url=False)], None
+        details = error.errors(include_url=False)
+        hints = [True] * MOST_HINTS + [False] * max(0, len(details) - MOST_HINTS)
+        return [problem_of(detail, values, top, spelled, hint) for detail, hint in zip(details, hints, strict=False)], None
 
 
 def _with_known_kinds(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -207,4 +241,5 @@ def _with_known_kinds(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
 def job_error(lines: Iterable[str], path: str | FilePath) -> JobError:
     """One error for all the lines, with a headline if there are several."""
     lines = list(lines)
-    return JobError(lines, headline=f"{path} has {len(lines)} problems:" if len(lines) > 1 else None)
+    more = [f"… and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    return JobError(lines[:MOST_LINES] + more, headline=f"{path} has {len(lines)} problems:" if len(lines) > 1 else None)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from headkd_ray.job.checks import Problem
 from headkd_ray.job.job import NUMBER, RANGE, Job
@@ -24,19 +27,31 @@ Sentence = Callable[[str, Any, Mapping[str, Any]], str]
 """(what was given, as YAML; the given value; pydantic's bounds) -> what is wrong with it."""
 
 
-def problem_of(error: Mapping[str, Any], values: Mapping[str, Any], top: type[Spec] = Job) -> Problem:
-    """One of pydantic's errors on a job (or ``top``), whose plain ``values`` help to guess what was meant."""
+def problem_of(
+    error: Mapping[str, Any],
+    values: Mapping[str, Any],
+    top: type[Spec] = Job,
+    spelled: Mapping[Path, str] | None = None,
+    with_hint: bool = True,
+) -> Problem:
+    """One of pydantic's errors on a job (or ``top``), whose plain ``values`` help to guess what was meant.
+
+    ``spelled``: how numbers, booleans and nulls are written where they are; ``with_hint``: look for what an unknown key means.
+    """
     path = plain_path(error["loc"], top)
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(path, unknown_key(path, values, top))
+        return Problem(path, unknown_key(path, values, top) if with_hint else "unknown key")
     if kind == "missing":
         return Problem(path, missing(path, values, top))
     if kind == "literal_error":
         options = str(context["expected"]).replace(" or ", ", ").split(", ")  # pydantic writes 'a', 'b' or 'c'
         return Problem(path, none_of(given, [option.strip("'") for option in options]))
+    shown = short((spelled or {}).get(path, show(given)))
+    if kind == "tuple_type":
+        return Problem(path, not_a_list(shown, given, field_at(path, values, top)))
     sentence = SENTENCES.get(kind)
-    return Problem(path, sentence(show(given), given, context) if sentence else f"{show(given)}: {error['msg']}")
+    return Problem(path, sentence(shown, given, context) if sentence else f"{shown}: {error['msg']}")
 
 
 def plain_path(loc: Iterable[int | str], top: type[Spec] = Job) -> Path:
@@ -58,10 +73,24 @@ def plain_path(loc: Iterable[int | str], top: type[Spec] = Job) -> Path:
 
 def show(value: Any) -> str:
     """A value as short YAML."""
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return short(f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def short(text: str) -> str:
+    """The text, cut where it would be too long for a message."""
     return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def not_a_list(shown: str, given: Any, field: FieldInfo | None) -> str:
+    """That a list is wanted, and how the given value is written as one of the right length."""
+    if given is None or isinstance(given, dict):
+        return f"{shown} is not a list"
+    types = get_args(field.annotation) if field is not None else ()
+    count = len(types) if types and ... not in types else 1
+    items = [shown] * count
+    if isinstance(given, str):  # "640, 800", (640, 800) and 640-800 are text to YAML
+        items = re.findall(r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?", given) or items
+    return f"{shown} is not a list; write [{short(', '.join(items))}]"
 
 
 def unknown_key(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> str:
@@ -95,7 +124,7 @@ def none_of(given: Any, options: list[str]) -> str:
 
 
 def _whole_number(shown: str, given: Any, _: Mapping[str, Any]) -> str:
-    if isinstance(given, float) and given.is_integer():
+    if isinstance(given, float) and given.is_integer() and abs(given) < 2**53:
         return f"{shown} must be a whole number; write {int(given)}"
     return f"{shown} is not a whole number"
 
@@ -113,7 +142,7 @@ def _section(shown: str, given: Any, _: Mapping[str, Any]) -> str:
 
 
 def _bound(words: str, bound: str) -> Sentence:
-    return lambda shown, given, context: f"{shown} must be {words} {str(context[bound]).removesuffix('.0')}"
+    return lambda shown, given, context: f"{shown} must be {words} {context[bound]:.15g}"
 
 
 def _pattern(shown: str, given: Any, context: Mapping[str, Any]) -> str:  # run.name is the only key with a pattern
@@ -126,18 +155,21 @@ SENTENCES: dict[str, Sentence] = {
     "bool_type": lambda shown, given, context: f"{shown} is not true or false",
     "string_type": _text,
     "string_pattern_mismatch": _pattern,
+    "string_too_long": lambda shown, given, context: (
+        f"{shown} has {len(given)} characters; at most {context['max_length']} are allowed"
+    ),
     "string_too_short": lambda shown, given, context: "is empty",
     "finite_number": lambda shown, given, context: f"{shown} is not a finite number",
     "greater_than": _bound("above", "gt"),
     "greater_than_equal": _bound("at least", "ge"),
     "less_than": _bound("below", "lt"),
     "less_than_equal": _bound("at most", "le"),
-    "tuple_type": lambda shown, given, context: f"{shown} is not a list; write [{shown}]",
     "too_short": lambda shown, given, context: "the list is empty",
     "too_long": lambda shown, given, context: (
         f"{shown} has {context['actual_length']} values; {context['max_length']} are expected"
     ),
     "model_type": _section,
     "dict_type": _section,
+    "value_error": lambda shown, given, context: str(context["error"]),  # of our own validators
 }
 """For each kind of error that the Job's types can raise."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from typing_extensions import Self
+
+from headkd_ray.job.backbone_kwargs import check_kwargs
+from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Length, Mean, Octaves, Ratio, Scale
 
 
 class Spec(BaseModel):
@@ -26,10 +24,29 @@ class Spec(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, from_attributes=True
     )
 
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with other values of some keys: ``job.replace({"teacher.placement": "pool"})``.
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, Field(min_length=1)]
-Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
+        Args:
+            changes: dotted key -> value, applied in order; a section may be given whole.
+
+        Raises:
+            pydantic.ValidationError: a key does not exist, or a value is none that a file could give.
+        """
+        values = self.model_dump()
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            section = values
+            for name in parents:
+                if not isinstance(section.get(name), dict):
+                    section[name] = {}
+                section = section[name]
+            section[last] = value.model_dump() if isinstance(value, Spec) else value
+        return self.model_validate(values)
+
+
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Stds = tuple[Deviation, Deviation, Deviation, Deviation]
 
 
 class BackboneSpec(Spec):
@@ -38,9 +55,10 @@ class BackboneSpec(Spec):
     name: Text = "resnet18"
     """timm model name, for example resnet18, resnet50, mobilenetv2_100, convnext_tiny. A tag chooses among timm's weights:
     resnet18.tv_in1k = torchvision's ImageNet weights (the paper's)."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments of timm.create_model: widths and depths of micro models (for example stem_width, channels, layers).
-    mobilenetv2_* takes stem_width, channels (7), layers (7) and head_width here."""
+    kwargs: Annotated[dict[str, Any], AfterValidator(check_kwargs)] = Field(default_factory=dict)
+    """Extra arguments of timm.create_model, those alone that shape a network: widths and depths of micro models (for example
+    stem_width, channels, layers), img_size, strict_img_size, norm_layer, drop_path_rate. mobilenetv2_* takes stem_width,
+    channels (7), layers (7) and head_width here."""
     weights: Text = "none"
     """Initial weights: none (timm's random init), timm (download through timm), or a path to a .safetensors or
     .pth state dict (timm's, torchvision's or mmdet's key names). A relative path starts at the command's current folder."""
@@ -50,9 +68,9 @@ class BackboneSpec(Spec):
     norm_eval: bool = True
     """Keep every BatchNorm in eval mode while training (paper: true for ResNet, false for MobileNetV2). Needs initial
     weights: from random ones its statistics would stay 0 and 1."""
-    leaky_slope: Annotated[float, Field(gt=0.0)] | None = None
+    leaky_slope: Factor | None = None
     """Use LeakyReLU with this negative slope as the backbone's activation (paper's MobileNetV2: 0.1); null keeps timm's."""
-    norm_eps: Annotated[float, Field(ge=0.0)] | None = None
+    norm_eps: Fraction | None = None
     """Epsilon of every BatchNorm; null keeps timm's (1e-5)."""
     final_conv: bool = False
     """Take C5 after the classifier's last 1x1 conv (paper's MobileNetV2: 1280 channels) instead of before it."""
@@ -64,16 +82,16 @@ class BackboneSpec(Spec):
 class PixelSpec(Spec):
     """Input normalisation, (pixel - mean) / std on RGB values 0..255; padding is zero after it."""
 
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    mean: tuple[Mean, Mean, Mean] = (123.675, 116.28, 103.53)
     """Mean of R, G, B, in units of 0..255 (ImageNet)."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (58.395, 57.12, 57.375)
+    std: tuple[Deviation, Deviation, Deviation] = (58.395, 57.12, 57.375)
     """Standard deviation of R, G, B, in units of 0..255 (ImageNet)."""
 
 
 class FPNSpec(Spec):
     """Feature pyramid network; the lowest level follows from the detector (P3 for the dense ones, P2 for the R-CNNs)."""
 
-    channels: PositiveInt = 256
+    channels: Channels = 256
     """Channels of every pyramid level."""
     extra: Literal["conv_c5", "conv_p5", "pool"] = "conv_c5"
     """Levels above P5: conv_c5 = two stride-2 3x3 convs, the first on C5 (paper's RetinaNet); conv_p5 = the first on P5;
@@ -83,7 +101,7 @@ class FPNSpec(Spec):
     norm: Literal["none", "batch", "group"] = "none"
     """Norms instead of the convs' biases: none; batch = BatchNorm behind the lateral and output convs (torchvision's Faster
     R-CNN v2); group = GroupNorm behind these and the extra convs (mmdet's RepPoints)."""
-    norm_groups: PositiveInt = 32
+    norm_groups: Channels = 32
     """Groups of the GroupNorm; without effect for the other norms."""
 
 
@@ -114,11 +132,11 @@ class ResNet50Spec(BackboneSpec):
 class AnchorSpec(Spec):
     """Anchors of a dense head; per level the base size is base_scale x stride."""
 
-    base_scale: PositiveFloat = 4.0
+    base_scale: Scale = 4.0
     """Anchor side in units of the level's stride, before octaves (RetinaNet 4, RPN 8)."""
-    octave_scales: PositiveInt = 3
+    octave_scales: Octaves = 3
     """Anchor scales an octave: base_scale x 2^(i/octave_scales) (RetinaNet 3, RPN 1)."""
-    ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=100)] = (0.5, 1.0, 2.0)
     """Aspect ratios, height / width."""
     rounding: bool = False
     """Round anchors to whole pixels and derive strides from the feature size, as torchvision does (paper: false)."""
@@ -127,58 +145,58 @@ class AnchorSpec(Spec):
 class RPNAnchorSpec(AnchorSpec):
     """Anchors of the RPN: one scale per level."""
 
-    base_scale: PositiveFloat = 8.0
+    base_scale: Scale = 8.0
     """Anchor side in units of the level's stride, before octaves."""
-    octave_scales: PositiveInt = 1
+    octave_scales: Octaves = 1
     """Anchor scales an octave: base_scale x 2^(i/octave_scales)."""
 
 
 class ProposalSpec(Spec):
     """How a dense head proposes RoIs."""
 
-    pre_nms: PositiveInt = 2000
+    pre_nms: Boxes = 2000
     """Candidates kept per level before NMS, by score."""
-    post_nms: PositiveInt = 1000
+    post_nms: Boxes = 1000
     """Proposals kept per image after NMS."""
     nms_iou: Fraction = 0.7
     """IoU above which NMS, within a level, drops the lower-scored proposal."""
-    min_size: NonNegativeFloat | None = 0.0
+    min_size: Length | None = 0.0
     """Width and height that a proposal must exceed, in pixels of the network input; null = no limit."""
 
 
 class RPNTestProposalSpec(ProposalSpec):
     """How the RPN proposes RoIs at test time."""
 
-    pre_nms: PositiveInt = 1000
+    pre_nms: Boxes = 1000
     """Candidates kept per level before NMS, by score."""
 
 
 class PostprocessSpec(Spec):
     """From raw predictions to detections, at test time."""
 
-    pre_nms: PositiveInt = 1000
+    pre_nms: Boxes = 1000
     """Candidates kept per level before NMS (dense heads)."""
     score: Fraction = 0.05
     """Score a detection must exceed."""
     nms_iou: Fraction = 0.5
     """IoU above which NMS, within a class, drops the lower-scored detection."""
-    max_detections: PositiveInt = 100
+    max_detections: Boxes = 100
     """Detections kept per image."""
-    min_size: NonNegativeFloat | None = None
+    min_size: Length | None = None
     """Width and height that a detection must exceed, in pixels of the network input; null = no limit (paper)."""
 
 
 class RoIPostprocessSpec(PostprocessSpec):
     """From a RoI head's raw predictions to detections, at test time."""
 
-    min_size: NonNegativeFloat | None = None
+    min_size: Length | None = None
     """Width and height that a detection must exceed, in pixels of the network input; null = no limit."""
 
 
 class SamplerSpec(Spec):
     """Random sampling of positives and negatives in one image."""
 
-    size: PositiveInt = 512
+    size: Boxes = 512
     """Samples per image."""
     positive_fraction: Fraction = 0.25
     """Largest share of positives among them."""
@@ -187,7 +205,7 @@ class SamplerSpec(Spec):
 class RPNSamplerSpec(SamplerSpec):
     """Random sampling of the RPN's anchors in one image."""
 
-    size: PositiveInt = 256
+    size: Boxes = 256
     """Samples per image."""
     positive_fraction: Fraction = 0.5
     """Largest share of positives among them."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from headkd_ray.job.numbers import Channels, Deviation, Exponent, Factor, Fraction, Layers, Scale, Weight
 from headkd_ray.job.parts import (
     KIND,
     DenseDetectorSpec,
     DenseHeadSpec,
     FPNSpec,
-    Fraction,
     PostprocessSpec,
     ProposalSpec,
     ResNet50Spec,
@@ -24,23 +24,23 @@ from headkd_ray.job.parts import (
 class RepPointsHeadSpec(DenseHeadSpec):
     """RepPoints' dense head: nine points a cell, refined once, whose spread is the box."""
 
-    convs: PositiveInt = 3
+    convs: Layers = 3
     """Depth of each tower (classification, points): 3x3 conv, norm, ReLU."""
-    channels: PositiveInt = 256
+    channels: Channels = 256
     """Width of the towers."""
-    point_channels: PositiveInt = 256
+    point_channels: Channels = 256
     """Width of the three layers behind the towers: the conv before the initial points, and the two deformable convs that read
     the towers at these points, to classify and to refine them."""
-    norm_groups: PositiveInt | None = 32
+    norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
-    tower_std: PositiveFloat | None = 0.01
+    tower_std: Factor | None = 0.01
     """Initial weights of the towers and of the conv before the initial points: N(0, tower_std), mmdet's choice for 256
     channels; null = He initialisation, for narrow ones, in which 0.01 lets the signal vanish."""
     gradient_mul: Fraction = 0.1
     """Share of the gradient that reaches the initial points through the deformable convs that read there."""
     moment_mul: Fraction = 0.01
     """Share of the gradient that reaches the two learned factors from the points' spread to half the box's sides."""
-    base_scale: PositiveFloat = 4.0
+    base_scale: Scale = 4.0
     """A ground-truth box is an initial target on the coarsest level whose base_scale x stride is at most sqrt(width x height),
     in pixels, or on P3 if none is; losses of points are in units of base_scale x stride."""
     positive_iou: Fraction = 0.5
@@ -49,15 +49,15 @@ class RepPointsHeadSpec(DenseHeadSpec):
     """IoU below which it is negative; between the two it is ignored."""
     focal_alpha: Fraction = 0.25
     """Focal loss alpha."""
-    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
+    focal_gamma: Exponent = 2.0
     """Focal loss gamma."""
     prior: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Initial foreground probability (bias of the classification layer)."""
-    smooth_l1_beta: PositiveFloat = 0.11
+    smooth_l1_beta: Deviation = 0.11
     """Point losses are quadratic below this difference, in units of base_scale x stride, and linear above."""
-    init_weight: NonNegativeFloat = 0.5
+    init_weight: Weight = 0.5
     """Weight of the loss of the initial points' boxes."""
-    refine_weight: NonNegativeFloat = 1.0
+    refine_weight: Weight = 1.0
     """Weight of the loss of the refined points' boxes."""
     proposals: ProposalSpec = ProposalSpec()
     """Proposals that the head gives to an assistant while training, from the refined points."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from headkd_ray.job.numbers import Batch, Logits, Processes, Scale, ShareOrNone
 from headkd_ray.job.parts import Spec, Text
 
 
 class PoolSpec(Spec):
     """Teacher processes beside the train workers (placement pool; also what builds a cache on a cluster)."""
 
-    actors: tuple[PositiveInt, PositiveInt] = (1, 1)
+    actors: tuple[Processes, Processes] = (1, 1)
     """[fewest, most] processes of each train worker; Ray starts more while batches wait for a teacher (with rois: student it
     stays at the fewest). A cache is built by the greatest number."""
-    cpus: NonNegativeFloat = 1.0
+    cpus: ShareOrNone = 1.0
     """CPUs that Ray reserves for a process."""
-    gpus: NonNegativeFloat = 0.0
+    gpus: ShareOrNone = 0.0
     """GPUs of a process, also parts of one; 0 = on the CPU."""
-    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    resources: dict[str, Scale] = Field(default_factory=dict)
     """Custom Ray resources of a process, for example {teacher: 1} on nodes that are started with such."""
 
 
@@ -30,7 +31,7 @@ class CacheSpec(Spec):
     """Folder or URI of the cache; null = the folder soft_targets in data.train."""
     dtype: Literal["fp16", "int8"] = "fp16"
     """How the features are stored; int8 = 8 bits with a scale per channel."""
-    logits: NonNegativeInt = 0
+    logits: Logits = 0
     """Greatest class logits of each RoI that are kept besides, with their classes; 0 = none. No loss reads them: they are for
     your own code, and verify compares them."""
 
@@ -47,7 +48,7 @@ class TeacherSpec(Spec):
     """Where the teacher is: inline = in the train worker; pool = in processes of its own, which with distill.rois: teacher give
     each batch its answers on the way to the worker, and with rois: student hold its features and answer the worker; cache =
     nowhere, its answers are read from disk (python -m headkd_ray.cache build JOB), which needs distill.rois: teacher."""
-    batch_size: PositiveInt = 8
+    batch_size: Batch = 8
     """Views a forward pass of the teacher when it builds a cache."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the teacher's forward passes; bf16 = autocast. (In the train worker with rois: student, optim.precision.)"""

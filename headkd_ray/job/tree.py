@@ -1,7 +1,8 @@
 """YAML text as plain values that remember the line of every key.
 
 Job files are YAML 1.2 (core schema), which differs from PyYAML's YAML 1.1 where people get hurt: ``1e-3`` is a number,
-``yes``, ``no``, ``on`` and ``off`` are text, ``010`` is ten, and a key written twice is an error.
+``yes``, ``no``, ``on`` and ``off`` are text, ``010`` is ten, and a key written twice is an error. Size, depth and what aliases
+expand to are limited, so that no file, however it is made, keeps the reader busy for long.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
-from headkd_ray.job.keys import Path
+from headkd_ray.job.keys import DEEPEST, Path, dotted
 
 TAG = "tag:yaml.org,2002:"
 SYNTAX = {
@@ -21,10 +22,43 @@ SYNTAX = {
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 """The core schema's plain scalars, tried in this order; everything else is text."""
+MOST_VALUES = 10_000
+"""Keys and list items of a file, those that aliases repeat included."""
+LONGEST_TEXT = 4096
+"""Characters of one key or value: the length of the longest path."""
 
 
 class _Loader(yaml.SafeLoader):
+    """Builds the nodes of a document, and stops at the first one that is too deep or too many."""
+
     yaml_implicit_resolvers: ClassVar[dict[str | None, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nodes = 0
+        self.place: list[str | int] = []
+        """Where the loader is: the key or the position of each node above the next one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; ``index`` is its key's node in a mapping, its position in a list, None for a key and for the top."""
+        if parent is not None:
+            self.place.append(index if isinstance(index, int) else str(getattr(index, "value", "?")))
+        self.nodes += 1
+        if len(self.place) > DEEPEST:
+            raise self._too_large(f"{dotted(tuple(self.place[:3]))[:60]} is nested more than {DEEPEST} deep")
+        if self.nodes > 2 * MOST_VALUES:  # a key is a node, too
+            raise self._too_large(f"more than {MOST_VALUES} keys and values")
+        node = super().compose_node(parent, index)
+        if parent is not None:
+            self.place.pop()
+        return node
+
+    def _too_large(self, problem: str) -> TooLargeError:
+        return TooLargeError(problem=problem, problem_mark=self.peek_event().start_mark)
+
+
+class TooLargeError(yaml.MarkedYAMLError):
+    """Well-formed YAML, but deeper or longer than any job."""
 
 
 for _name, _pattern in SYNTAX.items():
@@ -51,6 +85,8 @@ class Tree(NamedTuple):
     """Repeated keys, unknown tags and the like: path, line, message."""
     unread: set[Path]
     """Where a value could not be read; ``value`` has None there."""
+    spelled: dict[Path, str]
+    """Unquoted numbers, booleans and nulls as they are written: ``1e3``, ``007``."""
 
 
 def parse(text: str) -> Tree:
@@ -64,17 +100,21 @@ def parse(text: str) -> Tree:
     except yaml.reader.ReaderError as error:
         line, column = position(text, error.position)
         raise YamlError(f"the character U+{ord(text[error.position]):04X} is not text", line, column) from None
+    except TooLargeError as error:
+        raise YamlError(str(error.problem), *_where(error)) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
         hint = "; indent with spaces, not tabs" if r"'\t'" in str(error.problem) else ""
-        where = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        raise YamlError(f"not valid YAML: {error.problem}{context}{hint}", *where) from None
-    except (RecursionError, ValueError) as error:  # ValueError: a \U escape beyond Unicode
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise YamlError(f"not valid YAML: {reason}", 1, 1) from None
-    tree = Tree(None, {(): 1}, [], set())
+        raise YamlError(f"not valid YAML: {error.problem}{context}{hint}", *_where(error)) from None
+    except ValueError as error:  # a \U escape beyond Unicode
+        raise YamlError(f"not valid YAML: {error}", 1, 1) from None
+    tree = Tree(None, {(): 1}, [], set(), {})
     return tree if root is None else tree._replace(value=_value(root, (), tree, ()))
+
+
+def _where(error: yaml.MarkedYAMLError) -> tuple[int, int]:
+    mark = error.problem_mark or error.context_mark
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
 
 
 def position(text: str, index: int) -> tuple[int, int]:
@@ -108,9 +148,16 @@ def kind_of_text(text: str) -> str:
 
 
 def _value(node: yaml.Node, path: Path, tree: Tree, above: tuple[yaml.Node, ...]) -> Any:
-    line = node.start_mark.line + 1
+    mark = node.start_mark
+    line = mark.line + 1
     if any(node is parent for parent in above):
         return _unread(path, line, "an alias that contains itself", tree)
+    if len(tree.lines) > MOST_VALUES or len(path) > DEEPEST:  # the loader has counted the nodes; aliases repeat them
+        raise YamlError(
+            f"{dotted(path[:3])[:60]}: its aliases stand for more than {MOST_VALUES} values, or for more than {DEEPEST} levels",
+            line,
+            mark.column + 1,
+        )
     above = (*above, node)
     if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
         return _mapping(node, path, tree, above)
@@ -122,11 +169,25 @@ def _value(node: yaml.Node, path: Path, tree: Tree, above: tuple[yaml.Node, ...]
             items.append(_value(item, place, tree, above))
         return items
     if isinstance(node, yaml.ScalarNode) and node.tag in (TAG + name for name in (*SYNTAX, "str")):
+        if (fault := _fault(node.value)) is not None:
+            return _unread(path, line, fault, tree)
         try:
-            return scalar(node.value, node.tag)
+            value = scalar(node.value, node.tag)
         except ValueError:
-            pass
+            return _unread(path, line, f"{node.value} does not fit the tag {node.tag.replace(TAG, '!!')}; remove it", tree)
+        if not isinstance(value, str) and not node.style:
+            tree.spelled[path] = node.value
+        return value
     return _unread(path, line, f"tag {node.tag.replace(TAG, '!!')} does not fit here; remove it", tree)
+
+
+def _fault(text: str) -> str | None:
+    """Why a key or a value cannot be text, although its escapes are well-formed; None if it can."""
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text)} characters; at most {LONGEST_TEXT} are read"
+    # Written as an escape, "\\x00", it is the same character that YAML does not allow to stand there as it is.
+    found = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    return None if found is None else f"holds the character U+{ord(found.group()):04X}, which is not text; remove it"
 
 
 def _unread(path: Path, line: int, message: str, tree: Tree) -> None:
@@ -140,6 +201,9 @@ def _mapping(node: yaml.MappingNode, path: Path, tree: Tree, above: tuple[yaml.N
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             tree.problems.append((path, line, "a key must be a word, not a list or a mapping"))
+            continue
+        if (fault := _fault(key_node.value)) is not None:
+            tree.problems.append((path, line, f"a key {fault}"))
             continue
         child = (*path, key_node.value)
         if key_node.value in values:

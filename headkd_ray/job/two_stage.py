@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from headkd_ray.job.numbers import Bins, Boxes, Channels, Factor, Fraction, Layers, LayersOrNone, Length, Samples, Scale, Weight
 from headkd_ray.job.parts import (
     KIND,
     BackboneSpec,
     FPNSpec,
-    Fraction,
     PixelSpec,
     PooledFPNSpec,
     ProposalSpec,
@@ -32,9 +32,9 @@ from headkd_ray.job.parts import (
 class RPNSpec(Spec):
     """Region proposal network of Faster R-CNN and Cascade R-CNN."""
 
-    convs: PositiveInt = 1
+    convs: Layers = 1
     """3x3 conv + ReLU layers before the two outputs (torchvision v2: 2)."""
-    tower_std: PositiveFloat | None = 0.01
+    tower_std: Factor | None = 0.01
     """Initial weights of those layers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation, for
     narrow ones, in which 0.01 lets the signal vanish."""
     anchors: RPNAnchorSpec = RPNAnchorSpec()
@@ -45,7 +45,7 @@ class RPNSpec(Spec):
     """IoU below which an anchor is negative; also the least IoU of a low-quality match."""
     sampler: RPNSamplerSpec = RPNSamplerSpec()
     """Anchors that enter the loss."""
-    box_beta: NonNegativeFloat = 0.0
+    box_beta: Length = 0.0
     """Box loss: smooth L1, quadratic where a delta is off by less than this (in units of deltas); 0 = L1."""
     clamp_shrink: bool = True
     """Limit how much a box may shrink from its anchor to 16/1000, as growth always is to 1000/16 (torchvision: false)."""
@@ -58,30 +58,30 @@ class RPNSpec(Spec):
 class BoxHeadSpec(Spec):
     """What every box head on RoI features has."""
 
-    convs: NonNegativeInt = 0
+    convs: LayersOrNone = 0
     """3x3 conv layers before the fully connected ones (torchvision v2: 4)."""
-    conv_channels: PositiveInt = 256
+    conv_channels: Channels = 256
     """Width of those convs."""
     conv_norm: bool = False
     """BatchNorm after each of those convs (torchvision v2)."""
-    fcs: PositiveInt = 2
+    fcs: Layers = 2
     """Fully connected layers with ReLU; each one's output is a tap for AKD."""
-    fc_channels: PositiveInt = 1024
+    fc_channels: Channels = 1024
     """Width of the fully connected layers."""
-    pool: PositiveInt = 7
+    pool: Bins = 7
     """RoIAlign output side, in bins."""
-    sampling_ratio: NonNegativeInt = 0
+    sampling_ratio: Samples = 0
     """RoIAlign samples per bin and axis; 0 = adaptive (paper); torchvision's models use 2."""
     aligned: bool = True
     """RoIAlign with the half-pixel shift (paper: true; torchvision's models: false)."""
-    finest_scale: PositiveFloat = 56.0
+    finest_scale: Scale = 56.0
     """RoI to level: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, 3), pixels of the network input.
     torchvision's 224-at-level-4 map on P2 to P5 equals 56."""
     class_agnostic: bool = False
     """One box for all classes instead of one per class."""
     clamp_shrink: bool = True
     """Limit how much a box may shrink from its RoI to 16/1000, as growth always is to 1000/16 (torchvision: false)."""
-    box_beta: NonNegativeFloat = 0.0
+    box_beta: Length = 0.0
     """Box loss: smooth L1, quadratic where a delta is off by less than this (in units of deltas after stds); 0 = L1."""
     sampler: SamplerSpec = SamplerSpec()
     """RoIs that enter the loss; ground-truth boxes are added in front."""
@@ -131,9 +131,9 @@ class CascadeHeadSpec(BoxHeadSpec):
 
     class_agnostic: bool = True
     """One box for all classes instead of one per class."""
-    box_beta: NonNegativeFloat = 1.0
+    box_beta: Length = 1.0
     """Box loss: smooth L1, quadratic where a delta is off by less than this (in units of deltas after stds); 0 = L1."""
-    positive_ious: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.5, 0.6, 0.7)
+    positive_ious: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=10)] = (0.5, 0.6, 0.7)
     """For each stage, the IoU from which a RoI is positive; below it is background. As many as there are stages."""
     stds: tuple[Stds, ...] = (
         (0.1, 0.1, 0.2, 0.2),
@@ -141,7 +141,7 @@ class CascadeHeadSpec(BoxHeadSpec):
         (0.033, 0.033, 0.067, 0.067),
     )
     """For each stage, the scale of its box deltas dx, dy, dw, dh, as the boxes to correct get better."""
-    weights: tuple[NonNegativeFloat, ...] = (1.0, 0.5, 0.25)
+    weights: tuple[Weight, ...] = (1.0, 0.5, 0.25)
     """For each stage, the weight of its class and box loss."""
     average: Literal["logits", "scores"] = "logits"
     """What a detection's score averages over the stages: logits = the softmax of the mean logits (mmdet, with whose weights it
@@ -158,14 +158,14 @@ class CascadeHeadSpec(BoxHeadSpec):
 class CascadeProposalSpec(ProposalSpec):
     """How the RPN of Cascade R-CNN proposes RoIs while training."""
 
-    post_nms: PositiveInt = 2000
+    post_nms: Boxes = 2000
     """Proposals kept per image after NMS."""
 
 
 class CascadeRPNSpec(RPNSpec):
     """Region proposal network of Cascade R-CNN."""
 
-    box_beta: NonNegativeFloat = 1 / 9
+    box_beta: Length = 1 / 9
     """Box loss: smooth L1, quadratic where a delta is off by less than this (in units of deltas); 0 = L1."""
     train_proposals: CascadeProposalSpec = CascadeProposalSpec()
     """Proposals while training."""

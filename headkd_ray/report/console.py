@@ -8,12 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from headkd_ray.report.terminal import Terminal
+
 
 class RunConsole:
     """Takes a run's log records (see ``engine.log``) and shows them; a context manager."""
 
     def __init__(self, name: str, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal(soft_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -25,6 +27,7 @@ class RunConsole:
             disable=not self.console.is_terminal,
         )
         self.name = name
+        self.place = "before its first step"
         self.task = self.progress.add_task(name, total=None)
 
     def __enter__(self) -> RunConsole:
@@ -33,11 +36,17 @@ class RunConsole:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
+        if kind is KeyboardInterrupt:
+            self.note(f"ended at once, {self.place}; started again, it goes on from its last checkpoint")
+
+    def note(self, text: str) -> None:
+        """A sentence about the run."""
+        self.console.print(f"{self.name}  {text}", markup=False)
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.progress.update(self.task, completed=record["step"], total=record["steps"])
-        text = record["note"] if "note" in record else line(record)
-        self.console.print(f"{self.name}  {text}", markup=False)
+        self.place = f"after step {record['step']} of {record['steps']}"
+        self.note(record["note"] if "note" in record else line(record))
 
 
 def line(record: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headkd_ray.report.console import number
+from headkd_ray.report.terminal import Terminal
 
 HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -47,6 +48,6 @@ def class_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
     """Print both tables."""
-    console = console or Console()
+    console = console or Terminal()
     console.print(headline_table(runs))
     console.print(class_table(runs))

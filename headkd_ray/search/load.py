@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -11,11 +12,12 @@ from pydantic.fields import FieldInfo
 
 from headkd_ray.errors import JobError
 from headkd_ray.job import Problem
-from headkd_ray.job.keys import Path, dotted, field_at
+from headkd_ray.job.keys import DEEPEST, Path, dotted, field_at
 from headkd_ray.job.load import (
     Draft,
     Origin,
     apply_override,
+    as_line,
     check,
     job_error,
     origin,
@@ -24,7 +26,7 @@ from headkd_ray.job.load import (
     validated,
 )
 from headkd_ray.job.messages import show
-from headkd_ray.search.space import Search, base_values, contains, listed, ordered, with_values
+from headkd_ray.search.space import Search, base_values, contains, count, ordered, with_values
 from headkd_ray.search.spec import KINDS, ParameterSpec, SearchSpec
 
 FIXED = ("run", "cluster")
@@ -33,6 +35,11 @@ MUTABLE = re.compile(
     r"optim\.(lr|weight_decay|momentum|clip_norm|gamma)|distill\.([\w.]+\.)?(\w+_weight|ckd_epochs|warmup_steps)"
 )
 """Keys that can change in the middle of a training: they shape neither a model nor the order of images."""
+MOST_KEYS = 200
+"""Of a space: each is tried at both its ends before the search starts."""
+MOST_STEPS = 1_000_000
+MOST_COMBINATIONS = 10_000
+"""Of a grid."""
 
 
 def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
@@ -50,13 +57,15 @@ def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
         apply_override(draft, override, number, _field_of)
     for section in ("space", "overrides"):
         _join_keys(draft, section)
-    found, spec = _check_search(draft)
-    lines = draft.mistakes + [(origin(draft, problem.path), f"{dotted(problem.path)}: {problem.message}") for problem in found]
+    found, spec = check_search(draft.values, draft.unread, draft.spelled)
+    if spec is not None:
+        found += _contradictions(spec)
+    lines = draft.mistakes + [(origin(draft, problem.path), as_line(problem)) for problem in found]
     job, job_lines = _read_job(draft)
     search = None
     if job is not None and not job_lines:
         lines += _check_space(draft, job)
-        if spec is not None:
+        if spec is not None and not found:
             search = Search(spec, job.values)
             lines += [(origin(draft, key), f"{dotted(key)}: {message}") for key, message in _unfit(search)]
     if lines or job_lines or search is None:
@@ -78,9 +87,11 @@ def _join_keys(draft: Draft, section: str) -> None:
     joined: dict[str, Any] = {}
     for parts, value in list(_leaves(nested, (section,))):
         key = ".".join(parts[1:])
-        for old in [old for old in draft.origins if old[: len(parts)] == parts]:
-            place: Path = (section, key, *old[len(parts) :])
-            draft.origins[place] = draft.origins.pop(old)
+        kept: tuple[dict[Path, Any], ...] = (draft.origins, draft.spelled)
+        for places in kept:
+            for old in [old for old in places if old[: len(parts)] == parts]:
+                place: Path = (section, key, *old[len(parts) :])
+                places[place] = places.pop(old)
         joined[key] = value
         if value is None and section == "space" and origin(draft, (section, key)).override:
             del joined[key]
@@ -97,34 +108,42 @@ def _leaves(section: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
             yield (*path, name), value
 
 
-def _check_search(draft: Draft) -> tuple[list[Problem], SearchSpec | None]:
-    """What is wrong with the file's own keys, and the search if nothing is."""
-    values = draft.values
+def check_search(
+    values: Mapping[str, Any], unread: Collection[Path] = (), spelled: Mapping[Path, str] | None = None
+) -> tuple[list[Problem], SearchSpec | None]:
+    """What is wrong with a search's own plain values but for the ``unread`` keys, and the search if nothing is."""
     found: list[Problem] = []
     space = values.get("space")
     parameters: dict[str, ParameterSpec] = {}
     if isinstance(space, Mapping):
         values = {**values, "space": {}}
-        if not space:
+        if len(space) > MOST_KEYS:
+            found.append(Problem(("space",), f"has {len(space)} keys; at most {MOST_KEYS} can be searched"))
+            space = {}
+        elif not space:
             found.append(Problem(("space",), "is empty; name at least one job key, for example optim.lr"))
         for key, given in space.items():
-            mistyped, parameter = _check_parameter(given)
+            written = {path[2:]: text for path, text in (spelled or {}).items() if path[:2] == ("space", key)}
+            mistyped, parameter = _check_parameter(given, written)
             found += [Problem(("space", key, *path), message) for path, message in mistyped]
             if parameter is not None:
                 parameters[key] = parameter
-    mistyped, spec = validated(SearchSpec, values)
-    found = [problem for problem in mistyped + found if problem.path not in draft.unread]
+    mistyped, spec = validated(SearchSpec, values, spelled)
+    found = [problem for problem in mistyped + found if problem.path not in unread]
     if spec is not None:
-        spec = spec.model_copy(update={"space": parameters})
-        found += _contradictions(spec)
+        spec = spec.replace({"space": parameters})
+        try:
+            ordered(parameters)
+        except ValueError as error:
+            found.append(Problem(("space",), f"conditions (when) in a circle: {error}"))
     return found, None if found else spec
 
 
-def _check_parameter(given: Any) -> tuple[list[Problem], ParameterSpec | None]:
+def _check_parameter(given: Any, spelled: Mapping[Path, str] | None = None) -> tuple[list[Problem], ParameterSpec | None]:
     if not isinstance(given, Mapping):
         message = f"{show(given)} is not a range; write for example {{uniform: [0, 1]}} or {{choice: [1, 2]}}"
         return [Problem((), message)], None
-    found, parameter = validated(ParameterSpec, given)
+    found, parameter = validated(ParameterSpec, given, spelled)
     if parameter is None:
         return found, None
     kinds = [name for name in KINDS if getattr(parameter, name) is not None]
@@ -138,19 +157,23 @@ def _check_parameter(given: Any) -> tuple[list[Problem], ParameterSpec | None]:
         found.append(Problem(("step",), f"{kind} takes no step; remove it, or use uniform or randint"))
     elif parameter.step is not None and kind == "randint" and not parameter.step.is_integer():
         found.append(Problem(("step",), f"{show(parameter.step)} is not a whole number"))
+    elif parameter.step is not None and not found and (count(parameter) or 0) > MOST_STEPS:
+        found.append(Problem(("step",), f"{show(parameter.step)} makes more than {MOST_STEPS} values of the range"))
     return found, None if found else parameter
 
 
 def _contradictions(spec: SearchSpec) -> Iterator[Problem]:
     """What keys of the search file get wrong together."""
     kind = spec.scheduler.kind
-    try:
-        ordered(spec.space)
-    except ValueError as error:
-        yield Problem(("space",), f"conditions (when) in a circle: {error}")
     if spec.searcher.kind == "grid":
+        counts = {key: count(parameter) for key, parameter in spec.space.items()}
+        if (combinations := math.prod(number or 1 for number in counts.values())) > MOST_COMBINATIONS:
+            yield Problem(
+                ("space",),
+                f"a grid of {combinations} values; at most {MOST_COMBINATIONS} can be tried: take larger steps or fewer keys",
+            )
         for key, parameter in spec.space.items():
-            if listed(parameter) is None:
+            if counts[key] is None:
                 yield Problem(("space", key), f"a grid needs values to list; give {parameter.kind} a step, or use choice")
     elif spec.budget.trials is None and (spec.budget.minutes is None or kind == "pbt"):
         or_time = "" if kind == "pbt" else ", or budget.minutes"
@@ -181,16 +204,19 @@ def _read_job(draft: Draft) -> tuple[Draft | None, list[str]]:
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             put(job, tuple(key.split(".")), value, origin(draft, ("overrides", key)))
-    found, _ = check(job.values, job.unread)
-    lines = job.mistakes + [(origin(job, problem.path), f"{dotted(problem.path)}: {problem.message}") for problem in found]
+    found, _ = check(job.values, job.unread, job.spelled)
+    lines = job.mistakes + [(origin(job, problem.path), as_line(problem)) for problem in found]
     return job, [f"{where.label}: {message}" for where, message in sorted(lines, key=lambda line: line[0].line)]
 
 
 def _check_space(draft: Draft, job: Draft) -> Iterator[tuple[Origin, str]]:
     """The job at both ends of every range, one key at a time, with the values that its condition asks for."""
     space = draft.values.get("space")
-    for key, given in space.items() if isinstance(space, Mapping) else ():
+    for key, given in space.items() if isinstance(space, Mapping) and len(space) <= MOST_KEYS else ():
         where = origin(draft, ("space", key))
+        if key.count(".") >= DEEPEST:
+            yield where, f"space.{key}: no key has more than {DEEPEST} parts"
+            continue
         if key.split(".")[0] in FIXED:
             why = "a search names and seeds its runs itself" if key.startswith("run.") else "it says where a trial runs"
             yield where, f"space.{key}: cannot be searched: {why}"

@@ -123,16 +123,27 @@ def contains(parameter: ParameterSpec, value: Any) -> bool:
     return inside and whole and math.isclose(steps, round(steps), abs_tol=1e-6)
 
 
+def count(parameter: ParameterSpec) -> int | None:
+    """How many values there are, if they can be listed; else None."""
+    if parameter.choice is not None:
+        return len(parameter.choice)
+    low, high = parameter.ends
+    if parameter.kind == "randint":
+        return int((high - low) // int(parameter.step or 1)) + 1
+    return None if parameter.step is None else math.floor((high - low) / parameter.step + 1e-9) + 1
+
+
 def listed(parameter: ParameterSpec) -> list[Any] | None:
     """All values, if they are few enough to be listed: choices, whole numbers, steps; else None."""
     if parameter.choice is not None:
         return list(parameter.choice)
-    low, high = parameter.ends
-    if parameter.kind == "randint":
-        return list(range(low, high + 1, int(parameter.step or 1)))
-    if parameter.step is None:
-        return None
-    return [rounded(low + index * parameter.step) for index in range(math.floor((high - low) / parameter.step + 1e-9) + 1)]
+    number = count(parameter)
+    return None if number is None else [_step(parameter, index) for index in range(number)]
+
+
+def _step(parameter: ParameterSpec, index: int) -> Any:
+    low, step = parameter.ends[0], parameter.step or 1
+    return low + index * int(step) if parameter.kind == "randint" else rounded(low + index * step)
 
 
 def nearest(parameter: ParameterSpec, value: Any) -> Any:
@@ -140,9 +151,10 @@ def nearest(parameter: ParameterSpec, value: Any) -> Any:
     if contains(parameter, value) or parameter.choice is not None:
         return value
     low, high = parameter.ends
-    steps = listed(parameter)
-    if steps is not None:
-        return min(steps, key=lambda step: abs(step - value))
+    number = count(parameter)
+    if number is not None:
+        index = math.ceil((value - low) / (parameter.step or 1) - 0.5)  # of two that are as near, the lower one
+        return _step(parameter, min(max(index, 0), number - 1))
     return min(max(round(value) if "int" in parameter.kind else value, low), high)
 
 

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from headkd_ray.job.parts import Fraction, Spec, Text
+from headkd_ray.job.numbers import (
+    Epochs,
+    Fraction,
+    Number,
+    PositiveNumber,
+    PositiveWhole,
+    Processes,
+    Restarts,
+    Seconds,
+    Seed,
+    Trials,
+    TrialsOrNone,
+    Whole,
+)
+from headkd_ray.job.parts import Spec, Text
 
 
 class SearchRunSpec(Spec):
     """What the search is called and where it writes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the search: its folder under storage. Letters, digits, dot, dash and underscore, a letter or digit first."""
     storage: Text = "runs"
     """Folder or URI (file, s3, gs, hdfs) under which the search writes; all machines of the cluster must reach it.
     A relative path starts at the command's current folder."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seeds the choice of values; the training's own seeds are ``seeds``."""
 
 
 class ParameterSpec(Spec):
     """The values that a job key may take: exactly one of uniform, loguniform, randint, lograndint and choice."""
 
-    uniform: tuple[float, float] | None = None
+    uniform: tuple[Number, Number] | None = None
     """[lowest, highest]: a number, uniform between them; with step, one of lowest, lowest + step, ..."""
-    loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
+    loguniform: tuple[PositiveNumber, PositiveNumber] | None = None
     """[lowest, highest]: a number whose logarithm is uniform."""
-    randint: tuple[int, int] | None = None
+    randint: tuple[Whole, Whole] | None = None
     """[lowest, highest]: a whole number, uniform, both ends included; with step, one of lowest, lowest + step, ..."""
-    lograndint: tuple[PositiveInt, PositiveInt] | None = None
+    lograndint: tuple[PositiveWhole, PositiveWhole] | None = None
     """[lowest, highest]: a whole number whose logarithm is uniform, both ends included."""
-    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    choice: Annotated[tuple[Any, ...], Field(min_length=1, max_length=1000)] | None = None
     """One of these values, of any type."""
-    step: PositiveFloat | None = None
+    step: PositiveNumber | None = None
     """Distance of neighbouring values (uniform, randint); null = any value, or any whole number."""
     when: dict[str, Any] = Field(default_factory=dict)
     """Vary the key only in trials in which each of these job keys has the given value, or one of a list of values; in the
@@ -60,7 +74,7 @@ class SearcherSpec(Spec):
     kind: Literal["random", "grid", "tpe"] = "tpe"
     """random; grid = every combination of choices, whole numbers and steps, in turn; tpe = Optuna's multivariate
     tree-structured Parzen estimator, which learns from the trials that ended, for one objective or two."""
-    startup_trials: NonNegativeInt = 10
+    startup_trials: TrialsOrNone = 10
     """tpe: trials that end before it learns; until then values are random."""
 
 
@@ -72,11 +86,11 @@ class SchedulerSpec(Spec):
     ...), the best 1 / reduction, and trial 0 always; pbt = population-based training: at every perturb_epochs the worst copy
     the state and the values of the best and change the values a little, so that values become schedules. pbt needs
     cluster.workers: 0 and keys that do not shape the models; its trial 0 only begins as the base job."""
-    grace_epochs: PositiveInt = 1
+    grace_epochs: Epochs = 1
     """asha: epochs that every trial is trained for."""
-    reduction: Annotated[int, Field(ge=2)] = 3
+    reduction: Annotated[int, Field(ge=2, le=1000)] = 3
     """asha: share that goes on, as 1 / reduction."""
-    perturb_epochs: PositiveInt = 1
+    perturb_epochs: Epochs = 1
     """pbt: epochs between exploits; checkpoints are made and evaluated then."""
     quantile: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
     """pbt: share of the trials that copy, and share that is copied."""
@@ -87,13 +101,13 @@ class SchedulerSpec(Spec):
 class BudgetSpec(Spec):
     """When the search ends, and how much it takes at a time."""
 
-    trials: PositiveInt | None = None
+    trials: Trials | None = None
     """Trials, the base job's own values (trial 0) included; null = as many as a grid has, or as minutes allow."""
-    minutes: PositiveFloat | None = None
+    minutes: Seconds | None = None
     """Time after which the command stops, trials that run included; ``--resume`` goes on with them. null = no limit."""
-    max_concurrent: PositiveInt | None = None
+    max_concurrent: Processes | None = None
     """Trials at a time; null = as many as fit the cluster. With cluster.gpus_per_worker below 1 several share a GPU."""
-    max_failures: NonNegativeInt = 2
+    max_failures: Restarts = 2
     """How often a trial whose process or machine died is started again, from its last checkpoint. A trial that failed by itself
     (loss not finite, out of memory, a bad job) is recorded and not tried again."""
 
@@ -128,6 +142,6 @@ class SearchSpec(Spec):
     """Which trials go on after an evaluation."""
     budget: BudgetSpec = BudgetSpec()
     """When the search ends, and how much it takes at a time."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] | None = None
     """Values of run.seed that each trial is trained with, one after the other, for their mean; the scheduler judges by the
     first, and only who survives is trained with the others. null = the base job's one."""

@@ -29,15 +29,20 @@ def check_optuna(search: Search) -> None:
         raise UserError(f"searcher.kind {search.spec.searcher.kind} needs Optuna: {EXTRA}") from None
 
 
-def propose(search: Search, trials: Sequence[Trial]) -> Values | None:
-    """The values of trial number ``len(trials)``; None when a grid is used up. ``trials``: all so far, ended or not."""
+def propose(search: Search, trials: Sequence[Trial], number: int | None = None) -> Values | None:
+    """The values of the next trial; None when a grid is used up.
+
+    Args:
+        trials: all so far, ended or not.
+        number: the next one's; None = as many as there are.
+    """
     if not trials:
         return base_values(search)
     if search.spec.searcher.kind == "grid":
         seen = [trial.values for trial in trials]
         return next((values for values in grid(search) if values not in seen), None)
     study = study_of(search, trials)
-    study.sampler = _sampler(search, number=len(trials))
+    study.sampler = _sampler(search, number=len(trials) if number is None else number)
     asked = study.ask()
     values: Values = {}
     base = search.base

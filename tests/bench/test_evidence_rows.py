@@ -84,15 +84,13 @@ def test_rows_are_the_methods_that_they_are_called(tier: Bench):
             assert assistants.rcnn.head == roi
         if assistants.fcos is not None:
             student = jobs["fcos_baseline"].student
-            assert assistants.fcos.head == student.head.model_copy(
-                update={"proposals": assistants.fcos.head.proposals, "postprocess": assistants.fcos.head.postprocess}
+            assert assistants.fcos.head == student.head.replace(
+                {"proposals": assistants.fcos.head.proposals, "postprocess": assistants.fcos.head.postprocess}
             )
     assert (jobs["fcos_head"].distill.ckd_weight, jobs["fcos_head"].distill.ckd_epochs) == (1.0, milestones[-1])
     for rois in (64, 128, 256):
         assert jobs[f"head_inline_{rois}"].distill.rois == "student"
-        assert jobs[f"head_inline_{rois}"].distill.assistant == roi.model_copy(
-            update={"sampler": roi.sampler.model_copy(update={"size": rois})}
-        )
+        assert jobs[f"head_inline_{rois}"].distill.assistant == roi.replace({"sampler.size": rois})
         for row in (f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"):
             assert (jobs[row].distill.rois, jobs[row].distill.roi_budget) == ("teacher", rois)
             assert _teacher(jobs[row]).placement == ("cache" if "cache" in row else "inline")

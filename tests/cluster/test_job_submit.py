@@ -109,7 +109,7 @@ def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: Head
 def test_ray_job_stop_keeps_the_step_and_the_same_job_goes_on(tmp_path: Path, drawn_splits: dict[str, str], head: Head) -> None:
     """The checkpoint of the step in which it was stopped, though checkpoints are due at the ends of epochs alone."""
     job = micro_job(tmp_path / "runs", drawn_splits, "stopped", optim={"epochs": 40}, eval={"every_epochs": 40})
-    on_ray = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
+    on_ray = job.replace({"cluster.workers": 1})
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     submit = ("submit", "--working-dir", str(working_dir_of(tmp_path / "work", on_ray)), "--runtime-env-json", patient)
     done = ray_job(head, *submit, "--no-wait", "--submission-id", "first", *TRAIN)
@@ -129,5 +129,5 @@ def test_ray_job_stop_keeps_the_step_and_the_same_job_goes_on(tmp_path: Path, dr
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"step {int(step) + 1}/{steps}" in again.stdout and f"step {step}/{steps}" not in again.stdout
     result = json.loads((log.parent / "result.json").read_text())
-    whole = job.model_copy(update={"run": job.run.model_copy(update={"name": "whole"})})
+    whole = job.replace({"run.name": "whole"})
     assert_same_weights(student_weights(train(whole, lambda record: None)), student_weights(result))

@@ -190,7 +190,6 @@ def test_a_pool_that_no_node_can_hold_is_an_error_not_a_hang(
         ({"gpus": 0.5}, "no node has what a process asks"),
         ({"actors": [9, 9]}, "9 processes of 1 CPU asked"),
     ):
-        pool = job.teacher.pool.model_copy(update=keys)
-        changed = job.model_copy(update={"teacher": job.teacher.model_copy(update={"pool": pool})})
+        changed = job.replace({f"teacher.pool.{key}": value for key, value in keys.items()})
         with pytest.raises(ClusterError, match=message):
             train(changed, lambda record: None)

@@ -128,7 +128,7 @@ class TracingMaker(BatchMaker):
 
 def test_a_consumer_that_stalls_stops_the_tasks(shards: ShardSet, tmp_path: Path) -> None:
     """Back-pressure: of 900 MB of batches, only what fits the cluster's 100 MB of shared memory is made ahead."""
-    large = SPEC.model_copy(update={"short_side": (560, 560), "long_side": 900})
+    large = SPEC.replace({"short_side": (560, 560), "long_side": 900})
     maker = TracingMaker(large, 1, train=True, folder=str(tmp_path))
     planned = windows(shards, epochs=20)
 

@@ -79,7 +79,7 @@ def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_spl
         )
 
     # With one worker a run on Ray ends as one without: see above. So the undisturbed run need not take Ray's time.
-    undisturbed = job("whole") if workers > 1 else job("whole").model_copy(update={"cluster": IN_PROCESS})
+    undisturbed = job("whole") if workers > 1 else job("whole").replace({"cluster": IN_PROCESS})
     expected = train(undisturbed, _quiet)
     victim = Killer(job("killed"), at_step=3)
     result = train(job("killed"), victim)

@@ -124,7 +124,7 @@ def test_views_differ_between_epochs_and_repeat_with_data_views(coco: ShardSet) 
 
     first, second, third = pixels(SPEC)
     assert first.keys() == second.keys() and sum(first[i] != second[i] for i in first) > len(first) / 2
-    first, second, third = pixels(SPEC.model_copy(update={"views": 2}))
+    first, second, third = pixels(SPEC.replace({"views": 2}))
     assert first == third != second
 
 

@@ -37,8 +37,8 @@ def test_short_sides_are_uniform_and_half_are_flipped() -> None:
     counts = np.bincount([view.short_side for view in views], minlength=141)[100:]
     assert len(counts) == 41 and counts.min() > 50 and counts.max() < 160
     assert 0.47 < np.mean([view.flip for view in views]) < 0.53
-    assert {view.flip for view in (train_view(i, 0, 0, SPEC.model_copy(update={"flip": 0.0})) for i in range(99))} == {False}
-    assert {view.flip for view in (train_view(i, 0, 0, SPEC.model_copy(update={"flip": 1.0})) for i in range(99))} == {True}
+    assert {view.flip for view in (train_view(i, 0, 0, SPEC.replace({"flip": 0.0})) for i in range(99))} == {False}
+    assert {view.flip for view in (train_view(i, 0, 0, SPEC.replace({"flip": 1.0})) for i in range(99))} == {True}
 
 
 def test_every_part_of_the_key_matters() -> None:
@@ -51,7 +51,7 @@ def test_every_part_of_the_key_matters() -> None:
 
 def test_view_numbers_repeat_after_data_views() -> None:
     assert [view_number(epoch, SPEC) for epoch in range(4)] == [0, 1, 2, 3]
-    assert [view_number(epoch, SPEC.model_copy(update={"views": 3})) for epoch in range(5)] == [0, 1, 2, 0, 1]
+    assert [view_number(epoch, SPEC.replace({"views": 3})) for epoch in range(5)] == [0, 1, 2, 0, 1]
 
 
 def test_evaluation_view() -> None:

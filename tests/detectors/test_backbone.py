@@ -161,8 +161,8 @@ def test_initial_weights_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
 def test_unknown_and_unfit_backbones_are_job_errors() -> None:
     with pytest.raises(JobError, match=r"did you mean.*resnet18"):
         backbone("resnet-18")
-    with pytest.raises(JobError, match="cannot build"):
-        backbone("resnet18", kwargs={"chanels": [1]})
+    with pytest.raises(JobError, match=r"backbone\.kwargs\.dims: timm cannot build resnet18 with \[1\]"):
+        backbone("resnet18", kwargs={"stem_width": 8, "dims": [1]})
     with pytest.raises(JobError, match="no feature map at stride"):
         backbone("vit_tiny_patch16_224")
 

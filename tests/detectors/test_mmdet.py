@@ -150,6 +150,111 @@ def test_ddp_prefix_and_training_scripts_arguments(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "model.pth").classes is None
 
 
+def lightning(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"state_dict": {f"model.{key}": value for key, value in state.items()}, "hyper_parameters": {"lr": 0.1}, "epoch": 3}
+
+
+def compiled(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"ema": {f"_orig_mod.module.{key}": value for key, value in state.items()}, "step": 7}
+
+
+def distilled(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {f"detector.student.{key}": value for key, value in state.items()}
+
+
+def with_optimizer(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"net": state, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}}, "mean": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("wrap", [lightning, compiled, distilled, with_optimizer])
+def test_wrappings_and_prefixes_come_off(wrap: Callable[[dict[str, Tensor]], dict[str, Any]], tmp_path: Path) -> None:
+    torch.save(wrap(plain_retinanet()), tmp_path / "model.pth")
+    loaded, plain = load_checkpoint(tmp_path / "model.pth"), load_mmdet(plain_retinanet())
+    assert all(map(torch.equal, loaded.detector.parameters(), plain.detector.parameters()))
+
+
+def test_which_of_several_models_is_meant_is_asked(tmp_path: Path) -> None:
+    torch.save({"student": plain_retinanet(), "teacher": golden_state("teacher")}, tmp_path / "both.pth")
+    with pytest.raises(
+        CheckpointError, match=r"both\.pth: holds several models \(student, teacher\); save the one that you mean"
+    ):
+        load_checkpoint(tmp_path / "both.pth")
+    torch.save({"ema": golden_state("teacher"), "state_dict": plain_retinanet()}, tmp_path / "usual.pth")
+    assert isinstance(load_checkpoint(tmp_path / "usual.pth").detector, RetinaNet)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"epoch": 3, "args": {}}, "holds no tensors; its keys are epoch, args"),
+        ({"run": {"nets": [{"weight": torch.zeros(2)}]}}, r"holds no state dict; its tensors are under run\.nets\.0\.weight"),
+        ({"model": {"conv.weight": np.zeros(2)}}, r"holds NumPy arrays \(model\.conv\.weight, \.\.\.\), not tensors"),
+    ],
+)
+def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], told: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=told):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer .* run git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", r"a web page \(HTML\), .*; download the file itself"),
+        (b'{"error": "not found"}', "JSON text"),
+        (b"\x1f\x8b\x08\x00rest", "a compressed archive"),
+        (b"", "empty"),
+        (b"some words", "torch.save did not write it|.*"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_what_a_download_put_in_the_files_place(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: not a readable weight file: (it is )?{told}") as caught:
+        load_checkpoint(tmp_path / name)
+    assert "could run code" not in str(caught.value)
+
+
+def test_class_names_that_are_not_as_many_as_the_outputs_are_refused(tmp_path: Path) -> None:
+    for meta in ({"CLASSES": [str(i) for i in range(80)]}, {"dataset_meta": {"classes": [str(i) for i in range(80)]}}):
+        torch.save({"meta": meta, "state_dict": plain_retinanet()}, tmp_path / "retina.pth")
+        with pytest.raises(CheckpointError, match=r"retina\.pth: its meta names 80 classes, but the network has 5 outputs"):
+            load_checkpoint(tmp_path / "retina.pth")
+    state = {key: value[:9] if "retina_cls" in key else value for key, value in plain_retinanet().items()}
+    assert load_mmdet(state, {"CLASSES": "person"}).classes == ("person",), "a string is one name, not six"
+
+
+@pytest.mark.parametrize(("mean", "is_bgr"), [((123.675, 116.28, 103.53), False), ((103.53, 116.28, 123.675), True)])
+def test_a_3x_preprocessor_s_tensors_are_the_normalisation(mean: tuple[float, ...], is_bgr: bool) -> None:
+    std = (58.395, 57.12, 57.375)
+    state = plain_retinanet()
+    for name, numbers in (("mean", mean), ("std", std[::-1] if is_bgr else std)):
+        state[f"data_preprocessor.{name}"] = torch.tensor(numbers).view(3, 1, 1)
+    detector = load_mmdet(state).detector
+    assert (detector.spec.pixels.mean, detector.spec.pixels.std) == ((123.675, 116.28, 103.53), std)
+    stem = state["backbone.conv1.weight"]
+    assert torch.equal(detector.state_dict()["backbone.body.conv1.weight"], stem.flip(1) if is_bgr else stem)
+
+
+def test_a_2x_file_s_second_set_of_weights_is_left_out_and_told() -> None:
+    state = plain_retinanet()
+    loaded = load_mmdet(
+        {**state, **{f"ema_{key.replace('.', '_')}": value + 1 for key, value in state.items()}}, source="a.pth"
+    )
+    assert loaded.notes == (f"a.pth: {len(state)} ema_* tensors, mmdet's second set of weights, are not used",)
+    assert torch.equal(loaded.detector.state_dict()["backbone.body.conv1.weight"], state["backbone.conv1.weight"])
+
+
+def test_a_training_state_is_not_the_student(tmp_path: Path) -> None:
+    trained = load_mmdet(plain_retinanet()).detector.state_dict()
+    torch.save(
+        {"step": 1, "trainee": {**{f"student.{k}": v for k, v in trained.items()}, "akd.0": torch.zeros(1)}}, tmp_path / "a.pt"
+    )
+    with pytest.raises(CheckpointError, match=r"tensors of headkd_ray .* without their model\.json"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 class Evil:
     """A file that would run code on unpickling."""
 

@@ -1,5 +1,7 @@
 import json
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +38,7 @@ def test_a_saved_detector_comes_back_as_it_was(spec: DetectorSpec, tmp_path: Pat
 def test_loading_needs_no_initial_backbone_weights(tmp_path: Path) -> None:
     spec = retinanet_spec()
     detector = build_detector(spec, 3)
-    elsewhere = spec.backbone.model_copy(update={"weights": "/gone/resnet.pth"})
-    detector.spec = spec.model_copy(update={"backbone": elsewhere})
+    detector.spec = spec.replace({"backbone.weights": "/gone/resnet.pth"})
     save_detector(tmp_path, detector, CLASSES)
     assert load_detector(tmp_path).detector.num_classes == 3
 
@@ -61,6 +62,68 @@ def test_tensors_that_do_not_fit_the_spec_are_all_listed(tmp_path: Path) -> None
         "shape of head.box_out.bias: 4 in the file, 36 in the model",
     ]
     assert str(tmp_path) in str(caught.value)
+
+
+def test_changed_bytes_are_not_used(tmp_path: Path) -> None:
+    """Such as a disk or a copy that broke off and was filled up leaves behind: the tensors' shapes still fit."""
+    save_detector(tmp_path, build_detector(retinanet_spec(), 3), CLASSES)
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-300:-100] = bytes(200)
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not the file that was saved with model\.json"):
+        load_detector(tmp_path)
+    card = json.loads((tmp_path / "model.json").read_text())
+    del card["sha256"]  # as headkd_ray wrote it before it kept the sum
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    load_detector(tmp_path)
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "ids": ({"meta": {"category_ids": [1, 2]}}, r"meta\.category_ids: \[1, 2\] is not a list of 3 different whole numbers"),
+    "same ids": ({"meta": {"category_ids": [1, 2, 2]}}, r"meta\.category_ids: .* not a list of 3 different"),
+    "id text": ({"meta": {"category_ids": [1, 2, "3"]}}, r"meta\.category_ids: .* not a list of 3 different"),
+    "sizes": ({"meta": {"data": {"pad": -1}}}, r"meta\.data: \{'pad': -1\} is not how images are shown: pad: "),
+    "no sizes": ({"meta": {"data": 3}}, r"meta\.data: 3 is not how images are shown"),
+    "twice": ({"classes": ["ant", "ant", "bee"]}, "classes: 'ant' is there more than once"),
+    "no classes": ({"classes": []}, "classes: "),
+    "million classes": ({"classes": [str(i) for i in range(1_000_000)]}, "cls_out.bias: 27 in the file, 9000000 in the model"),
+    "convs": ({"spec": {"head": {"convs": 10**7}}}, r"head\.convs: .* less than or equal to 256"),
+    "wide": ({"spec": {"head": {"channels": 65536}, "neck": {"channels": 65536}}}, "65536x65536x3x3 in the model"),
+    "layers": ({"spec": {"backbone": {"kwargs": {"layers": [10**7] * 4}}}}, r"kwargs\.layers: .* whole number from 1 to 256"),
+    "reader": ({"spec": {"backbone": {"kwargs": {"checkpoint_path": "x.pth"}}}}, r"kwargs\.checkpoint_path: is set by"),
+    "timm": (
+        {"spec": {"backbone": {"kwargs": {"norm_layer": "nope"}}}},
+        r"model\.json: spec\.backbone\.kwargs\.norm_layer: timm",
+    ),
+    "digits": ("1" * 5000, "not JSON"),
+    "nesting": ("[" * 100_000, "nested too deeply"),
+    "pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer"),
+    "bytes": (b"\xff\xfe{", "not JSON"),
+}
+"""What is changed in model.json, or all of it, and what is said of it."""
+
+
+def merged(old: Any, new: Any) -> Any:
+    """``old`` with the values of ``new``, key by key."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {key: merged(old.get(key), new[key]) if key in new else old[key] for key in {**old, **new}}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_card_is_refused_before_anything_of_its_size_is_made(case: str, tmp_path: Path) -> None:
+    change, told = HOSTILE[case]
+    save_detector(tmp_path, build_detector(retinanet_spec(), 3), CLASSES)
+    card = tmp_path / "model.json"
+    if isinstance(change, dict):
+        change = json.dumps(merged(json.loads(card.read_text()), change))
+    card.write_bytes(change if isinstance(change, bytes) else change.encode())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=told) as caught:
+        load_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024, "KiB; the network of 'wide' takes GiB"
 
 
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def test_detections_equal_torchvisions_own(build: Callable[..., Any], count: int
         assert (rules.pre_nms, rules.post_nms) == (model.rpn._pre_nms_top_n["testing"], model.rpn._post_nms_top_n["testing"])
         # Fewer RoIs in both, to be quick.
         model.rpn._pre_nms_top_n["testing"] = 100
-        fewer = {"test_proposals": rules.model_copy(update={"pre_nms": 100})}
-        loaded.detector.rpn.spec = loaded.detector.rpn.spec.model_copy(update=fewer)
+        fewer = {"test_proposals": rules.replace({"pre_nms": 100})}
+        loaded.detector.rpn.spec = loaded.detector.rpn.spec.replace(fewer)
     with torch.no_grad():
         wanted = model(images()[:count])
         x = model.transform(images()[:count])[0].tensors

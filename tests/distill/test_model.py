@@ -258,9 +258,7 @@ def test_one_seed_one_step() -> None:
 
 def test_a_teacher_of_other_pixel_statistics_gets_its_own_input() -> None:
     spec = faster_rcnn_spec()
-    other = spec.model_copy(
-        update={"pixels": spec.pixels.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (255.0, 255.0, 255.0)})}
-    )
+    other = spec.replace({"pixels.mean": (0.0, 0.0, 0.0), "pixels.std": (255.0, 255.0, 255.0)})
     torch.manual_seed(11)
     teacher = build_detector(other, CLASSES)
     seen: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 
 from headkd_ray.data.batch import Batch, idle_batch
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detections, Detector, build_detector
+from headkd_ray.detectors.weights import save_detector
 from headkd_ray.engine.evaluate import coco_results, evaluate, predict
+from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.engine.scoring import Scoring
 from headkd_ray.engine.world import World
+from headkd_ray.evaluate import evaluate_checkpoint
 from tests.support import MICRO_STUDENT, micro_job
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -77,3 +82,16 @@ def test_a_missing_image_is_an_error() -> None:
     truth = {"images": [{"id": 1}, {"id": 2}], "annotations": [], "categories": []}
     with pytest.raises(AssertionError, match="ranks overlap or miss images"):
         evaluate(micro_detector(2), [blank([(64, 64)], [(64, 64)])], ALONE, truth, Scoring(CATEGORY_IDS, 100, ()))
+
+
+def test_outputs_of_unused_classes_are_left_out(drawn_splits: dict[str, str], tmp_path: Path) -> None:
+    """torchvision's COCO models name ten outputs "N/A": nobody wants them in a COCO table, or drawn."""
+    classes = ShardSet.open(drawn_splits["val"]).meta.classes
+    detector = micro_detector(len(classes) + 2)
+    save_detector(tmp_path, detector, ("N/A", *classes, "N/A"))
+    loaded = fetch_detector(str(tmp_path))
+    assert (loaded.classes, loaded.detector.num_classes) == (classes, len(classes))
+    assert fetch_detector(str(tmp_path), all_outputs=True).detector.num_classes == len(classes) + 2
+    evaluate_checkpoint(str(tmp_path), drawn_splits["val"], out=str(tmp_path / "found.json"))
+    known = set(ShardSet.open(drawn_splits["val"]).meta.category_ids)
+    assert {entry["category_id"] for entry in json.loads((tmp_path / "found.json").read_text())} <= known

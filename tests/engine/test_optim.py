@@ -36,7 +36,7 @@ def test_a_retuned_state_goes_on_with_the_other_job_s_values() -> None:
     """Momentum buffers stay; the schedule goes on at the same step."""
     weight = torch.nn.Parameter(torch.ones(2))
     before = OptimSpec(lr=0.02, lr_batch=None, warmup_steps=0, milestones=(2,), epochs=4)
-    after = before.model_copy(update={"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01})
+    after = before.replace({"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01})
     optimizer, scheduler = build_optimizer(before, [weight], 16, 10)
     for _ in range(15):
         weight.grad = torch.ones(2)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from headkd_ray.detectors import build_detector
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.views import extreme_sizes
+from headkd_ray.detectors import GroundTruth, build_detector
 from headkd_ray.detectors.weights import save_detector
 from headkd_ray.engine.preflight import preflight
 from headkd_ray.engine.run import open_run
 from headkd_ray.errors import UserError
-from tests.support import MICRO_TEACHER, micro_job
+from tests.support import MICRO_STUDENT, MICRO_TEACHER, micro_job
 
 
 def test_a_sound_job_passes_and_nothing_is_changed(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
@@ -38,8 +41,7 @@ def test_the_teacher_is_checked_although_the_data_is_missing(tmp_path: Path) -> 
 
 def test_a_student_that_timm_does_not_know_is_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     job = micro_job(tmp_path, drawn_splits)
-    backbone = job.student.backbone.model_copy(update={"name": "resnet10tt"})
-    job = job.model_copy(update={"student": job.student.model_copy(update={"backbone": backbone})})
+    job = job.replace({"student.backbone.name": "resnet10tt"})
     with pytest.raises(UserError, match="resnet10tt"):
         preflight(job)
 
@@ -84,7 +86,8 @@ def test_without_ray_and_with_it_are_not_the_same_run(tmp_path: Path, drawn_spli
     open_run(micro_job(tmp_path, drawn_splits))
     with pytest.raises(UserError, match=r"cluster\.workers: the run .* was started with 0, now 2"):
         preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
-    (tmp_path / "run" / "result.json").write_text("{}")  # ended: nothing to resume
+    ended = {"best": {}, "last": {}, "student": "student"}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(ended))  # nothing to resume
     preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
 
 
@@ -94,7 +97,59 @@ def test_splits_whose_16_bit_images_are_read_differently(tmp_path: Path, drawn_s
         splits[name] = shutil.copytree(split, tmp_path / name)
         meta = json.loads((splits[name] / "meta.json").read_text())
         (splits[name] / "meta.json").write_text(json.dumps({**meta, "value_range": [0, high]}))
-    with pytest.raises(
-        UserError, match=r"data\.train .* from 0 to 4095, data\.val .* from 0 to 65535; prepare all splits with"
-    ):
+    with pytest.raises(UserError, match=r"data\.train .* from 0 to 4095, data\.val .* from 0 to 65535; prepare all"):
         preflight(micro_job(tmp_path / "runs", {name: str(split) for name, split in splits.items()}))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "told"),
+    [
+        (
+            {"name": "swin_tiny_patch4_window7_224", "kwargs": {"depths": [1] * 4}},
+            r"student\.backbone\.name: swin.* cannot take .* px .*; set student\.backbone\.kwargs\.strict_img_size: false$",
+        ),
+        ({"name": "gcvit_xxtiny"}, r"set student\.backbone\.kwargs\.img_size: \[96, 96\] and data\.pad: 96$"),
+        ({"name": "efficientformer_l1"}, r"student\.backbone\.name: efficientformer_l1 cannot take .*; set data\.pad: 224$"),
+        (
+            {"kwargs": {"channels": [8, 8, 16, 16, 32]}},
+            r"student\.backbone\.kwargs\.channels: resnet10t reads 4 of these 5 values",
+        ),
+        (
+            {"kwargs": {"norm_layer": "nope", "stem_width": 4}},
+            r"student\.backbone\.kwargs\.norm_layer: timm cannot build resnet10t with 'nope'",
+        ),
+        ({"kwargs": {"channels": [8, 8]}}, r"student\.backbone\.kwargs\.channels: timm cannot build resnet10t with \[8, 8\]"),
+    ],
+)
+def test_a_backbone_that_would_fail_in_the_first_step(
+    backbone: dict[str, Any], told: str, tmp_path: Path, drawn_splits: dict[str, str]
+) -> None:
+    """It is shown the smallest and the largest views; the remedy that is told has been tried."""
+    section = {"name": "resnet10t", "frozen_stages": 0, "norm_eval": False, **backbone}
+    with pytest.raises(UserError, match=told):
+        preflight(micro_job(tmp_path, drawn_splits, student={**MICRO_STUDENT, "backbone": section}))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "data"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": [1] * 4, "strict_img_size": False}, {}),
+        ("gcvit_xxtiny", {"img_size": [96, 96]}, {"pad": 96}),
+    ],
+)
+def test_the_remedies_for_fixed_sizes_train(
+    name: str, kwargs: dict[str, Any], data: dict[str, Any], tmp_path: Path, drawn_splits: dict[str, str]
+) -> None:
+    section = {"name": name, "kwargs": kwargs, "frozen_stages": 0, "norm_eval": False}
+    job = micro_job(tmp_path, drawn_splits, student={**MICRO_STUDENT, "backbone": section}, data=data)
+    preflight(job)
+    torch.manual_seed(0)
+    student = build_detector(job.student, 2)
+    shown = extreme_sizes(
+        job.data, *(getattr(ShardSet.open(drawn_splits["train"]).index, side) for side in ("height", "width"))
+    )
+    for height, width in shown:
+        x = torch.zeros(1, 3, height, width)
+        truth = GroundTruth.of(torch.ones(1, 1, 4) * 8, torch.tensor([[-1]]), torch.tensor([[height, width]]))
+        losses = student.losses(student.features(x), truth)
+        assert all(torch.isfinite(loss) for loss in losses.values())

@@ -31,6 +31,7 @@ class Nowhere:
 
     latest = LocalCheckpoints.latest
     entries: tuple[()] = ()
+    notes: tuple[()] = ()
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
         assert folder is None
@@ -57,7 +58,7 @@ def fit_on(world: World, job: Job, stop_at: int | None = None) -> dict[str, Any]
         return None
     if not isinstance(checkpoints, LocalCheckpoints):
         return None
-    return finish(folder, checkpoints.folder / str(checkpoints.best()), last)
+    return finish(folder, [checkpoints.folder / name for name in checkpoints.ranking()], last, {}, lambda record: None)
 
 
 def fit_twice(world: World, first: Job, second: Job, kind: str) -> Any:

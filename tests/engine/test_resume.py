@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,31 @@ from typing import Any
 import pytest
 import yaml
 
+from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact, seal
 from headkd_ray.engine.local import train_here
-from headkd_ray.engine.run import only_one, run_folder
-from headkd_ray.errors import CheckpointError, JobError, UserError
-from headkd_ray.train import train
+from headkd_ray.engine.run import only_one, open_run, run_folder
+from headkd_ray.engine.scratch import Scratch
+from headkd_ray.engine.stop import stop_signals
+from headkd_ray.errors import CheckpointError, JobError, StoppedError, UserError
+from headkd_ray.storage import Folder
+from headkd_ray.train import main, train
 from tests.support import assert_same_weights, micro_job, student_weights
 
 
 def start(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, **options)
+
+
+def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
+    """Start it where nothing can be shown: nobody reads the pipe, and the encoding lacks most characters."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "headkd_ray.train", str(job_file)]
+    process = subprocess.Popen(command, env=environment, stdout=writer)
+    os.close(writer)
+    return process
 
 
 def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> None:
@@ -36,7 +54,7 @@ def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> Non
 
 def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     whole = micro_job(tmp_path, drawn_splits, "whole", checkpoint={"every_steps": 3}, optim={"ema": 0.9, "accumulate": 2})
-    killed = whole.model_copy(update={"run": whole.run.model_copy(update={"name": "killed"})})
+    killed = whole.replace({"run.name": "killed"})
     expected = train(whole, lambda record: None)
 
     job_file = tmp_path / "killed.yaml"
@@ -47,7 +65,7 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "result.json").exists(), "killed too late: the run had ended"
-    assert start(job_file).wait() == 0
+    assert start_unseen(job_file).wait() == 0
 
     result = json.loads((tmp_path / "killed" / "result.json").read_text())
     assert_same_weights(student_weights(expected), student_weights(result))
@@ -77,11 +95,20 @@ def test_sigterm_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path, dra
     assert_same_weights(student_weights(expected), student_weights(result))
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
+def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    splits = {name: str(shutil.copytree(split, tmp_path / name)) for name, split in drawn_splits.items()}
+    job = micro_job(tmp_path, splits, optim={"epochs": 1, "milestones": []})
     first = train(job, lambda record: None)
     records: list[dict] = []
-    assert train(job, records.append) == first and not records
+    notes: list[str] = []
+    assert train(job, records.append, notes.append) == first and not records
+    assert len(notes) == 1 and f"{tmp_path}/run had ended at step 11: nothing was trained now" in notes[0]
+
+    meta = tmp_path / "val" / "meta.json"
+    fields = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**fields, "fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match=r"data\.val: the run .*/run has ended, and was trained with other data .*run\.name"):
+        train(job, lambda record: None)
 
 
 def test_other_keys_under_the_same_name_are_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
@@ -102,13 +129,141 @@ def test_best_and_last_checkpoint_stay(tmp_path: Path, drawn_splits: dict[str, s
     assert result["best"]["AP"] == max(entry["score"] for entry in listed)
 
 
-def test_a_damaged_training_state_is_named(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    job = micro_job(tmp_path, drawn_splits, optim={"epochs": 1, "milestones": []})
-    train_here(job, lambda record: None)
-    (state,) = (tmp_path / "run" / "checkpoints").glob("*/training_state.pt")
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="unreadable training state"):
-        train_here(job, lambda record: None)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """And said so. A reader of tensors does not notice this damage. If none is intact, the run does not start over."""
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sections: dict[str, Any] = {"optim": {"epochs": 1, "milestones": []}, "checkpoint": {"every_steps": 2}}
+    job = micro_job(tmp_path, drawn_splits, **sections)
+    with pytest.raises(StoppedError, match="at step 6 of 11"):
+        train_here(job, stop)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [entry["name"] for entry in json.loads((folder / "checkpoints.json").read_text())] == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    shutil.copytree(tmp_path / "run", tmp_path / "both")
+    damage(folder / "step_00000006" / "training_state.pt")
+
+    records: list[dict[str, Any]] = []
+    result = train_here(job, records.append)
+    notes = [record["note"] for record in records if "note" in record]
+    assert notes == [
+        f"{folder}/step_00000006/training_state.pt: is damaged: its content is not what was written",
+        "going on from the checkpoint before, step_00000004",
+    ]
+    assert [record["step"] for record in records if "losses" in record] == list(range(5, 12))
+    whole = train_here(micro_job(tmp_path, drawn_splits, "whole", **sections), lambda record: None)
+    assert_same_weights(student_weights(whole), student_weights(result))
+
+    shutil.rmtree(tmp_path / "both" / "checkpoints" / "step_00000004")
+    damage(tmp_path / "both" / "checkpoints" / "step_00000006" / "student" / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        train_here(micro_job(tmp_path, drawn_splits, "both", **sections), lambda record: None)
+    text = str(caught.value)
+    assert "step_00000006/student/model.safetensors: is damaged" in text and "step_00000004: is gone" in text
+    assert f"delete {tmp_path}/both/checkpoints to train the run from the start" in text
+
+
+def damage(file: Path) -> None:
+    """Change 200 bytes in the middle."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(byte ^ 1 for byte in content[middle : middle + 200])
+    file.write_bytes(content)
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(
+    tmp_path: Path, drawn_splits: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(micro_job(tmp_path, drawn_splits).model_dump(mode="json")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # log lines fit, a checkpoint does not
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(job_file)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: /") and "/training_state.pt: cannot be written (File too large); make room there" in last
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", "[]"),
+        ("result.json", '{"best": 3, "last": {}, "student": "x"}'),
+        ("job.json", "{"),
+        ("job.json", "[" * 100_000),
+        ("checkpoints/checkpoints.json", '{"a": 1}'),
+        ("checkpoints/checkpoints.json", '[{"name": 1}]'),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_named(name: str, content: str, tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    job = micro_job(tmp_path, drawn_splits)
+    open_run(job)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        train(job, lambda record: None)
+    assert f"{tmp_path}/run/{name}: " in str(caught.value) and "; " in str(caught.value)
+
+
+def test_a_damaged_student_is_not_promoted(tmp_path: Path) -> None:
+    good, bad = (tmp_path / name for name in ("good", "bad"))
+    for folder in (good, bad):
+        (folder / STUDENT_FOLDER).mkdir(parents=True)
+        (folder / STUDENT_FOLDER / "model.safetensors").write_bytes(bytes(1000))
+        (folder / METRICS_FILE).write_text("{}")
+        seal(folder)
+    damage(bad / STUDENT_FOLDER / "model.safetensors")
+    folder, problems = first_intact([Folder.open(bad), Folder.open(good)])
+    assert folder.path == str(good) and len(problems) == 1 and f"{bad}/student/model.safetensors: is damaged" in problems[0]
+
+
+def test_what_a_killed_process_leaves_behind_is_deleted_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else is."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}; from headkd_ray.engine.scratch import Scratch; "
+    program += "s = Scratch(); (s.folder() / 'training_state.pt').write_text('big'); print('there', flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+    )
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
+    (left,) = tmp_path.iterdir()
+    mine = Scratch()
+    assert left.exists(), "swept a living process's"
+    process.kill()
+    process.communicate()
+    other = tmp_path / "headkd-other"
+    other.mkdir()
+    again = Scratch()
+    assert not left.exists() and other.exists() and mine.folder().is_dir() and again.folder().is_dir()
+    again.close()
+    mine.close()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_at_once() -> None:
+    def twice() -> None:
+        with stop_signals() as asked:
+            assert not asked()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked()
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                raise StoppedError("with a checkpoint") from None
+
+    with pytest.raises(StoppedError) as stopped:
+        twice()
+    assert stopped.value.signal == signal.SIGINT
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

@@ -68,11 +68,6 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         ),
         ({"student": {"kind": "retinanet", "backbone": {"frozen_stages": 0}}}, "student.backbone.norm_eval", "true would keep"),
         (
-            {"student": {"kind": "retinanet", "backbone": {"weights": "timm", "kwargs": {"pretrained": True}}}},
-            "student.backbone.kwargs.pretrained",
-            "is set by the detector itself",
-        ),
-        (
             {"student": {"kind": "retinanet", "backbone": {"weights": "timm"}, "neck": {"extra": "pool"}}},
             "student.neck.extra",
             "pool makes no P7",

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
+import time
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from headkd_ray.errors import JobError
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job, render_job
+from headkd_ray.search.spec import SearchSpec
 
 KINDS = "retinanet, fcos, reppoints, faster_rcnn, cascade_rcnn"
 
@@ -99,7 +105,7 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
     [
         ("data.batch_size=two", "'two' is not a whole number"),
         ("data.batch_size=2.5", "2.5 is not a whole number"),
-        ("data.batch_size=1e1", "10.0 must be a whole number; write 10"),
+        ("data.batch_size=1e1", "1e1 must be a whole number; write 10"),
         ("data.batch_size='2'", "'2' is not a whole number"),
         ("data.batch_size=true", "true is not a whole number"),
         ("data.batch_size=0", "0 must be above 0"),
@@ -108,16 +114,30 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("data.flip=1.5", "1.5 must be at most 1"),
         ("data.flip=yes", "'yes' is not a number"),
         ("data.keep_empty=yes", "'yes' is not true or false"),
-        ("optim.lr=.inf", "Infinity is not a finite number"),
+        ("optim.lr=.inf", ".inf is not a finite number"),
         ("run.seed=-1", "-1 must be at least 0"),
         ("run.seed=4294967296", "4294967296 must be below 4294967296"),
+        ("run.name=3", '3 is not text; write it in double quotes: "3"'),
+        ("run.name=007", '007 is not text; write it in double quotes: "007"'),
+        ("data.train=1e3", '1e3 is not text; write it in double quotes: "1e3"'),
+        ("run.name=" + "n" * 300, f"'{'n' * 55} ... has 300 characters; at most 200 are allowed"),
+        ("data.batch_size=1e300", "1e300 is not a whole number"),
+        ("optim.lr=1e300", "1e300 must be at most 1000"),
+        ("data.pad=100000", "100000 must be at most 4096"),
+        ("data.eval_short_side=1000000", "1000000 must be at most 32768"),
+        ("cluster.threads_per_worker=100000000", "100000000 must be at most 4096"),
+        ("student.head.convs=10000000", "10000000 must be at most 100"),
+        ("student.pixels.std=[1, 0, 1]", "0 must be at least 1e-06"),
         (
             "run.name=my run",
             "'my run' may hold letters, digits, dot, dash and underscore alone, and starts with a letter or digit",
         ),
         ("data.train=", "is empty (null); text is expected"),
         ("data.train=''", "is empty"),
-        ("data.short_side=640", "640 is not a list; write [640]"),
+        ("data.short_side=640", "640 is not a list; write [640, 640]"),
+        ("data.short_side=640-800", "'640-800' is not a list; write [640, 800]"),
+        ("data.short_side=(640, 800)", "'(640, 800)' is not a list; write [640, 800]"),
+        ("optim.milestones=8", "8 is not a list; write [8]"),
         ("data.short_side=[1, 2, 3]", "[1, 2, 3] has 3 values; 2 are expected"),
         ("method=heads", "'heads' is none of supervised, assist, akd, head, copy_only, fitnet, tf_head; did you mean head?"),
         ("optim.precision=int4", "'int4' is none of fp32, bf16"),
@@ -130,11 +150,54 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("optim=3", "3 is not a section (a mapping of keys)"),
         ("optim=null", "is empty; give its keys or remove it"),
         ("student.backbone.kwargs=3", "3 is not a section (a mapping of keys)"),
+        (
+            "student.backbone.kwargs.pretrained=true",
+            "is set by the detector itself; remove it (student.backbone.weights chooses the initial weights)",
+        ),
+        ("student.backbone.kwargs.features_only=true", "is set by the detector itself; remove it"),
+        ("student.backbone.kwargs.chanels=[8]", "is none of the arguments that shape a network; did you mean channels?"),
+        (
+            "student.backbone.kwargs.layers=[10000000]",
+            "[10000000] is not a whole number from 1 to 256, or a list of such, one a stage",
+        ),
+        ("student.backbone.kwargs.stem_width=8.5", "8.5 is not a whole number from 1 to 65536, or a list of such"),
+        ("student.backbone.kwargs.drop_path_rate=5", "5 is not a number from 0 to below 1"),
+        ("student.backbone.kwargs.norm_layer=a/b.pth", "'a/b.pth' is not a short name of letters, digits and underscores"),
+        ("student.head.convs=10000000", "10000000 must be at most 256"),
     ],
 )
 def test_wrong_value(write, override, message):
     key = override.split("=")[0]
-    assert mistakes(write(MINIMAL), override) == [f"override {override}: {key}: {message}"]
+    place = key + "[1]" if "[1, 0" in override else key
+    assert mistakes(write(MINIMAL), override) == [f"override {override}: {place}: {message}"]
+
+
+def test_the_spelling_is_that_of_the_last_place(write):
+    assert mistakes(write(MINIMAL + "optim: {epochs: 1e1}\n")) == [
+        "job.yaml:10: optim.epochs: 1e1 must be a whole number; write 10"
+    ]
+    assert mistakes("job.yaml", "optim.epochs=2.50") == ["override optim.epochs=2.50: optim.epochs: 2.50 is not a whole number"]
+
+
+@pytest.mark.parametrize("top", [Job, SearchSpec])
+def test_every_number_has_an_upper_bound(top):
+    schema = top.model_json_schema()
+    found = list(numbers(schema))
+    assert len(found) > 20
+    assert not [node for node in found if not node.keys() & {"maximum", "exclusiveMaximum"}]
+    assert not [node for node in found if node["type"] == "number" and not node.keys() & {"minimum", "exclusiveMinimum"}]
+
+
+def numbers(node: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of a JSON Schema that describe a number."""
+    if isinstance(node, dict):
+        if node.get("type") in ("integer", "number"):
+            yield node
+        for value in node.values():
+            yield from numbers(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from numbers(value)
 
 
 def test_wrong_list_item_and_too_short_list(write):
@@ -286,6 +349,21 @@ def test_a_number_in_the_file_s_place_of_text(write):
     assert problem.endswith('run.name: 3 is not text; write it in double quotes: "3"')
 
 
+def test_a_replaced_key_is_checked_as_a_file_s_is(write):
+    job = load_job(write(MINIMAL.replace("supervised", "head") + "teacher: {checkpoint: t}\n"))
+    changed = job.replace(
+        {"teacher.placement": "pool", "student.backbone.kwargs.stem_width": 8, "data": job.data, "data.flip": 0}
+    )
+    assert changed.teacher is not None and changed.teacher.placement == "pool" and changed.teacher.checkpoint == "t"
+    assert changed.student.backbone.kwargs == {"stem_width": 8} and changed.data.flip == 0
+    assert job.student.backbone.kwargs == {} and job.data.flip == 0.5, "the job itself stays as it is"
+    same = {"teacher.placement": "inline", "student": job.student, "data": job.data}
+    assert changed.replace(same) == job.replace({}) == job
+    for wrong in ({"teacher.placment": "pool"}, {"optim.lr": -1}, {"method.kind": "x"}, {"optim.lr": 1e300}):
+        with pytest.raises(ValidationError):
+            job.replace(wrong)
+
+
 def test_override_creates_a_section(write):
     path = write(MINIMAL.replace("supervised", "head") + "teacher:\n")  # an empty section: null
     job = load_job(path, ["teacher.checkpoint=t.pth", "distill.assistant.fcs=1"])
@@ -304,8 +382,8 @@ def test_override_creates_a_section(write):
         ("--optim.lr=3", "write it as key.path=value, for example optim.lr=0.02"),
         ("method.kind=3", "method is 'supervised' and not a section of keys"),
         ("data.short_side=[1", "not valid YAML"),
-        ("optim.lr=!!python/name:os.system x", "tag !!python/name:os.system does not fit here; remove it"),
-        ("optim={lr: 1, lr: 2}", "written twice"),
+        ("run.name=!!python/name:os.system x", "run.name: tag !!python/name:os.system does not fit here; remove it"),
+        ("optim={lr: 1, lr: 2}", "optim.lr: written twice"),
     ],
 )
 def test_malformed_override(write, override, message):
@@ -357,7 +435,15 @@ def test_a_cascade_s_lists_are_one_value_a_stage(write):
         ("a: 1\nb: \x07\n", r"job.yaml:2:4: the character U\+0007 is not text"),
         (b"a: 1\nb: \xff\xfe\x00\x01", r"job.yaml:2:4: not a text file \(byte 0xff is not UTF-8\)"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", r"job.yaml:1:1: not a text file \(byte 0x89 is not UTF-8\)"),
-        pytest.param("[" * 5000, r"job.yaml:1:1: not valid YAML: nested too deeply", id="deep"),
+        pytest.param("x: " + "[" * 100_000, r"job.yaml:1:54: x\[0\]\[0\] is nested more than 50 deep", id="deep"),
+        pytest.param("x:\n" + "".join(f"{' ' * i}y:\n" for i in range(1, 99)), r"job.yaml:51:51: x.y.y is nested", id="block"),
+        pytest.param("".join(f"k{i}: 1\n" for i in range(10_001)), r"job.yaml:10000:8: more than 10000 keys", id="many"),
+        pytest.param("# " + "x" * 2**20, r"job.yaml: has more than 1 MiB, so it is no job file", id="large"),
+        pytest.param(
+            "a: &a [1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl")),
+            r"job.yaml:1:4: e\[5\]\[2\]: its aliases stand for more than 10000 values",
+            id="bomb",
+        ),
     ],
 )
 def test_not_a_job_file(write, text, message):
@@ -380,6 +466,24 @@ def test_byte_order_mark_and_anchors_are_fine(write):
 def test_an_alias_that_contains_itself(write):
     (problem,) = mistakes(write(MINIMAL + "optim: &o\n  milestones: *o\n"))
     assert problem.startswith("job.yaml:10: optim.milestones: an alias that contains itself")
+
+
+@pytest.mark.parametrize("escape", ["\\ud800", "\\0", "\\e[31m"])
+def test_an_escape_for_what_is_not_text_is_told_with_its_key(write, escape):
+    code = {"\\ud800": "D800", "\\0": "0000", "\\e[31m": "001B"}[escape]
+    assert mistakes(write(MINIMAL + f'"{escape}": 1\n'), f'run.storage="a{escape}"', f'data.train="{escape}"') == [
+        f"job.yaml:10: a key holds the character U+{code}, which is not text; remove it",
+        f'override run.storage="a{escape}": run.storage: holds the character U+{code}, which is not text; remove it',
+        f'override data.train="{escape}": data.train: holds the character U+{code}, which is not text; remove it',
+    ]
+
+
+def test_thousands_of_mistakes_are_told_soon_and_counted(write):
+    started = time.process_time()
+    problems = mistakes(write(MINIMAL + "".join(f"optim{i}: 1\n" for i in range(9000)) + "data2: 1\n"))
+    assert time.process_time() - started < 20, "they took minutes"
+    assert problems[0] == "job.yaml:10: optim0: unknown key; did you mean optim.optimizer?"
+    assert len(problems) == 101 and problems[-1] == "… and 8901 more"
 
 
 def test_one_problem_has_no_headline_several_do(write):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RoIHeadSpec, load_job, render_job
 
 TEXT = st.text(min_size=1, max_size=12).filter(
-    lambda text: not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
+    lambda text: not yaml.reader.Reader.NON_PRINTABLE.search(text)
 ) | st.sampled_from(
     [
         "1e-3",
@@ -32,11 +32,17 @@ TEXT = st.text(min_size=1, max_size=12).filter(
         "'\"\\",
     ]
 )
-NUMBERS = st.floats(min_value=1e-300, max_value=1e300)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**17), 10**17) | st.floats(allow_nan=False) | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=6,
+NUMBERS = st.floats(min_value=1e-300, max_value=1000)
+KWARGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "layers": st.lists(st.integers(1, 256), min_size=1, max_size=4),
+        "stem_width": st.integers(1, 65536),
+        "mlp_ratio": st.floats(0, 65536),
+        "strict_img_size": st.booleans(),
+        "norm_layer": st.from_regex(r"[A-Za-z0-9_]{1,40}", fullmatch=True)
+        | st.sampled_from(["no", "null", "1e3", "010", "1_000"]),
+    },
 )
 ROI = st.builds(RoIHeadSpec, fcs=st.integers(1, 4), finest_scale=NUMBERS)
 RETINANET = st.fixed_dictionaries(
@@ -45,7 +51,7 @@ RETINANET = st.fixed_dictionaries(
         "backbone": st.fixed_dictionaries(
             {
                 "name": TEXT,
-                "kwargs": st.dictionaries(TEXT, VALUES, max_size=3),
+                "kwargs": KWARGS,
                 "weights": st.just("timm"),
                 "leaky_slope": st.none() | NUMBERS,
             }

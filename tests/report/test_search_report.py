@@ -20,6 +20,7 @@ from headkd_ray.job import load_job
 from headkd_ray.report.search.console import line
 from headkd_ray.report.search.figures import figures, pareto_front, png, svg
 from headkd_ray.report.search.importance import importances
+from headkd_ray.report.search.page import page
 from headkd_ray.report.search.table import print_trials, ranked, short_names
 from headkd_ray.search.records import SearchFolder, Trial
 from headkd_ray.search.space import Search
@@ -166,15 +167,39 @@ def test_the_page_is_one_file_and_escapes_what_it_shows(folder: SearchFolder) ->
     assert "16 finished, 1 stopped, 1 failed, 1 running" in text
 
 
+def test_nothing_in_a_file_becomes_html_or_a_formula(folder: SearchFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trial's file that does not fit is left out of page, table and figures; the others are shown as they are."""
+    values = {"optim.lr": {"loguniform": [1e-3, 1e-1]}, "data.train": {"choice": ["$\\frac{$", "<i>$x_1$</i>", "[red]\x1b[2J"]}}
+    _, trials = searched(folder, space={**SPACE, **values})
+    for trial in trials:
+        folder.write(replace(trial, values={**trial.values, "data.train": values["data.train"]["choice"][trial.number % 3]}))
+    name = "0003.json"
+    content = (folder.folder / "trials").read(name).decode()
+    (folder.folder / "trials").write(name, content.replace('"finished"', '"<img src=x onerror=alert(1)>"').encode())
+    assert analyze.main([folder.folder.path]) == 0
+    shown = capsys.readouterr()
+    assert f"trials/{name}: state: Input should be" in shown.err and "Trial 3 is left out" in shown.err
+    assert "[red]" in shown.out and "\x1b" not in shown.out + shown.err
+    text = (Path(folder.folder.path) / "analysis/index.html").read_text()
+    assert "<img" not in text and "<i>" not in text and "&lt;i&gt;$x_1$&lt;/i&gt;" in text
+    assert "15 finished" in text
+
+
+def test_everything_that_is_put_into_the_page_is_escaped(folder: SearchFolder) -> None:
+    """Also what no file that is read could hold."""
+    search, trials = searched(folder)
+    odd: Any = "<img src=x>"
+    text = page(search, [replace(trial, number=odd, state="failed", cause=odd) for trial in trials[:1]], {}, odd)
+    assert "<img" not in text and text.count("&lt;img") >= 3
+
+
 def test_the_best_trial_s_job_is_a_complete_job_file(folder: SearchFolder) -> None:
     search, _ = searched(folder)
     analyze.main([folder.folder.path])
     best = load_job(Path(folder.folder.path) / "analysis/best.yaml")
     assert best.distill.assistants.fcos is not None and best.distill.assistants.fcos.ckd_weight == 2.0
     assert best.run.name == "s_trial8" and best.run.storage == search.base.run.storage
-    assert best.model_copy(update={"run": None, "distill": None, "optim": None}) == search.base.model_copy(
-        update={"run": None, "distill": None, "optim": None}
-    )
+    assert best.replace({name: getattr(search.base, name) for name in ("run", "distill", "optim")}) == search.base
 
 
 def test_a_search_that_has_just_begun_can_be_looked_at(folder: SearchFolder, capsys: pytest.CaptureFixture[str]) -> None:

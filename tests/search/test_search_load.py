@@ -140,6 +140,11 @@ def test_the_base_job_s_mistakes_are_named_too(here: Path) -> None:
         ("space.optim.lr.step=0.1", "space.optim.lr: has no values; give exactly one of"),
         ("space.optim.lr={lograndint: [1, 4], step: 2}", "space.optim.lr.step: lograndint takes no step"),
         ("space.optim.epochs={randint: [12, 20], step: 1.5}", "space.optim.epochs.step: 1.5 is not a whole number"),
+        ("space.optim.lr={uniform: [0.1, 0.2], step: 1e-12}", "space.optim.lr.step: 1e-12 makes more than 1000000 values"),
+        ("budget.minutes=1e300", "budget.minutes: 1e300 must be at most 1000000000"),
+        ("space.optim.lr.loguniform=[1e-3, 1e300]", "space.optim.lr.loguniform[1]: 1e300 must be at most 1e+15"),
+        ("space.optim.lr={uniform: 0.1}", "space.optim.lr.uniform: 0.1 is not a list; write [0.1, 0.1]"),
+        (f"overrides.{'a.' * 60}b=1", "no key has more than 50 parts"),
         ("overrides.eval.every_epochs=12", None),
     ],
 )
@@ -151,6 +156,15 @@ def test_contradictions(here: Path, override: str, message: str | None) -> None:
         )
         return
     assert message in mistakes(SEARCH, override)[0]
+
+
+def test_a_search_that_is_too_large(here: Path) -> None:
+    wide = "{uniform: [0.1, 0.2], step: 0.001}"
+    (problem,) = mistakes(SEARCH, f"space.optim.lr={wide}", f"space.optim.momentum={wide}", "searcher.kind=grid")
+    assert problem.endswith("space: a grid of 10201 values; at most 10000 can be tried: take larger steps or fewer keys")
+    many = SEARCH + "".join(f"  optim.key{number}: {{uniform: [0, 1]}}\n" for number in range(300))
+    (problem,) = mistakes(many)
+    assert problem == "search.yaml:3: space: has 301 keys; at most 200 can be searched"
 
 
 def test_conditions_in_a_circle(here: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from headkd_ray.errors import JobError
 from headkd_ray.search.records import SearchFolder, Trial
-from headkd_ray.search.space import Search, base_values, contains, grid
+from headkd_ray.search.space import Search, base_values, contains, count, grid, nearest, with_values
 from headkd_ray.search.spec import ParameterSpec, SearchSpec
 from headkd_ray.search.study import distribution, propose, study_of
 from tests.search.test_search_load import JOB
@@ -32,7 +33,8 @@ def search(space: dict[str, Any] = SPACE, **sections: Any) -> Search:
 
 
 def ended(number: int, values: dict[str, Any], score: float) -> Trial:
-    result = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), score)
+    metrics = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), score)
+    result: Any = {**metrics, "step": 5, "student": "s"}
     return Trial(number, values).with_end("finished", results={"0": result}, curve=[(1, score)], cost={"params": score})
 
 
@@ -152,7 +154,85 @@ def test_files_of_a_search_come_back_as_they_were(tmp_path: Path) -> None:
     assert folder.search() == asked
     again = folder.trial(3)
     assert (again.values, again.state, again.mean("AP")) == (trial.values, "finished", 12.5)
-    assert [trial.number for trial in folder.trials()] == [3]
+    assert [trial.number for trial in folder.trials(asked)] == [3]
+
+
+def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
+    folder, asked = SearchFolder.open(str(tmp_path / "s")), search()
+    folder.start(asked)
+    good = ended(0, base_values(asked), 12.5)
+    files = folder.folder / "trials"
+    folder.write(good)
+    content = json.loads(files.read("0000.json"))
+    changes: list[tuple[Any, str]] = [
+        (b"{", "Invalid JSON: EOF while parsing"),
+        (b"[" * 100_000, "Invalid JSON: recursion limit exceeded"),
+        (b"\xff\xfe", "Invalid JSON: expected value"),
+        ([], "Input should be"),
+        ({"number": "<b>2"}, "number: Input should be a valid integer"),
+        ({"state": "<script>"}, "state: Input should be 'running', 'finished', 'stopped' or 'failed'"),
+        ({"results": {"0": {**content["results"]["0"], "AP": "high"}}}, "results.0.AP: Input should be a valid number"),
+        ({"results": {}}, "finished without results"),
+        ({"curve": [[1, float("nan")]]}, "curve[0][1]: Input should be a finite number"),
+        ({"values": {"optim.lrr": 1}}, "values.optim.lrr: not searched"),
+        ({"values": {**content["values"], "optim.lr": "fast"}}, "optim.lr: 'fast' is not a number"),
+        ({"number": 99}, "is the file of trial 99"),
+        ({"what": 1}, "what: Unexpected keyword argument"),
+        ({"ended": None}, "finished without an end"),
+    ]
+    for number, (change, _) in enumerate(changes, start=1):
+        changed = {**content, "number": number, **change} if isinstance(change, dict) else change
+        files.write(f"{number:04d}.json", changed if isinstance(changed, bytes) else json.dumps(changed).encode())
+    files.write("notes.json", b"")
+    told: list[str] = []
+    assert folder.trials(asked, told.append) == [good]
+    for number, ((_, message), line) in enumerate(zip(changes, told, strict=True), start=1):
+        assert line.startswith(f"{folder.folder.uri}/trials/{number:04d}.json: {message}"), line
+        assert line.endswith(f"Trial {number} is left out; its file stays as it is")
+    with pytest.raises(JobError, match=r"trials/0001\.json: "):
+        folder.trials(asked)
+    assert folder.numbers() == list(range(15)), "a resumed search goes on with number 15"
+    assert propose(asked, [good], number=15) != propose(asked, [good])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (b"{", "Invalid JSON: EOF while parsing"),
+        (b"[]", "Input should be an object"),
+        ({"job": []}, "job: Input should be an object"),
+        ({"job": {"run": 1}}, "not a search of this version: job.run: 1 is not a section"),
+        ({"spec": {}}, "not a search of this version: spec.run: missing"),
+        (
+            {"spec": {"run": {"name": "s"}, "job": "j", "space": {"optim.lr": {}}}},
+            "not a search of this version: spec.space.",
+        ),
+    ],
+)
+def test_a_damaged_search_file_is_one_error_that_names_it(tmp_path: Path, change: Any, message: str) -> None:
+    folder = SearchFolder.open(str(tmp_path / "s"))
+    folder.start(search())
+    content = json.loads(folder.folder.read("search.json"))
+    changed = change if isinstance(change, bytes) else json.dumps({**content, **change}).encode()
+    folder.folder.write("search.json", changed)
+    with pytest.raises(JobError) as caught:
+        folder.search()
+    assert caught.value.problems[0].startswith(f"{folder.folder.uri}/search.json: {message}"), caught.value
+
+
+def test_a_search_s_file_keeps_no_secret_and_resumes_nevertheless(tmp_path: Path) -> None:
+    signed = Search(search().spec, with_values(JOB, {"data.val": "https://h/val?token=hunter2"}))
+    folder = SearchFolder.open(str(tmp_path / "s"))
+    folder.start(signed)
+    assert b"hunter2" not in folder.folder.read("search.json")
+    folder.check_same(signed)
+
+
+def test_values_next_to_a_number_are_found_without_listing_them() -> None:
+    wide = ParameterSpec(randint=(0, 10**15))
+    assert (count(wide), nearest(wide, 5.4), nearest(wide, -3)) == (10**15 + 1, 5, 0)
+    steps = ParameterSpec(uniform=(0.1, 1.0), step=0.25)
+    assert [nearest(steps, value) for value in (0.0, 0.2, 0.225, 0.3, 9.0)] == [0.1, 0.1, 0.1, 0.35, 0.85]
 
 
 def test_a_search_resumes_with_more_trials_but_not_with_another_space(tmp_path: Path) -> None:

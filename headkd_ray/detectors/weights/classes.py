@@ -12,10 +12,7 @@ from headkd_ray.detectors.build import AnyDetector, build_detector
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.roi_head import BoxHead
-from headkd_ray.detectors.weights.loaded import LoadedDetector
-
-UNUSED = "N/A"
-"""torchvision's COCO models have 90 outputs; ten have this name, for classes that COCO never used."""
+from headkd_ray.detectors.weights.loaded import UNUSED, LoadedDetector
 
 
 def drop_unused_classes(loaded: LoadedDetector) -> LoadedDetector:

@@ -7,6 +7,9 @@ from typing import Any
 
 from headkd_ray.detectors.build import AnyDetector
 
+UNUSED = "N/A"
+"""torchvision's COCO models have 90 outputs; ten have this name, for classes that COCO never used."""
+
 
 @dataclass(frozen=True)
 class LoadedDetector:
@@ -19,3 +22,5 @@ class LoadedDetector:
     """What the file is: headkd_ray, mmdet, torchvision."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Ours only: what was saved beside the weights (method, sizes, versions, ...)."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the file was read."""

@@ -37,6 +37,7 @@ from headkd_ray.job import (
     RetinaNetSpec,
 )
 
+_NORMALISATION = ("data_preprocessor.mean", "data_preprocessor.std")
 _STEMS = ("backbone.body.conv1.weight", "backbone.body.conv_stem.weight")
 _DEFORMABLE = re.compile(r"\.(conv2\.conv_offset|conv2_offset|conv\.conv_offset)\.")
 """In a ResNet's blocks, spelled in two ways, and in a tower; RepPoints' own deformable convs have no such tensor."""
@@ -64,7 +65,11 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
     counts as pytorch style with RGB input and ImageNet's mean and deviation: a caffe-style one then loads and detects badly.
     The detector that is returned always takes RGB; a network trained on BGR has its first conv's channels turned around.
 
-    Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
+    Two kinds of tensors besides the network's are known: 3.x's ``data_preprocessor``, the normalisation, and the ``ema_*`` that
+    2.x keeps of a training with averaged weights, which are left out with a note.
+
+    Raises CheckpointError listing every tensor that is missing, unexpected or of another shape, or if there are more or fewer
+    class names than outputs.
     """
     return load_mmdet_model(state, meta, source).loaded
 
@@ -73,6 +78,9 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
     """As :func:`load_mmdet`, with the assistant and the adapters of a HEAD student: a dense detector whose head is called
     ``rpn_head`` and whose assistant ``roi_head``."""
     meta = meta or {}
+    averaged = [key for key in state if key.startswith("ema_")]
+    normalisation = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key in _NORMALISATION}
+    state = {key: tensor for key, tensor in state.items() if key not in _NORMALISATION and not key.startswith("ema_")}
     deformable = [key for key in state if _DEFORMABLE.search(key)]
     if deformable:
         raise CheckpointError(f"{source}: deformable convs (dcn, dcn_on_last_conv) are not supported: {deformable[0]}, ...")
@@ -86,7 +94,7 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
     if infer.is_fcos(ours) or infer.is_gfl(ours) or infer.is_reppoints(ours):
         ours |= _zero_biases(ours)
     with infer.inferring(source):
-        pixels, is_bgr = config.pixels()
+        pixels, is_bgr = config.pixels(normalisation)
         if is_bgr:
             ours |= {stem: ours[stem].flip(1) for stem in _STEMS if stem in ours}
         detector, assistant, adapters = _build(ours, config, pixels)
@@ -96,7 +104,9 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
     if assistant is not None:
         parts["assistant"] = assistant
     fit(parts, ours, source, {name: key for key, name in names.items()})
-    return MMDetModel(LoadedDetector(detector, _classes(meta), "mmdet"), assistant, adapters)
+    notes = (f"{source}: {len(averaged)} ema_* tensors, mmdet's second set of weights, are not used",) if averaged else ()
+    classes = _classes(meta, detector.num_classes, source)
+    return MMDetModel(LoadedDetector(detector, classes, "mmdet", notes=notes), assistant, adapters)
 
 
 def _build(
@@ -130,18 +140,18 @@ def _dense(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetConfi
     if infer.is_fcos(ours):
         fcos, num_classes = infer.fcos_head(ours)
         fcos = config.fcos_head(fcos)
-        fcos = fcos.model_copy(update={"postprocess": config.rules(fcos.postprocess, "rpn")})
+        fcos = fcos.replace({"postprocess": config.rules(fcos.postprocess, "rpn")})
         return FCOS(FCOSSpec.model_validate(parts | {"head": fcos}), num_classes)
     if infer.is_gfl(ours):
         gfl, num_classes = infer.gfl_head(ours)
-        gfl = gfl.model_copy(update={"postprocess": config.rules(gfl.postprocess, "rpn")})
+        gfl = gfl.replace({"postprocess": config.rules(gfl.postprocess, "rpn")})
         return GFL(GFLSpec.model_validate(parts | {"head": gfl}), num_classes)
     if infer.is_reppoints(ours):
         points, num_classes = infer.reppoints_head(ours)
-        points = points.model_copy(update={"postprocess": config.rules(points.postprocess, "rpn")})
+        points = points.replace({"postprocess": config.rules(points.postprocess, "rpn")})
         return RepPoints(RepPointsSpec.model_validate(parts | {"head": points}), num_classes)
     head, num_classes = infer.retina_head(ours)
-    head = head.model_copy(update={"postprocess": config.rules(head.postprocess, "rpn")})
+    head = head.replace({"postprocess": config.rules(head.postprocess, "rpn")})
     return RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
 
 
@@ -150,12 +160,12 @@ def _two_stage(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetC
     proposals = config.rules(rpn.test_proposals, "rpn")
     if infer.is_cascade(ours):
         cascade, num_classes = infer.cascade_head(ours, parts["neck"].channels)
-        cascade = cascade.model_copy(update={"postprocess": config.rules(cascade.postprocess, "rcnn")})
+        cascade = cascade.replace({"postprocess": config.rules(cascade.postprocess, "rcnn")})
         parts |= {"rpn": CascadeRPNSpec(convs=rpn.convs, test_proposals=proposals), "roi": cascade}
         return CascadeRCNN(CascadeRCNNSpec.model_validate(parts), num_classes)
     roi, num_classes = infer.roi_head(ours, "roi.", parts["neck"].channels)
-    roi = roi.model_copy(update={"postprocess": config.rules(roi.postprocess, "rcnn")})
-    parts |= {"rpn": rpn.model_copy(update={"test_proposals": proposals}), "roi": roi}
+    roi = roi.replace({"postprocess": config.rules(roi.postprocess, "rcnn")})
+    parts |= {"rpn": rpn.replace({"test_proposals": proposals}), "roi": roi}
     return FasterRCNN(FasterRCNNSpec.model_validate(parts), num_classes)
 
 
@@ -165,11 +175,19 @@ def _backbone(ours: Mapping[str, Tensor], config: MMDetConfig) -> BackboneSpec:
         return infer.mobilenet_v2(ours, config.leaky_slope if config else 0.1)
     spec = infer.resnet(ours)
     has_bottlenecks = "backbone.body.layer1.0.conv3.weight" in ours  # mmdet's other blocks are the same in both styles
-    return spec.model_copy(update={"stride_in_1x1": config.is_caffe and has_bottlenecks})
+    return spec.replace({"stride_in_1x1": config.is_caffe and has_bottlenecks})
 
 
-def _classes(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``."""
+def _classes(meta: Mapping[str, Any], outputs: int, source: str) -> tuple[str, ...] | None:
+    """Class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``; one class may stand there as a bare string."""
     described = meta.get("dataset_meta")
     names = described.get("classes") or described.get("CLASSES") if isinstance(described, Mapping) else meta.get("CLASSES")
-    return tuple(str(name) for name in names) if names else None
+    if not names:
+        return None
+    classes = (names,) if isinstance(names, str) else tuple(str(name) for name in names)
+    if len(classes) != outputs:
+        raise CheckpointError(
+            f"{source}: its meta names {len(classes)} classes, but the network has {outputs} outputs, as when a fine-tuned "
+            "file keeps its origin's names; correct meta['CLASSES'] (3.x: meta['dataset_meta']['classes']) in the file"
+        )
+    return classes

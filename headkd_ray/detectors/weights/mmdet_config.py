@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from headkd_ray.detectors.weights.config_text import read_config, section
 from headkd_ray.errors import CheckpointError
@@ -55,13 +56,21 @@ class MMDetConfig:
         activation = self._model("backbone", "act_cfg")
         return _number(activation.get("negative_slope"), 0.01) if _kind(activation) == "LeakyReLU" else None
 
-    def pixels(self) -> tuple[PixelSpec, bool]:
+    def pixels(self, buffers: Mapping[str, Tensor] | None = None) -> tuple[PixelSpec, bool]:
         """Input normalisation in RGB order, and whether the network itself reads BGR.
 
         3.x says it in ``data_preprocessor``, 2.x in the test pipeline's ``Normalize`` (usually a copy of ``img_norm_cfg``).
         Where neither does, it is mmdet's usual one for pytorch style; raises CheckpointError for others.
+
+        Args:
+            buffers: ``mean`` and ``std`` of 3.x's preprocessor, if the file has them: then these count. Without a config their
+                order tells BGR, for in photos red is the brightest and blue the darkest.
         """
         preprocessor = self._model("data_preprocessor") or section(self.values, "data_preprocessor")
+        if buffers:
+            numbers = {name: [round(value, 4) for value in tensor.flatten().tolist()] for name, tensor in buffers.items()}
+            is_rgb = bool(self) or numbers.get("mean", [0.0])[0] >= numbers.get("mean", [0.0])[-1]
+            preprocessor = {**({} if self else {"bgr_to_rgb": is_rgb}), **preprocessor, **numbers}
         if preprocessor.get("mean") is not None:
             said, is_rgb = preprocessor, bool(preprocessor.get("bgr_to_rgb") or preprocessor.get("rgb_to_bgr"))
         else:
@@ -90,14 +99,14 @@ class MMDetConfig:
         pyramid.
         """
         if not self:
-            return neck.model_copy(update={"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
+            return neck.replace({"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
         said = self._model("neck")
         convs = said.get("add_extra_convs")
         if convs == "on_lateral":
             raise CheckpointError(f"{self.source}: a pyramid with add_extra_convs='on_lateral' is not supported")
         on_output = convs == "on_output" or (convs is True and said.get("extra_convs_on_inputs") is False)  # mmdet 1.x
-        return neck.model_copy(
-            update={
+        return neck.replace(
+            {
                 "extra": "conv_p5" if on_output else neck.extra,
                 "relu_before_p7": said.get("relu_before_extra_convs") is True,
             }
@@ -109,8 +118,8 @@ class MMDetConfig:
             return head
         said = self._model("bbox_head") or self._model("rpn_head")  # the latter in HEAD's two-headed students
         radius = _number(said.get("center_sample_radius"), 1.5)
-        return head.model_copy(
-            update={
+        return head.replace(
+            {
                 "center_radius": radius if said.get("center_sampling") is True else None,
                 "norm_on_bbox": said.get("norm_on_bbox") is True,
                 "centerness_on_reg": said.get("centerness_on_reg") is True,

@@ -84,27 +84,27 @@ def _background_dropped(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 def _backbone(ours: Mapping[str, Tensor], num_classes: int) -> BackboneSpec:
     """The released COCO v1 models run with BatchNorm epsilon 0 (``overwrite_eps``); their frozen norms count no batches."""
     released = num_classes == len(COCO) and "backbone.body.bn1.num_batches_tracked" not in ours
-    return infer.resnet(ours).model_copy(update={"norm_eps": 0.0 if released else None})
+    return infer.resnet(ours).replace({"norm_eps": 0.0 if released else None})
 
 
 def _faster_rcnn(ours: Mapping[str, Tensor]) -> tuple[FasterRCNNSpec, int]:
     neck, rpn = infer.fpn(ours), infer.rpn(ours)
     roi, num_classes = infer.roi_head(ours, "roi.", neck.channels)
     few, more = {"min_size": 1e-3, "pre_nms": 1000, "post_nms": 1000}, {"min_size": 1e-3, "pre_nms": 2000, "post_nms": 2000}
-    rpn = rpn.model_copy(
-        update={
-            "anchors": rpn.anchors.model_copy(update={"rounding": True}),
+    rpn = rpn.replace(
+        {
+            "anchors": rpn.anchors.replace({"rounding": True}),
             "clamp_shrink": False,
-            "train_proposals": rpn.train_proposals.model_copy(update=more),
-            "test_proposals": rpn.test_proposals.model_copy(update=few),
+            "train_proposals": rpn.train_proposals.replace(more),
+            "test_proposals": rpn.test_proposals.replace(few),
         }
     )
-    roi = roi.model_copy(
-        update={
+    roi = roi.replace(
+        {
             "sampling_ratio": 2,
             "aligned": False,
             "clamp_shrink": False,
-            "postprocess": roi.postprocess.model_copy(update={"min_size": 1e-2}),
+            "postprocess": roi.postprocess.replace({"min_size": 1e-2}),
         }
     )
     parts = {"backbone": _backbone(ours, num_classes), "neck": neck, "rpn": rpn, "roi": roi}
@@ -113,25 +113,25 @@ def _faster_rcnn(ours: Mapping[str, Tensor]) -> tuple[FasterRCNNSpec, int]:
 
 def _retinanet(ours: Mapping[str, Tensor]) -> tuple[RetinaNetSpec, int]:
     head, num_classes = infer.retina_head(ours)
-    head = head.model_copy(
-        update={
-            "anchors": head.anchors.model_copy(update={"rounding": True}),
+    head = head.replace(
+        {
+            "anchors": head.anchors.replace({"rounding": True}),
             "clamp_shrink": False,
-            "postprocess": head.postprocess.model_copy(update={"max_detections": 300}),
+            "postprocess": head.postprocess.replace({"max_detections": 300}),
         }
     )
-    neck = infer.fpn(ours).model_copy(update={"extra": "conv_p5", "relu_before_p7": True})
+    neck = infer.fpn(ours).replace({"extra": "conv_p5", "relu_before_p7": True})
     return RetinaNetSpec(backbone=_backbone(ours, num_classes), neck=neck, head=head), num_classes
 
 
 def _fcos(ours: Mapping[str, Tensor]) -> tuple[FCOSSpec, int]:
     head, num_classes = infer.fcos_head(ours)
-    rules = head.postprocess.model_copy(update={"score": 0.2, "nms_iou": 0.6})
-    head = head.model_copy(update={"points": "corner", "score": "sqrt", "postprocess": rules})
+    rules = head.postprocess.replace({"score": 0.2, "nms_iou": 0.6})
+    head = head.replace({"points": "corner", "score": "sqrt", "postprocess": rules})
     parts = {
         # Unlike the other released models this one runs with the usual epsilon.
         "backbone": infer.resnet(ours),
-        "neck": infer.fpn(ours).model_copy(update={"extra": "conv_p5", "relu_before_p7": True}),
+        "neck": infer.fpn(ours).replace({"extra": "conv_p5", "relu_before_p7": True}),
         "head": head,
     }
     return FCOSSpec.model_validate(parts), num_classes

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from headkd_ray.report.console import number
 from headkd_ray.report.search.table import print_trials, shown
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 
@@ -20,7 +21,7 @@ class SearchConsole:
 
     def __init__(self, search: Search, console: Console | None = None) -> None:
         self.search = search
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal(soft_wrap=True)
         self.started = time.monotonic()
 
     def __enter__(self) -> SearchConsole:

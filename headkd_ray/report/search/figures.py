@@ -14,6 +14,7 @@ from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 from headkd_ray.search.spec import ParameterSpec
 from headkd_ray.search.study import EXTRA
+from headkd_ray.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +158,7 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
         axes.annotate(f"{value:.1f}", (len(keys), height), textcoords="offset points", xytext=(4, 0), fontsize=8, va="center")
     if any(key not in trial.values for trial in finished for key in keys):
         axes.text(-0.05, MISSING, "not varied", fontsize=8, ha="right", va="center")
-    names = [name.replace(".", ".\n") for name in short_names(keys).values()]
+    names = [plain(name).replace(".", ".\n") for name in short_names(keys).values()]
     axes.set_xticks(range(len(keys) + 1), [*names, f"{metric} (%)"], fontsize=9)
     axes.set(yticks=[], ylim=(MISSING - 0.06, 1.06), xlim=(-0.15, len(keys) + 0.45), title="Values of the finished trials")
     axes.tick_params(length=0)
@@ -172,7 +173,7 @@ def _importance(importance: Mapping[str, float]) -> Figure | None:
     names = short_names(list(importance))
     figure, axes = _axes(8, 0.8 + 0.34 * len(importance))
     rows = list(importance.items())[::-1]
-    axes.barh([names[key] for key, _ in rows], [share for _, share in rows], color=BASE)
+    axes.barh([plain(names[key]) for key, _ in rows], [share for _, share in rows], color=BASE)
     for y, (_, share) in enumerate(rows):
         axes.annotate(f"{share:.0%}", (share, y), textcoords="offset points", xytext=(4, 0), fontsize=9, va="center")
     axes.set(xlabel="share of the explained variance (fANOVA)", title="Importance of the keys")
@@ -207,11 +208,11 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())  # 2 x 10^-3, 3 x 10^-3, ... over each other
         if choices:
-            axes.set_xticks(range(len(choices)), [inline(value) for value in choices], fontsize=8)
+            axes.set_xticks(range(len(choices)), [plain(inline(value)) for value in choices], fontsize=8)
             axes.set_xlim(-0.5, len(choices) - 0.5)
         else:
             axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # the axis shows the whole range
-        axes.set_title(short_names(keys)[key], fontsize=9)
+        axes.set_title(plain(short_names(keys)[key]), fontsize=9)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{metric} (%)")
     for axes in grid.flat[len(keys) :]:
@@ -269,4 +270,9 @@ def place(parameter: ParameterSpec, value: Any) -> float:
 
 def ticks(parameter: ParameterSpec) -> list[tuple[float, str]]:
     """(place, text) of the values to name on an axis."""
-    return [(place(parameter, end), shown(end)) for end in parameter.ends]
+    return [(place(parameter, end), plain(shown(end))) for end in parameter.ends]
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: between dollar signs it would read formulas."""
+    return printable(text).replace("$", r"\$")

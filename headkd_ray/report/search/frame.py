@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     import pandas
 
 
-def read_trials(folder: SearchFolder, search: Search) -> list[Trial]:
-    """All trials so far; those that have not ended with the learning curve of their training's log."""
+def read_trials(folder: SearchFolder, search: Search, warn: Callable[[str], None]) -> list[Trial]:
+    """All trials so far; those that have not ended with the learning curve of their training's log.
+
+    ``warn`` is told of those that are left out (``SearchFolder.trials``).
+    """
     metric, seed = search.spec.objective.metric, search.seeds[0]
     return [
         replace(trial, curve=folder.curve(trial, seed, metric)) if trial.state == "running" else trial
-        for trial in folder.trials()
+        for trial in folder.trials(search, warn)
     ]
 
 
@@ -41,7 +44,8 @@ def trial_frame(search: Search, trials: Sequence[Trial]) -> pandas.DataFrame:
         raise UserError(f"the analysis needs pandas: {EXTRA}") from None
     rows = [_row(search, trial) for trial in sorted(trials, key=lambda trial: trial.number)]
     frame = pandas.DataFrame(rows)
-    frame["started"] = pandas.to_datetime(frame["started"], unit="s", utc=True)
+    if rows:
+        frame["started"] = pandas.to_datetime(frame["started"], unit="s", utc=True)
     return frame
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
+
+from markupsafe import Markup
 
 from headkd_ray.report.search.best import best_trial, render_best
 from headkd_ray.report.search.table import UNITS, ranked, short_names, shown, spread
@@ -60,26 +62,32 @@ def page(search: Search, trials: Sequence[Trial], drawings: Mapping[str, str], n
     """
     spec = search.spec
     best = best_trial(search, trials)
-    parts = [f"<h1>{html.escape(spec.run.name)}</h1>", f"<p class=note>{_summary(search, trials)}</p>"]
+    parts = [_html("<h1>{}</h1>", spec.run.name), _html("<p class=note>{}</p>", _summary(search, trials))]
     if best is not None:
         parts.append(_headline(search, trials, best))
     for name, drawing in drawings.items():
         caption = note if name == "importance" else CAPTIONS[name]
-        parts.append(f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        parts.append(_html("<figure>{}<figcaption>{}</figcaption></figure>", Markup(drawing), caption))
     if "importance" not in drawings:
-        parts.append(f"<p class=note>{html.escape(note)}</p>")
-    parts += ["<h2>Trials</h2>", "<p class=note>Click a heading to sort.</p>", _table(search, trials, best)]
+        parts.append(_html("<p class=note>{}</p>", note))
+    parts += [Markup("<h2>Trials</h2>\n<p class=note>Click a heading to sort.</p>"), _table(search, trials, best)]
     if best is not None:
-        text = html.escape(render_best(search, best))
-        parts.append(f"<h2>The best trial's job</h2><details><summary>trial {best.number}, every key</summary>")
-        parts.append(f"<pre>{text}</pre></details>")
-    body = "\n".join(parts)
-    return (
+        parts.append(_html("<h2>The best trial's job</h2><details><summary>trial {}, every key</summary>", best.number))
+        parts.append(_html("<pre>{}</pre></details>", render_best(search, best)))
+    return _html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(spec.run.name)}: search</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n<script>{SORT}</script></body></html>\n"
+        "<title>{}: search</title><style>{}</style></head>\n<body>\n{}\n<script>{}</script></body></html>\n",
+        spec.run.name,
+        Markup(STYLE),
+        Markup("\n").join(parts),
+        Markup(SORT),
     )
+
+
+def _html(template: str, *texts: Any) -> Markup:
+    """HTML with texts in its ``{}``: all that is not ``Markup`` itself is escaped, wherever it comes from."""
+    return Markup(template).format(*texts)
 
 
 def _summary(search: Search, trials: Sequence[Trial]) -> str:
@@ -89,10 +97,10 @@ def _summary(search: Search, trials: Sequence[Trial]) -> str:
     seeds = f"seeds {', '.join(map(str, search.seeds))}" if len(search.seeds) > 1 else f"seed {search.seeds[0]}"
     kind = spec.searcher.kind + ("" if spec.scheduler.kind == "none" else f" with {spec.scheduler.kind}")
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return f"Base job {html.escape(spec.job)}; {kind}; {seeds}; {len(trials)} trials: {counted}. {made}."
+    return f"Base job {spec.job}; {kind}; {seeds}; {len(trials)} trials: {counted}. {made}."
 
 
-def _headline(search: Search, trials: Sequence[Trial], best: Trial) -> str:
+def _headline(search: Search, trials: Sequence[Trial], best: Trial) -> Markup:
     metric = search.spec.objective.metric
     names = short_names(list(search.spec.space))
     base = next((trial for trial in trials if trial.number == 0), None)
@@ -102,27 +110,27 @@ def _headline(search: Search, trials: Sequence[Trial], best: Trial) -> str:
     for key, value in best.values.items():
         before = f" (base job: {shown(base.values[key])})" if base is not None and key in base.values else ""
         rows.append((names[key], shown(value) + before))
-    return "<dl>" + "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in rows) + "</dl>"
+    return _html("<dl>{}</dl>", Markup().join(_html("<dt>{}</dt><dd>{}</dd>", *row) for row in rows))
 
 
-def _table(search: Search, trials: Sequence[Trial], best: Trial | None) -> str:
+def _table(search: Search, trials: Sequence[Trial], best: Trial | None) -> Markup:
     objective = search.spec.objective
     names = short_names(list(search.spec.space))
     heads = ["trial", "state", f"{objective.metric} (%)", "epochs", "minutes"]
     heads += [UNITS[objective.cost]] if objective.cost is not None else []
     heads += [*names.values(), "cause"]
     text = {"state", "cause"}
-    head = "".join(f"<th{' class=text' if name in text else ''}>{html.escape(name)}</th>" for name in heads)
+    head = Markup().join(_html("<th{}>{}</th>", Markup(" class=text" if name in text else ""), name) for name in heads)
     rows = []
     for trial in ranked(search, trials):
         mean = trial.mean(objective.metric)
         seen = [value for _, value in trial.curve if value is not None]
         cells = [
-            f"<td>{trial.number}</td>",
-            f"<td class=text>{trial.state}</td>",
+            _html("<td>{}</td>", trial.number),
+            _html("<td class=text>{}</td>", trial.state),
             _cell(spread(trial, objective.metric), mean if mean == mean else max(seen, default=None)),
-            f"<td>{max((epoch for epoch, _ in trial.curve), default=0):g}</td>",
-            f"<td>{(trial.ended - trial.started) / 60:.1f}</td>" if trial.ended is not None else "<td></td>",
+            _html("<td>{:g}</td>", max((epoch for epoch, _ in trial.curve), default=0)),
+            _html("<td>{}</td>", "" if trial.ended is None else f"{(trial.ended - trial.started) / 60:.1f}"),
         ]
         if objective.cost is not None:
             cost = trial.cost.get(objective.cost)
@@ -130,12 +138,12 @@ def _table(search: Search, trials: Sequence[Trial], best: Trial | None) -> str:
         for key in names:
             value = trial.values.get(key, "")
             cells.append(_cell("" if value == "" else shown(value), value if isinstance(value, int | float) else None))
-        cells.append(f"<td class='text cause'>{html.escape(trial.cause or '')}</td>")
-        rows.append(f"<tr{' class=best' if trial is best else ''}>{''.join(cells)}</tr>")
-    body = "\n".join(rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+        cells.append(_html("<td class='text cause'>{}</td>", trial.cause or ""))
+        rows.append(_html("<tr{}>{}</tr>", Markup(" class=best" if trial is best else ""), Markup().join(cells)))
+    body = Markup("\n").join(rows)
+    return _html("<div class=scroll><table><thead><tr>{}</tr></thead><tbody>\n{}\n</tbody></table></div>", head, body)
 
 
-def _cell(text: str, value: float | None) -> str:
-    data = "" if value is None else f' data-value="{float(value)!r}"'
-    return f"<td{data}>{html.escape(text)}</td>"
+def _cell(text: str, value: float | None) -> Markup:
+    data = Markup() if value is None else _html(' data-value="{}"', repr(float(value)))
+    return _html("<td{}>{}</td>", data, text)

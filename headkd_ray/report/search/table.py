@@ -11,6 +11,7 @@ from rich.text import Text
 
 from headkd_ray.job.render import inline
 from headkd_ray.report.console import number
+from headkd_ray.report.terminal import Terminal
 from headkd_ray.search.records import Trial
 from headkd_ray.search.space import Search
 
@@ -61,7 +62,7 @@ def trial_table(search: Search, trials: Sequence[Trial]) -> Table:
 
 def print_trials(console: Console, search: Search, trials: Sequence[Trial]) -> None:
     """Print the table; where there is no terminal, as wide as it is."""
-    console = console if console.is_terminal else Console(file=console.file, width=WIDE)
+    console = console if console.is_terminal else Terminal(file=console.file, width=WIDE)
     console.print(trial_table(search, trials))
 
 

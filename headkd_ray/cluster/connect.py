@@ -1,0 +1,135 @@
+"""Join a Ray cluster, or start one for this run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import get_ray_address_from_environment
+
+from headkd_ray.errors import ClusterError
+from headkd_ray.job import ClusterSpec
+
+OWN_CLUSTER = {
+    # Ray ends processes that idle for a second if there are more than CPUs: decoding would start, and import torch, for ever.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    # One process fewer: it asks whether the cloud takes this node away.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment of a cluster that we start for one run."""
+
+# Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+PATIENCE = 10.0
+"""Seconds that a cluster may take to answer: Ray itself would ask for minutes."""
+
+
+@contextmanager
+def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
+    """Join the cluster of ``spec.address`` or ``RAY_ADDRESS``, or start one on this machine and stop it on leaving.
+
+    Which cluster was joined is said on standard error: on a machine that others use, too, it may be theirs.
+
+    ``dashboard``: a started cluster has one. Where Tune stops trials with train workers it is needed: through it Ray finds the
+    reservations that they leave behind.
+
+    Raises:
+        ClusterError: no cluster answers at the address, or none can be started here.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    before = dict(os.environ)
+    address = _address(spec.address)
+    if address is None:
+        _start(dashboard)
+    else:
+        _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        for name in OWN_CLUSTER.keys() - before.keys():
+            os.environ.pop(name, None)
+
+
+def _address(asked: str | None) -> str | None:
+    """Of the cluster to join; None = start one."""
+    name, address = ("cluster.address", asked) if asked else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"))
+    if address == "local":
+        return None
+    if not address or address == "auto":  # the one that runs on this machine, if any
+        here = _running_here()
+        if here is None and address == "auto":
+            raise ClusterError(f"{name}=auto: no Ray cluster answers on this machine; start one (ray start --head)")
+        return here
+    reason = None if "://" in address else unanswered(address)
+    if reason is not None:
+        raise ClusterError(
+            f"{name}={address}: no Ray cluster answers there ({reason}); it must be the address that ray start --head prints, "
+            "host:6379 as a rule (8265 is the dashboard's port); leave it out to use a cluster of this machine or to start one"
+        )
+    return address
+
+
+def _running_here() -> str | None:
+    with_environment = os.environ.pop("RAY_ADDRESS", None)  # "auto" or empty
+    try:
+        address = get_ray_address_from_environment("auto", None)
+    except ConnectionError:
+        return None
+    finally:
+        if with_environment is not None:
+            os.environ["RAY_ADDRESS"] = with_environment
+    return address if address is not None and unanswered(address) is None else None  # else it is a dead one's
+
+
+def unanswered(address: str) -> str | None:
+    """Why no Ray cluster answers at ``host:port``; None if one does."""
+    with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=PATIENCE)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:  # it does; ray.init says what it wants
+                return None
+            return str(error.details()).removeprefix("failed to connect to all addresses; last error: ")
+    return None
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"the Ray cluster at {address} cannot be joined: {error}") from None
+    has = ray.cluster_resources()
+    print(
+        f"joined the Ray cluster at {address}: {len(ray.nodes())} nodes, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} "
+        "GPUs (RAY_ADDRESS=local starts one for this command alone)",
+        file=sys.stderr,
+    )
+
+
+def _start(dashboard: bool) -> None:
+    for name, value in OWN_CLUSTER.items():
+        os.environ.setdefault(name, value)
+    # It advises to switch the new cluster's authentication off.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    try:
+        # It ends with this process, and has no dashboard unless asked: its start costs more than a small job's training.
+        ray.init(address="local", include_dashboard=dashboard, **QUIET)
+    except Exception as error:  # of many kinds, the bare Exception among them: a node that does not come up in time
+        if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+            raise ClusterError(f"Ray cannot start a cluster on this machine: {error}") from error
+        # Sockets in a folder with a long name, a file in a folder's place, a full disk.
+        place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+        raise ClusterError(
+            f"RAY_TMPDIR={place}: Ray cannot keep its session there ({error}); set RAY_TMPDIR to a folder with a short path "
+            "and room, such as /tmp"
+        ) from None

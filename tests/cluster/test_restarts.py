@@ -1,0 +1,188 @@
+"""Workers and controllers that are lost at any moment: one count, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from machines import processes
+from ray.cloudpickle import register_pickle_by_value
+from ray.exceptions import ActorDiedError
+from ray.train import CheckpointConfig
+from ray.train.v2._internal.exceptions import (
+    CheckpointManagerInitializationError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.context import StorageContext
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from headkd_ray.cluster import train as ray_train
+from headkd_ray.cluster.listing import SNAPSHOT, drop_unusable
+from headkd_ray.cluster.restarts import with_restarts
+from headkd_ray.engine.checkpoint import STATE_FILE, seal
+from headkd_ray.errors import CheckpointError, ClusterError
+from headkd_ray.storage import Folder
+from headkd_ray.train import train
+from tests.support import assert_same_weights, micro_job, student_weights
+
+ON_RAY = {"workers": 1, "threads_per_worker": 1}
+
+
+class Fit:
+    """Ray Train that ends as told, one time after another."""
+
+    def __init__(self, *ends: Exception | str) -> None:
+        self.ends = list(ends)
+
+    def __call__(self) -> str:
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def test_every_loss_counts_once_and_waiting_for_a_node_does_not(ray_cluster: None) -> None:
+    in_training = WorkerGroupError("lost", {0: ActorDiedError()})
+    at_its_start = ControllerError(ActorDiedError())
+    starting_again = ControllerError(WorkerGroupStartupFailedError("lost"))
+    waiting = ControllerError(WorkerGroupStartupTimeoutError(2))
+    controller = ActorDiedError()
+    losses = [in_training, at_its_start, starting_again, controller]
+    told: list[str] = []
+    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), 4, told.append) == "done"
+    assert [text.partition("(")[2] for text in told] == [f"{number} of 4 times)" for number in (1, 2, 3, 4)]
+    for loss in losses:
+        with pytest.raises(type(loss)):
+            with_restarts(Fit(loss, loss, "done"), 1, told.append)
+
+
+def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -> None:
+    fit = Fit(ControllerError(CheckpointManagerInitializationError("damaged")), "done")
+    with pytest.raises(ControllerError, match="damaged"):
+        with_restarts(fit, 3, lambda text: None)
+    assert fit.ends == ["done"]
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    """A sealed checkpoint on disk; its entry in Ray's listing."""
+    folder = run / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / STATE_FILE).write_bytes(bytes(1000))
+    seal(folder)
+    return {"version": 0, "checkpoint_dir_name": folder.name, "metrics": {"AP": -1.0, "step": step}}
+
+
+def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path) -> None:
+    """Ray's own reader then takes what is left; it would not start the run otherwise."""
+    run = tmp_path / "run"
+    entries = [checkpoint(run, step) for step in (4, 6, 8)]
+    none: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            "pending_training_results",
+            "pending_validation_specs",
+            "validated_checkpoint_dir_names",
+            "timed_out_validation_checkpoint_dir_names",
+            "failed_validation_checkpoint_dir_names",
+        )
+    }
+    snapshot = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": entries,
+        "checkpoint_report_indices": [1, 2, 3],
+        "latest_checkpoint_result": entries[-1],
+        "current_report_index": 3,
+        **none,
+    }
+    (run / SNAPSHOT).write_text(json.dumps(snapshot))
+    assert drop_unusable(Folder.open(run)) == []
+    (run / "step_00000008" / STATE_FILE).write_bytes(bytes(999) + b"!")
+    shutil.rmtree(run / "step_00000006")
+    assert drop_unusable(Folder.open(run)) == [
+        f"{run}/step_00000006: is gone",
+        f"{run}/step_00000008/{STATE_FILE}: is damaged: its content is not what was written",
+        "going on from the checkpoint before, step_00000004",
+    ]
+    manager = CheckpointManager(CheckpointConfig(num_to_keep=2), StorageContext(str(tmp_path), "run"))
+    assert manager.latest_checkpoint_result is not None
+    assert manager.latest_checkpoint_result.checkpoint.path == f"{run}/step_00000004"
+    shutil.rmtree(run / "step_00000004")
+    with pytest.raises(CheckpointError, match=r"step_00000004: is gone(?s:.*)to train the run from the start"):
+        drop_unusable(Folder.open(run))
+    (run / SNAPSHOT).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{SNAPSHOT}: is not Ray Train's list"):
+        drop_unusable(Folder.open(run))
+
+
+def dies_at_first(config: dict[str, Any]) -> dict[str, Any]:
+    """A worker that is killed as soon as its function runs, the first two times."""
+    lives = Path(config["job"]["run"]["storage"]) / "lives"
+    count = int(lives.read_text()) if lives.exists() else 0
+    if count < 2:
+        lives.write_text(str(count + 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ray_train._worker(config)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_before_its_first_step_is_started_again(
+    tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    before = reserved()
+    monkeypatch.setattr(ray_train, "_worker", dies_at_first)
+    told: list[str] = []
+
+    def tell(record: dict[str, Any]) -> None:
+        told.extend([record["note"]] if "note" in record else [])
+
+    job = micro_job(tmp_path, drawn_splits, cluster={**ON_RAY, "max_failures": 1})
+    with pytest.raises(ClusterError, match="training failed for good"):
+        train(job, tell)
+    assert (tmp_path / "lives").read_text() == "2"
+    result = train(job, tell)
+    assert [text.partition("(")[2] for text in told] == ["1 of 1 times)"]
+    assert_same_weights(student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), tell)))
+    assert reserved() == before, "a reservation was left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["ray::TrainController", "ray::RayTrainWorker"])
+def test_the_controller_or_a_worker_that_starts_is_killed(
+    title: str, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None
+) -> None:
+    """As soon as its process is there."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            for pid in processes(title):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = train(micro_job(tmp_path, drawn_splits, cluster=ON_RAY), lambda record: None)
+    thread.join()
+    assert killed, "nothing was killed"
+    assert_same_weights(
+        student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), lambda record: None))
+    )
+
+
+def reserved() -> list[str]:
+    table = ray.util.placement_group_table()
+    return [key for key, group in table.items() if group["state"] != "REMOVED"]
