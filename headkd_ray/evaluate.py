@@ -21,6 +21,7 @@ from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.engine.serving import view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
+from headkd_ray.memory import enough_memory
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.storage import Folder
 
@@ -33,6 +34,7 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
 
     Raises:
         CheckpointError, DataError: unreadable, or their class lists disagree.
+        DeviceMemoryError: a batch needs more memory than there is.
         StorageError: ``out`` cannot be written; raised before the work.
     """
     target = None if out is None else Folder.of_file(out)
@@ -50,7 +52,8 @@ def evaluate_checkpoint(checkpoint: str, data: str, batch_size: int = 2, out: st
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
         shown = track(batches, "evaluating", total, console=Console(stderr=True), transient=True)
-        found = predict(loaded.detector.to(world.device), shown, world.device, shards.meta.category_ids)
+        with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
+            found = predict(loaded.detector.to(world.device), shown, world.device, shards.meta.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:
         folder, name = target

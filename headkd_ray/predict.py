@@ -17,6 +17,7 @@ from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.engine.serving import detect_images, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, DataError
+from headkd_ray.memory import enough_memory
 from headkd_ray.report.draw import draw_found
 from headkd_ray.storage import Folder
 
@@ -56,7 +57,8 @@ def predict(checkpoint: str, paths: Sequence[Path], out: Path, score: float) -> 
             continue
         image_id = len(images) + 1
         images.append({"id": image_id, "file_name": str(path), "height": image.shape[1], "width": image.shape[2]})
-        (found,) = detect_images(detector, [image], view_spec(loaded.meta), category_ids, device)
+        with enough_memory(f"{path}", "one image is in the network at a time: CUDA_VISIBLE_DEVICES= runs it on the CPU"):
+            (found,) = detect_images(detector, [image], view_spec(loaded.meta), category_ids, device)
         for entry in found:
             area = entry["bbox"][2] * entry["bbox"][3]
             annotations.append({**entry, "id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0})

@@ -26,7 +26,16 @@ from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
 from headkd_ray.engine.stop import sigterm
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.world import World
-from headkd_ray.errors import CacheError, CheckpointError, ClusterError, DataError, StoppedError, TrainingError, UserError
+from headkd_ray.errors import (
+    CacheError,
+    CheckpointError,
+    ClusterError,
+    DataError,
+    DeviceMemoryError,
+    StoppedError,
+    TrainingError,
+    UserError,
+)
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -36,7 +45,7 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
     Raises:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError, StoppedError, DataError, CacheError: as ``fit`` raises them.
+        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError: as ``fit`` raises them.
     """
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -141,7 +150,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
             return {"last": last}
         except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}
-        except (DataError, CacheError) as error:
+        except (DataError, CacheError, DeviceMemoryError) as error:
             ray.get(stop.give_up.remote(error))
             raise
 
