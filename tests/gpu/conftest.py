@@ -1,5 +1,7 @@
-"""Tests of what only a GPU can show. ``pytest -m gpu tests/gpu`` runs them on one; ``HEADKD_TEST_DEVICE=cpu`` before it rehearses
-them on the CPU, except for those that ask for the fixture ``cuda``."""
+"""Tests for a GPU: ``pytest -m gpu tests/gpu``.
+
+``HEADKD_TEST_DEVICE=cpu`` before it rehearses them on the CPU, except for those that ask for the fixture ``cuda``.
+"""
 
 from __future__ import annotations
 
