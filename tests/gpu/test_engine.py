@@ -16,7 +16,7 @@ from headkd_ray.cache import build
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.images import decode
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors.weights import load_checkpoint
+from headkd_ray.detectors.weights import load_checkpoint, save_detector
 from headkd_ray.engine.caching import open_builder, verify
 from headkd_ray.engine.evaluate import evaluate
 from headkd_ray.engine.evaluate import predict as predict_all
@@ -97,8 +97,8 @@ def test_a_run_tells_the_gpu_memory_that_it_takes(cuda: torch.device, tmp_path: 
 def test_checkpoints_go_from_the_gpu_to_the_cpu_and_back(
     whole: dict[str, Any], drawn_splits: dict[str, str], device: torch.device, tmp_path: Path
 ) -> None:
-    """One run, begun on the device, gone on with on the CPU, ended on the device. Its losses are those of the run that stayed: to
-    1e-3 in the first step after each move (other kernels, the same weights), to 5 % later."""
+    """One run, begun on the device, gone on with on the CPU, ended on the device. Its losses are those of the run that stayed:
+    to 1e-3 in the first step after each move (other kernels, the same weights), to 5 % later."""
     moves = [(device, 5), (HERE, 9), (device, None)]
     for place, until in moves:
         ours = losses_of(job_on(place, tmp_path, drawn_splits, "moved", optim={"ema": 0.9}), until)
@@ -164,7 +164,11 @@ def test_out_of_memory_names_the_keys_to_lower(cuda: torch.device, drawn_splits:
 @pytest.fixture(scope="module")
 def lively(drawn_splits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A detector that finds something everywhere."""
-    return micro_teacher(tmp_path_factory.mktemp("lively"), ShardSet.open(drawn_splits["val"]).meta.classes)
+    folder = tmp_path_factory.mktemp("lively")
+    loaded = load_checkpoint(micro_teacher(folder / "teacher", ShardSet.open(drawn_splits["val"]).meta.classes))
+    view = {"eval_short_side": 64, "long_side": 96, "pad": 32}  # as in micro_job
+    save_detector(folder / "lively", loaded.detector, loaded.classes, {"data": view})
+    return str(folder / "lively")
 
 
 def test_evaluation_is_the_cpu_s(lively: str, drawn_splits: dict[str, str], device: torch.device, tmp_path: Path) -> None:
