@@ -34,6 +34,7 @@ rm -rf jars rllib llm serve workflow dashboard/client _private/runtime_env/agent
 rm -rf autoscaler/{azure,gcp,aliyun,vsphere,spark} tune/examples train/examples
 find . \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} +
 find . -type f \( -name '*.so' -o -name gcs_server -o -name raylet \) -exec strip --strip-unneeded {} +
+chmod +x core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet  # zipfile drops it
 cd "$work/tree"
 tar --sort=name --owner=0 --group=0 --mtime=2020-01-01 -cf - ray ray-*.dist-info | xz -6 -T0 > "$work/wheels/ray-$ray.tar.xz"
 
