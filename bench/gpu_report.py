@@ -39,9 +39,7 @@ def load(folder: Path) -> dict[str, Part]:
         try:
             part = json.loads(path.read_text(encoding="utf-8"))
             if part["rehearsal"]:
-                problems.append(
-                    f"{path}: a rehearsal's, which says nothing about a GPU; run bench/gpu.sh without --device and --tiny"
-                )
+                problems.append(f"{path}: from a rehearsal, which says nothing about a GPU; run bench/gpu.sh without options")
             parts[part["part"]] = part
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{path}: not what bench/gpu.sh writes ({error!r}); delete it, or run it again")
@@ -102,10 +100,10 @@ def steps(part: Part) -> str:
     failed = [f"- {row['case']}, {row['precision']}: failed: {row['error']}" for row in part["rows"] if "error" in row]
     best = part["ceilings"]
     text = (
-        "16 images of 640² a step, on the device. *× plain*: beside our own RetinaNet without a teacher. *GPU busy*: share of the "
-        "step in which a kernel or a copy runs. *TFLOP/s*: of convolutions and matrix products. *syncs*: times a step that the "
-        f"host waits for the GPU. At best this card multiplied bf16 matrices at {best['bf16_tflops']:.0f} TFLOP/s and copied within "
-        f"its memory at {best['copy_tb_per_second']:.1f} TB/s; float32 convolutions "
+        "16 images of 640² a step, on the device. *× plain*: beside our own RetinaNet without a teacher. *GPU busy*: share of "
+        "the step in which a kernel or a copy runs. *TFLOP/s*: of convolutions and matrix products. *syncs*: times a step that "
+        f"the host waits for the GPU. At best this card multiplied bf16 matrices at {best['bf16_tflops']:.0f} TFLOP/s and "
+        f"copied within its memory at {best['copy_tb_per_second']:.1f} TB/s; float32 convolutions "
         f"{'use' if part['tf32']['convolutions'] else 'do not use'} TF32."
     )
     blocks = ["### Training steps", made_with(part), text, lines, "\n".join(failed)]
