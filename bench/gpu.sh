@@ -18,7 +18,7 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 if [ -d .wheels-gpu ]; then
     for wheel in .wheels-gpu/*.whl; do "$python" -m zipfile -e "$wheel" "$site"; done
-    for archive in .wheels-gpu/*.tar.xz; do tar -xJf "$archive" -C "$site"; done
+    for archive in .wheels-gpu/*.tar.gz; do tar -xzf "$archive" -C "$site"; done
 fi
 mkdir -p "$out"
 export PYTHONPATH=$PWD:$site PYTHONUNBUFFERED=1

@@ -36,7 +36,7 @@ find . \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} +
 find . -type f \( -name '*.so' -o -name gcs_server -o -name raylet \) -exec strip --strip-unneeded {} +
 chmod +x core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet  # zipfile drops it
 cd "$work/tree"
-tar --sort=name --owner=0 --group=0 --mtime=2020-01-01 -cf - ray ray-*.dist-info | xz -6 -T0 > "$work/wheels/ray-$ray.tar.xz"
+tar --sort=name --owner=0 --group=0 --mtime=2020-01-01 -cf - ray ray-*.dist-info | gzip -9 > "$work/wheels/ray-$ray.tar.gz"
 
 rm -rf "$out"
 mv "$work/wheels" "$out"
