@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collects what bench/gpu.sh needs on a machine that has torch but no Ray, no pydantic, no pycocotools and no network:
 #
-#     bash bench/gpu_wheels.sh            fills .wheels-gpu (about 35 MB, git-ignored); bench/gpu.sh unpacks it
+#     bash bench/gpu_wheels.sh            fills .wheels-gpu (36 MB, git-ignored); bench/gpu.sh unpacks it
 #
 # PYTHON=...   an interpreter with pip (default python3); it need not be of the target's version
 # TARGET=3.12  Python of the machine with the GPU (Linux, x86-64)
@@ -26,7 +26,7 @@ fetch "$work/wheels" "pydantic>=2.11" jsonschema
 fetch "$work/wheels" --no-deps "pycocotools>=2.0.8"
 rm -f "$work"/wheels/{attrs,typing_extensions}-*.whl  # the target has them
 
-# Ray, without what training and its data never import: 79 MB become 21.
+# Ray, without what training and its data never import: 79 MB become 33.
 fetch "$work/ray" --no-deps "ray==$ray"
 "$python" -m zipfile -e "$work"/ray/ray-*.whl "$work/tree"
 cd "$work/tree/ray"
