@@ -22,5 +22,5 @@ if [ -d .wheels-gpu ]; then
 fi
 mkdir -p "$out"
 export PYTHONPATH=$PWD:$site PYTHONUNBUFFERED=1
-export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
+export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180  # a busy machine is slow to start it
 "$python" bench/gpu_run.py --out "$out" "$@" 2>&1 | tee "$out/log.txt"

@@ -56,7 +56,7 @@ def synchronisations(step: Work) -> dict[str, float]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note  # torch tells of each on the line that causes it; catch_warnings puts it back
+        warnings.showwarning = note  # type: ignore[assignment]  # torch tells of each on the line that causes it; catch_warnings puts it back
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for _ in range(PROFILED):
@@ -70,8 +70,8 @@ def place_of(stack: Iterable[traceback.FrameSummary]) -> str:
     """``package/file.py:line`` of the innermost frame of ours, else of torchvision's; ``elsewhere`` if there is none, as in the
     backward pass."""
     frames = list(stack)[::-1]
-    for package in (headkd_ray, torchvision):
-        folder = Path(package.__file__).parent
+    for file in (headkd_ray.__file__, torchvision.__file__):
+        folder = Path(str(file)).parent
         for frame in frames:
             if Path(frame.filename).is_relative_to(folder):
                 return f"{Path(frame.filename).relative_to(folder.parent).as_posix()}:{frame.lineno}"
