@@ -16,7 +16,7 @@ from tests.support import micro_job
 
 PACKAGE = Path(headkd_ray.__file__).parent
 DETECTORS, LEARNING = {"detectors", "job", "errors"}, {"distill", "detectors", "job", "errors", "targets"}
-TEACHING = {"data", "storage", "targets", *DETECTORS}
+TEACHING = {"data", "storage", "targets", "memory", *DETECTORS}
 ENGINE = {"engine", "teacher", "text", *TEACHING, *LEARNING}
 ROOMS = {
     "text": set[str](),
@@ -26,6 +26,7 @@ ROOMS = {
     "detectors": DETECTORS - {"detectors"},
     "distill": DETECTORS | {"targets"},
     "targets": set[str](),
+    "memory": {"errors"},
     "data": {"storage", "job", "errors", "targets"},
     "teacher": TEACHING,
     "engine": ENGINE - {"engine"},

@@ -21,13 +21,14 @@ from headkd_ray.data.stream import BatchMaker, load_window
 from headkd_ray.detectors import FasterRCNN, RoIs
 from headkd_ray.distill import Guest, Insight, build_trainee
 from headkd_ray.engine.evaluate import predict
-from headkd_ray.engine.loop import build_ema
+from headkd_ray.engine.loop import build_ema, smaller_steps
 from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.engine.planning import Costs
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.job import Job
+from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import codec_of, soft_teacher
 from headkd_ray.teacher.codec import Codec
 
@@ -51,6 +52,7 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     A fitnet teacher, whose features are part of the trainee's forward pass, is counted with the trainee.
 
     Raises:
+        DeviceMemoryError: a step needs more memory than there is.
         CheckpointError, DataError, JobError: as the teacher's, the data's and the trainee's readers do.
     """
     cluster = job.cluster
@@ -65,8 +67,9 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     with _Watch(world) as decoding, streams.train(first=0) as stream:
         batches = [batch for batch in islice(stream, count) if not batch.idle]
     learner = _Learner(job, train.meta.classes, world)
-    for batch in islice(cycle(batches), count):
-        learner.step(batch.to(world.device))
+    with enough_memory("timing training steps", smaller_steps(job)):
+        for batch in islice(cycle(batches), count):
+            learner.step(batch.to(world.device))
     with streams.val() as stream:
         shown = list(islice(stream, steps))
     with _Watch(world) as evaluation:

@@ -93,8 +93,8 @@ class Golden:
         keys = [f"{prefix}/{i}" for i in range(batch)]
         return [self.tensor(key) for key in keys] if all(self.has(key) for key in keys) else None
 
-    def truth(self) -> tuple[Tensor, Tensor]:
-        """Ground truth, padded: boxes (B, G, 4) float32 and labels (B, G) int64, -1 = padding."""
+    def truth(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ground truth on ``device``, padded: boxes (B, G, 4) float32 and labels (B, G) int64, -1 = padding."""
         batch = len(self._arrays["images"])
         boxes = self.per_image("gt_boxes", batch) or []
         labels = self.per_image("gt_labels", batch) or []
@@ -102,7 +102,7 @@ class Golden:
         padded_boxes, padded_labels = torch.zeros(batch, count, 4), torch.full((batch, count), -1)
         for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
             padded_boxes[i, : len(b)], padded_labels[i, : len(b)] = b, label
-        return padded_boxes, padded_labels
+        return padded_boxes.to(device), padded_labels.to(device)
 
     def unused(self) -> list[str]:
         """Keys that nothing has asked for; inputs count as asked for, since the replay answers for each."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,8 @@ class Replay:
 
     student: LoadedDetector
     teacher: LoadedDetector | None
+    device: torch.device
+    """Where the values were computed."""
     losses: dict[str, float] = field(default_factory=dict)
     """By the official code's names, with ``total``."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -80,14 +84,61 @@ class Replay:
             self.evaluations.append((note, detector.features(x), detector.detect(x, sizes)))
 
 
-def replay(golden: Golden) -> Replay:
-    """Load, run, differentiate. Raises CheckpointError or DataError if the state dicts are no model that this project has."""
+def replay(golden: Golden, device: torch.device | str = "cpu", precision: str = "fp32") -> Replay:
+    """Load, run, differentiate.
+
+    Args:
+        device: where it is computed, on a GPU without TF32; the values of the replay are on the CPU.
+        precision: fp32, or bf16 as ``optim.precision`` has it.
+
+    Raises:
+        CheckpointError, DataError: the state dicts are no model that this project has.
+    """
+    device = torch.device(device)
+    with _exact(device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return on_cpu(_replay(golden, device))
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 that is float32: convolutions take TF32 by default."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_cpu(value: Any) -> Any:
+    """The same with all tensors in it on the CPU, in float32 where they were bfloat16; modules are left where they are."""
+    if isinstance(value, Tensor):
+        return value.cpu().float() if value.dtype == torch.bfloat16 else value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(on_cpu, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    if isinstance(value, (Replay, Proposed)):
+        return replace(value, **{each.name: on_cpu(getattr(value, each.name)) for each in fields(value)})
+    return value
+
+
+def _replay(golden: Golden, device: torch.device) -> Replay:
     state, teacher_state = golden.state("student"), golden.state("teacher")
     student = load_mmdet(state, source=f"{golden.source}: student")
     teacher = load_mmdet(teacher_state, source=f"{golden.source}: teacher") if teacher_state else None
-    run = Replay(student, teacher)
+    run = Replay(student, teacher, device)
     detector, trainee = student.detector, _trainee(student, teacher, golden.source)
-    x, sizes = golden.tensor("images"), golden.tensor("image_sizes").long()
+    for loaded in (run.student, run.teacher):
+        for part in () if loaded is None else (loaded.detector, loaded.assistant, *loaded.adapters.values()):
+            if part is not None:
+                part.to(device)
+    x, sizes = golden.tensor("images").to(device), golden.tensor("image_sizes").long().to(device)
 
     run.evaluate("", x, sizes)
     detector.train()
@@ -140,7 +191,7 @@ def _trainee(student: LoadedDetector, teacher: LoadedDetector | None, source: st
 
 
 def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    boxes, labels = golden.truth()
+    boxes, labels = golden.truth(x.device)
     head, num_classes = trainee.student.head, trainee.student.num_classes
     assert isinstance(head, RetinaHead)  # _trainee's condition
     step = int(golden.tensor("step")) if golden.has("step") else 0
@@ -167,7 +218,7 @@ def _head_step(run: Replay, trainee: HEAD, golden: Golden, x: Tensor, sizes: Ten
 
 
 def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    boxes, labels = golden.truth()
+    boxes, labels = golden.truth(x.device)
     run.features = student.features(x)
     outputs = student.head(run.features)
     losses, run.notes = own_losses(
@@ -177,7 +228,7 @@ def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, 
 
 
 def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    boxes, labels = golden.truth()
+    boxes, labels = golden.truth(x.device)
     run.features = student.features(x)
     outputs = student.rpn(run.features)
     student.rpn.spec = student.rpn.spec.replace({"sampler": ALL})

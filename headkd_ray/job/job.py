@@ -24,6 +24,8 @@ from headkd_ray.job.numbers import (
     Processes,
     ProcessesOrNone,
     Rate,
+    Restarts,
+    Seconds,
     Seed,
     Share,
     Steps,
