@@ -20,6 +20,7 @@ from headkd_ray.golden.checks import check
 from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.replay import replay
+from headkd_ray.report.terminal import Terminal
 
 WIDTH = 120
 """Columns of the table at least, also where the output is no terminal: names and notes are not cut."""
