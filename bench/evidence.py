@@ -22,9 +22,10 @@ from pathlib import Path
 
 from evidence_plan import Bench
 from evidence_rows import ROWS
-from evidence_run import ROOT, OutOfTimeError, forget, run, work
+from evidence_run import OutOfTimeError, forget, run, work
 from evidence_search import searches
 from evidence_tables import Order, write_tables
+from revision import ROOT
 
 from headkd_ray.doors import user_errors
 from headkd_ray.errors import JobError

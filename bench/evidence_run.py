@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from evidence_plan import Bench, Plan, plan
 from evidence_tables import METRICS, append, read
+from revision import revision
 
 from headkd_ray import cache
 from headkd_ray.data.plan import train_rows
@@ -32,8 +32,6 @@ from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from headkd_ray.report.console import line
 from headkd_ray.train import train
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class OutOfTimeError(Exception):
@@ -186,19 +184,6 @@ def _environment(job: Job) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-
-
-def revision() -> str:
-    """Short hash of the checkout, with -dirty if code or jobs differ from it (results, tables and choices may)."""
-    code = ("headkd_ray", "bench", "jobs", ":!jobs/evidence/*/choices.json")
-    try:
-        done = [
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", *code])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done[0] + ("-dirty" if done[1] else "")
 
 
 def _cpu() -> str:

@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 import yaml
-from evidence_run import revision
 from evidence_tables import append, insert, read
 from machines import ENVIRONMENT, ROOT, Machines, kill, processes, steps_told, wait_for
+from revision import revision
 
 from headkd_ray.data.prepare import prepare_split
 from headkd_ray.data.shards import ShardSet

@@ -59,6 +59,10 @@ class TrainingError(UserError):
     """Training cannot go on: the loss is not finite."""
 
 
+class DeviceMemoryError(UserError):
+    """A GPU, or the machine, has too little memory for the sizes that were asked for."""
+
+
 class StoppedError(UserError):
     """The run was asked to stop (SIGTERM, Ctrl-C) and did, with a checkpoint: started again, it goes on."""
 

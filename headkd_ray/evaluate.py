@@ -24,6 +24,7 @@ from headkd_ray.engine.serving import trained_range, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
+from headkd_ray.memory import enough_memory
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -47,6 +48,7 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError, DataError: unreadable, or the split has classes that the detector does not know.
+        DeviceMemoryError: a batch needs more memory than there is.
         StorageError: ``out`` cannot be written; raised before the work.
     """
     target = None if out is None else Folder.of_file(out)
@@ -71,7 +73,8 @@ def evaluate_checkpoint(
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
         shown = track(batches, "evaluating", total, console=Terminal(stderr=True), transient=True)
-        found = predict(loaded.detector.to(world.device), shown, world.device, scoring.category_ids)
+        with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
+            found = predict(loaded.detector.to(world.device), shown, world.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:
         folder, name = target

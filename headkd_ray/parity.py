@@ -10,10 +10,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
 from rich.table import Column, Table
 from rich.text import Text
 
 from headkd_ray.doors import user_errors
+from headkd_ray.errors import DataError
 from headkd_ray.golden.checks import check
 from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
@@ -24,10 +26,13 @@ WIDTH = 120
 """Columns of the table at least, also where the output is no terminal: names and notes are not cut."""
 
 
-def compare_file(path: str) -> list[Row]:
-    """Compare every quantity of a golden file. Raises DataError or CheckpointError if it cannot be read."""
+def compare_file(path: str, device: str = "cpu") -> list[Row]:
+    """Compare every quantity of a golden file, ours computed on ``device``.
+
+    Raises DataError or CheckpointError if the file cannot be read.
+    """
     golden = Golden.open(path)
-    return list(check(golden, replay(golden)))
+    return list(check(golden, replay(golden, device)))
 
 
 def render(rows: Sequence[Row]) -> Table:
@@ -51,9 +56,12 @@ def render(rows: Sequence[Row]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m headkd_ray.parity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("golden", help="values of the official code, an .npz file (see tests/golden)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default %(default)s)")
     options = parser.parse_args(arguments)
     with user_errors():
-        rows = compare_file(options.golden)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise DataError("--device cuda: torch sees no GPU here; leave the option out to compare on the CPU")
+        rows = compare_file(options.golden, options.device)
     Terminal(width=max(Terminal().width, WIDTH)).print(render(rows))
     failed = [row.name for row in rows if not row.passed]
     print(f"{len(rows) - len(failed)} of {len(rows)} quantities hold" + (f"; not: {', '.join(failed)}" if failed else ""))

@@ -26,6 +26,7 @@ from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.engine.serving import detect_images, trained_range, view_spec
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, DataError, StorageError, UserError
+from headkd_ray.memory import enough_memory
 from headkd_ray.report.draw import draw_found, jpeg
 from headkd_ray.report.fonts import drawable
 from headkd_ray.storage import Folder
@@ -117,7 +118,8 @@ def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[I
             content["problems"].append({"file_name": file.label, "problem": str(error)})
             continue
         content["images"].append({"id": image_id, "file_name": file.label, "height": image.shape[1], "width": image.shape[2]})
-        (found,) = detect_images(detector, [image], spec, list(names), device)
+        with enough_memory(file.label, "one image is in the network at a time: CUDA_VISIBLE_DEVICES= runs it on the CPU"):
+            (found,) = detect_images(detector, [image], spec, list(names), device)
         for entry in found:
             area = entry["bbox"][2] * entry["bbox"][3]
             annotations.append({**entry, "id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0})

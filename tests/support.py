@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +88,20 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing, f"{len(differing)} of {len(one)} tensors differ, first {differing[:3]}"
+
+
+def start_training(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
+    """The train command in a process of its own; ``options`` as ``subprocess.Popen`` has them."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, **options)
+
+
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> None:
+    """Until a run's log has so many lines. Fails if the process ends before, or two minutes pass."""
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= count):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
+        time.sleep(0.02)
 
 
 def edit(file: Path, old: str, new: str) -> None:

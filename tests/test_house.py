@@ -17,7 +17,7 @@ from tests.support import micro_job
 PACKAGE = Path(headkd_ray.__file__).parent
 DETECTORS = {"detectors", "job", "errors"}
 LEARNING = {"distill", "data", "storage", "targets", *DETECTORS}
-TEACHING = {"data", "storage", "targets", *DETECTORS}
+TEACHING = {"data", "storage", "targets", "memory", *DETECTORS}
 ENGINE = {"engine", "teacher", "text", *TEACHING, *LEARNING}
 ROOMS = {
     "text": set[str](),
@@ -27,6 +27,7 @@ ROOMS = {
     "detectors": DETECTORS - {"detectors"},
     "distill": {"data", "storage", "targets", *DETECTORS},
     "targets": set[str](),
+    "memory": {"errors"},
     "data": {"storage", "job", "errors", "targets"},
     "teacher": TEACHING,
     "engine": ENGINE - {"engine"},

@@ -19,7 +19,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from headkd_ray.cluster.teachers import actors_of, answer_of, set_up
+from headkd_ray.cluster.teachers import actors_of, answer_of, set_up, within_memory
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import RoIs
 from headkd_ray.distill import FrozenTeacher, HeadFeatures
@@ -36,7 +36,7 @@ class TeacherActor:
     """One teacher process."""
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
-        whole = Job.model_validate(job)
+        self.job = whole = Job.model_validate(job)
         assert whole.teacher is not None
         self.device = set_up(whole)
         self.teacher = FrozenTeacher(teacher_of(whole, tuple(classes)).to(self.device).to(memory_format=torch.channels_last))
@@ -46,8 +46,8 @@ class TeacherActor:
 
     def look(self, number: int, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
         """Keep the features of a batch, (B, 3, H, W) RGB with unpadded (h, w) in ``sizes``, until it is asked about."""
-        x = self.teacher.detector.normalise(*(torch.tensor(array, device=self.device) for array in (images, sizes)))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with within_memory(self.job), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.teacher.detector.normalise(*(torch.tensor(array, device=self.device) for array in (images, sizes)))
             self.held[number] = self.teacher.pyramid(x)
 
     def answer(self, number: int, rois: Sequence[tuple[Arrays, ...]]) -> tuple[str, list[Any] | None]:
@@ -58,8 +58,8 @@ class TeacherActor:
         features = self.held.pop(number, None)
         if features is None:
             return self.born, None
-        asked = [RoIs(*(torch.tensor(array, device=self.device) for array in stage)) for stage in rois]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with within_memory(self.job), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            asked = [RoIs(*(torch.tensor(array, device=self.device) for array in stage)) for stage in rois]
             taps = self.teacher.head_features(features, asked).taps
         arrays = [_array(tap) if isinstance(tap, torch.Tensor) else [_array(level) for level in tap] for tap in taps]
         return self.born, arrays

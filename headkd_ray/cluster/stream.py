@@ -33,13 +33,14 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, Row, decoded, encode
 from headkd_ray.cluster.holders import held, holders
-from headkd_ray.cluster.teachers import set_up
+from headkd_ray.cluster.teachers import set_up, within_memory
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.plan import Window
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.stream import BatchMaker
 from headkd_ray.engine.streams import Decode
 from headkd_ray.engine.teacher import teacher_of
+from headkd_ray.errors import UserError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.teacher import soft_teacher
 
@@ -134,18 +135,22 @@ class Teaching:
     """
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
-        whole = Job.model_validate(job)
-        device = set_up(whole)
-        self.teacher = soft_teacher(whole, teacher_of(whole, tuple(classes)), device)
+        self.job = Job.model_validate(job)
+        device = set_up(self.job)
+        self.teacher = soft_teacher(self.job, teacher_of(self.job, tuple(classes)), device)
         self.restarted = uuid.uuid4().hex if ray.get_runtime_context().was_current_actor_reconstructed else ""
 
     def __call__(self, row: Row) -> Row:
         if row["error"]:
             return {**row, "restarted": self.restarted}
-        batches = [
-            replace(batch, targets=self.teacher(batch.to(self.teacher.device)).map(torch.Tensor.cpu))
-            for batch in decoded(row["head"], row["pixels"])
-        ]
+        try:
+            with within_memory(self.job):
+                batches = [
+                    replace(batch, targets=self.teacher(batch.to(self.teacher.device)).map(torch.Tensor.cpu))
+                    for batch in decoded(row["head"], row["pixels"])
+                ]
+        except UserError as error:
+            return {"head": b"", "pixels": b"", "error": pickle.dumps(error), "restarted": self.restarted}
         return {**encode(batches), "error": b"", "restarted": self.restarted}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
@@ -9,6 +10,7 @@ import torch
 
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job, PoolSpec
+from headkd_ray.memory import enough_memory
 
 PATIENCE = 300.0
 """Seconds without an answer after which a teacher counts as gone for good: it may have to be started again elsewhere first."""
@@ -26,6 +28,13 @@ def set_up(job: Job) -> torch.device:
     assert job.teacher is not None
     torch.set_num_threads(max(1, int(job.teacher.pool.cpus)))
     return torch.device("cuda" if job.teacher.pool.gpus else "cpu")
+
+
+def within_memory(job: Job) -> AbstractContextManager[None]:
+    """For what a teacher process does with one batch of training: raises DeviceMemoryError if that needs more than there is."""
+    assert job.teacher is not None
+    smaller = f"lower data.batch_size ({job.data.batch_size}), or let fewer processes share a GPU: raise teacher.pool.gpus"
+    return enough_memory(f"teacher.pool, asking the teacher {job.teacher.checkpoint}", f"{smaller} ({job.teacher.pool.gpus:g})")
 
 
 def answer_of(call: Any, pool: PoolSpec) -> Any:

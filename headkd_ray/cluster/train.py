@@ -37,6 +37,7 @@ from headkd_ray.errors import (
     CheckpointError,
     ClusterError,
     DataError,
+    DeviceMemoryError,
     DiskError,
     StoppedError,
     TrainingError,
@@ -51,7 +52,8 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
     Raises:
         ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DiskError: as ``fit`` raises them.
+        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError, DiskError: as ``fit``
+            raises them.
     """
     # Also how long a report may wait until it is taken: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -175,7 +177,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
             return {"last": last, "data": data_fingerprints(streams)}
         except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}
-        except (DataError, CacheError, DiskError) as error:
+        except (DataError, CacheError, DeviceMemoryError, DiskError) as error:
             ray.get(stop.give_up.remote(error))
             raise
 

@@ -20,12 +20,14 @@ from headkd_ray.detectors import RoIs
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model
 from headkd_ray.engine.evaluate import predict
+from headkd_ray.engine.loop import smaller_steps
 from headkd_ray.engine.planning import Costs
 from headkd_ray.engine.step import build_learner, train_step
 from headkd_ray.engine.streams import Streams
 from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.job import METHODS, Job
+from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import codec_of, soft_teacher
 from headkd_ray.teacher.codec import Codec
 
@@ -49,6 +51,7 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     A fitnet teacher, whose features are part of the model's forward pass, is counted with the model.
 
     Raises:
+        DeviceMemoryError: a step needs more memory than there is.
         CheckpointError, DataError, JobError: as the teacher's, the data's and the student's readers do.
     """
     cluster = job.cluster
@@ -63,8 +66,9 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
     with _Watch(world) as decoding, streams.train(first=0) as stream:
         batches = [batch for batch in islice(stream, count) if not batch.idle]
     timed = _TimedLearner(job, train.meta.classes, world)
-    for batch in islice(cycle(batches), count):
-        timed.step(batch.to(world.device))
+    with enough_memory("timing training steps", smaller_steps(job)):
+        for batch in islice(cycle(batches), count):
+            timed.step(batch.to(world.device))
     with streams.val() as stream:
         shown = list(islice(stream, steps))
     with _Watch(world) as evaluation:

@@ -38,6 +38,7 @@ from headkd_ray.engine.teacher import load_teacher
 from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
+from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
 
 
@@ -63,6 +64,7 @@ def fit(
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
         DiskError: a checkpoint or the log cannot be written.
+        DeviceMemoryError: a step or an evaluation needs more memory than there is.
         StoppedError: it was asked to stop before the end.
     """
     classes = streams.train_set.meta.classes
@@ -95,7 +97,8 @@ def fit(
     share = world.size / (accumulate * streams.ranks_in_all)
     window = StepWindow(world)
     first = state.step * accumulate
-    with streams.train(first, cache) as stream:
+    within_memory = enough_memory(f"run {job.run.name}, training", smaller_steps(job))
+    with within_memory, streams.train(first, cache) as stream:
         batches = in_order(window.timed(on_device(stream, world.device)), first, len(streams.ranks))
         while state.step < total_steps:
             stopping = world.vote(asked_to_stop())
@@ -179,8 +182,21 @@ def validate(job: Job, world: World, streams: Streams, student: Detector) -> Coc
     """COCO metrics on the validation split; the same on every rank."""
     world.share_buffers(student)  # what is exported, and so evaluated, is rank 0's
     truth = streams.val_set.ground_truth() if world.rank == 0 else None
-    with streams.val() as batches:
+    smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
+    with enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
         return evaluate(student, batches, world, truth, streams.scoring, job.optim.precision)
+
+
+def smaller_steps(job: Job) -> str:
+    """What makes a training step of the job need less memory, for an error message."""
+    data, optim = job.data, job.optim
+    ways = [f"lower data.short_side ({max(data.short_side)}) and data.long_side ({data.long_side})"]
+    if data.batch_size > 1:
+        fewer = f"lower data.batch_size ({data.batch_size}) and raise optim.accumulate ({optim.accumulate}) as much"
+        ways.insert(0, f"{fewer}, which keeps the global batch")
+    if optim.precision == "fp32":
+        ways.append("set optim.precision to bf16")
+    return "; or ".join(ways)
 
 
 def soft_targets(

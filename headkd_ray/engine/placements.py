@@ -15,12 +15,14 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill import build_training_model
+from headkd_ray.engine.loop import smaller_steps
 from headkd_ray.engine.step import build_learner, train_step
 from headkd_ray.engine.streams import Decode, Streams, on_device
 from headkd_ray.engine.teacher import teacher_of
 from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError, JobError
 from headkd_ray.job import Job
+from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import Builder, Cache, SoftTeacher, builder_of, soft_teacher
 
 WARM_UP = 2
@@ -81,7 +83,8 @@ def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: i
     world = World.here(placements[0].job.cluster)
     for _ in range(rounds):
         for placement in placements:
-            _stretch(placement, shards, steps, world)
+            with enough_memory(f"teacher {placement.name}", smaller_steps(placement.job)):
+                _stretch(placement, shards, steps, world)
 
 
 def _stretch(placement: Placement, shards: ShardSet, steps: int, world: World) -> None:

@@ -171,8 +171,8 @@ def _rounding(golden: Golden, run: Replay) -> dict[str, float]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # setting the flags mentions TF32 on GPUs that this build has no support for
-        with torch.backends.mkldnn.flags(enabled=False):
-            again = replay(golden).gradients
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            again = replay(golden, run.device).gradients
     return {key: 3 * float((again[key] - gradient).norm()) for key, gradient in run.gradients.items()}
 
 

@@ -49,7 +49,7 @@ def own_losses(
         return losses
 
     if golden.has("pad_sizes"):
-        stated = within(golden.tensor("pad_sizes").long())
+        stated = within(golden.tensor("pad_sizes").long().to(x.device))
         return stated, {names[key]: "anchors valid as pad_sizes says" for key in stated}
     wanted = golden.scalars("losses_json")
 
@@ -59,7 +59,7 @@ def own_losses(
 
     usual = compute()
     if not meets(usual):
-        batch_wide = torch.tensor(x.shape[-2:]).expand(len(x), 2)
+        batch_wide = torch.tensor(x.shape[-2:], device=x.device).expand(len(x), 2)
         other = within(batch_wide)
         if meets(other):
             note = "anchors valid in the whole batch's shape, not in each image's own padding"
@@ -81,7 +81,7 @@ def golden_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_cl
             if attempt is None:
                 continue
             named = [[(image, *cell) in wanted for cell in cells] for image, cells in enumerate(attempt.cells.tolist())]
-            chosen = torch.tensor(named).reshape(attempt.valid.shape) & attempt.valid
+            chosen = torch.tensor(named, device=attempt.valid.device).reshape(attempt.valid.shape) & attempt.valid
             if int(chosen.sum()) == len(wanted):
                 pool, allowed = attempt, chosen
                 break
@@ -93,7 +93,8 @@ def _file_candidates(golden: Golden, truth: GroundTruth, positive_iou: float) ->
     tables = golden.per_image("proposals", len(truth.labels))
     if tables is None or any(table.shape[1] != 9 for table in tables):
         return None
-    rows = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).float()
-    valid = torch.arange(rows.shape[1]) < torch.tensor([len(table) for table in tables])[:, None]
+    device = truth.labels.device
+    rows = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).float().to(device)
+    valid = torch.arange(rows.shape[1], device=device) < torch.tensor([len(table) for table in tables], device=device)[:, None]
     cells = rows[..., 5:].long().masked_fill(~valid.unsqueeze(-1), -1)
     return candidates(Proposals(rows[..., :4], rows[..., 4], cells, valid), truth, positive_iou)

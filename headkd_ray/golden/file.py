@@ -95,7 +95,7 @@ class Golden:
         return [self.tensor(key) for key in keys] if all(self.has(key) for key in keys) else None
 
     def truth(self, sizes: Tensor) -> GroundTruth:
-        """The ground truth of images of ``sizes`` (B, 2), unpadded (h, w)."""
+        """The ground truth of images of ``sizes`` (B, 2), unpadded (h, w), on their device."""
         batch = len(self._arrays["images"])
         boxes = self.per_image("gt_boxes", batch) or []
         labels = self.per_image("gt_labels", batch) or []
@@ -103,7 +103,7 @@ class Golden:
         padded_boxes, padded_labels = torch.zeros(batch, count, 4), torch.full((batch, count), -1)
         for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
             padded_boxes[i, : len(b)], padded_labels[i, : len(b)] = b, label
-        return GroundTruth.of(padded_boxes, padded_labels, sizes)
+        return GroundTruth.of(padded_boxes.to(sizes.device), padded_labels.to(sizes.device), sizes)
 
     def unused(self) -> list[str]:
         """Keys that nothing has asked for; inputs count as asked for, since the replay answers for each."""

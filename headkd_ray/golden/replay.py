@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,8 @@ class Replay:
 
     student: LoadedDetector
     teacher: LoadedDetector | None
+    device: torch.device
+    """Where the values were computed."""
     losses: dict[str, float] = field(default_factory=dict)
     """By the official code's names, with ``total``."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -85,14 +89,60 @@ class Replay:
             self.evaluations.append((note, detector.features(x), detector.detect(x, sizes)))
 
 
-def replay(golden: Golden) -> Replay:
-    """Load, run, differentiate. Raises CheckpointError or DataError if the state dicts are no model that this project has."""
+def replay(golden: Golden, device: torch.device | str = "cpu", precision: str = "fp32") -> Replay:
+    """Load, run, differentiate.
+
+    Args:
+        device: where it is computed, on a GPU without TF32; the values of the replay are on the CPU.
+        precision: fp32, or bf16 as ``optim.precision`` has it.
+
+    Raises:
+        CheckpointError, DataError: the state dicts are no model that this project has.
+    """
+    device = torch.device(device)
+    with _exact(device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return on_cpu(_replay(golden, device))
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 that is float32: convolutions take TF32 by default."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_cpu(value: Any) -> Any:
+    """The same with all tensors in it on the CPU, in float32 where they were bfloat16; modules are left where they are."""
+    if isinstance(value, Tensor):
+        return value.cpu().float() if value.dtype == torch.bfloat16 else value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(on_cpu, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    if isinstance(value, (Replay, Proposed)):
+        return replace(value, **{each.name: on_cpu(getattr(value, each.name)) for each in fields(value)})
+    return value
+
+
+def _replay(golden: Golden, device: torch.device) -> Replay:
     state, teacher_state = golden.state("student"), golden.state("teacher")
     student = load_mmdet_model(state, source=f"{golden.source}: student")
     teacher = load_mmdet_model(teacher_state, source=f"{golden.source}: teacher").loaded if teacher_state else None
-    run = Replay(student.loaded, teacher)
+    run = Replay(student.loaded, teacher, device)
     detector, model = student.loaded.detector, _training_model(golden, student, teacher)
-    x, sizes = golden.tensor("images"), golden.tensor("image_sizes").long()
+    for part in (detector, student.assistant, *student.adapters.values(), teacher and teacher.detector):
+        if part is not None:
+            part.to(device)
+    x, sizes = golden.tensor("images").to(device), golden.tensor("image_sizes").long().to(device)
 
     run.evaluate("", x, sizes)
     detector.train()

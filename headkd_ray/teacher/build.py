@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from headkd_ray.data.batch import Batch, Example, collate
 from headkd_ray.data.shards import Sample
 from headkd_ray.data.stream import BatchMaker
+from headkd_ray.memory import enough_memory
 from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher.cache import Cache
 from headkd_ray.teacher.soft import SoftTeacher
@@ -94,8 +95,9 @@ class Builder:
 
     def answer(self, batch: Batch) -> list[ViewTargets]:
         """Of each view of a batch, without padding."""
-        targets = self.teacher(batch.to(self.teacher.device))
-        top = self.teacher.top_logits(targets.taps, self.cache.codec.logits)
+        with enough_memory("asking the teacher", f"lower teacher.batch_size ({self.batch_size})"):
+            targets = self.teacher(batch.to(self.teacher.device))
+            top = self.teacher.top_logits(targets.taps, self.cache.codec.logits)
         views = zip(*(tensor.cpu() for tensor in (*targets, *top)), strict=True)
         return [
             ViewTargets(

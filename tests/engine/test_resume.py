@@ -26,12 +26,7 @@ from headkd_ray.engine.stop import stop_signals
 from headkd_ray.errors import CheckpointError, JobError, StoppedError, UserError
 from headkd_ray.storage import Folder
 from headkd_ray.train import main, train
-from tests.support import assert_same_weights, micro_job, student_weights
-
-
-def start(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, **options)
+from tests.support import assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
 
 
 def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
@@ -45,13 +40,6 @@ def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
     return process
 
 
-def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= count):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
-        time.sleep(0.02)
-
-
 def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     whole = micro_job(tmp_path, drawn_splits, "whole", checkpoint={"every_steps": 3}, optim={"ema": 0.9, "accumulate": 2})
     killed = whole.replace({"run.name": "killed"})
@@ -60,7 +48,7 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, 
     job_file = tmp_path / "killed.yaml"
     job_file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
     log = tmp_path / "killed" / "log.jsonl"
-    process = start(job_file)
+    process = start_training(job_file)
     wait_for_lines(log, 5, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -81,7 +69,7 @@ def test_sigterm_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path, dra
     stopped = micro_job(tmp_path, drawn_splits, "stopped", optim=optim)
     job_file = tmp_path / "stopped.yaml"
     job_file.write_text(yaml.safe_dump(stopped.model_dump(mode="json")))
-    process = start(job_file, stderr=subprocess.PIPE, text=True)
+    process = start_training(job_file, stderr=subprocess.PIPE, text=True)
     wait_for_lines(tmp_path / "stopped" / "log.jsonl", 3, process)
     process.terminate()
     _, told = process.communicate(timeout=60)

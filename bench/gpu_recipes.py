@@ -1,0 +1,50 @@
+"""The shipped jobs as ``bench/gpu.sh`` measures them: nothing is downloaded, data is noise, sizes are its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from noise import CLASSES
+from revision import ROOT
+from torch import Tensor
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.detectors import Detector, build_detector
+from headkd_ray.job import Job, load_job
+
+NAMES = tuple(f"class {number}" for number in range(1, CLASSES + 1))
+
+
+def recipe(name: str, *keys: str, tiny: bool) -> Job:
+    """``jobs/<name>.yaml`` with random weights, or its micro sibling in ``jobs/small``, with some keys changed."""
+    folder = ROOT / "jobs" / ("small" if tiny else "")
+    # A learning rate that is as much work as any other, at which no loss explodes.
+    return load_job(folder / f"{name}.yaml", ["student.backbone.weights=none", "optim.lr=1e-7", "log.tensorboard=false", *keys])
+
+
+def fresh_teacher(tiny: bool) -> Detector:
+    """The teacher of these recipes with random weights, always the same ones: the arithmetic is a trained one's."""
+    torch.manual_seed(0)
+    return build_detector(recipe("teacher", tiny=tiny).student, CLASSES)
+
+
+def noise_batch(number: int, images: int, side: int, device: torch.device) -> Batch:
+    """A batch of square images with 8 random boxes each, all on the device."""
+    generator = torch.Generator().manual_seed(number)
+
+    def drawn(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    size = drawn(side / 16, side / 2, images, 8, 2)
+    corner = drawn(0, 1, images, 8, 2) * (side - size)
+    fields: dict[str, Any] = {
+        "images": torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator),
+        "sizes": torch.full((images, 2), side),
+        "boxes": torch.cat([corner, corner + size], dim=2),
+        "labels": torch.randint(0, CLASSES, (images, 8), generator=generator),
+        "image_ids": torch.arange(images) + number * images,
+        "original_sizes": torch.full((images, 2), side),
+        "views": torch.zeros(images, dtype=torch.int64),
+    }
+    return Batch(**fields, step=number).to(device)

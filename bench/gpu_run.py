@@ -1,0 +1,82 @@
+"""All that is to be known of a GPU, part by part: what ``bash bench/gpu.sh`` runs.
+
+tests: the tests marked gpu. steps: what a training step costs, method by method. ray: Ray Train, a teacher pool and a cache on
+the GPU. data: images a second from shards. evidence: rows of the standard tier for the time that is left.
+
+Each part is a process with a time limit of its own and writes ``<out>/<part>.json`` (evidence: evidence.jsonl) as it goes. One
+that fails or overruns ends no other. ``<out>/run.json`` says how each ended. Exit code 0: all parts ended well; 1: not all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from gpu_results import Results, Setting, add_options
+
+PARTS = {"tests": 150, "steps": 170, "ray": 100, "data": 30, "evidence": 480}
+"""Part -> seconds of the usual MINUTES that it may take at most, the most valuable first."""
+MINUTES = 8.0
+LEAST = 15.0
+"""Seconds below which a part is not begun."""
+GRACE = 5.0
+"""Seconds between asking a part to end and killing it."""
+
+
+def run_part(part: str, seconds: float, place: Setting) -> str:
+    """Run one part; how it ended."""
+    command = [sys.executable, str(Path(__file__).with_name(f"gpu_{part}.py")), "--device", place.device.type]
+    command += ["--out", str(place.out), "--seconds", f"{seconds - GRACE:.0f}", *(["--tiny"] if place.tiny else [])]
+    process = subprocess.Popen(command, start_new_session=True)  # a group of its own, so that its children end with it
+    try:
+        code = process.wait(timeout=seconds)
+        return "done" if code == 0 else f"failed (exit code {code})"
+    except subprocess.TimeoutExpired:
+        return f"cut off after {seconds:.0f} s"
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process's group, those included that it has left behind."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="bash bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, separated by commas (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all; limits grow with it (default %(default)g)")
+    options = parser.parse_args(arguments)
+    parts = options.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--parts: {', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu --tiny rehearses everything on the CPU")
+    place = Setting(torch.device(options.device), options.tiny, options.out, time.monotonic() + 60 * options.minutes)
+    results = Results("run", place)
+    for part in parts:
+        seconds = min(PARTS[part] * options.minutes / MINUTES, place.left())
+        started = time.monotonic()
+        print(f"{part}: {seconds:.0f} s at most", flush=True)
+        ended = run_part(part, seconds, place) if seconds >= LEAST else "no time left"
+        results.add({"part": part, "ended": ended, "seconds": round(time.monotonic() - started, 1)})
+    return int(any(row["ended"] != "done" for row in results.content["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Part tests of ``bench/gpu.sh``: the tests marked gpu, each noted as it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from gpu_results import Results, setting
+from revision import ROOT
+
+
+class Notes:
+    """A pytest plugin that writes down how each test went."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:  # set-up and tear-down are noted if they skip or fail
+            return
+        name = report.nodeid.removeprefix("tests/gpu/")
+        row = {"test": name, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.failed:
+            row["error"] = report.longreprtext[-3000:]
+        self.results.add(row)
+
+
+def main() -> int:
+    """Run the tests; pytest's exit code."""
+    place = setting()
+    os.environ["HEADKD_TEST_DEVICE"] = place.device.type
+    notes = Notes(Results("tests", place))
+    options = ["-q", "-m", "gpu", "--no-header", "--tb=short", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
+    if place.tiny:
+        options += ["-k", "not test_steps or supervised or retinanet-faster_rcnn"]
+    return pytest.main(["--rootdir", str(ROOT), *options], plugins=[notes])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
