@@ -139,7 +139,7 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     teacher = load_mmdet_model(teacher_state, source=f"{golden.source}: teacher").loaded if teacher_state else None
     run = Replay(student.loaded, teacher, device)
     detector, model = student.loaded.detector, _training_model(golden, student, teacher)
-    for part in (detector, student.assistant, *student.adapters.values(), teacher and teacher.detector):
+    for part in (detector, student.assistant, *student.adapters.values(), teacher.detector if teacher else None):
         if part is not None:
             part.to(device)
     x, sizes = golden.tensor("images").to(device), golden.tensor("image_sizes").long().to(device)
