@@ -61,7 +61,7 @@ def test_mmdet_names_there_and_back(agnostic: bool, classes: int, tmp_path: Any)
     assert state["roi_head.bbox_head.0.fc_reg.bias"].shape == (4 if agnostic else 4 * classes,)
     torch.save({"state_dict": state, "meta": {"CLASSES": CLASSES[:classes]}}, tmp_path / "cascade.pth")
     loaded = load_checkpoint(tmp_path / "cascade.pth")
-    assert (loaded.source, loaded.classes, loaded.assistant) == ("mmdet", CLASSES[:classes], None)
+    assert (loaded.source, loaded.classes) == ("mmdet", CLASSES[:classes])
     assert isinstance(loaded.detector, CascadeRCNN)
     assert loaded.detector.spec == ours.spec
     mine, wanted = loaded.detector.state_dict(), ours.state_dict()

@@ -124,7 +124,7 @@ def test_mmdet_names_there_and_back(groups: int | None, room: str) -> None:
     config = f"model = dict({NECK}, {room}=dict({SWITCHES}))"
     for outputs in ("conv", "fcos"):
         loaded = load_mmdet(as_mmdet(ours, room, outputs), {"config": config, "CLASSES": tuple("abcde")})
-        assert (loaded.source, loaded.classes, loaded.assistant) == ("mmdet", tuple("abcde"), None)
+        assert (loaded.source, loaded.classes) == ("mmdet", tuple("abcde"))
         assert isinstance(loaded.detector, FCOS)
         assert loaded.detector.spec.head == ours.spec.head  # type: ignore[union-attr]
         assert loaded.detector.spec.neck == ours.spec.neck

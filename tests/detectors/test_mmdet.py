@@ -248,9 +248,8 @@ def test_a_2x_file_s_second_set_of_weights_is_left_out_and_told() -> None:
 
 def test_a_training_state_is_not_the_student(tmp_path: Path) -> None:
     trained = load_mmdet(plain_retinanet()).detector.state_dict()
-    torch.save(
-        {"step": 1, "trainee": {**{f"student.{k}": v for k, v in trained.items()}, "akd.0": torch.zeros(1)}}, tmp_path / "a.pt"
-    )
+    parts = {f"student.{name}": tensor for name, tensor in trained.items()} | {"terms.1.adapters.0.bias": torch.zeros(1)}
+    torch.save({"step": 1, "model": parts}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"tensors of headkd_ray .* without their model\.json"):
         load_checkpoint(tmp_path / "a.pt")
 

@@ -97,7 +97,7 @@ def on_level(state: dict[str, Tensor], x: Tensor, room: str) -> tuple[Tensor, Te
 def test_an_mmdet_file_gives_mmdets_outputs(normed: bool, room: str) -> None:
     state = drawn_mmdet(normed, room)
     loaded = load_mmdet(state, {"CLASSES": tuple("abcde")})
-    assert (loaded.source, loaded.classes, loaded.assistant) == ("mmdet", tuple("abcde"), None)
+    assert (loaded.source, loaded.classes) == ("mmdet", tuple("abcde"))
     detector = loaded.detector.eval()
     assert isinstance(detector, RepPoints)
     spec = detector.spec
