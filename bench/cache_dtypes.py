@@ -13,15 +13,15 @@ from collections.abc import Iterator
 
 import torch
 
+from headkd_ray.cli import positive, user_errors
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_training_model
-from headkd_ray.doors import positive, user_errors
-from headkd_ray.engine.placements import Building, fill, some_shards
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.streams import Streams, decode_here
-from headkd_ray.engine.teacher import teacher_of
-from headkd_ray.engine.world import World
 from headkd_ray.job import Job, load_job
+from headkd_ray.profiling.placements import Building, fill, some_shards
 from headkd_ray.teacher import Cache
+from headkd_ray.teacher.loading import teacher_of
 
 KEYS = ("distill.rois=teacher", "teacher.placement=cache", "data.views=1")
 """What the job must have; given last, so they replace the job's own."""
@@ -29,12 +29,12 @@ KEYS = ("distill.rois=teacher", "teacher.placement=cache", "data.views=1")
 
 def losses_of(job: Job, shards: ShardSet, cache: Cache) -> Iterator[dict[str, float]]:
     """The distillation losses of the untrained student, past all warm-ups, batch by batch of one epoch."""
-    world = World.here(job.cluster)
+    distributed = Distributed.here(job.cluster)
     teacher = teacher_of(job, shards.meta.classes)
-    model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1).to(world.device).train()
-    with Streams(job, world, shards, shards, decode_here).train(first=0, cache=cache) as batches, torch.no_grad():
-        for batch in (each.to(world.device) for each in batches):
-            draws = torch.Generator(world.device).manual_seed(batch.step)
+    model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1).to(distributed.device).train()
+    with Streams(job, distributed, shards, shards, decode_here).train(first=0, cache=cache) as batches, torch.no_grad():
+        for batch in (each.to(distributed.device) for each in batches):
+            draws = torch.Generator(distributed.device).manual_seed(batch.step)
             step = job.distill.warmup_steps
             losses = model(batch, step, draws)
             yield {name: loss.item() for name, loss in losses.items() if name.startswith(("loss_akd", "loss_ckd"))}
@@ -53,7 +53,7 @@ def main() -> int:
             place = (f"teacher.cache.dtype={dtype}", f"teacher.cache.path={scratch}/{dtype}")
             job = load_job(options.job, [*options.overrides, *KEYS, *place, "optim.epochs=1", "optim.milestones=[]"])
             shards = some_shards(ShardSet.open(job.data.train), options.images)
-            builder, sizes[dtype] = fill(job, shards, World.here(job.cluster))
+            builder, sizes[dtype] = fill(job, shards, Distributed.here(job.cluster))
             sums[dtype] = {}
             for losses in losses_of(job, shards, builder.cache):
                 for name, loss in losses.items():

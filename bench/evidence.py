@@ -27,7 +27,7 @@ from evidence_search import searches
 from evidence_tables import Order, write_tables
 from revision import ROOT
 
-from headkd_ray.doors import user_errors
+from headkd_ray.cli import user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.prepare import prepare
 

@@ -22,15 +22,15 @@ from evidence_tables import METRICS, append, read
 from revision import revision
 
 from headkd_ray import cache
-from headkd_ray.data.plan import train_rows
+from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import load_checkpoint
-from headkd_ray.engine.caching import open_builder
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.run import finished, run_folder
-from headkd_ray.engine.world import World
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from headkd_ray.report.console import line
+from headkd_ray.teacher.verify import open_builder
 from headkd_ray.train import train
 
 
@@ -128,7 +128,7 @@ def _recorded(bench: Bench, todo: Plan, seed: int) -> bool:
 def train_row(bench: Bench, todo: Plan) -> dict[str, Any]:
     """Train to the end, or on from where it was stopped; the run's result."""
     job = todo.job
-    World.here(job.cluster)  # its threads, for building a cache and for evaluation too
+    Distributed.here(job.cluster)  # its threads, for building a cache and for evaluation too
     if job.teacher is not None and job.teacher.placement == "cache":
         _fill_cache(bench, job)
 
@@ -144,7 +144,7 @@ def train_row(bench: Bench, todo: Plan) -> dict[str, Any]:
 
 
 def _fill_cache(bench: Bench, job: Job) -> None:
-    builder = open_builder(job, World.here(job.cluster).device)
+    builder = open_builder(job, Distributed.here(job.cluster).device)
     if not builder.cache.missing():
         return
     name = Path(builder.cache.folder.path).name

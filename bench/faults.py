@@ -35,7 +35,7 @@ from evidence_tables import append, insert, read
 from machines import ENVIRONMENT, ROOT, Machines, kill, processes, steps_told, wait_for
 from revision import revision
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.detectors import build_detector

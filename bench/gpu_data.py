@@ -18,12 +18,12 @@ from gpu_results import Results, Row, Setting, setting
 from noise import write_split
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.data.plan import Window
+from headkd_ray.data.batch_stream import BatchMaker, local_stream
+from headkd_ray.data.epoch_order import Window
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, local_stream
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.loop import on_device
 from headkd_ray.engine.streams import Streams
-from headkd_ray.engine.world import World
 from headkd_ray.job import Job
 
 COUNTS = (16, 8, 4, 2, 1)
@@ -40,7 +40,7 @@ def rate(cpus: int, job: Job, place: Setting, seconds: float) -> Row:
     """One row, over ``seconds`` after the first batches."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])  # for the threads that start from here on
     shards = ShardSet.open(job.data.train)
-    streams = Streams(job, World(0, 1, place.device), shards, shards, partial(decode_with, cpus))
+    streams = Streams(job, Distributed(0, 1, place.device), shards, shards, partial(decode_with, cpus))
     images, started = 0, 0.0
     with streams.train(first=0) as stream:
         for number, batch in enumerate(on_device(stream, place.device)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from gpu_results import Setting, setting
 from revision import ROOT
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.synthetic import draw_dataset
 
 ROWS = ("baseline", "head", "akd", "assist", "tf_head")

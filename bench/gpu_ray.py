@@ -26,8 +26,8 @@ from noise import write_split
 from headkd_ray import cache
 from headkd_ray.cluster.connect import OWN_CLUSTER
 from headkd_ray.detectors.weights import save_detector
-from headkd_ray.engine.caching import open_builder
 from headkd_ray.job import Job
+from headkd_ray.teacher.verify import open_builder
 from headkd_ray.train import train
 
 WARM = 4

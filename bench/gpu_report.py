@@ -18,7 +18,7 @@ from evidence import order
 from evidence_tables import document_section, insert, read
 from revision import ROOT
 
-from headkd_ray.doors import user_errors
+from headkd_ray.cli import user_errors
 from headkd_ray.errors import DataError
 
 BEGIN, END = "<!-- gpu: begin (python bench/gpu_report.py) -->", "<!-- gpu: end -->"

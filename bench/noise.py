@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 
 CLASSES = 80
 

@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
-from headkd_ray.engine.calibration import calibrate
-from headkd_ray.engine.planning import Machine, Prices, plan, work_of
 from headkd_ray.job import Job, load_job
+from headkd_ray.profiling.calibration import calibrate
+from headkd_ray.profiling.cost_model import Machine, Prices, plan, work_of
 from headkd_ray.train import train
 
 JOBS = Path(__file__).parents[1] / "jobs" / "small"

@@ -15,16 +15,16 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.cli import user_errors
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.synthetic import draw_dataset
-from headkd_ray.doors import user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.report.console import RunConsole, number
-from headkd_ray.report.search.best import best_trial
-from headkd_ray.search.records import SearchFolder
-from headkd_ray.search.space import base_values
 from headkd_ray.train import train
+from headkd_ray.tuning.analysis.best import best_trial
+from headkd_ray.tuning.space import base_values
+from headkd_ray.tuning.trial_records import SearchFolder
 
 HELD_OUT_SEED = 20_260_101
 """Of the drawn images; the quickstart's are of seed 0."""

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headkd_ray.cluster import stream
+from headkd_ray.cluster import ray_stream
 from headkd_ray.cluster.connect import connected
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.streams import Streams
-from headkd_ray.engine.world import World
 from headkd_ray.job import ClusterSpec, Job
 
 STEP = 0.05
@@ -30,11 +30,11 @@ STEP = 0.05
 
 @contextmanager
 def pace(seconds: float) -> Iterator[None]:
-    before, stream.STEP_SECONDS = stream.STEP_SECONDS, seconds
+    before, ray_stream.STEP_SECONDS = ray_stream.STEP_SECONDS, seconds
     try:
         yield
     finally:
-        stream.STEP_SECONDS = before
+        ray_stream.STEP_SECONDS = before
 
 
 def busy_share(streams: Streams, warm: int, batches: int) -> float:
@@ -68,8 +68,8 @@ def main() -> int:
             }
         )
         train, val = (ShardSet.open(path) for path in splits.values())
-        streams = Streams(job, World.alone(use_gpu=False), train, val, stream.decode_on_ray(job.cluster))
-        for way, seconds in (("paced", stream.STEP_SECONDS), ("as Ray does", 0.0)) * 2:
+        streams = Streams(job, Distributed.alone(use_gpu=False), train, val, ray_stream.decode_on_ray(job.cluster))
+        for way, seconds in (("paced", ray_stream.STEP_SECONDS), ("as Ray does", 0.0)) * 2:
             with pace(seconds):
                 print(f"{way}: {busy_share(streams, warm, options.batches):.2f} CPU seconds a second", flush=True)
     return 0

@@ -7,31 +7,30 @@ the best trial's job. The search may be finished, running or killed, and on remo
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from headkd_ray.doors import user_errors
-from headkd_ray.report.search.best import best_trial, render_best
-from headkd_ray.report.search.figures import figures, png, svg
-from headkd_ray.report.search.frame import read_trials, trial_frame
-from headkd_ray.report.search.importance import importances
-from headkd_ray.report.search.page import page
-from headkd_ray.report.search.table import print_trials
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.report.terminal import Terminal
-from headkd_ray.search.records import SearchFolder
 from headkd_ray.storage import Folder
 from headkd_ray.text import warn
+from headkd_ray.tuning.analysis.best import best_trial, render_best
+from headkd_ray.tuning.analysis.figures import figures, png, svg
+from headkd_ray.tuning.analysis.frame import read_trials, trial_frame
+from headkd_ray.tuning.analysis.importance import importances
+from headkd_ray.tuning.analysis.page import page
+from headkd_ray.tuning.analysis.table import print_trials
+from headkd_ray.tuning.trial_records import SearchFolder
 
 if TYPE_CHECKING:
     import pandas
 
 
 def load(run: str) -> pandas.DataFrame:
-    """A search's trials, a row each; the columns are those of ``report.search.frame.trial_frame``.
+    """A search's trials, a row each; the columns are those of ``tuning.analysis.frame.trial_frame``.
 
     Args:
         run: the search's folder, local or remote.
@@ -70,9 +69,7 @@ def analyze(run: str, out: Folder, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("analyze", __doc__)
     parser.add_argument("run", help="folder of the search")
     parser.add_argument("--out", help="folder for the page, the figures and the best job (default: analysis in the search's)")
     parser.add_argument("--csv", help="write the trials here, as CSV")

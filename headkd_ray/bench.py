@@ -6,7 +6,6 @@ pool, and from a cache, taken in turns, and recommends a placement. The job must
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import tempfile
@@ -15,20 +14,18 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from headkd_ray.doors import positive, user_errors
+from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.job import METHODS, Job, TwoStageDetectorSpec, load_job
 from headkd_ray.report.terminal import Terminal
 
 if TYPE_CHECKING:
-    from headkd_ray.engine.placements import Building, Placement
+    from headkd_ray.profiling.placements import Building, Placement
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench", __doc__)
     parser.add_argument("subject", choices=("teacher",))
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
@@ -49,11 +46,11 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
     """Measure, print the table and a recommendation."""
     # Imported here, because torch and timm take ten seconds: what is wrong with the job file is told before.
     from headkd_ray.data.shards import ShardSet
-    from headkd_ray.engine.placements import WARM_UP, Placement, fill, images_per_second, inline, measure, some_shards
+    from headkd_ray.engine.distributed import Distributed
     from headkd_ray.engine.streams import Decode, decode_here
-    from headkd_ray.engine.world import World
+    from headkd_ray.profiling.placements import WARM_UP, Placement, fill, images_per_second, inline, measure, some_shards
 
-    world = World.here(job.cluster)
+    distributed = Distributed.here(job.cluster)
     shards = some_shards(ShardSet.open(job.data.train), (steps + WARM_UP) * job.data.batch_size)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="headkd-bench-"))
@@ -62,20 +59,20 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
         decode: Decode = decode_here
         if job.cluster.most_workers > 0:
             from headkd_ray.cluster.connect import connected
+            from headkd_ray.cluster.ray_stream import decode_on_ray
             from headkd_ray.cluster.resources import check_resources
-            from headkd_ray.cluster.stream import decode_on_ray
-            from headkd_ray.cluster.train import with_absolute_paths
+            from headkd_ray.cluster.trainer import with_absolute_paths
 
             pool, held = (with_absolute_paths(_changed(job, rois, "pool", scratch)) for rois in ("teacher", "student"))
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             stack.enter_context(connected(job.cluster))
             check_resources(pool.replace({"cluster.workers": 1}))
             decode = decode_on_ray(job.cluster)
-        builder, building = fill(cache, shards, world)
+        builder, building = fill(cache, shards, distributed)
         placements = [
             Placement("no teacher", own, decode, teacher=False),
             Placement("inline, student's RoIs", own, decode),
-            Placement("inline, teacher's RoIs", theirs, decode, asked=inline(theirs, shards, world)),
+            Placement("inline, teacher's RoIs", theirs, decode, asked=inline(theirs, shards, distributed)),
             Placement("cache", cache, decode, cache=builder.cache),
         ]
         if job.cluster.most_workers > 0:

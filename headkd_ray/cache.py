@@ -10,7 +10,6 @@ on where it stopped; a damaged file is built again.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from headkd_ray.doors import positive, user_errors
+from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.errors import CacheError
 from headkd_ray.job import Job, load_job
 from headkd_ray.report.terminal import Terminal
@@ -51,7 +50,7 @@ def build(job: Job, builder: Builder, done: Callable[[tuple[int, int], int], Non
         for unit in cache.units():
             built(unit, builder.build(*unit))
     else:
-        from headkd_ray.cluster.caching import build_on_ray  # workers: 0 must run where Ray is not installed
+        from headkd_ray.cluster.cache_build import build_on_ray  # workers: 0 must run where Ray is not installed
 
         build_on_ray(job, cache.units(), built)
     cache.sweep()
@@ -59,9 +58,7 @@ def build(job: Job, builder: Builder, done: Callable[[tuple[int, int], int], Non
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("cache", __doc__)
     parser.add_argument("action", choices=("build", "verify", "info"))
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
@@ -94,7 +91,7 @@ def _build(job: Job) -> int:
 
 
 def _verify(job: Job, sample: int) -> int:
-    from headkd_ray.engine.caching import verify
+    from headkd_ray.teacher.verify import verify
 
     builder = _builder(job, on_gpu=True)
     found = verify(builder, sample)
@@ -130,12 +127,12 @@ def _tell(cache: Cache) -> None:
 
 def _builder(job: Job, on_gpu: bool = False) -> Builder:
     # Imported here, because torch and timm take ten seconds: what is wrong with the job file is told before.
-    from headkd_ray.engine.caching import open_builder
-    from headkd_ray.engine.world import World
+    from headkd_ray.engine.distributed import Distributed
+    from headkd_ray.teacher.verify import open_builder
 
     # On a cluster others ask the teacher, so that this process needs no GPU.
     here = on_gpu or job.cluster.workers == 0
-    return open_builder(job, World.here(job.cluster).device if here else "cpu")
+    return open_builder(job, Distributed.here(job.cluster).device if here else "cpu")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The doors (``python -m headkd_ray.…``) print them without a traceback and exit with code 2."""
+"""Errors that a user can mend. Commands print them without a traceback and exit with code 2."""
 
 from __future__ import annotations
 

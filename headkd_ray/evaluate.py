@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -10,18 +9,18 @@ from contextlib import closing
 
 from rich.progress import track
 
+from headkd_ray.cli import command_parser, positive, user_errors
+from headkd_ray.data.batch_stream import BatchMaker, local_stream
+from headkd_ray.data.epoch_order import eval_windows
 from headkd_ray.data.meta import check_same_range
-from headkd_ray.data.plan import eval_windows
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, local_stream
 from headkd_ray.detectors.weights import keeping
-from headkd_ray.doors import positive, user_errors
-from headkd_ray.engine.coco import CocoMetrics, coco_metrics
-from headkd_ray.engine.evaluate import predict
-from headkd_ray.engine.fetch import fetch_detector
+from headkd_ray.detectors.weights.fetch import fetch_detector
+from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
+from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.evaluation import predict
+from headkd_ray.engine.inference import trained_range, view_spec
 from headkd_ray.engine.scoring import recorded_detections, scoring_of
-from headkd_ray.engine.serving import trained_range, view_spec
-from headkd_ray.engine.world import World
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.memory import enough_memory
@@ -67,14 +66,14 @@ def evaluate_checkpoint(
         warn(warning)
     if most > MAX_DETECTIONS:
         loaded = keeping(loaded, most)
-    world = World.alone()
-    windows = list(eval_windows(shards.index, rank=0, world=1, batch_size=batch_size))
+    distributed = Distributed.alone()
+    windows = list(eval_windows(shards.index, rank=0, world_size=1, batch_size=batch_size))
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
         shown = track(batches, "evaluating", total, console=Terminal(stderr=True), transient=True)
         with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
-            found = predict(loaded.detector.to(world.device), shown, world.device, scoring.category_ids)
+            found = predict(loaded.detector.to(distributed.device), shown, distributed.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
     if target is not None:
         folder, name = target
@@ -85,7 +84,7 @@ def evaluate_checkpoint(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m headkd_ray.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser = command_parser("evaluate", (__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="student folder of a run, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
     parser.add_argument("--batch-size", type=positive, default=2, help="images a forward pass (default %(default)s)")

@@ -6,7 +6,6 @@ prints one row a quantity. Exit code 0: all hold; 1: some do not, or are unknown
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -14,11 +13,11 @@ import torch
 from rich.table import Column, Table
 from rich.text import Text
 
-from headkd_ray.doors import user_errors
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.errors import DataError
-from headkd_ray.golden.checks import check
 from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
+from headkd_ray.golden.quantities import check
 from headkd_ray.golden.replay import replay
 from headkd_ray.report.terminal import Terminal
 
@@ -54,7 +53,7 @@ def render(rows: Sequence[Row]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m headkd_ray.parity", description=(__doc__ or "").splitlines()[0])
+    parser = command_parser("parity", (__doc__ or "").splitlines()[0])
     parser.add_argument("golden", help="values of the official code, an .npz file (see tests/golden)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default %(default)s)")
     options = parser.parse_args(arguments)

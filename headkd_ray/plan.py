@@ -1,7 +1,7 @@
 """What a run will take, before money is spent: ``python -m headkd_ray.plan JOB [key.path=value ...]``.
 
 Times a few real steps of the job on this machine, so run it on a machine like those that you want to rent, and works out steps,
-hours, money and bytes for several numbers of workers. The model, as formulas, is in headkd_ray/engine/planning.py.
+hours, money and bytes for several numbers of workers. The model, as formulas, is in headkd_ray/profiling/cost_model.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from headkd_ray.doors import positive, user_errors
+from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.job import Job, load_job
-from headkd_ray.report.plan import cost_table, plan_table
+from headkd_ray.report.plan_tables import cost_table, plan_table
 from headkd_ray.report.terminal import Terminal
 
 if TYPE_CHECKING:
-    from headkd_ray.engine.calibration import Calibration
-    from headkd_ray.engine.planning import Plan, Work
+    from headkd_ray.profiling.calibration import Calibration
+    from headkd_ray.profiling.cost_model import Plan, Work
 
 MODEL = (
     "Model: each of k workers is as fast as the one measured here. A step takes the slowest of data, teacher (in a pool) and "
@@ -48,8 +48,8 @@ def tell(
     import torch
 
     from headkd_ray.data.shards import ShardSet
-    from headkd_ray.engine.calibration import calibrate
-    from headkd_ray.engine.planning import Machine, Prices, plan, work_of
+    from headkd_ray.profiling.calibration import calibrate
+    from headkd_ray.profiling.cost_model import Machine, Prices, plan, work_of
 
     train, val = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     measured = calibrate(job, train, val, steps)
@@ -65,7 +65,7 @@ def tell(
 
 def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps: float) -> list[str]:
     """What the tables do not say."""
-    from headkd_ray.engine.planning import cache_bytes
+    from headkd_ray.profiling.cost_model import cache_bytes
 
     parameters = measured.costs.parameters / 1e6
     notes = [
@@ -85,9 +85,7 @@ def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("plan", __doc__)
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument(

@@ -6,7 +6,6 @@ place is a local path or a URI. Images that cannot be read are reported at the e
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,12 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.data.images import FULL_RANGE, Reading, decode
 from headkd_ray.detectors.weights import LoadedDetector
-from headkd_ray.doors import user_errors
-from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.engine.serving import detect_images, trained_range, view_spec
-from headkd_ray.engine.world import World
+from headkd_ray.detectors.weights.fetch import fetch_detector
+from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.inference import detect_images, trained_range, view_spec
 from headkd_ray.errors import CheckpointError, DataError, StorageError, UserError
 from headkd_ray.memory import enough_memory
 from headkd_ray.report.draw import draw_found, jpeg
@@ -102,7 +101,7 @@ def _class_names(checkpoint: str, loaded: LoadedDetector) -> dict[int, str]:
 
 def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[ImageFile], reading: Reading) -> dict[str, Any]:
     """The content of ``detections.json``."""
-    device = World.alone().device
+    device = Distributed.alone().device
     detector, spec = loaded.detector.to(device), view_spec(loaded.meta)
     content: dict[str, Any] = {
         "images": [],
@@ -238,9 +237,7 @@ def listed(places: Sequence[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("predict", __doc__)
     parser.add_argument("checkpoint", help="student folder of a run, or an mmdet .pth file")
     parser.add_argument(
         "images", nargs="+", help="image files (JPEG, PNG, WebP), folders of them, or - for a list on standard input"

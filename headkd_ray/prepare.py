@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.data.images import MAX_PIXELS
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import META, ShardSet
-from headkd_ray.doors import user_errors
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.text import printable
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> ShardSet:
-    """``data.prepare.prepare_split`` with a progress bar on standard error, where what it noted and fixed is told, too.
+    """``data.packing.prepare_split`` with a progress bar on standard error, where what it noted and fixed is told, too.
 
     ``options`` are passed on.
     """
@@ -77,9 +77,7 @@ def _tell(shards: ShardSet, out_uri: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("prepare", __doc__)
     parser.add_argument("json", metavar="COCO.json", help="annotations in COCO's detection format")
     parser.add_argument("images", metavar="IMAGES_DIR", help="folder that the JSON's file names are relative to")
     parser.add_argument("--out", required=True, metavar="OUT_DIR", help="folder to write")

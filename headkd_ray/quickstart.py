@@ -8,7 +8,6 @@ stopped; delete the output folder to start over.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -18,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_splits
-from headkd_ray.doors import user_errors
 from headkd_ray.job import ClusterSpec, Job, load_job
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
@@ -51,7 +50,7 @@ class Split(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m headkd_ray.quickstart", description=(__doc__ or "").split("\n\n")[0])
+    parser = command_parser("quickstart", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("--train", help="own training annotations (COCO JSON); default: a drawn data set")
     parser.add_argument("--val", help="own validation annotations (COCO JSON)")
     parser.add_argument("--images", help="folder of the own images")
@@ -135,8 +134,8 @@ def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: 
     Returns:
         The picture, and a note on class names that cannot be drawn.
     """
-    from headkd_ray.engine.fetch import fetch_detector
-    from headkd_ray.engine.serving import detect_images, view_spec
+    from headkd_ray.detectors.weights.fetch import fetch_detector
+    from headkd_ray.engine.inference import detect_images, view_spec
 
     rows_of_first_group = list(range(min(images, len(shards.index))))
     samples = shards.read_group(0, 0, rows_of_first_group)

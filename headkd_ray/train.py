@@ -6,12 +6,11 @@ On a laptop: ``python -m headkd_ray.train jobs/small/head.yaml cluster.workers=0
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from headkd_ray.doors import user_errors
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.job import Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
@@ -46,13 +45,13 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
             from headkd_ray.engine.local import train_here
 
             return train_here(job, tell)
-        from headkd_ray.cluster.train import train_on_ray  # workers: 0 must run where Ray is not installed
+        from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
 
         return train_on_ray(job, tell)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m headkd_ray.train", description=(__doc__ or "").splitlines()[0])
+    parser = command_parser("train", (__doc__ or "").splitlines()[0])
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--print-config", action="store_true", help="print the complete resolved job and exit")

@@ -6,26 +6,25 @@ or lets it try more (``budget.trials=40``). Look at it at any time with ``python
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from headkd_ray.doors import user_errors
+from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.errors import JobError
-from headkd_ray.report.search.console import SearchConsole
-from headkd_ray.search.load import load_search
-from headkd_ray.search.records import SearchFolder, Trial
-from headkd_ray.search.space import Search
-from headkd_ray.search.study import check_optuna
 from headkd_ray.storage import Folder
 from headkd_ray.text import printable
+from headkd_ray.tuning.analysis.progress import SearchConsole
+from headkd_ray.tuning.search_file import load_search
+from headkd_ray.tuning.space import Search
+from headkd_ray.tuning.study import check_optuna
+from headkd_ray.tuning.trial_records import SearchFolder, Trial
 
 
 def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[Trial]:
     """Check everything, then search where the base job's cluster section says; all trials. Raises UserError."""
     # Imported here, because torch, timm and Ray take ten seconds: what is wrong with the files is told before.
-    from headkd_ray.cluster.search import search_on_ray
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.train import train
+    from headkd_ray.tuning.on_ray.tuner import search_on_ray
 
     preflight(search.job({}, "preflight", folder.runs.address, search.seeds[0]))
     folder.start(search)
@@ -34,9 +33,7 @@ def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[T
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m headkd_ray.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("tune", __doc__)
     parser.add_argument("search", help="search file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the search file")
     parser.add_argument("--resume", action="store_true", help="go on with the search of this name")

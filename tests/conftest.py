@@ -39,7 +39,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def drawn_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Prepared splits of a few drawn images: {"train": folder of 42 images, "val": folder of 10}."""
-    from headkd_ray.data.prepare import prepare_split
+    from headkd_ray.data.packing import prepare_split
     from headkd_ray.data.synthetic import draw_dataset
 
     folder: Path = tmp_path_factory.mktemp("drawn")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from headkd_ray.golden.checks import check
 from headkd_ray.golden.file import Golden
+from headkd_ray.golden.quantities import check
 from headkd_ray.golden.replay import Replay, replay
 from headkd_ray.parity import compare_file, main
 from tests.detectors.mmdet_mobilenet import MobileNetV2

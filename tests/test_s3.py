@@ -22,13 +22,13 @@ from headkd_ray import analyze, cache, evaluate, predict, prepare, tune
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.job import Job
-from headkd_ray.search.records import SearchFolder
 from headkd_ray.storage import Folder
 from headkd_ray.train import main, train
-from tests.report.test_search_report import searched
+from headkd_ray.tuning.trial_records import SearchFolder
 from tests.s3 import EXPIRED, Answer, Proxy, moto_server, nobody, uri
-from tests.search.test_search_load import JOB
 from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
+from tests.tuning.test_analysis import searched
+from tests.tuning.test_search_file import JOB
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.safe_load import read_file
 from headkd_ray.detectors.weights import load_checkpoint, save_detector
+from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.engine.checkpoint import STATE_FILE, load_state
-from headkd_ray.engine.fetch import fetch_detector
 from headkd_ray.errors import DataError, JobError, UserError
 from headkd_ray.golden.file import Golden
 from headkd_ray.job import load_job

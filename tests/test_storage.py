@@ -132,7 +132,7 @@ def test_unwritable_folder_and_unknown_filesystem(tmp_path: Path) -> None:
 def test_detectors_are_fetched_from_anywhere(folder: Folder, tmp_path: Path) -> None:
     from headkd_ray.detectors import build_detector
     from headkd_ray.detectors.weights import save_detector
-    from headkd_ray.engine.fetch import fetch_detector
+    from headkd_ray.detectors.weights.fetch import fetch_detector
     from tests.support import MICRO_STUDENT
 
     local = tmp_path / "student"

@@ -18,10 +18,10 @@ import pyarrow as pa
 import torch
 
 from headkd_ray.data.batch import TENSORS, Batch
+from headkd_ray.data.batch_stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.errors import UserError
-from headkd_ray.targets import SoftTargets
+from headkd_ray.soft_targets import SoftTargets
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headkd_ray.targets import SoftTargets, ViewTargets, stack
+from headkd_ray.soft_targets import SoftTargets, ViewTargets, stack
 
 TENSORS = ("images", "sizes", "boxes", "labels", "image_ids", "original_sizes", "views")
 """Fields of a Batch that are tensors."""

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headkd_ray.data.coco import CocoSplit
-from headkd_ray.data.keyed import key_permutation
 from headkd_ray.data.meta import Meta, ShardFile
 from headkd_ray.data.photos import PhotoOptions, Tally
+from headkd_ray.data.rng import key_permutation
 from headkd_ray.data.shards import INDEX_SCHEMA, SHARD_SCHEMA
 
 LAYOUT = 1

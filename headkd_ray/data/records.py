@@ -10,11 +10,11 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from headkd_ray.data.annotation_keys import FlagError, Flags
-from headkd_ray.data.boxes import SLACK, BoxCheck, is_box, shortly
-from headkd_ray.data.classes import listed
+from headkd_ray.data.box_checks import SLACK, BoxCheck, is_box, shortly
+from headkd_ray.data.box_forms import misread, unreached
+from headkd_ray.data.class_lists import listed
 from headkd_ray.data.file_names import FileNames, leaves
 from headkd_ray.data.problems import Problems
-from headkd_ray.data.readings import misread, unreached
 
 IGNORED_CLASSES = {"ignore", "ignored", "ignoredregion", "ignoredregions", "ignoreregion", "ignoreregions", "dontcare"}
 """Names, in small letters and without other signs, of categories that mark what is not to be looked at."""

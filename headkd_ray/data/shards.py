@@ -25,8 +25,8 @@ from headkd_ray.data.images import Reading, decode
 from headkd_ray.data.meta import Meta
 from headkd_ray.data.truth import read_truth
 from headkd_ray.errors import DataError
+from headkd_ray.soft_targets import PackedTargets
 from headkd_ray.storage import Folder
-from headkd_ray.targets import PackedTargets
 
 META, INDEX, ANNOTATIONS = "meta.json", "index.parquet", "annotations.json"
 

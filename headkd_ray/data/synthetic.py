@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from headkd_ray.data.keyed import key_bits
+from headkd_ray.data.rng import key_bits
 from headkd_ray.data.shapes import SHAPES, Pen
 from headkd_ray.storage import Folder
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from headkd_ray.data.keyed import key_integers
+from headkd_ray.data.rng import key_integers
 from headkd_ray.job import DataSpec
 
 

@@ -8,12 +8,12 @@ from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS, FCOSHead
 from headkd_ray.detectors.gfl import GFL, GFLHead
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.proposals import Detections, Proposals
+from headkd_ray.detectors.ops.proposals import Detections, Proposals
+from headkd_ray.detectors.ops.rois import RoIs
 from headkd_ray.detectors.registry import KINDS, head_class
 from headkd_ray.detectors.reppoints import RepPoints, RepPointsHead
 from headkd_ray.detectors.retinanet import RetinaHead, RetinaNet
 from headkd_ray.detectors.roi_head import BoxHead
-from headkd_ray.detectors.rois import RoIs
 from headkd_ray.detectors.two_stage import TwoStageDetector
 
 __all__ = [

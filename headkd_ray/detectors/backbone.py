@@ -14,7 +14,7 @@ from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headkd_ray.detectors.widths import mobilenet_v2, set_plain_stem
+from headkd_ray.detectors.backbone_widths import mobilenet_v2, set_plain_stem
 from headkd_ray.errors import JobError
 from headkd_ray.job import BackboneSpec
 

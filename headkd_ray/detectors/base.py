@@ -1,7 +1,8 @@
 """The contracts of detectors: what a detector, a dense head and a RoI head owe to everything outside this folder.
 
-Whoever adds a kind of detector subclasses these, adds its spec to ``headkd_ray.job.detector`` and a line to ``registry.py``. It
-is then a student, a teacher and an assistant beside every other kind, and ``tests/detectors/test_contract.py`` checks it.
+Whoever adds a kind of detector subclasses these, adds its spec to ``headkd_ray.job.detector_spec`` and a line to
+``registry.py``. It is then a student, a teacher and an assistant beside every other kind, and
+``tests/detectors/test_contract.py`` checks it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, Protocol, TypeV
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors.anchors import Anchors
 from headkd_ray.detectors.backbone import STRIDES as BACKBONE_STRIDES
 from headkd_ray.detectors.backbone import Backbone
 from headkd_ray.detectors.fpn import FPN
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
-from headkd_ray.detectors.rois import RoIs
+from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
+from headkd_ray.detectors.ops.rois import RoIs
 from headkd_ray.job import BoxHeadSpec, DenseDetectorSpec, DenseHeadSpec, TwoStageDetectorSpec
 
 if TYPE_CHECKING:

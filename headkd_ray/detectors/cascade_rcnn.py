@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
-from headkd_ray.detectors.boxes import clip, decode
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.nms import pack
-from headkd_ray.detectors.proposals import Detections, Proposals
+from headkd_ray.detectors.ops.boxes import clip, decode
+from headkd_ray.detectors.ops.nms import pack
+from headkd_ray.detectors.ops.proposals import Detections, Proposals
+from headkd_ray.detectors.ops.rois import RoIs, sample_rois
 from headkd_ray.detectors.roi_head import BoxHead, BoxOutputs, deltas_of
-from headkd_ray.detectors.rois import RoIs, sample_rois
 from headkd_ray.detectors.two_stage import TwoStageDetector
 from headkd_ray.job import CascadeHeadSpec, CascadeRCNNSpec
 

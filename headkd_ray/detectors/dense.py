@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headkd_ray.detectors.base import DenseHead, Detector, Losses
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.proposals import Detections
+from headkd_ray.detectors.ops.proposals import Detections
 from headkd_ray.job import DenseDetectorSpec
 
 STRIDES = (8, 16, 32, 64, 128)

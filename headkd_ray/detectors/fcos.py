@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors import init
-from headkd_ray.detectors.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.base import DenseHead, Losses
-from headkd_ray.detectors.boxes import decode_distances, encode_distances
 from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum
-from headkd_ray.detectors.matching import gather_rows, match_points
-from headkd_ray.detectors.proposals import Detections, Found, best_pairs, conclude, flatten_cells
+from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
+from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
+from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum
+from headkd_ray.detectors.ops.matching import gather_rows, match_points
+from headkd_ray.detectors.ops.proposals import Detections, Found, best_pairs, conclude, flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, FCOSHeadSpec, FCOSSpec
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from headkd_ray.detectors import init
-from headkd_ray.detectors.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.base import DenseHead, Losses
-from headkd_ray.detectors.boxes import decode_distances, encode_distances
 from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
-from headkd_ray.detectors.matching import NEGATIVE, gather_rows, match, match_nearest
-from headkd_ray.detectors.proposals import flatten_cells
+from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
+from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
+from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum
+from headkd_ray.detectors.ops.matching import NEGATIVE, gather_rows, match, match_nearest
+from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, RepPointsHeadSpec, RepPointsSpec
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors import init
-from headkd_ray.detectors.anchors import Anchors
 from headkd_ray.detectors.base import DenseHead, Losses
-from headkd_ray.detectors.boxes import decode, encode
 from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.losses import focal_loss_sum, l1_sum
-from headkd_ray.detectors.matching import gather_rows, match
-from headkd_ray.detectors.proposals import flatten_cells
+from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.boxes import decode, encode
+from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum
+from headkd_ray.detectors.ops.matching import gather_rows, match
+from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import RetinaHeadSpec, RetinaNetSpec
 

@@ -12,11 +12,11 @@ from torchvision.ops import roi_align
 
 from headkd_ray.detectors import init
 from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
-from headkd_ray.detectors.boxes import area, clip, decode, encode, exceeds
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.losses import cross_entropy_mean, l1_sum
-from headkd_ray.detectors.proposals import Detections, suppress
-from headkd_ray.detectors.rois import RoIs
+from headkd_ray.detectors.ops.boxes import area, clip, decode, encode, exceeds
+from headkd_ray.detectors.ops.losses import cross_entropy_mean, l1_sum
+from headkd_ray.detectors.ops.proposals import Detections, suppress
+from headkd_ray.detectors.ops.rois import RoIs
 from headkd_ray.job import RoIHeadSpec
 
 

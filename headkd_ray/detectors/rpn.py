@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors.anchors import Anchors
-from headkd_ray.detectors.boxes import decode, encode
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.losses import binary_cross_entropy_sum, l1_sum
-from headkd_ray.detectors.matching import NEGATIVE, gather_rows, match
-from headkd_ray.detectors.proposals import Proposals, flatten_cells, propose
-from headkd_ray.detectors.sampling import sample
+from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.boxes import decode, encode
+from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, l1_sum
+from headkd_ray.detectors.ops.matching import NEGATIVE, gather_rows, match
+from headkd_ray.detectors.ops.proposals import Proposals, flatten_cells, propose
+from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import RPNSpec
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from headkd_ray.detectors.base import Detector, Losses, RoIHead, StageOutput
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.proposals import Detections
-from headkd_ray.detectors.rois import flatten, sample_rois
+from headkd_ray.detectors.ops.proposals import Detections
+from headkd_ray.detectors.ops.rois import flatten, sample_rois
 from headkd_ray.detectors.rpn import RPN, STRIDES
 from headkd_ray.job import TwoStageDetectorSpec
 

@@ -1,9 +1,9 @@
 """Distillation: a student, the terms that help it learn, and the methods that are lists of such terms."""
 
-from headkd_ray.distill.features import HeadFeatures
+from headkd_ray.detectors.head_features import HeadFeatures
 from headkd_ray.distill.methods import build_training_model
 from headkd_ray.distill.model import TrainingModel
-from headkd_ray.distill.teacher import FrozenTeacher
 from headkd_ray.distill.terms import Term, warmup
+from headkd_ray.teacher.frozen import FrozenTeacher
 
 __all__ = ["FrozenTeacher", "HeadFeatures", "Term", "TrainingModel", "build_training_model", "warmup"]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.base import Losses
-from headkd_ray.detectors.losses import mean_squared_error
+from headkd_ray.detectors.head_features import Tap
+from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill.assistants import DenseAssistant
-from headkd_ray.distill.features import Tap
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job

@@ -14,8 +14,8 @@ from torch import nn
 
 from headkd_ray.detectors import DenseHead, RoIHead, RoIs, StageOutput
 from headkd_ray.detectors.base import Losses
-from headkd_ray.detectors.rois import sample_rois
-from headkd_ray.distill.features import HeadFeatures
+from headkd_ray.detectors.head_features import HeadFeatures
+from headkd_ray.detectors.ops.rois import sample_rois
 from headkd_ray.distill.student import Sampler, StudentForward
 
 

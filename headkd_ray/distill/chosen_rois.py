@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from headkd_ray.detectors import DenseDetector, RoIs
-from headkd_ray.distill.features import HeadFeatures
+from headkd_ray.detectors.head_features import HeadFeatures
 from headkd_ray.distill.student import StudentForward
-from headkd_ray.targets import SoftTargets
+from headkd_ray.soft_targets import SoftTargets
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from headkd_ray.detectors import DenseDetector, RoIs, TwoStageDetector
 from headkd_ray.detectors.base import Losses
-from headkd_ray.detectors.losses import mean_squared_error
+from headkd_ray.detectors.head_features import Tap
+from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.distill.akd import adapter, distance
 from headkd_ray.distill.assistants import DenseAssistant
-from headkd_ray.distill.features import Tap
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.base import Losses
-from headkd_ray.detectors.losses import mean_squared_error
+from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.distill.copying import copy_weights
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term

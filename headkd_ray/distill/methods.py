@@ -18,10 +18,10 @@ from headkd_ray.distill.pkd import PKD
 from headkd_ray.distill.terms import AssistantPlan, Parts, Term
 from headkd_ray.errors import JobError
 from headkd_ray.job import METHODS, Job, RoIHeadSpec
-from headkd_ray.job.methods import terms_of
+from headkd_ray.job.method_terms import terms_of
 
 TERMS: dict[str, type[Term]] = {"assistant": AssistantLoss, "akd": AKD, "ckd": CKD, "fitnet": FitNet, "pkd": PKD}
-"""The terms by the names that ``headkd_ray.job.methods`` has for them."""
+"""The terms by the names that ``headkd_ray.job.method_terms`` has for them."""
 
 ASSIST = "assist"
 """The name of the one assistant of all methods but tf_head, as in ``loss_assist_cls``."""

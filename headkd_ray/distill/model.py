@@ -21,8 +21,8 @@ from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.assistants import Assistant
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.student import StudentForward
-from headkd_ray.distill.teacher import FrozenTeacher, TeacherForward
 from headkd_ray.distill.terms import Term
+from headkd_ray.teacher.frozen import FrozenTeacher, TeacherForward
 
 
 class TrainingModel(nn.Module):

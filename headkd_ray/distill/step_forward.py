@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 
 from headkd_ray.detectors import RoIs
+from headkd_ray.detectors.head_features import HeadFeatures
 from headkd_ray.distill.assistants import Assistant, AssistantOutput, RoIAssistant
 from headkd_ray.distill.chosen_rois import chosen_features, chosen_rois
-from headkd_ray.distill.features import HeadFeatures
 from headkd_ray.distill.student import StudentForward
-from headkd_ray.distill.teacher import TeacherForward
-from headkd_ray.targets import SoftTargets
+from headkd_ray.soft_targets import SoftTargets
+from headkd_ray.teacher.frozen import TeacherForward
 
 AskTeacher = Callable[[Sequence[RoIs], torch.device], HeadFeatures]
 """A teacher elsewhere: from RoIs, stage by stage (none for a dense teacher), to its features, on a device."""

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from headkd_ray.detectors import DenseDetector, Detector, GroundTruth, Proposals, RoIHead, RoIs, TwoStageDetector
 from headkd_ray.detectors.base import DenseOutputs, Losses
-from headkd_ray.detectors.rois import sample_rois
-from headkd_ray.distill.features import Tap
+from headkd_ray.detectors.head_features import Tap
+from headkd_ray.detectors.ops.rois import sample_rois
 from headkd_ray.job import RoIHeadSpec
 
 Sampler = Callable[[Proposals, GroundTruth, RoIHeadSpec, int, "torch.Generator | None"], RoIs]
-"""What makes RoIs of proposals: :func:`headkd_ray.detectors.rois.sample_rois` in training."""
+"""What makes RoIs of proposals: :func:`headkd_ray.detectors.ops.rois.sample_rois` in training."""
 
 
 @dataclass(frozen=True)

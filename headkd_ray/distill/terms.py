@@ -14,7 +14,7 @@ from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.assistants import Assistant
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.job import Job
-from headkd_ray.job.parts import Spec
+from headkd_ray.job.module_specs import Spec
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@ from contextlib import ExitStack
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import LocalCheckpoints
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import RunLog, finish, open_run
 from headkd_ray.engine.stop import stop_signals
 from headkd_ray.engine.streams import Streams, decode_here
-from headkd_ray.engine.world import World
 from headkd_ray.job import Job
 
 
 def train_here(job: Job, tell: Sink) -> Record:
     """Run the job; its result record. ``tell`` takes the log records. Raises as ``fit`` does."""
-    world = World.here(job.cluster)
-    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
+    distributed = Distributed.here(job.cluster)
+    streams = Streams(job, distributed, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
     folder = open_run(job)
     checkpoints = LocalCheckpoints(folder)
 
@@ -35,6 +35,6 @@ def train_here(job: Job, tell: Sink) -> Record:
             return sink
 
         asked_to_stop = files.enter_context(stop_signals())
-        last = fit(job, world, streams, checkpoints, open_sink, asked_to_stop)
+        last = fit(job, distributed, streams, checkpoints, open_sink, asked_to_stop)
     ranking = [checkpoints.folder / name for name in checkpoints.ranking()]
     return finish(folder, ranking, last, data_fingerprints(streams), tell)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.engine.world import World
+from headkd_ray.engine.distributed import Distributed
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
@@ -26,8 +26,8 @@ class StepWindow:
     Losses stay on the device until the window closes: reading them every step would stall a GPU.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, distributed: Distributed) -> None:
+        self.distributed = distributed
         self.reset()
 
     def reset(self) -> None:
@@ -62,17 +62,17 @@ class StepWindow:
         and teacher processes lost since this worker started, if any."""
         names = sorted(self.sums)
         seconds = time.perf_counter() - self.started
-        on_gpu = self.world.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.world.device) / 2**20 if on_gpu else host_peak_mib()
+        on_gpu = self.distributed.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.distributed.device) / 2**20 if on_gpu else host_peak_mib()
         numbers = [self.steps, self.images / seconds, self.waited / seconds, peak, self.restarts]
-        own = torch.tensor(numbers, device=self.world.device)
-        means = self.world.mean(torch.cat([torch.stack([self.sums[name] for name in names]), own]))
+        own = torch.tensor(numbers, device=self.distributed.device)
+        means = self.distributed.mean(torch.cat([torch.stack([self.sums[name] for name in names]), own]))
         *sums, steps, rate, wait, memory, restarts = means.tolist()
         self.reset()
-        lost = {"teacher_restarts": round(restarts * self.world.size)} if restarts else {}
+        lost = {"teacher_restarts": round(restarts * self.distributed.size)} if restarts else {}
         return {
             "losses": {name: value / steps for name, value in zip(names, sums, strict=True)},
-            "images_per_second": rate * self.world.size,
+            "images_per_second": rate * self.distributed.size,
             "data_wait": wait,
             "memory_mib": memory,
             **lost,

@@ -28,23 +28,23 @@ from headkd_ray.engine.checkpoint import (
     scores_of,
     seal,
 )
-from headkd_ray.engine.coco import CocoMetrics
-from headkd_ray.engine.evaluate import evaluate
+from headkd_ray.engine.coco_metrics import CocoMetrics
+from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.streams import Streams, in_order, on_device
-from headkd_ray.engine.teacher import load_teacher
-from headkd_ray.engine.world import World
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
+from headkd_ray.teacher.loading import load_teacher
 
 
 def fit(
     job: Job,
-    world: World,
+    distributed: Distributed,
     streams: Streams,
     checkpoints: Checkpoints,
     open_sink: Callable[[int], Sink],
@@ -75,15 +75,15 @@ def fit(
     torch.manual_seed(job.run.seed)  # here, so that a student starts from the same weights whoever helps it
     model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     global_batch = job.data.batch_size * streams.ranks_in_all * accumulate
-    state = build_learner(job, model, world.device, global_batch, steps_per_epoch)
-    state.soft_teacher, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, world.device)
+    state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
+    state.soft_teacher, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, distributed.device)
     total_steps = steps_per_epoch * job.optim.epochs
     last: Record = {}
     with checkpoints.latest() as folder:
         if folder is not None:
             restore(state, folder, order_key(streams))
             last = scores_of(folder)
-    sink = open_sink(state.step) if world.rank == 0 else _nowhere
+    sink = open_sink(state.step) if distributed.rank == 0 else _nowhere
     notes = list(checkpoints.notes)
     if teacher is not None and teacher.note is not None and state.step == 0:
         notes.append(teacher.note)
@@ -92,16 +92,16 @@ def fit(
     for note in notes:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
 
-    state.ddp = DistributedDataParallel(model) if world.size > 1 else None
+    state.ddp = DistributedDataParallel(model) if distributed.size > 1 else None
     ranks = [rank for _ in range(accumulate) for rank in streams.ranks]
-    share = world.size / (accumulate * streams.ranks_in_all)
-    window = StepWindow(world)
+    share = distributed.size / (accumulate * streams.ranks_in_all)
+    window = StepWindow(distributed)
     first = state.step * accumulate
     within_memory = enough_memory(f"run {job.run.name}, training", smaller_steps(job))
     with within_memory, streams.train(first, cache) as stream:
-        batches = in_order(window.timed(on_device(stream, world.device)), first, len(streams.ranks))
+        batches = in_order(window.timed(on_device(stream, distributed.device)), first, len(streams.ranks))
         while state.step < total_steps:
-            stopping = world.vote(asked_to_stop())
+            stopping = distributed.vote(asked_to_stop())
             lr = state.optimizer.param_groups[0]["lr"]
             train_step(state, job, batches, ranks, share, note=window.add)
 
@@ -111,17 +111,17 @@ def fit(
             checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0) or last_one
             if checkpoint_due or state.step % job.log.every_steps == 0:
                 place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
-                record = {**place, "workers": world.size, "lr": lr, **window.record()}
+                record = {**place, "workers": distributed.size, "lr": lr, **window.record()}
                 check_finite(record)
                 sink(record)
             if not checkpoint_due:
                 continue
             scored = None
             if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
-                scored = validate(job, world, streams, state.student)
+                scored = validate(job, distributed, streams, state.student)
                 last = {"step": state.step, **scored.as_dict()}
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
-            keep(state, job, world, streams, checkpoints, scored)
+            keep(state, job, distributed, streams, checkpoints, scored)
             if last_one and state.step < total_steps:
                 raise StoppedError(
                     f"run {job.run.name}: stopped as asked at step {state.step} of {total_steps}, with a checkpoint; the same "
@@ -178,13 +178,13 @@ def data_fingerprints(streams: Streams) -> dict[str, str]:
     return {"data.train": streams.train_set.meta.fingerprint, "data.val": streams.val_set.meta.fingerprint}
 
 
-def validate(job: Job, world: World, streams: Streams, student: Detector) -> CocoMetrics:
+def validate(job: Job, distributed: Distributed, streams: Streams, student: Detector) -> CocoMetrics:
     """COCO metrics on the validation split; the same on every rank."""
-    world.share_buffers(student)  # what is exported, and so evaluated, is rank 0's
-    truth = streams.val_set.ground_truth() if world.rank == 0 else None
+    distributed.share_buffers(student)  # what is exported, and so evaluated, is rank 0's
+    truth = streams.val_set.ground_truth() if distributed.rank == 0 else None
     smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
     with enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
-        return evaluate(student, batches, world, truth, streams.scoring, job.optim.precision)
+        return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision)
 
 
 def smaller_steps(job: Job) -> str:
@@ -228,7 +228,7 @@ def check_finite(record: Record) -> None:
 
 
 def keep(
-    state: Learner, job: Job, world: World, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None
+    state: Learner, job: Job, distributed: Distributed, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None
 ) -> None:
     """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics.
 
@@ -236,7 +236,7 @@ def keep(
     """
     name = f"step_{state.step:08d}"
     metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
-    if world.rank != 0:
+    if distributed.rank != 0:
         checkpoints.report(name, metrics, None)
         return
     folder = checkpoints.draft()

@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import torch
 
+from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.meta import check_same_range
-from headkd_ray.data.plan import train_rows
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import extreme_sizes
 from headkd_ray.detectors.backbone_trial import backbone_problems
 from headkd_ray.distill import build_training_model
 from headkd_ray.engine.run import check_run
 from headkd_ray.engine.scoring import scoring_of_job
-from headkd_ray.engine.teacher import Teacher, load_teacher
 from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
 from headkd_ray.teacher import open_cache
+from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
 def preflight(job: Job) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headkd_ray.data.classes import ids_of_known, left_out
+from headkd_ray.data.class_lists import ids_of_known, left_out
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import Job

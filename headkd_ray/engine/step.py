@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.data.keyed import key_bits
+from headkd_ray.data.rng import key_bits
 from headkd_ray.detectors import Detector
 from headkd_ray.distill import TrainingModel
 from headkd_ray.engine.optim import build_optimizer

@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, closing
 import torch
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.data.plan import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
+from headkd_ray.data.batch_stream import BatchMaker, TargetReader, local_stream
+from headkd_ray.data.epoch_order import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.stream import BatchMaker, TargetReader, local_stream
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.scoring import scoring_of_job
-from headkd_ray.engine.world import World
 from headkd_ray.job import Job
-from headkd_ray.teacher.recipe import view_seed
+from headkd_ray.teacher.cache_recipe import view_seed
 
 Decode = Callable[[ShardSet, Iterable[Window], BatchMaker], AbstractContextManager[Iterator[Batch]]]
 
@@ -31,11 +31,11 @@ class Streams:
     plays several ranks in turn, so that order, steps and global batch do not depend on how many there are.
     """
 
-    def __init__(self, job: Job, world: World, train: ShardSet, val: ShardSet, decode: Decode) -> None:
-        self.job, self.world, self.train_set, self.val_set, self.decode = job, world, train, val, decode
+    def __init__(self, job: Job, distributed: Distributed, train: ShardSet, val: ShardSet, decode: Decode) -> None:
+        self.job, self.distributed, self.train_set, self.val_set, self.decode = job, distributed, train, val, decode
         self.rows = train_rows(train.index, job.data.keep_empty)
         self.ranks_in_all = max(1, job.cluster.most_workers)
-        self.ranks = world.ranks_of(self.ranks_in_all)
+        self.ranks = distributed.ranks_of(self.ranks_in_all)
         """Whose batches these are: of each step first the first one's."""
         self.micro_batches_per_epoch = steps_per_epoch(
             len(self.rows), job.data.batch_size, self.ranks_in_all, job.optim.accumulate
@@ -52,7 +52,7 @@ class Streams:
                 self.rows,
                 seed=self.job.run.seed,
                 rank=rank,
-                world=self.ranks_in_all,
+                world_size=self.ranks_in_all,
                 batch_size=self.job.data.batch_size,
                 window=self.job.data.shuffle_window,
                 epochs=self.job.optim.epochs,
@@ -68,7 +68,10 @@ class Streams:
     def val(self) -> AbstractContextManager[Iterator[Batch]]:
         """This process's share of the validation images, each once."""
         windows = eval_windows(
-            self.val_set.index, rank=self.world.rank, world=self.world.size, batch_size=self.job.eval.batch_size
+            self.val_set.index,
+            rank=self.distributed.rank,
+            world_size=self.distributed.size,
+            batch_size=self.job.eval.batch_size,
         )
         return self.decode(self.val_set, windows, BatchMaker(self.job.data, self.job.run.seed, train=False))
 

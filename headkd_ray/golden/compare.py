@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.boxes import pairwise_iou
+from headkd_ray.detectors.ops.boxes import pairwise_iou
 
 VALUES = 1e-4
 """Largest error of tensors and losses: relative, for a tensor to its largest magnitude."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors import GroundTruth, Proposals, RetinaHead, RoIs
-from headkd_ray.detectors.anchors import AnchorGrid, Anchors, valid_anchors
-from headkd_ray.detectors.rois import Candidates, candidates, choose
+from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors, valid_anchors
+from headkd_ray.detectors.ops.rois import Candidates, candidates, choose
+from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.detectors.rpn import RPN
-from headkd_ray.detectors.sampling import sample
 from headkd_ray.golden.compare import VALUES
 from headkd_ray.golden.file import Golden
 from headkd_ray.job import SamplerSpec

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors import Proposals
-from headkd_ray.detectors.anchors import Anchors
-from headkd_ray.detectors.boxes import clip, decode
-from headkd_ray.detectors.proposals import flatten_cells
+from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.boxes import clip, decode
+from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.job import ProposalSpec
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from headkd_ray.detectors import Detections, FasterRCNN, GroundTruth, Proposals, RetinaNet, RoIs, StageOutput
+from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.retinanet import RetinaOutputs
 from headkd_ray.detectors.roi_head import BoxOutputs
 from headkd_ray.detectors.weights import LoadedDetector
@@ -22,16 +23,15 @@ from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.assistant_loss import AssistantLoss
 from headkd_ray.distill.assistants import RoIAssistant
 from headkd_ray.distill.ckd import CKD
-from headkd_ray.distill.features import Tap
 from headkd_ray.distill.methods import ASSIST
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.student import StudentForward
-from headkd_ray.distill.teacher import FrozenTeacher, TeacherForward
 from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.golden.conventions import ALL, golden_rois, own_losses
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.proposed import Proposed
 from headkd_ray.job import DistillSpec, RoIHeadSpec
+from headkd_ray.teacher.frozen import FrozenTeacher, TeacherForward
 
 _RETINA_LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
 _FASTER_LOSSES = {
@@ -69,7 +69,7 @@ class Replay:
     proposed: Proposed | None = None
     rois: RoIs | None = None
     roi_outputs: BoxOutputs | None = None
-    taught: Sequence[Tap] = ()
+    teacher_taps: Sequence[Tap] = ()
     """T_1, T_2."""
     akd_adapted: list[Tensor] = field(default_factory=list)
     """Lin_1(A_1), Lin_2(A_2)."""
@@ -217,7 +217,7 @@ def _head_step(
     run.features, (run.rois, run.roi_outputs) = forward.student.pyramid, forward.assistant(ASSIST).stages[0]
     for term in model.terms:
         if isinstance(term, AKD):
-            run.taught = forward.comparison.teacher.taps
+            run.teacher_taps = forward.comparison.teacher.taps
             run.akd_adapted = [adapt(tap) for adapt, tap in zip(term.adapters, run.roi_outputs.taps, strict=True)]
         if isinstance(term, CKD):
             run.ckd_rows = term.rows(outputs.taps[0], run.rois)

@@ -1,9 +1,9 @@
 """The job file: what a user may write in ``jobs/*.yaml`` and nothing else."""
 
-from headkd_ray.job.assistants import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
+from headkd_ray.job.assistant_specs import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
 from headkd_ray.job.checks import Problem, problems, warnings
-from headkd_ray.job.detector import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
-from headkd_ray.job.gfl import GFLFPNSpec, GFLHeadSpec, GFLPostprocessSpec, GFLSpec
+from headkd_ray.job.detector_spec import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
+from headkd_ray.job.gfl_spec import GFLFPNSpec, GFLHeadSpec, GFLPostprocessSpec, GFLSpec
 from headkd_ray.job.job import (
     CheckpointSpec,
     ClusterSpec,
@@ -16,8 +16,8 @@ from headkd_ray.job.job import (
     RunSpec,
 )
 from headkd_ray.job.load import load_job
-from headkd_ray.job.methods import METHODS, Method
-from headkd_ray.job.parts import (
+from headkd_ray.job.method_terms import METHODS, Method
+from headkd_ray.job.module_specs import (
     AnchorSpec,
     BackboneSpec,
     DenseDetectorSpec,
@@ -38,9 +38,9 @@ from headkd_ray.job.parts import (
     Stds,
 )
 from headkd_ray.job.render import render_job
-from headkd_ray.job.reppoints import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
-from headkd_ray.job.teacher import CacheSpec, PoolSpec, TeacherSpec
-from headkd_ray.job.two_stage import (
+from headkd_ray.job.reppoints_spec import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
+from headkd_ray.job.teacher_spec import CacheSpec, PoolSpec, TeacherSpec
+from headkd_ray.job.two_stage_specs import (
     BoxHeadSpec,
     CascadeHeadSpec,
     CascadeRCNNSpec,

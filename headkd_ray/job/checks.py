@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from headkd_ray.job.assistants import AssistantsSpec
-from headkd_ray.job.detector import SPECS
+from headkd_ray.job.assistant_specs import AssistantsSpec
+from headkd_ray.job.detection_limits import below
+from headkd_ray.job.detector_spec import SPECS
 from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job
 from headkd_ray.job.keys import Path, sections
-from headkd_ray.job.limits import below
-from headkd_ray.job.methods import METHODS
-from headkd_ray.job.parts import DenseDetectorSpec, Spec
-from headkd_ray.job.two_stage import TwoStageDetectorSpec
+from headkd_ray.job.method_terms import METHODS
+from headkd_ray.job.module_specs import DenseDetectorSpec, Spec
+from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
 
 Get = Callable[[str], Any]
 """Dotted key -> its value; a section is a dict. Raises UnreadableError."""

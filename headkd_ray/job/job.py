@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from headkd_ray.job.assistants import AssistantsSpec
-from headkd_ray.job.detector import DetectorSpec, RetinaNetSpec
-from headkd_ray.job.methods import Method
+from headkd_ray.job.assistant_specs import AssistantsSpec
+from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
+from headkd_ray.job.method_terms import Method
+from headkd_ray.job.module_specs import Spec, Text
 from headkd_ray.job.numbers import (
     Batch,
     Boxes,
@@ -34,9 +35,8 @@ from headkd_ray.job.numbers import (
     Threads,
     Weight,
 )
-from headkd_ray.job.parts import Spec, Text
-from headkd_ray.job.teacher import TeacherSpec
-from headkd_ray.job.two_stage import RoIHeadSpec
+from headkd_ray.job.teacher_spec import TeacherSpec
+from headkd_ray.job.two_stage_specs import RoIHeadSpec
 
 NUMBER, RANGE = "<number>", "<range>"
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from headkd_ray.job.job import Job
-from headkd_ray.job.parts import Spec
+from headkd_ray.job.module_specs import Spec
 
 Path = tuple[str | int, ...]
 DEEPEST = 50

@@ -27,8 +27,8 @@ from headkd_ray.job.keys import (
     with_defaults,
 )
 from headkd_ray.job.messages import none_of, problem_of, show
-from headkd_ray.job.parts import Spec
-from headkd_ray.job.tree import YamlError, parse, position
+from headkd_ray.job.module_specs import Spec
+from headkd_ray.job.yaml_tree import YamlError, parse, position
 
 SomeSpec = TypeVar("SomeSpec", bound=Spec)
 

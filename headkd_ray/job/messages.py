@@ -21,7 +21,7 @@ from headkd_ray.job.keys import (
     nearest_keys,
     sections,
 )
-from headkd_ray.job.parts import Spec
+from headkd_ray.job.module_specs import Spec
 
 Sentence = Callable[[str, Any, Mapping[str, Any]], str]
 """(what was given, as YAML; the given value; pydantic's bounds) -> what is wrong with it."""

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from headkd_ray.job.job import Job
-from headkd_ray.job.parts import Spec
-from headkd_ray.job.tree import kind_of_text
+from headkd_ray.job.module_specs import Spec
+from headkd_ray.job.yaml_tree import kind_of_text
 
 WIDTH = 120
 PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./@%+~-]*")

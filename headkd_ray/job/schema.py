@@ -1,7 +1,7 @@
 """The job file's JSON Schema, by which editors complete and check the YAML: ``python -m headkd_ray.job.schema``.
 
 Writes ``jobs/job.schema.json`` (or the path given); a test keeps the committed file fresh.
-``python -m headkd_ray.search.schema`` does the same for search files.
+``python -m headkd_ray.tuning.search_schema`` does the same for search files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from headkd_ray.job.job import Job
-from headkd_ray.job.parts import Spec
+from headkd_ray.job.module_specs import Spec
 
 
 def schema_text(top: type[Spec] = Job) -> str:

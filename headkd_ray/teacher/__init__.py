@@ -1,8 +1,8 @@
 """Soft targets: a teacher's answers about views, asked in place or kept in a cache beside the shards."""
 
-from headkd_ray.teacher.build import Builder
-from headkd_ray.teacher.cache import Cache
-from headkd_ray.teacher.open import builder_of, codec_of, open_cache, soft_teacher
-from headkd_ray.teacher.soft import SoftTeacher
+from headkd_ray.teacher.cache_builder import Builder
+from headkd_ray.teacher.from_job import builder_of, codec_of, open_cache, soft_teacher
+from headkd_ray.teacher.soft_teacher import SoftTeacher
+from headkd_ray.teacher.target_cache import Cache
 
 __all__ = ["Builder", "Cache", "SoftTeacher", "builder_of", "codec_of", "open_cache", "soft_teacher"]

@@ -68,7 +68,7 @@ def test_the_committed_document_is_what_the_report_writes() -> None:
 
 def test_tables_name_card_software_revision_and_date_and_keep_what_failed(docs: Path, tmp_path: Path) -> None:
     rows = [
-        step_row("RetinaNet R18, alone", 20.0, busy=0.93, syncs={"headkd_ray/detectors/nms.py:22": 2.0}),
+        step_row("RetinaNet R18, alone", 20.0, busy=0.93, syncs={"headkd_ray/detectors/ops/nms.py:22": 2.0}),
         step_row("HEAD inline", 36.0, busy=None, syncs=None, busy_error="RuntimeError('no profiler')"),
         {"case": "TF-HEAD", "torchvision": False, "precision": "bf16", "error": "RuntimeError('lost')"},
     ]
@@ -85,7 +85,7 @@ def test_tables_name_card_software_revision_and_date_and_keep_what_failed(docs: 
     assert text.count("revision 0123456789, 2026-12-01.") == 4
     assert "| RetinaNet R18, alone | bf16 | 20.0 | 1.00 | 8.0 | 10.0 | 2.0 | 800 | 4.2 | 93% | 100 | 2 |" in text
     assert "| HEAD inline | bf16 | 36.0 | 1.80 | 14.4 | 18.0 | 3.6 | 444 | 4.2 | – | 56 | – |" in text
-    assert "- RetinaNet R18, alone, bf16: 2 at `headkd_ray/detectors/nms.py:22`" in text
+    assert "- RetinaNet R18, alone, bf16: 2 at `headkd_ray/detectors/ops/nms.py:22`" in text
     assert "TF-HEAD, bf16: failed: RuntimeError('lost')" in text and "cache: failed: ClusterError('x')" in text
     assert "1 passed, 1 failed." in text and "- `b`" in text
 
@@ -134,7 +134,7 @@ def test_the_place_that_waits_is_the_innermost_of_ours() -> None:
 
     ours, theirs = Path(headkd_ray.__file__).parent / "detectors/nms.py", Path(torchvision.__file__).parent / "ops/boxes.py"
     frames = [traceback.FrameSummary(str(file), line, "f") for file, line in ((ours, 7), (ours, 22), (theirs, 41))]
-    assert place_of(frames) == "headkd_ray/detectors/nms.py:22"
+    assert place_of(frames) == "headkd_ray/detectors/ops/nms.py:22"
     assert place_of(frames[2:]) == "torchvision/ops/boxes.py:41"
     assert place_of([traceback.FrameSummary("/else/where.py", 1, "f")]) == "elsewhere"
 

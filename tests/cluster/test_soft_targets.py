@@ -17,19 +17,19 @@ from machines import processes
 from torch import Tensor
 
 from headkd_ray.cache import build
-from headkd_ray.cluster.stream import decode_on_ray
+from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
 from headkd_ray.distill import build_training_model
-from headkd_ray.engine.caching import open_builder
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.loop import soft_targets
 from headkd_ray.engine.streams import Streams
-from headkd_ray.engine.teacher import load_teacher
-from headkd_ray.engine.world import World
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job
+from headkd_ray.teacher.loading import load_teacher
+from headkd_ray.teacher.verify import open_builder
 from headkd_ray.train import train
 from tests.detectors.micro import fcos_spec
 from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
@@ -61,10 +61,10 @@ def job_of(
 
 def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Batches of the job's stream through Ray Data, and the losses of its untrained student on them."""
-    world = World.alone(use_gpu=False)
-    taught = job if job.teacher is not None and job.teacher.placement == "pool" else None
+    distributed = Distributed.alone(use_gpu=False)
+    teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
     sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
-    streams = Streams(job, world, *sets, decode_on_ray(job.cluster, taught))
+    streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
     own = load_teacher(job, sets[0].meta.classes)
     assert own is not None
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
         .train()
         .to(memory_format=torch.channels_last)
     )
-    asked, cache = soft_targets(job, sets[0], own.detector, world.device)
+    asked, cache = soft_targets(job, sets[0], own.detector, distributed.device)
     with streams.train(first=0, cache=cache) as batches:
         for batch in batches:
             with torch.no_grad():

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headkd_ray.data.box_forms import misread
 from headkd_ray.data.coco import read_coco
-from headkd_ray.data.readings import misread
 from headkd_ray.errors import DataError
 from tests.data.coco_files import CocoFiles, make_coco, spread_boxes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from headkd_ray.data.file_names import FileNames
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.errors import DataError
 from headkd_ray.prepare import main
 from headkd_ray.storage import Folder

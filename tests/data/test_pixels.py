@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headkd_ray.data import photos
 from headkd_ray.data.meta import check_same_range
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError
 from headkd_ray.prepare import main

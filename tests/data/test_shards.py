@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from headkd_ray.data.meta import VERSION
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, ShardSet
 from headkd_ray.errors import DataError
 from tests.data.coco_files import make_coco

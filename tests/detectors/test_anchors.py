@@ -5,7 +5,7 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from headkd_ray.detectors.anchors import Anchors, padded_extents, valid_anchors
+from headkd_ray.detectors.ops.anchors import Anchors, padded_extents, valid_anchors
 from headkd_ray.job import AnchorSpec
 
 STRIDES = (8, 16, 32, 64, 128)

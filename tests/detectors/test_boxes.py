@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headkd_ray.detectors.boxes import clip, decode, encode, exceeds, pairwise_iou
+from headkd_ray.detectors.ops.boxes import clip, decode, encode, exceeds, pairwise_iou
 
 ROI_STDS = (0.1, 0.1, 0.2, 0.2)
 sides = st.floats(1, 500)

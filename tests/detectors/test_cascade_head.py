@@ -10,7 +10,7 @@ from torchvision.ops import nms
 
 from headkd_ray.detectors import CascadeHead, GroundTruth, Proposals, RoIs, StageOutput
 from headkd_ray.detectors.cascade_rcnn import refine
-from headkd_ray.detectors.rois import sample_rois
+from headkd_ray.detectors.ops.rois import sample_rois
 from headkd_ray.job import CascadeHeadSpec
 
 STRIDES = (8, 16, 32, 64)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors import KINDS, DenseDetector, DenseHead, Detector, RoIHead, build_detector, head_class
-from headkd_ray.detectors.matching import gather_rows
-from headkd_ray.detectors.proposals import flatten_cells
+from headkd_ray.detectors.ops.matching import gather_rows
+from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.weights import load_detector, save_detector
 from headkd_ray.job import SPECS as JOB_SPECS
 from tests.detectors.micro import SPECS, batch, liven, truth_of

@@ -9,7 +9,7 @@ from torchvision.ops import nms
 from headkd_ray.detectors import FCOS, GroundTruth, build_detector
 from headkd_ray.detectors.dense import STRIDES
 from headkd_ray.detectors.fcos import FCOSHead, FCOSOutputs
-from headkd_ray.detectors.matching import match_points
+from headkd_ray.detectors.ops.matching import match_points
 from headkd_ray.job import FCOSHeadSpec
 from tests.detectors.micro import batch, fcos_spec, liven, truth_of
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from headkd_ray.detectors import GFL, GroundTruth, build_detector
 from headkd_ray.detectors.gfl import GFLHead, GFLOutputs
-from headkd_ray.detectors.losses import mean_over_workers
-from headkd_ray.detectors.matching import IGNORED, NEGATIVE, match_adaptive
+from headkd_ray.detectors.ops.losses import mean_over_workers
+from headkd_ray.detectors.ops.matching import IGNORED, NEGATIVE, match_adaptive
 from headkd_ray.detectors.weights import load_mmdet
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import GFLHeadSpec, GFLSpec

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.losses import (
+from headkd_ray.detectors.ops.losses import (
     binary_cross_entropy_sum,
     cross_entropy_mean,
     focal_loss_sum,

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headkd_ray.detectors import GroundTruth
-from headkd_ray.detectors.boxes import pairwise_iou
-from headkd_ray.detectors.matching import IGNORED, NEGATIVE, gather_rows, match
+from headkd_ray.detectors.ops.boxes import pairwise_iou
+from headkd_ray.detectors.ops.matching import IGNORED, NEGATIVE, gather_rows, match
 
 SIZES = torch.tensor([[64, 96], [64, 96]])
 """Matching does not read them."""

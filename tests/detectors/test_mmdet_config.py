@@ -8,7 +8,7 @@ from headkd_ray.detectors.weights.config_text import read_config, section
 from headkd_ray.detectors.weights.mmdet_config import MMDetConfig
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import PixelSpec, PostprocessSpec, ProposalSpec, RoIPostprocessSpec
-from headkd_ray.job.parts import RPNTestProposalSpec
+from headkd_ray.job.module_specs import RPNTestProposalSpec
 
 
 def test_values_of_a_config_text() -> None:

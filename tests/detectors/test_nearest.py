@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors import FCOSHead, RepPointsHead, RetinaHead
-from headkd_ray.detectors.anchors import Anchors
-from headkd_ray.detectors.boxes import pairwise_iou
 from headkd_ray.detectors.fcos import FCOSOutputs
+from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.boxes import pairwise_iou
 from headkd_ray.detectors.reppoints import RepPointsOutputs
 from headkd_ray.job import AnchorSpec
 from tests.detectors.micro import fcos_spec, reppoints_spec, retinanet_spec

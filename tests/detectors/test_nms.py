@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from torchvision.ops import nms
 
 from headkd_ray.detectors import nms as module
-from headkd_ray.detectors.nms import grouped_nms, pack
+from headkd_ray.detectors.ops.nms import grouped_nms, pack
 
 
 def scene(seed: int, count: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

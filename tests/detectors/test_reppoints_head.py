@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 from headkd_ray.detectors import GroundTruth, RepPoints, build_detector
 from headkd_ray.detectors.dense import STRIDES
-from headkd_ray.detectors.matching import match_nearest
+from headkd_ray.detectors.ops.matching import match_nearest
 from headkd_ray.detectors.reppoints import RepPointsHead, RepPointsOutputs
 from headkd_ray.job import RepPointsHeadSpec
 from tests.detectors.micro import batch, liven, reppoints_spec, truth_of

@@ -7,9 +7,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from headkd_ray.detectors import GroundTruth, RetinaNet, build_detector
-from headkd_ray.detectors.anchors import padded_extents
-from headkd_ray.detectors.boxes import decode, encode
-from headkd_ray.detectors.matching import match
+from headkd_ray.detectors.ops.anchors import padded_extents
+from headkd_ray.detectors.ops.boxes import decode, encode
+from headkd_ray.detectors.ops.matching import match
 from headkd_ray.detectors.retinanet import RetinaHead, RetinaOutputs
 from headkd_ray.golden.conventions import AnchorsWithin
 from headkd_ray.job import RetinaHeadSpec

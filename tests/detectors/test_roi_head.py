@@ -6,10 +6,10 @@ import torch
 from torchvision.ops import nms, roi_align
 
 from headkd_ray.detectors import BoxHead, GroundTruth, RoIs, StageOutput
-from headkd_ray.detectors.boxes import decode, encode
-from headkd_ray.detectors.proposals import Proposals
+from headkd_ray.detectors.ops.boxes import decode, encode
+from headkd_ray.detectors.ops.proposals import Proposals
+from headkd_ray.detectors.ops.rois import candidates, choose, draw, flatten
 from headkd_ray.detectors.roi_head import BoxOutputs, pool_rois, roi_levels
-from headkd_ray.detectors.rois import candidates, choose, draw, flatten
 from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 STRIDES = (8, 16, 32, 64)

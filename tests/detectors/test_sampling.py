@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headkd_ray.detectors.sampling import sample
+from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.job import SamplerSpec
 
 

@@ -14,7 +14,7 @@ from headkd_ray.detectors import Detector, FasterRCNN, build_detector
 from headkd_ray.distill import TrainingModel, build_training_model
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
-from headkd_ray.targets import SoftTargets
+from headkd_ray.soft_targets import SoftTargets
 from headkd_ray.teacher import SoftTeacher
 from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, retinanet_spec, whole
 

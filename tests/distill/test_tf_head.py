@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.rois import sample_rois
+from headkd_ray.detectors.ops.rois import sample_rois
 from headkd_ray.distill import TrainingModel, build_training_model
 from headkd_ray.distill.ckd import CKD
 from headkd_ray.job import DetectorSpec, Job

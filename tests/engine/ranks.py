@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from headkd_ray.engine.world import World
+from headkd_ray.engine.distributed import Distributed
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(world, *arguments)``, a function of a module, returns on each of ``size`` ranks, in rank order."""
+    """What ``work(distributed, *arguments)``, a function of a module, returns on each of ``size`` ranks, in rank order."""
     with tempfile.TemporaryDirectory() as scratch:
         mp.spawn(_rank, (size, scratch, work, arguments), nprocs=size)
         return [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(size)]
@@ -29,6 +29,6 @@ def _rank(rank: int, size: int, scratch: str, work: Callable[..., Any], argument
         "gloo", init_method=f"file://{scratch}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     try:
-        torch.save(work(World(rank, size, torch.device("cpu")), *arguments), Path(scratch) / f"{rank}.pt")
+        torch.save(work(Distributed(rank, size, torch.device("cpu")), *arguments), Path(scratch) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

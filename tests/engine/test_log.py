@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from headkd_ray.data.batch import Batch
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import JsonLines, StepWindow, TensorBoard
-from headkd_ray.engine.world import World
 
 
 def test_json_lines_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_class_named_with_half_a_character_does_not_end_the_run(tmp_path: Path
 
 
 def test_window_averages_and_starts_anew(batch_of: Callable[[int], Batch]) -> None:
-    window = StepWindow(World(0, 1, torch.device("cpu")))
+    window = StepWindow(Distributed(0, 1, torch.device("cpu")))
     window.add({"loss_cls": torch.tensor(1.0)}, batch_of(2))
     window.add({"loss_cls": torch.tensor(3.0)}, batch_of(2))
     record = window.record()
@@ -49,7 +49,7 @@ def test_window_averages_and_starts_anew(batch_of: Callable[[int], Batch]) -> No
 
 
 def test_idle_batches_count_in_no_mean(batch_of: Callable[[int], Batch]) -> None:
-    window = StepWindow(World(0, 1, torch.device("cpu")))
+    window = StepWindow(Distributed(0, 1, torch.device("cpu")))
     window.add({"loss_cls": torch.tensor(2.0)}, batch_of(2))
     window.add({"loss_cls": torch.tensor(float("nan"))}, replace(batch_of(1), idle=True))
     assert window.record()["losses"] == {"loss_cls": 2.0}

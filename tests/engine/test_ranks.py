@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import Checkpoints, LocalCheckpoints
+from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import JsonLines, Sink
 from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import finish, open_run, run_folder
 from headkd_ray.engine.streams import Streams, decode_here
-from headkd_ray.engine.world import World
 from headkd_ray.errors import StoppedError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
@@ -37,23 +37,30 @@ class Nowhere:
         assert folder is None
 
 
-def fit_on(world: World, job: Job, stop_at: int | None = None) -> dict[str, Any] | None:
+def fit_on(distributed: Distributed, job: Job, stop_at: int | None = None) -> dict[str, Any] | None:
     """``train_here`` on several ranks; the result on rank 0. With ``stop_at`` only the last rank is asked to stop, at that
     step; the result is None."""
     folder = run_folder(job)
-    if world.rank == 0:
+    if distributed.rank == 0:
         open_run(job)
-    if world.size > 1:
+    if distributed.size > 1:
         dist.barrier()
-    streams = Streams(job, world, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
+    streams = Streams(job, distributed, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
 
     def open_sink(resumed_step: int) -> Sink:
         return JsonLines(Path(folder.path) / "log.jsonl", resumed_step)
 
-    checkpoints: Checkpoints = LocalCheckpoints(folder) if world.rank == 0 else Nowhere()
+    checkpoints: Checkpoints = LocalCheckpoints(folder) if distributed.rank == 0 else Nowhere()
     asked = iter(range(1, 1000))
     try:
-        last = fit(job, world, streams, checkpoints, open_sink, lambda: next(asked) == stop_at and world.rank == world.size - 1)
+        last = fit(
+            job,
+            distributed,
+            streams,
+            checkpoints,
+            open_sink,
+            lambda: next(asked) == stop_at and distributed.rank == distributed.size - 1,
+        )
     except StoppedError:
         return None
     if not isinstance(checkpoints, LocalCheckpoints):
@@ -61,9 +68,9 @@ def fit_on(world: World, job: Job, stop_at: int | None = None) -> dict[str, Any]
     return finish(folder, [checkpoints.folder / name for name in checkpoints.ranking()], last, {}, lambda record: None)
 
 
-def fit_twice(world: World, first: Job, second: Job, kind: str) -> Any:
+def fit_twice(distributed: Distributed, first: Job, second: Job, kind: str) -> Any:
     """Train, make a validation split of what the student detects in ``kind``, and train again with it."""
-    result = fit_on(world, first)
+    result = fit_on(distributed, first)
     if result is not None:
         out = Path(kind)
         evaluate_checkpoint(result["student"], first.data.val, batch_size=1, out=str(out / "found.json"))
@@ -79,7 +86,7 @@ def fit_twice(world: World, first: Job, second: Job, kind: str) -> Any:
         (out / "kind.json").write_text(json.dumps(truth))
         prepare_split(str(out / "kind.json"), str(Path(first.data.val).parent / "images"), second.data.val)
     dist.barrier()
-    return fit_on(world, second)
+    return fit_on(distributed, second)
 
 
 def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
@@ -103,7 +110,7 @@ def test_a_run_goes_on_with_fewer_workers_in_the_same_steps(tmp_path: Path, draw
     keys: dict[str, Any] = {"data": {"batch_size": 2}, "optim": {"epochs": 2, "milestones": [], "accumulate": 2}}
     whole = micro_job(tmp_path, drawn_splits, "whole", **keys, cluster={"workers": 3})
     elastic = micro_job(tmp_path, drawn_splits, "elastic", **keys, cluster={"workers": [1, 3]})
-    alone = World.alone(use_gpu=False)
+    alone = Distributed.alone(use_gpu=False)
     expected = fit_on(alone, whole)
     assert on_ranks(2, fit_on, elastic, 3) == [None, None], "not stopped in the middle of an epoch"
     result = fit_on(alone, elastic)

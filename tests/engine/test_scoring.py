@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headkd_ray.data.prepare import prepare_split
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.scoring import recorded_detections, scoring_of
 from headkd_ray.errors import CheckpointError, DataError

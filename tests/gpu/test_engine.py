@@ -17,18 +17,18 @@ from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.images import decode
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import load_checkpoint, save_detector
-from headkd_ray.engine.caching import open_builder, verify
-from headkd_ray.engine.evaluate import evaluate
-from headkd_ray.engine.evaluate import predict as predict_all
+from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.evaluation import evaluate
+from headkd_ray.engine.evaluation import predict as predict_all
+from headkd_ray.engine.inference import detect_images, view_spec
 from headkd_ray.engine.local import train_here
 from headkd_ray.engine.loop import on_device
-from headkd_ray.engine.serving import detect_images, view_spec
 from headkd_ray.engine.streams import Streams, decode_here
-from headkd_ray.engine.world import World
 from headkd_ray.errors import DeviceMemoryError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from headkd_ray.predict import predict
+from headkd_ray.teacher.verify import open_builder, verify
 from tests.support import micro_job, micro_teacher, start_training, student_weights, wait_for_lines
 
 pytestmark = pytest.mark.gpu
@@ -133,7 +133,7 @@ def test_copies_are_pinned_and_whole(drawn_splits: dict[str, str], device: torch
     """Every batch of an epoch, while kernels that take longer than a copy are in flight, is what the CPU has."""
     job = job_on(device, tmp_path, drawn_splits, "run")
     splits = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
-    streams = Streams(job, World(0, 1, device), *splits, decode_here)
+    streams = Streams(job, Distributed(0, 1, device), *splits, decode_here)
     with streams.train(first=0) as here, streams.train(first=0) as there:
         busy = torch.zeros(2000, 2000, device=device)
         for number, (batch, copied) in enumerate(zip(here, on_device(there, device), strict=True)):
@@ -177,12 +177,12 @@ def test_evaluation_is_the_cpu_s(lively: str, drawn_splits: dict[str, str], devi
     splits = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     scored, found = [], []
     for place in (device, HERE):
-        world, detector = World(0, 1, place), load_checkpoint(lively).detector.to(place)
-        streams = Streams(job, world, *splits, decode_here)
+        distributed, detector = Distributed(0, 1, place), load_checkpoint(lively).detector.to(place)
+        streams = Streams(job, distributed, *splits, decode_here)
         with streams.val() as batches:
             found.append(predict_all(detector, batches, place, splits[1].meta.category_ids))
         with streams.val() as batches:
-            scored.append(evaluate(detector, batches, world, splits[1].ground_truth(), splits[1].meta.category_ids))
+            scored.append(evaluate(detector, batches, distributed, splits[1].ground_truth(), splits[1].meta.category_ids))
     assert found[0].keys() == found[1].keys() and sum(map(len, found[1].values())) > 100, "nothing was compared"
     for image_id, entries in found[1].items():
         assert scores(found[0][image_id]) == pytest.approx(scores(entries), rel=1e-3)

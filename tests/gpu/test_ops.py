@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headkd_ray.detectors import DenseDetector, TwoStageDetector
-from headkd_ray.detectors.nms import grouped_nms
+from headkd_ray.detectors.ops.nms import grouped_nms
 from tests.detectors.micro import batch
 from tests.gpu.models import KINDS, model_of
 

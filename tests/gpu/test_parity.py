@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headkd_ray.golden.checks import check
 from headkd_ray.golden.file import Golden
+from headkd_ray.golden.quantities import check
 from headkd_ray.golden.replay import replay
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ import pytest
 
 from headkd_ray.job import Job, problems, warnings
 from headkd_ray.job.keys import dotted, sections
-from headkd_ray.job.parts import Spec
+from headkd_ray.job.module_specs import Spec
 
 
 def job(**changes: Any) -> Job:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from headkd_ray.errors import JobError
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job, render_job
-from headkd_ray.search.spec import SearchSpec
+from headkd_ray.tuning.search_spec import SearchSpec
 
 KINDS = "retinanet, fcos, reppoints, faster_rcnn, cascade_rcnn"
 

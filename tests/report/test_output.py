@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 from rich.console import Console
 
-from headkd_ray.doors import user_errors
+from headkd_ray.cli import user_errors
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.output import Forgiving, forgive_output
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from headkd_ray.data.meta import Meta, ShardFile
 from headkd_ray.data.shards import ShardIndex, ShardSet
+from headkd_ray.soft_targets import TopLogits, ViewTargets
 from headkd_ray.storage import Folder
-from headkd_ray.targets import TopLogits, ViewTargets
 from headkd_ray.teacher import Cache
-from headkd_ray.teacher.codec import Codec
+from headkd_ray.teacher.cache_codec import Codec
 
 LAYERS, WIDTH, BUDGET, LOGITS = 2, 16, 6, 3
 ROW_GROUP = 3

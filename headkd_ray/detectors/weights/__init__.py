@@ -1,10 +1,10 @@
 """Detectors in and out of files: ours, mmdet's and torchvision's."""
 
-from headkd_ray.detectors.weights.checkpoint import load_checkpoint
+from headkd_ray.detectors.weights.any_format import load_checkpoint
 from headkd_ray.detectors.weights.classes import drop_unused_classes, with_classes
-from headkd_ray.detectors.weights.limits import keeping
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import load_mmdet
+from headkd_ray.detectors.weights.more_detections import keeping
 from headkd_ray.detectors.weights.native import load_detector, save_detector
 from headkd_ray.detectors.weights.torchvision import load_torchvision
 

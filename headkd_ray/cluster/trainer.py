@@ -1,0 +1,225 @@
+"""A job on Ray Train: one worker process a rank around ``engine.loop.fit``."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import train as ray_train
+from ray.exceptions import RayActorError
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from headkd_ray.cluster.connect import connected
+from headkd_ray.cluster.driver import forwarded, stop_sign
+from headkd_ray.cluster.listing import drop_unusable
+from headkd_ray.cluster.ray_stream import decode_on_ray
+from headkd_ray.cluster.resources import Resources, check_resources
+from headkd_ray.cluster.restarts import with_restarts
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.engine.checkpoint import SCORE, check
+from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.log import Record, Sink
+from headkd_ray.engine.loop import data_fingerprints, fit
+from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
+from headkd_ray.engine.scratch import Scratch
+from headkd_ray.engine.stop import stop_signals
+from headkd_ray.engine.streams import Streams
+from headkd_ray.errors import (
+    CacheError,
+    CheckpointError,
+    ClusterError,
+    DataError,
+    DeviceMemoryError,
+    DiskError,
+    StoppedError,
+    TrainingError,
+    UserError,
+)
+from headkd_ray.job import Job
+from headkd_ray.storage import Folder
+
+
+def train_on_ray(job: Job, tell: Sink) -> Record:
+    """Run the job on the cluster; its result record. ``tell`` takes the log records, in this process.
+
+    Raises:
+        ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
+        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError, DiskError: as ``fit``
+            raises them.
+    """
+    # Also how long a report may wait until it is taken: 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    with connected(job.cluster):
+        resources = check_resources(job)
+        run = open_run(job)
+        notes = Notes(tell)
+        for problem in drop_unusable(run):
+            notes(problem)
+        with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
+            driver = {"queue": queue, "stop": sign}
+            try:
+                result = with_restarts(lambda: _trainer(job, resources, driver).fit(), job.cluster.max_failures, notes)
+            except (TrainingFailedError, RayActorError) as error:
+                raise ClusterError(f"training failed for good: {_cause(error)}") from error
+            outcome = result.return_value
+            if "error" in outcome:
+                raise outcome["error"]
+    ranking = sorted(result.best_checkpoints, key=lambda entry: entry[1][SCORE], reverse=True)
+    folders = [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
+    return finish(run, folders, outcome["last"], outcome["data"], tell)
+
+
+class Notes:
+    """Passes log records on, and tells sentences of the driver's own at the place where the log is."""
+
+    def __init__(self, tell: Sink) -> None:
+        self.tell = tell
+        self.place = {"step": 0, "steps": None, "epoch": 0.0}
+
+    def record(self, record: Record) -> None:
+        self.place = {name: record[name] for name in self.place}
+        self.tell(record)
+
+    def __call__(self, text: str) -> None:
+        self.tell({**self.place, "note": text})
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train's, but for Ctrl-C: it means what SIGTERM means, and Ray would put a handler of its own in place of ours."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Nothing."""
+
+
+def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTrainer:
+    storage = Folder.open(job.run.storage)
+    return _Trainer(
+        _worker,
+        train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), **driver},
+        # What ranks say to each other beside the gradients is on the CPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            elastic_resize_monitor_interval_s=job.cluster.resize_seconds,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=job.run.name,
+            storage_path=storage.path,
+            storage_filesystem=storage.fs,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # with_restarts counts
+            # The two best by AP; Ray keeps the latest besides, always. Two, for one may be damaged.
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
+        ),
+    )
+
+
+def with_absolute_paths(job: Job, start: str = "") -> Job:
+    """The job as a worker must read it: workers run in a folder of Ray's, where the driver's relative paths mean nothing.
+
+    ``start``: the driver's folder, if this process is not the driver.
+    """
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str((Path(start) / Path(path).expanduser()).absolute())
+
+    paths = {"run.storage": job.run.storage, "data.train": job.data.train, "data.val": job.data.val}
+    if Path(job.student.backbone.weights).suffix:  # a file, not none or timm
+        paths["student.backbone.weights"] = job.student.backbone.weights
+    if job.teacher is not None:
+        paths["teacher.checkpoint"] = job.teacher.checkpoint
+        if job.teacher.cache.path is not None:
+            paths["teacher.cache.path"] = job.teacher.cache.path
+    return job.replace({key: absolute(path) for key, path in paths.items()})
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One rank. Errors that a restart would meet again are returned instead of raised: at once if every rank meets them alike,
+    after the restart that ends the other ranks if one alone does."""
+    stop = config["stop"]
+    if (error := ray.get(stop.given_up.remote())) is not None:
+        return {"error": error}
+    job = Job.model_validate(config["job"])
+    torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
+    context = ray_train.get_context()
+    distributed = Distributed(context.get_world_rank(), context.get_world_size(), get_device())
+    teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
+    sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
+    streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
+
+    with ExitStack() as files:
+
+        def open_sink(resumed_step: int) -> Sink:
+            log = files.enter_context(RunLog(run_folder(job), resumed_step, job.log.tensorboard, job.checkpoint.every_steps))
+
+            def sink(record: Record) -> None:
+                log(record)
+                log.sync()
+                config["queue"].put(record)
+
+            return sink
+
+        up = stop.wait.remote()
+        try:
+            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
+            return {"last": last, "data": data_fingerprints(streams)}
+        except (TrainingError, CheckpointError, StoppedError) as error:
+            return {"error": error}
+        except (DataError, CacheError, DeviceMemoryError, DiskError) as error:
+            ray.get(stop.give_up.remote(error))
+            raise
+
+
+class RayCheckpoints:
+    """Checkpoints through ``ray.train.report``: uploaded in the background, listed by Ray only when complete."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.scratch = Scratch()
+        atexit.register(self.scratch.close)  # not before the last upload
+
+    def draft(self) -> Path:
+        return self.scratch.folder()
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        checkpoint = ray_train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            try:
+                check(Folder.open(folder), called=checkpoint.path)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    [f"{line}; the same command, started again, passes it over" for line in error.problems]
+                ) from error
+            yield Path(folder)
+
+    def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
+        ray_train.report(
+            metrics,
+            checkpoint=None if folder is None else ray_train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # deletes ``folder`` when it is uploaded
+        )
+
+
+def _cause(error: TrainingFailedError | RayActorError) -> str:
+    """A user's mistake whole, if a worker met one; else the last line of the first worker's error."""
+    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
+    raised = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps what the worker raised
+    mistake = next((failure for failure in raised if isinstance(failure, UserError)), None)
+    return str(mistake) if mistake is not None else str(failures[0]).strip().splitlines()[-1]

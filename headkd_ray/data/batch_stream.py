@@ -1,0 +1,158 @@
+"""From windows to batches: the two steps every stream runs, and the stream of this process.
+
+``load_window`` reads a window's row groups, each once; ``BatchMaker`` decodes, shows and pads the images of one batch. The Ray
+stream (``headkd_ray.cluster.ray_stream``) runs the same two functions, so both give the same batches bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Protocol
+
+from headkd_ray.data.batch import Batch, Example, collate, idle_batch
+from headkd_ray.data.epoch_order import Window
+from headkd_ray.data.shards import Sample, ShardSet
+from headkd_ray.data.views import View, apply_view, eval_view, train_view, view_number, view_size
+from headkd_ray.errors import DataError
+from headkd_ray.job import DataSpec
+from headkd_ray.soft_targets import PackedTargets, ViewTargets, stack
+
+READERS = 8  # row groups read at once: hides a remote filesystem's latency, costs nothing on a local one
+
+
+class TargetReader(Protocol):
+    """A cache of soft targets, laid out as the shards are."""
+
+    @property
+    def budget(self) -> int:
+        """RoIs a view."""
+
+    def read_group(self, shard: int, group: int, rows: Sequence[int], view: int) -> list[PackedTargets]:
+        """The targets of ``view`` of the images at ``rows`` of a shard, all within one row group."""
+
+    def unpack(self, packed: PackedTargets, image_id: int, view: int) -> ViewTargets:
+        """The targets, of this very view."""
+
+    def nothing(self) -> ViewTargets:
+        """The targets of an image that is not there."""
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """One batch's undecoded images."""
+
+    epoch: int
+    step: int
+    samples: tuple[Sample, ...]
+    """Empty = idle."""
+
+
+def load_window(shards: ShardSet, window: Window, maker: BatchMaker) -> list[PendingBatch]:
+    """Read the window's images, and their targets if ``maker`` has a cache, still packed, in the order of its batches.
+
+    Raises DataError, CacheError.
+    """
+    index, rows = shards.index, window.rows
+    wanted: dict[tuple[int, int], list[int]] = {}
+    for row in rows.tolist():
+        wanted.setdefault((int(index.shard[row]), int(index.row[row]) // index.row_group), []).append(row)
+
+    def read(group: tuple[tuple[int, int], list[int]]) -> list[Sample]:
+        (shard, number), members = group
+        places = [int(index.row[row]) for row in members]
+        samples = shards.read_group(shard, number, places)
+        if maker.cache is None:
+            return samples
+        packed = maker.cache.read_group(shard, number, places, view_number(window.epoch, maker.spec))
+        return [replace(sample, targets=own) for sample, own in zip(samples, packed, strict=True)]
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="headkd-read") as pool:
+        groups = list(pool.map(read, wanted.items()))
+    by_row = dict(zip(chain.from_iterable(wanted.values()), chain.from_iterable(groups), strict=True))
+    return [PendingBatch(window.epoch, batch.step, tuple(by_row[row] for row in batch.rows)) for batch in window.batches]
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Decodes and augments: a function of (image, epoch, seed) alone."""
+
+    spec: DataSpec
+    seed: int
+    train: bool
+    """True: random views of the epoch. False: the evaluation view."""
+    cache: TargetReader | None = None
+    """Soft targets to go with the views."""
+
+    def __call__(self, pending: PendingBatch) -> Batch:
+        """One batch. Raises DataError naming the image."""
+        if not pending.samples:
+            idle = idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
+            return idle if self.cache is None else replace(idle, targets=stack([self.cache.nothing()], self.cache.budget))
+        examples = [self.example(sample, view_number(pending.epoch, self.spec)) for sample in pending.samples]
+        return collate(examples, pending.step, self.spec.pad, self.cache.budget if self.cache else 0)
+
+    def view(self, image_id: int, number: int) -> View:
+        """View ``number`` of the image."""
+        return train_view(image_id, number, self.seed, self.spec) if self.train else eval_view(self.spec)
+
+    def pixels(self, pending: PendingBatch) -> int:
+        """Bytes of the batch's images, before padding: known without decoding them."""
+        number = view_number(pending.epoch, self.spec)
+        sizes = (view_size(*sample.size, self.view(sample.image_id, number)) for sample in pending.samples)
+        return 3 * sum(height * width for height, width in sizes)
+
+    def example(self, sample: Sample, number: int) -> Example:
+        """View ``number`` of an image. Raises DataError, CacheError."""
+        try:
+            image, boxes = apply_view(sample.pixels(), sample.boxes, self.view(sample.image_id, number))
+        except ValueError as error:
+            raise DataError(f"image {sample.image_id} in the prepared shards: {error}; prepare the split again") from error
+        targets = None
+        if self.cache is not None and sample.targets is not None:
+            targets = self.cache.unpack(sample.targets, sample.image_id, number)
+        return Example(image, boxes, sample.labels, sample.image_id, sample.size, number if self.train else -1, targets)
+
+
+def local_stream(
+    shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, *, threads: int = 2, ahead: int | None = None
+) -> Generator[Batch, None, None]:
+    """Batches of ``windows`` in order, read and decoded ahead by threads of this process.
+
+    Decoding and resizing release the GIL, so threads scale. Close the generator (or exhaust it) to end the threads; a thread's
+    exception is raised at the batch it belongs to.
+
+    Args:
+        threads: decoding threads.
+        ahead: batches decoded ahead; None = twice ``threads``. Memory: these batches, and the encoded images of two windows.
+    """
+    limit = ahead or 2 * threads
+    reader = ThreadPoolExecutor(1, thread_name_prefix="headkd-window")
+    decoders = ThreadPoolExecutor(threads, thread_name_prefix="headkd-decode")
+    try:
+        batches: deque[Future[Batch]] = deque()
+        for pending in _read_ahead(shards, windows, maker, reader):
+            batches.append(decoders.submit(maker, pending))
+            if len(batches) > limit:
+                yield batches.popleft().result()
+        while batches:
+            yield batches.popleft().result()
+    finally:
+        for pool in (reader, decoders):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_ahead(
+    shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, reader: ThreadPoolExecutor
+) -> Iterator[PendingBatch]:
+    """Undecoded batches in order, one window read ahead."""
+    coming: deque[Future[list[PendingBatch]]] = deque()
+    for window in windows:
+        coming.append(reader.submit(load_window, shards, window, maker))
+        if len(coming) > 1:
+            yield from coming.popleft().result()
+    while coming:
+        yield from coming.popleft().result()

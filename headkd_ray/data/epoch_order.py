@@ -1,0 +1,183 @@
+"""In which order a split is read: pure functions of (index, seed, epoch, batch size, world size).
+
+An epoch's order is made in four steps, each a function of its key alone, so that any rank, any restart and any machine agree:
+
+1. The row groups of the shards are shuffled with (seed, epoch) and laid end to end. (Prepare has mixed the images over the row
+   groups once, so a row group is already a random handful of images.)
+2. The sequence of N images is cut into ``world_size`` ranges, as equal as possible: each image is on exactly one rank.
+3. A rank's range is cut into windows of about ``data.shuffle_window`` images. A window is read as a whole, its row groups once,
+   and its images are shuffled among themselves.
+4. Within a window, images are batched by aspect (landscape or square; portrait). A window holds a multiple of the batch size,
+   so the images left over in the two groups fill at most one batch of mixed aspect, and no image is carried to another window.
+
+The number of batches on a rank is therefore ceil(images of the rank / batch size) in *every* epoch, whatever the shuffle. Ranks
+whose range gives one batch less than the longest get one idle step; with gradient accumulation all ranks get up to
+``accumulate - 1`` more, so that an epoch is a whole number of optimizer steps. Without accumulation there is thus at most one
+idle step a rank and epoch, and none for one rank.
+
+Ranks here are those of the job, of which a process may play several (``interleaved``): how many processes there are changes
+neither the order nor the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headkd_ray.data.rng import key_permutation
+from headkd_ray.data.shards import ShardIndex
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Which images make up one batch."""
+
+    step: int
+    """Global micro-batch number, counted over all epochs; the same on every rank."""
+    rows: tuple[int, ...]
+    """Rows of the index; empty = the rank is idle in this step."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Batches whose images are read together."""
+
+    epoch: int
+    batches: tuple[PlannedBatch, ...]
+
+    @property
+    def rows(self) -> Rows:
+        """Index rows of all its images, int64, ascending."""
+        return np.unique(np.array([row for batch in self.batches for row in batch.rows], dtype=np.int64))
+
+
+def train_rows(index: ShardIndex, keep_empty: bool) -> Rows:
+    """Index rows to train on, int64: all, or those with at least one non-crowd box."""
+    return np.arange(len(index)) if keep_empty else np.flatnonzero(index.boxes > 0)
+
+
+def steps_per_epoch(images: int, batch_size: int, world_size: int, accumulate: int = 1) -> int:
+    """Micro-batches a rank and epoch, idle ones included: the same for all ranks and epochs; a multiple of ``accumulate``."""
+    longest_rank = _ceil(images, world_size)
+    return _ceil(_ceil(longest_rank, batch_size), accumulate) * accumulate
+
+
+def train_windows(
+    index: ShardIndex,
+    rows: Rows,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    window: int,
+    epochs: int,
+    accumulate: int = 1,
+    start_step: int = 0,
+) -> Iterator[Window]:
+    """Windows of ``rank`` from micro-batch ``start_step`` of all epochs to the end of epoch ``epochs - 1``.
+
+    Args:
+        index: the split's index.
+        rows: index rows to train on, from ``train_rows``.
+        window: images a window, rounded up to a multiple of ``batch_size``.
+        start_step: a resumed run's next micro-batch: windows wholly before it are left out, a window that it falls into keeps
+            only the batches that remain.
+    """
+    steps = steps_per_epoch(len(rows), batch_size, world_size, accumulate)
+    for epoch in range(start_step // steps, epochs):
+        for planned in epoch_windows(
+            index,
+            rows,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+            window=window,
+            steps=steps,
+        ):
+            remaining = tuple(batch for batch in planned.batches if batch.step >= start_step)
+            if remaining:
+                yield replace(planned, batches=remaining)
+
+
+def epoch_windows(
+    index: ShardIndex,
+    rows: Rows,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    window: int,
+    steps: int,
+) -> Iterator[Window]:
+    """Windows of one rank in one epoch: together ``steps`` batches, the last ones idle if its images do not suffice.
+
+    All ranks have windows of the same steps.
+    """
+    order = _shuffled_groups(index.group[rows], rows, seed, epoch)
+    first, last = (len(order) * r // world_size for r in (rank, rank + 1))
+    mine = order[first:last]
+    length = _ceil(window, batch_size)  # steps of a window
+    for number, start in enumerate(range(0, steps, length)):
+        part = mine[start * batch_size : (start + length) * batch_size]
+        part = part[key_permutation(len(part), "window", seed, epoch, rank, number)]
+        batches = list(_by_aspect(part, index.portrait, batch_size))
+        batches += [()] * (min(length, steps - start) - len(batches))
+        yield Window(epoch, tuple(PlannedBatch(epoch * steps + start + i, batch) for i, batch in enumerate(batches)))
+
+
+def interleaved(ranks: Sequence[Iterable[Window]]) -> Iterator[Window]:
+    """The windows of a process that plays several ranks: step by step the batch of each rank, in their order."""
+    for windows in zip(*ranks, strict=True):
+        steps = zip(*(window.batches for window in windows), strict=True)
+        yield Window(windows[0].epoch, tuple(chain.from_iterable(steps)))
+
+
+def eval_windows(index: ShardIndex, *, rank: int, world_size: int, batch_size: int, window: int = 256) -> Iterator[Window]:
+    """Every image of the split once, in the order of the shards, each rank a contiguous range; no idle steps.
+
+    Batches are grouped by aspect within a window, as in training.
+    """
+    first, last = (len(index) * r // world_size for r in (rank, rank + 1))
+    size = _ceil(window, batch_size) * batch_size
+    step = 0
+    for start in range(first, last, size):
+        part = np.arange(start, min(start + size, last))
+        batches = tuple(PlannedBatch(step + i, batch) for i, batch in enumerate(_by_aspect(part, index.portrait, batch_size)))
+        step += len(batches)
+        yield Window(0, batches)
+
+
+def _shuffled_groups(groups: NDArray[np.int64], rows: Rows, seed: int, epoch: int) -> Rows:
+    """``rows`` with their row groups in the order of (seed, epoch)."""
+    _, group = np.unique(groups, return_inverse=True)  # row groups without a training image do not count
+    position = np.argsort(key_permutation(int(group.max(initial=-1)) + 1, "epoch", seed, epoch))
+    return rows[np.argsort(position[group], kind="stable")]
+
+
+def _by_aspect(rows: Rows, portrait: NDArray[np.bool_], batch_size: int) -> Iterator[tuple[int, ...]]:
+    """Batches of one aspect, in the order in which they fill; what is left over is merged if it fits one batch."""
+    buckets: tuple[list[int], list[int]] = ([], [])
+    for row in rows.tolist():
+        bucket = buckets[int(portrait[row])]
+        bucket.append(row)
+        if len(bucket) == batch_size:
+            yield tuple(bucket)
+            bucket.clear()
+    rest = [*buckets[0], *buckets[1]]
+    parts = [rest] if len(rest) <= batch_size else list(buckets)
+    yield from (tuple(part) for part in parts if part)
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)

@@ -1,0 +1,139 @@
+"""From a dense head's raw maps to proposals, which remember the anchor cell they came from, and to detections.
+
+Shared by all dense heads and the RPN; a cell of a head of points counts as its one anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.boxes import clip, exceeds
+from headkd_ray.detectors.ops.matching import gather_rows
+from headkd_ray.detectors.ops.nms import grouped_nms, pack
+from headkd_ray.job import PostprocessSpec, ProposalSpec
+
+Decode = Callable[[Tensor, Tensor], Tensor]
+"""Box predictions (..., 4) float32 and their anchors (..., 4) to boxes (..., 4)."""
+
+
+class Proposals(NamedTuple):
+    """Proposals of a batch, sorted by score within each image; P is the most any image has."""
+
+    boxes: Tensor
+    """(B, P, 4) float32, pixels of the network input, clipped to the unpadded image."""
+    scores: Tensor
+    """(B, P) float32, 0 = padding."""
+    cells: Tensor
+    """(B, P, 4) int64: level, y, x, anchor of the anchor that produced each; level 0 is the head's finest; -1 = padding."""
+    valid: Tensor
+    """(B, P) bool, False = padding."""
+
+
+class Detections(NamedTuple):
+    """Detections of a batch, sorted by score within each image; N is the most any image has."""
+
+    boxes: Tensor
+    """(B, N, 4) float32, pixels of the network input, clipped to the unpadded image."""
+    scores: Tensor
+    """(B, N) float32, 0 = padding."""
+    labels: Tensor
+    """(B, N) int64, 0 to C-1, -1 = padding."""
+
+
+def flatten_cells(maps: Sequence[Tensor], channels: int) -> list[Tensor]:
+    """Maps (B, A * channels, H, W), anchor-major, as tables (B, H * W * A, channels) in the order (y, x, anchor)."""
+    return [m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps]
+
+
+@torch.no_grad()
+def propose(
+    scores: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Anchors, sizes: Tensor, spec: ProposalSpec, decode: Decode
+) -> Proposals:
+    """Top anchors of each level by score, decoded, clipped, stripped of degenerate boxes, NMS within each level.
+
+    ``scores`` per level (B, A, H, W) in 0..1; ``deltas`` per level (B, A * 4, H, W), what ``decode`` turns into boxes;
+    ``sizes`` (B, 2) unpadded (h, w).
+    """
+    grid = anchors.grid(scores)
+    tables, offset = [], 0
+    for level, (score, delta) in enumerate(zip(scores, flatten_cells(deltas, 4), strict=True)):
+        score = score.float().permute(0, 2, 3, 1).flatten(1)
+        top, index = score.topk(min(spec.pre_nms, score.shape[1]), dim=1)
+        boxes = decode(gather_rows(delta, index).float(), grid.boxes[offset + index])
+        tables.append((boxes, top, anchors.cells(index, level, grid.shapes[level][1])))
+        offset += grid.counts[level]
+    boxes, score, cells = (torch.cat(column, dim=1) for column in zip(*tables, strict=True))
+    boxes = clip(boxes, sizes)
+
+    image, row = exceeds(boxes, spec.min_size).nonzero(as_tuple=True)
+    boxes, score, cells = boxes[image, row], score[image, row], cells[image, row]
+    keep = grouped_nms(boxes, score, image * len(scores) + cells[:, 0], spec.nms_iou)
+    fields = {"boxes": (boxes[keep], 0), "scores": (score[keep], 0), "cells": (cells[keep], -1)}
+    valid, packed = pack(image[keep], len(sizes), spec.post_nms, fields)
+    return Proposals(packed["boxes"], packed["scores"], packed["cells"], valid)
+
+
+class Found(NamedTuple):
+    """What one level, or all, offers as detections: K (anchor, class) pairs an image."""
+
+    boxes: Tensor
+    """(B, K, 4) float32, pixels of the network input, not clipped."""
+    entry: Tensor
+    """(B, K) float32: what must exceed the least score."""
+    scores: Tensor
+    """(B, K) float32: what ranks them from then on."""
+    labels: Tensor
+    """(B, K) int64, 0 to C-1."""
+
+
+def best_pairs(logits: Tensor, limit: int, quality: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchor, score and class, (B, K) each, of a level's best ``limit`` (anchor, class) pairs, best first.
+
+    The score is p, the sigmoid of ``logits`` (B, N, C); with ``quality`` (B, N) in 0..1 it is sqrt(p * quality).
+    """
+    # The best K (anchor, class) pairs lie on the best K anchors, so the big sort is over anchors alone.
+    best = logits.amax(2)
+    rank = best if quality is None else best.float().sigmoid() * quality
+    _, anchor = rank.topk(min(limit, rank.shape[1]), dim=1)
+    scores = gather_rows(logits, anchor).float().sigmoid()
+    if quality is not None:
+        scores = (scores * quality.gather(1, anchor).unsqueeze(2)).sqrt()
+    pairs = scores.flatten(1)
+    score, pair = pairs.topk(min(limit, pairs.shape[1]), dim=1)
+    num_classes = logits.shape[2]
+    return anchor.gather(1, pair // num_classes), score, pair % num_classes
+
+
+def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num_classes: int) -> Detections:
+    """Detections from what all ``levels`` found: clipped to ``sizes`` (B, 2), filtered and suppressed by ``rules``."""
+    found = Found(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
+    boxes = clip(found.boxes, sizes)
+    image, row = ((found.entry > rules.score) & exceeds(boxes, rules.min_size)).nonzero(as_tuple=True)
+    return suppress(
+        boxes[image, row],
+        found.scores[image, row],
+        found.labels[image, row],
+        image,
+        batch=len(sizes),
+        num_classes=num_classes,
+        iou=rules.nms_iou,
+        limit=rules.max_detections,
+    )
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, batch: int, num_classes: int, iou: float, limit: int
+) -> Detections:
+    """NMS within each class of each image, then the best ``limit`` an image.
+
+    ``boxes`` (M, 4), ``scores`` (M,), ``labels`` (M,) and ``image`` (M,) int64 are candidates in any order.
+    """
+    keep = grouped_nms(boxes, scores, image * num_classes + labels, iou)
+    fields = {"boxes": (boxes[keep], 0), "scores": (scores[keep], 0), "labels": (labels[keep], -1)}
+    _, packed = pack(image[keep], batch, limit, fields)
+    return Detections(packed["boxes"], packed["scores"], packed["labels"])

@@ -1,0 +1,98 @@
+"""Evaluation of a detector over all ranks: each image once, predictions gathered once, COCO metrics on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.detectors import Detections, Detector
+from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
+from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.scoring import Scoring
+
+
+@torch.inference_mode()
+def predict(
+    detector: Detector,
+    batches: Iterable[Batch],
+    device: torch.device,
+    category_ids: Sequence[int | None],
+    precision: str = "fp32",
+) -> dict[int, list[dict[str, Any]]]:
+    """COCO results by image id: bbox xywh in pixels of the stored image, the data set's own category ids.
+
+    Args:
+        category_ids: of each of the detector's classes; None = leave what is detected of it out.
+
+    Raises:
+        AssertionError: an image came twice (the plan never does that; a duplicate would inflate the metrics silently).
+    """
+    was_training = detector.training
+    detector.eval()
+    results: dict[int, list[dict[str, Any]]] = {}
+    for batch in batches:
+        if batch.idle:
+            continue
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            found = detector.detect(detector.normalise(batch.images, batch.sizes), batch.sizes)
+        for image_id, entries in zip(batch.image_ids.tolist(), coco_results(found, batch, category_ids), strict=True):
+            assert image_id not in results, f"image {image_id} was evaluated twice"
+            results[image_id] = entries
+    detector.train(was_training)
+    return results
+
+
+def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int | None]) -> list[list[dict[str, Any]]]:
+    """One list of COCO results per image of the batch; boxes go back to the stored image's pixels and inside it.
+
+    Args:
+        category_ids: as in :func:`predict`.
+    """
+    scale = batch.original_sizes.float() / batch.sizes.float()  # (B, 2) h, w
+    factors = scale[:, [1, 0, 1, 0]][:, None]
+    limits = batch.original_sizes.float()[:, [1, 0, 1, 0]][:, None]
+    boxes = torch.minimum((found.boxes.float() * factors).clamp_min(0), limits)
+    xywh = torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1).tolist()
+    rows = zip(batch.image_ids.tolist(), xywh, found.scores.tolist(), found.labels.tolist(), strict=True)
+    return [
+        [
+            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            for box, score, label in zip(*columns, strict=True)
+            if label >= 0 and category_ids[label] is not None
+        ]
+        for image_id, *columns in rows
+    ]
+
+
+def evaluate(
+    detector: Detector,
+    batches: Iterable[Batch],
+    distributed: Distributed,
+    ground_truth: dict[str, Any] | None,
+    scoring: Scoring,
+    precision: str = "fp32",
+) -> CocoMetrics:
+    """COCO metrics of the detector over the ranks' shares of the images; the same on every rank. A collective call.
+
+    Args:
+        ground_truth: COCO dictionary, needed on rank 0 only.
+        scoring: as which categories, and how many, the detections count.
+
+    Raises:
+        AssertionError: the ranks' shares overlap or miss an image of ``ground_truth``.
+    """
+    shares = distributed.gather(predict(detector, batches, distributed.device, scoring.category_ids, precision))
+    metrics = None
+    if shares is not None:
+        assert ground_truth is not None
+        image_ids = [image_id for share in shares for image_id in share]
+        assert sorted(image_ids) == sorted(image["id"] for image in ground_truth["images"]), "ranks overlap or miss images"
+        found = [entry for share in shares for entries in share.values() for entry in entries]
+        metrics = coco_metrics(ground_truth, found, image_ids, scoring.max_detections)
+    metrics = distributed.broadcast(metrics)
+    assert metrics is not None
+    return metrics

@@ -1,0 +1,63 @@
+"""A student on single images: the same view, normalisation and post-processing as in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from headkd_ray.data.batch import Example, collate
+from headkd_ray.data.images import FULL_RANGE
+from headkd_ray.data.views import apply_view, eval_view
+from headkd_ray.detectors import Detector
+from headkd_ray.engine.evaluation import coco_results
+from headkd_ray.errors import CheckpointError
+from headkd_ray.job import DataSpec
+
+
+def view_spec(meta: Mapping[str, Any]) -> DataSpec:
+    """How a checkpoint wants its images at evaluation: what ``meta["data"]`` records, else the paper's sizes.
+
+    Raises:
+        CheckpointError: it records something else.
+    """
+    try:
+        return DataSpec.model_validate({"train": "none", "val": "none", **meta.get("data", {})})
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(f"model.json: meta.data {meta.get('data')!r} is not how images are shown: {error}") from error
+
+
+def trained_range(meta: Mapping[str, Any]) -> tuple[int, int] | None:
+    """With which range of values a checkpoint's 16-bit training images were read; None if it had none.
+
+    Raises:
+        CheckpointError: it records something else.
+    """
+    match meta.get("value_range"):
+        case None:
+            return None
+        case [int(low), int(high)] if FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
+            return low, high
+    raise CheckpointError(f"model.json: meta.value_range {meta['value_range']!r} is not a range of 16-bit values")
+
+
+@torch.inference_mode()
+def detect_images(
+    detector: Detector, images: Sequence[Tensor], spec: DataSpec, category_ids: Sequence[int], device: torch.device
+) -> Iterator[list[dict[str, Any]]]:
+    """COCO results of each image (``image_id`` is its position), best first, boxes xywh in pixels of that image.
+
+    Args:
+        images: uint8 (3, H, W), RGB, any sizes; one is in the network at a time.
+    """
+    detector.eval()
+    for position, image in enumerate(images):
+        shown, _ = apply_view(image, np.zeros((0, 4), np.float32), eval_view(spec))
+        height, width = image.shape[1:]
+        example = Example(shown, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), position, (height, width))
+        batch = collate([example], step=0, pad=spec.pad).to(device)
+        yield coco_results(detector(batch.images, batch.sizes), batch, category_ids)[0]

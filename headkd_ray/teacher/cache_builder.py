@@ -1,0 +1,110 @@
+"""Filling a cache: each (shard, view) unit by itself, in any order, on any machine."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from headkd_ray.data.batch import Batch, Example, collate
+from headkd_ray.data.batch_stream import BatchMaker
+from headkd_ray.data.shards import Sample
+from headkd_ray.memory import enough_memory
+from headkd_ray.soft_targets import TopLogits, ViewTargets
+from headkd_ray.teacher.soft_teacher import SoftTeacher
+from headkd_ray.teacher.target_cache import Cache
+
+AHEAD = 2
+"""Row groups under way beside the one that is written."""
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Asks ``teacher`` about views and keeps its answers."""
+
+    cache: Cache
+    teacher: SoftTeacher
+    maker: BatchMaker
+    batch_size: int
+    """Views a forward pass."""
+    threads: int = 2
+    """Decoding threads."""
+
+    def build(self, shard: int, view: int) -> int:
+        """Write the file of one unit, unless it is there and sound; its size in bytes, 0 if it was there.
+
+        Raises DataError (a shard cannot be read), CacheError (the cache cannot be written).
+        """
+        if self.cache.sound(shard, view):
+            return 0
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="headkd-decode") as pool:
+            return self.cache.write(shard, view, self._groups(shard, view, pool))
+
+    def shown(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[Sample, Example | None]]:
+        """Images at ``rows`` of a shard, all within one row group, with ``view`` of each that is trained on, else None."""
+        samples = self.cache.shards.read_group(shard, group, rows)
+        return [(sample, self._show(sample, view)) for sample in samples]
+
+    def _groups(self, shard: int, view: int, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, ViewTargets]]]:
+        """Row groups in order. While one is written the teacher looks at the next, and the one after is read and decoded."""
+        meta = self.cache.shards.meta
+        starts = range(0, meta.shards[shard].images, meta.row_group)
+
+        def show(start: int) -> list[tuple[Sample, Future[Example | None]]]:
+            rows = range(start, min(start + meta.row_group, meta.shards[shard].images))
+            samples = self.cache.shards.read_group(shard, start // meta.row_group, rows)
+            return [(sample, pool.submit(self._show, sample, view)) for sample in samples]
+
+        def ask(read: Future[list[tuple[Sample, Future[Example | None]]]]) -> list[tuple[int, ViewTargets]]:
+            return self.ask([(sample, shown.result()) for sample, shown in read.result()])
+
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="headkd-read") as reader,
+            ThreadPoolExecutor(1, thread_name_prefix="headkd-ask") as asker,
+        ):
+            coming: deque[Future[list[tuple[int, ViewTargets]]]] = deque()
+            for start in starts:
+                coming.append(asker.submit(ask, reader.submit(show, start)))
+                if len(coming) > AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _show(self, sample: Sample, view: int) -> Example | None:
+        """The view; None for an image that is not trained on."""
+        if not len(sample.labels) and not self.maker.spec.keep_empty:
+            return None
+        return self.maker.example(sample, view)
+
+    def ask(self, shown: Sequence[tuple[Sample, Example | None]]) -> list[tuple[int, ViewTargets]]:
+        """The teacher's answers, views of one padded size together."""
+        pad = self.maker.spec.pad
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, example) in enumerate(shown):
+            if example is not None:
+                alike.setdefault(tuple(-(-side // pad) for side in example.image.shape[1:]), []).append(place)
+        answers = [(sample.image_id, self.cache.nothing()) for sample, _ in shown]
+        for places in alike.values():
+            for start in range(0, len(places), self.batch_size):
+                some = places[start : start + self.batch_size]
+                batch = collate([example for place in some if (example := shown[place][1]) is not None], 0, pad)
+                for place, own in zip(some, self.answer(batch), strict=True):
+                    answers[place] = (answers[place][0], own)
+        return answers
+
+    def answer(self, batch: Batch) -> list[ViewTargets]:
+        """Of each view of a batch, without padding."""
+        with enough_memory("asking the teacher", f"lower teacher.batch_size ({self.batch_size})"):
+            targets = self.teacher(batch.to(self.teacher.device))
+            top = self.teacher.top_logits(targets.taps, self.cache.codec.logits)
+        views = zip(*(tensor.cpu() for tensor in (*targets, *top)), strict=True)
+        return [
+            ViewTargets(
+                boxes[valid].numpy(),
+                truth[valid].numpy(),
+                taps[:, valid].numpy(),
+                TopLogits(logits[valid].numpy(), classes[valid].numpy()),
+            )
+            for boxes, truth, valid, taps, logits, classes in views
+        ]

@@ -1,0 +1,115 @@
+"""A teacher that chooses its own RoIs: what it says is a function of the view alone, so it may be asked anywhere, at any time.
+
+The RoIs of a view are a sample of its ground-truth boxes and of the teacher's own proposals. Which ones is drawn by a hash of
+(seed, image, view, candidate), and each view is seen without the padding that its batch would give it, so neither the batch nor
+the machine matters but for rounding errors. A proposal goes by the anchor it came from and not by its rank, which is no name:
+where rounding errors let one proposal in or out, all ranks below it would move and another sample be drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headkd_ray.data.batch import Batch
+from headkd_ray.data.rng import key_bits
+from headkd_ray.detectors import GroundTruth, TwoStageDetector
+from headkd_ray.detectors.ops.rois import Candidates, candidates
+from headkd_ray.detectors.ops.sampling import sample
+from headkd_ray.job import SamplerSpec
+from headkd_ray.soft_targets import SoftTargets
+
+
+class SoftTeacher:
+    """Asks a frozen two-stage detector whose RoI head has one stage."""
+
+    def __init__(self, detector: TwoStageDetector, budget: int, seed: int, pad: int, precision: str = "fp32") -> None:
+        """``budget``: RoIs a view; ``pad``: a view is padded to a multiple of this, in pixels, on its own."""
+        self.detector = detector.eval().requires_grad_(False)
+        self.seed = seed
+        self.pad = pad
+        self.precision = precision
+        (self.head,) = detector.roi.stages
+        roi = self.head.spec
+        self.sampler = SamplerSpec(size=budget, positive_fraction=roi.sampler.positive_fraction)
+        self.layers, self.width = roi.fcs, roi.fc_channels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return next(self.detector.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> SoftTargets:
+        """The teacher's targets for ``batch``, on the batch's device, which must be the teacher's. An idle one gets none."""
+        targets = self._nothing(len(batch.sizes))
+        if batch.idle:
+            return targets
+        # Views of one padded size go through together.
+        extents = (batch.sizes + self.pad - 1) // self.pad * self.pad
+        for height, width in extents.unique(dim=0).tolist():
+            rows = (extents == extents.new_tensor([height, width])).all(1).nonzero().squeeze(1)
+            group = self._look(batch, rows, height, width)
+            for whole, part in zip(targets, group, strict=True):
+                whole[rows] = part
+        return targets
+
+    @torch.no_grad()
+    def taps_at(self, batch: Batch, boxes: Tensor) -> Tensor:
+        """(L, k, D) what it says about ``boxes`` (k, 4) in a ``batch`` of one view."""
+        height, width = ((batch.sizes[0] + self.pad - 1) // self.pad * self.pad).tolist()
+        x = self.detector.normalise(batch.images[:, :, :height, :width], batch.sizes)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            image = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+            taps = self.head(self.detector.features(x), boxes, image).taps
+        return torch.stack([tap.float() for tap in taps])
+
+    @torch.no_grad()
+    def top_logits(self, taps: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Its ``count`` = M greatest class logits for what :class:`SoftTargets` holds, ``taps`` (B, L, K, D), greatest first,
+        and their classes, both (B, K, M); the greatest class number is background."""
+        return self.head.cls_out(taps[:, -1]).topk(count)
+
+    def _look(self, batch: Batch, rows: Tensor, height: int, width: int) -> SoftTargets:
+        """The targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""
+        sizes = batch.sizes[rows]
+        truth = GroundTruth.of(batch.boxes[rows], batch.labels[rows], sizes)
+        x = self.detector.normalise(batch.images[rows, :, :height, :width], sizes)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.detector.features(x)
+            proposals = self.detector.rpn.proposals(self.detector.rpn(features), sizes)
+            pool = candidates(proposals, truth, self.head.spec.positive_iou)
+            tickets = self._tickets(batch, rows, pool)
+            positive = pool.matched >= 0
+            chosen = sample(positive & pool.valid, ~positive & pool.valid, self.sampler, ticket=tickets)
+            places = chosen.picked.unsqueeze(-1)
+            boxes = pool.boxes.gather(1, places.expand(-1, -1, 4)) * chosen.valid.unsqueeze(-1)
+            image, place = chosen.valid.nonzero(as_tuple=True)
+            taps = self.head(features, boxes[image, place], image).taps
+        targets, count = self._nothing(len(rows)), chosen.picked.shape[1]
+        targets.boxes[:, :count] = boxes
+        targets.truth[:, :count] = (chosen.picked < truth.labels.shape[1]) & chosen.valid
+        targets.valid[:, :count] = chosen.valid
+        for layer, tap in enumerate(taps):
+            targets.taps[image, layer, place] = tap.float()
+        return targets
+
+    def _nothing(self, views: int) -> SoftTargets:
+        return SoftTargets.empty(views, self.sampler.size, self.layers, self.width).map(lambda tensor: tensor.to(self.device))
+
+    def _tickets(self, batch: Batch, rows: Tensor, pool: Candidates) -> Tensor:
+        """(N, G + P) numbers in [0, 1) that belong to (seed, image, view, candidate)."""
+        views = zip(batch.image_ids[rows].tolist(), batch.views[rows].tolist(), strict=True)
+        keys = [key_bits("rois", self.seed, image, view) & 0xFFFFFFFF for image, view in views]
+        bits = torch.tensor(keys, device=self.device).unsqueeze(1)
+        for part in pool.cells.unbind(-1):
+            bits = hashed_bits(bits ^ (part & 0xFFFFFFFF))
+        return bits.double() / (1 << 32)
+
+
+def hashed_bits(bits: Tensor) -> Tensor:
+    """32 well-mixed bits of each of 32 ``bits`` (int64); products stay below 2^63, so every device computes the same."""
+    for multiplier in (0x7FEB352D, 0x2C1B3C6D):
+        bits = bits ^ (bits >> 16)
+        bits = (bits * multiplier) & 0xFFFFFFFF
+    return bits ^ (bits >> 15)

@@ -1,0 +1,97 @@
+"""A cache of soft targets from a job, in this process: what fills it, and how good it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from headkd_ray.data.batch import collate
+from headkd_ray.data.epoch_order import train_rows
+from headkd_ray.data.rng import key_permutation
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors.two_stage import answers_about_rois
+from headkd_ray.errors import JobError
+from headkd_ray.job import Job
+from headkd_ray.soft_targets import ViewTargets
+from headkd_ray.teacher import Builder, builder_of
+from headkd_ray.teacher.loading import teacher_of
+
+
+def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
+    """What fills the job's cache, on ``device``; nothing is written yet.
+
+    Raises JobError if the job's answers cannot be kept; DataError, CheckpointError as their readers do.
+    """
+    if job.teacher is None or job.distill.rois != "teacher":
+        raise JobError(
+            "distill.rois: a cache holds what the teacher says about RoIs that it chose itself; use a job of method akd or "
+            "head with distill.rois: teacher"
+        )
+    shards = ShardSet.open(job.data.train)
+    teacher = teacher_of(job, shards.meta.classes)
+    if not answers_about_rois(teacher):
+        raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, this one is a {teacher.spec.kind}")
+    return builder_of(job, shards, teacher, device)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a cache's answers compare with the teacher's of now, over a sample of views."""
+
+    views: int
+    same_rois: int
+    """Views for which it would choose the very same RoIs now. Another device or batch rounds another way, and may let one in
+    or out."""
+    cosine: float
+    """Mean over RoIs and layers of the cosine of cached features and those of now, of the cached RoIs; NaN if none."""
+    least_cosine: float
+    worst: float
+    """Greatest difference of a feature, as a share of the greatest feature."""
+    same_class: float | None
+    """Share of the cached RoIs whose cached class is the one that it says now; NaN if there are no RoIs, None if no logits are
+    kept."""
+
+
+def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
+    """Ask the teacher again about ``sample`` views drawn by ``seed``. Raises CacheError if the cache is not whole."""
+    cache = builder.cache
+    cache.check()
+    index = cache.shards.index
+    trained = train_rows(index, builder.maker.spec.keep_empty)
+    order = key_permutation(len(trained) * cache.views, "verify", seed)[:sample].tolist()
+    cosines, same, gap, most = [], 0, 0.0, 0.0
+    agree: list[np.ndarray] = []
+    for number in order:
+        row, view = int(trained[number // cache.views]), number % cache.views
+        shard, place = int(index.shard[row]), int(index.row[row])
+        group = place // index.row_group
+        ((sample_of, example),) = builder.shown(shard, group, view, [place])
+        assert example is not None  # it is trained on
+        (packed,) = cache.read_group(shard, group, [place], view)
+        kept = cache.unpack(packed, sample_of.image_id, view)
+        batch = collate([example], 0, builder.maker.spec.pad).to(builder.teacher.device)
+        same += same_rois(kept, builder.answer(batch)[0])
+        taps = builder.teacher.taps_at(batch, torch.from_numpy(kept.boxes).to(builder.teacher.device))
+        live = taps.cpu().numpy()
+        if cache.codec.logits:
+            classes = builder.teacher.top_logits(taps.unsqueeze(0), 1)[1].flatten().cpu().numpy()
+            agree.append(kept.top.classes[:, 0] == classes)
+        cosines.append(cosine(kept.taps, live))
+        gap, most = max(gap, float(np.abs(kept.taps - live).max(initial=0))), max(most, float(live.max(initial=0)))
+    every = np.concatenate([c.ravel() for c in cosines]) if cosines else np.array([np.nan])
+    same_class = float(np.concatenate(agree).mean()) if agree else None
+    return Agreement(len(order), same, float(every.mean()), float(every.min()), gap / most if most else 0.0, same_class)
+
+
+def same_rois(one: ViewTargets, other: ViewTargets) -> bool:
+    """Equal number, and boxes equal to a hundredth of a pixel."""
+    return one.boxes.shape == other.boxes.shape and bool(np.allclose(one.boxes, other.boxes, rtol=0, atol=0.01))
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(L, k) cosines of features (L, k, D); 1 where both are zero."""
+    product = (one * other).sum(-1)
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    return np.where(norms > 0, product / np.where(norms > 0, norms, 1), 1.0)

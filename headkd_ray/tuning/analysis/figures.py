@@ -1,0 +1,278 @@
+"""Figures of a search, by matplotlib. Ink is one colour, for which an HTML page puts its text's: readable in light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from headkd_ray.errors import UserError
+from headkd_ray.job.render import inline
+from headkd_ray.text import printable
+from headkd_ray.tuning.analysis.table import UNITS, ranked, short_names, shown
+from headkd_ray.tuning.search_spec import ParameterSpec
+from headkd_ray.tuning.space import Search
+from headkd_ray.tuning.study import EXTRA
+from headkd_ray.tuning.trial_records import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, BEST, BASE = "#1d1e20", "#8a8f98", "#ef7d12", "#2f78d8"
+"""Text and axes; other trials; the best trial; trial 0."""
+SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
+"""From a low metric to a high one: all visible on white and on black."""
+MISSING = -0.12
+"""Where an axis of the parallel coordinates shows that a key is not varied in a trial."""
+NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""An SVG's metadata: none, so that it names no place on the network."""
+STYLE: Any = {
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], INK),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
+    "font.size": 10,
+}
+
+
+def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, float]) -> dict[str, Figure]:
+    """Name -> figure; those for which there is nothing to draw are left out.
+
+    Raises UserError if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"the figures need matplotlib: {EXTRA}") from None
+    with matplotlib.rc_context(STYLE):
+        drawn = {
+            "history": _history(search, trials),
+            "curves": _curves(search, trials),
+            "parallel": _parallel(search, trials),
+            "importance": _importance(importance),
+            "slices": _slices(search, trials),
+            "pareto": _pareto(search, trials),
+        }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG on white."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150, facecolor="white", bbox_inches="tight")
+    return out.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element without a background, its ink in the colour of the text around it."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "headkd"}):
+        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata=NOTHING)
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height))
+    return figure, figure.subplots()
+
+
+def _history(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    metric = search.spec.objective.metric
+    finished = sorted((trial for trial in trials if trial.state == "finished"), key=lambda trial: trial.ended or 0.0)
+    if not finished:
+        return None
+    figure, axes = _axes(8, 3.2)
+    start = min(trial.started for trial in trials)
+    minutes = [((trial.ended or start) - start) / 60 for trial in finished]
+    means = [trial.mean(metric) for trial in finished]
+    best = [max(means[: count + 1]) for count in range(len(means))]
+    axes.step(minutes, best, where="post", color=BEST, label="best so far")
+    for trial, x, y in zip(finished, minutes, means, strict=True):
+        axes.scatter(x, y, color=BASE if trial.number == 0 else FAINT, s=24, zorder=3)
+        axes.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axes.scatter([], [], color=BASE, s=24, label="trial 0: the base job")
+    axes.set(xlabel="minutes", ylabel=f"{metric} on val (%)", title="Trials as they finished")
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    from matplotlib.ticker import MaxNLocator
+
+    metric = search.spec.objective.metric
+    order = ranked(search, trials)
+    best = order[0].number if order and order[0].state == "finished" else None
+    figure, axes = _axes(8, 3.8)
+    drawn = False
+    for trial in reversed(order):
+        points = [(epoch, value) for epoch, value in trial.curve if value is not None]
+        if not points:
+            continue
+        drawn = True
+        colour = BEST if trial.number == best else BASE if trial.number == 0 else FAINT
+        marked = trial.number in (0, best)
+        label = {best: f"best: trial {best}", 0: "trial 0: the base job"}.get(trial.number) if marked else None
+        epochs, values = zip(*points, strict=True)
+        axes.plot(epochs, values, color=colour, marker=".", lw=2 if marked else 1, alpha=1 if marked else 0.7, label=label)
+        if trial.state in ("stopped", "failed"):
+            axes.plot(epochs[-1:], values[-1:], marker="x", color=colour, ms=7)
+    if not drawn:
+        return None
+    axes.plot([], [], "x", color=FAINT, label="stopped or failed")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    seed = f", seed {search.seeds[0]}" if len(search.seeds) > 1 else ""
+    axes.set(xlabel="epoch", ylabel=f"{metric} on val (%)", title=f"Learning curves{seed}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    metric = search.spec.objective.metric
+    finished = [trial for trial in ranked(search, trials) if trial.state == "finished"]
+    if len(finished) < 2:
+        return None
+    keys = list(search.spec.space)
+    means = [trial.mean(metric) for trial in finished]
+    spread = max(means) - min(means) or 1.0
+    shades = LinearSegmentedColormap.from_list("trials", SCALE)
+    figure, axes = _axes(max(6.0, 1.5 * (len(keys) + 1)), 4.2)
+    for trial, mean in reversed(list(zip(finished, means, strict=True))):
+        heights = [place(search.spec.space[key], trial.values[key]) if key in trial.values else MISSING for key in keys]
+        heights.append((mean - min(means)) / spread)
+        best = trial is finished[0]
+        colour = shades(heights[-1])
+        axes.plot(range(len(heights)), heights, color=colour, lw=3 if best else 1.2, alpha=1 if best else 0.8)
+    for x, key in enumerate(keys):
+        axes.axvline(x, color=INK, lw=0.8)
+        for height, text in ticks(search.spec.space[key]):
+            axes.annotate(text, (x, height), textcoords="offset points", xytext=(4, 0), fontsize=8, va="center")
+    axes.axvline(len(keys), color=INK, lw=0.8)
+    for height, value in ((0.0, min(means)), (1.0, max(means))):
+        axes.annotate(f"{value:.1f}", (len(keys), height), textcoords="offset points", xytext=(4, 0), fontsize=8, va="center")
+    if any(key not in trial.values for trial in finished for key in keys):
+        axes.text(-0.05, MISSING, "not varied", fontsize=8, ha="right", va="center")
+    names = [plain(name).replace(".", ".\n") for name in short_names(keys).values()]
+    axes.set_xticks(range(len(keys) + 1), [*names, f"{metric} (%)"], fontsize=9)
+    axes.set(yticks=[], ylim=(MISSING - 0.06, 1.06), xlim=(-0.15, len(keys) + 0.45), title="Values of the finished trials")
+    axes.tick_params(length=0)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def _importance(importance: Mapping[str, float]) -> Figure | None:
+    if not importance:
+        return None
+    names = short_names(list(importance))
+    figure, axes = _axes(8, 0.8 + 0.34 * len(importance))
+    rows = list(importance.items())[::-1]
+    axes.barh([plain(names[key]) for key, _ in rows], [share for _, share in rows], color=BASE)
+    for y, (_, share) in enumerate(rows):
+        axes.annotate(f"{share:.0%}", (share, y), textcoords="offset points", xytext=(4, 0), fontsize=9, va="center")
+    axes.set(xlabel="share of the explained variance (fANOVA)", title="Importance of the keys")
+    return figure
+
+
+def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    metric = search.spec.objective.metric
+    finished = [trial for trial in ranked(search, trials) if trial.state == "finished"]
+    if len(finished) < 2:
+        return None
+    keys = list(search.spec.space)
+    columns = min(4, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    figure = Figure((2.6 * columns, 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, key in zip(grid.flat, keys, strict=False):
+        parameter, choices = search.spec.space[key], list(search.spec.space[key].choice or ())
+        for trial in reversed(finished):
+            value = trial.values.get(key)
+            if choices and value in choices:
+                value = choices.index(value)
+            elif choices or not isinstance(value, int | float):
+                continue  # not varied, or trial 0 has a value that the space has not
+            best, base = trial is finished[0], trial.number == 0
+            colour = BEST if best else BASE if base else FAINT
+            axes.scatter(value, trial.mean(metric), color=colour, s=22, zorder=3 + best if best or base else 2)
+        if parameter.kind.startswith("log"):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # 2 x 10^-3, 3 x 10^-3, ... over each other
+        if choices:
+            axes.set_xticks(range(len(choices)), [plain(inline(value)) for value in choices], fontsize=8)
+            axes.set_xlim(-0.5, len(choices) - 0.5)
+        else:
+            axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # the axis shows the whole range
+        axes.set_title(plain(short_names(keys)[key]), fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"{metric} (%)")
+    for axes in grid.flat[len(keys) :]:
+        axes.set_visible(False)
+    figure.suptitle("Each key by itself", color=INK)
+    return figure
+
+
+def _pareto(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    objective = search.spec.objective
+    finished = [trial for trial in trials if trial.state == "finished"]
+    if objective.cost is None or not finished:
+        return None
+    figure, axes = _axes(8, 4)
+    front = pareto_front(search, finished)
+    for trial in finished:
+        x, y = trial.cost[objective.cost], trial.mean(objective.metric)
+        axes.scatter(x, y, color=BEST if trial in front else BASE if trial.number == 0 else FAINT, s=28, zorder=3)
+        axes.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    points = [(trial.cost[objective.cost], trial.mean(objective.metric)) for trial in front]
+    axes.step(*zip(*points, strict=True), where="post", color=BEST, label="Pareto front")
+    axes.scatter([], [], color=BASE, s=28, label="trial 0: the base job")
+    axes.set(xlabel=UNITS[objective.cost], ylabel=f"{objective.metric} on val (%)", title="Quality against cost")
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def pareto_front(search: Search, trials: Sequence[Trial]) -> list[Trial]:
+    """Finished trials that no other beats in the metric at the same or a lower cost; by cost. (Optuna's own front would lack
+    trial 0 where the base job lies outside the space.)"""
+    objective = search.spec.objective
+    if objective.cost is None:
+        return []
+    cost = objective.cost
+    front: list[Trial] = []
+    finished = [trial for trial in trials if trial.state == "finished"]
+    for trial in sorted(finished, key=lambda trial: (trial.cost[cost], -trial.mean(objective.metric))):
+        if not front or trial.mean(objective.metric) > front[-1].mean(objective.metric):
+            front.append(trial)
+    return front
+
+
+def place(parameter: ParameterSpec, value: Any) -> float:
+    """Where a value lies between the ends of its range, 0 to 1; outside of them beyond; a value that is no choice: MISSING."""
+    if parameter.choice is not None:
+        count = len(parameter.choice)
+        return parameter.choice.index(value) / max(1, count - 1) if value in parameter.choice else MISSING
+    if not isinstance(value, int | float):
+        return MISSING
+    low, high = parameter.ends
+    if parameter.kind.startswith("log"):
+        low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
+    return min(max((value - low) / (high - low), -0.05), 1.05)
+
+
+def ticks(parameter: ParameterSpec) -> list[tuple[float, str]]:
+    """(place, text) of the values to name on an axis."""
+    return [(place(parameter, end), plain(shown(end))) for end in parameter.ends]
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: between dollar signs it would read formulas."""
+    return printable(text).replace("$", r"\$")

@@ -1,0 +1,177 @@
+"""A trial, in its own process: the job of its values trained with each seed; what it finds goes into its file first."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from headkd_ray.cluster.trainer import with_absolute_paths
+from headkd_ray.engine.log import Record, Sink
+from headkd_ray.engine.scratch import Scratch
+from headkd_ray.errors import StoppedError, TrainingError, UserError
+from headkd_ray.job import Job
+from headkd_ray.profiling.inference_cost import inference_cost
+from headkd_ray.tuning.on_ray.population import copied, member, plant, save_for_others
+from headkd_ray.tuning.space import Search
+from headkd_ray.tuning.trial_records import SearchFolder, Trial
+
+TIME = "epoch"
+"""By what the scheduler counts: epochs of the first seed's training."""
+KEPT = ("AP", "AP50", "AP75", "APs", "APm", "APl", "step")
+
+TrainJob = Callable[[Job, Sink], Record]
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials of a search share; travels to their processes."""
+
+    search: Search
+    folder: SearchFolder
+    train: TrainJob
+    """Trains a job, or resumes it, or tells the result of one that ended."""
+    start: str
+    """The driver's current folder, at which a job's relative paths start."""
+    population: list[int] | None
+    """pbt: numbers of the trials, in the order in which Tune has them."""
+
+    def job(self, trial: Trial, seed: int) -> Job:
+        """One training of a trial. Raises JobError if its values do not go together."""
+        name = self.folder.run_name(trial, seed)
+        return with_absolute_paths(self.search.job(trial.values, name, self.folder.runs.address, seed), self.start)
+
+    def curve(self, trial: Trial) -> list[tuple[float, float | None]]:
+        """The first seed's learning curve so far."""
+        return self.folder.curve(trial, self.search.seeds[0], self.search.spec.objective.metric)
+
+
+def run_trial(config: dict[str, Any], context: TrialContext) -> None:
+    """Ray Tune's function: train, report the first seed's evaluations as they come, and the mean over seeds at the end.
+
+    A failure of the trial's own is written into its file, and Tune sees a trial that ended without a result; only a process
+    that dies is tried again.
+    """
+    grown = context.population is not None
+    trial_id = tune.get_context().get_trial_id()
+    number = config["number"] if context.population is None else member(trial_id, context.population)
+    trial = context.folder.trial(number)
+    if trial.state == "running":  # else this process died between writing and reporting
+        try:
+            if grown:
+                trial = _with_copy(trial, config["values"], context)
+            trial = _trained(trial, context)
+        except StoppedError:
+            raise  # its machine is taken away: another one goes on with it
+        except Exception as error:
+            trial = trial.with_end("failed", cause=_cause(error), curve=context.curve(trial))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # other trials may share the GPU
+        context.folder.write(trial)
+    if trial.state == "finished" and not grown:  # a scheduler of populations would have it copy another now
+        metric = context.search.spec.objective.metric
+        tune.report({TIME: context.job(trial, context.search.seeds[0]).optim.epochs, metric: trial.mean(metric)})
+
+
+def _with_copy(trial: Trial, values: dict[str, Any], context: TrialContext) -> Trial:
+    """The trial after the copy that the scheduler has decided on, if it has."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return trial
+    with checkpoint.as_directory() as name:
+        changed = copied(trial, values, Path(name))
+        if changed is None:
+            return trial
+        trial, origin = changed
+        plant(context.job(trial, context.search.seeds[0]), Path(name), origin, context.folder)
+    context.folder.write(trial)
+    return trial
+
+
+def _trained(trial: Trial, context: TrialContext) -> Trial:
+    search = context.search
+    first, *_ = search.seeds
+    results: dict[str, dict[str, Any]] = {}
+    cost = inference_cost(context.job(trial, first)) if search.spec.objective.cost is not None else {}
+    for seed in search.seeds:
+        job = context.job(trial, seed)
+        result = context.train(job, _report(trial, job, context) if seed == first else _quiet)
+        results[str(seed)] = {**{name: result["best"][name] for name in KEPT}, "student": result["student"]}
+    ended = trial.with_end("finished", results=results, cost=cost, curve=context.curve(trial))
+    if math.isnan(ended.mean(search.spec.objective.metric)):
+        raise TrainingError(f"{search.spec.objective.metric} cannot be computed on {search.base.data.val}")
+    return ended
+
+
+def _report(trial: Trial, job: Job, context: TrialContext) -> Sink:
+    metric = context.search.spec.objective.metric
+    if context.population is not None:
+        return PopulationReport(trial, job, metric)
+    report = Report(job, metric)
+    for epoch, value in context.curve(trial):  # of an earlier start, which the scheduler may not know
+        report.evaluation(epoch, value)
+    return report
+
+
+class Report:
+    """Takes a training's log records; tells the scheduler of its evaluations but the last, which is told with the result.
+
+    The value is the best so far, for a run's result is its best checkpoint.
+    """
+
+    def __init__(self, job: Job, metric: str) -> None:
+        self.epochs, self.metric = job.optim.epochs, metric
+        self.best = -math.inf
+        self.told = 0.0
+
+    def __call__(self, record: Record) -> None:
+        if "val" in record:
+            self.evaluation(record["epoch"], record["val"][self.metric])
+
+    def evaluation(self, epoch: float, value: float | None) -> None:
+        """One evaluation; those that a resumed training repeats are left out."""
+        if value is None or epoch >= self.epochs or epoch <= self.told:
+            return
+        self.best, self.told = max(self.best, value), epoch
+        tune.report({TIME: int(epoch), self.metric: self.best})
+
+
+class PopulationReport:
+    """The same for a population: with each evaluation's checkpoint, which is there when the next record comes."""
+
+    def __init__(self, trial: Trial, job: Job, metric: str) -> None:
+        self.trial, self.job, self.metric = trial, job, metric
+        self.waiting: Record | None = None
+        self.scratch = Scratch()
+
+    def __call__(self, record: Record) -> None:
+        told, self.waiting = self.waiting, record if "val" in record else None
+        if told is None or told["val"][self.metric] is None:
+            return
+        folder = self.scratch.folder()
+        try:
+            save_for_others(self.trial, self.job, told, folder)
+            tune.report(
+                {TIME: int(told["epoch"]), self.metric: told["val"][self.metric]},
+                checkpoint=tune.Checkpoint.from_directory(folder),
+            )
+        finally:
+            shutil.rmtree(folder)
+
+
+def _quiet(record: Record) -> None:
+    """For the seeds after the first."""
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"out of memory: {error}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,140 @@
+"""Which values the next trial gets, as a function of the trials so far: the base job's own, then a grid's, or Optuna's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from headkd_ray.errors import UserError
+from headkd_ray.job.render import inline
+from headkd_ray.tuning.search_spec import ParameterSpec
+from headkd_ray.tuning.space import Search, Values, base_values, contains, grid, ordered, rounded, varied
+from headkd_ray.tuning.trial_records import Trial
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+EXTRA = 'python -m pip install "headkd-ray[tune]"'
+
+
+def check_optuna(search: Search) -> None:
+    """Raises UserError if the searcher needs Optuna and it is not installed."""
+    if search.spec.searcher.kind == "grid":
+        return
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise UserError(f"searcher.kind {search.spec.searcher.kind} needs Optuna: {EXTRA}") from None
+
+
+def propose(search: Search, trials: Sequence[Trial], number: int | None = None) -> Values | None:
+    """The values of the next trial; None when a grid is used up.
+
+    Args:
+        trials: all so far, ended or not.
+        number: the next one's; None = as many as there are.
+    """
+    if not trials:
+        return base_values(search)
+    if search.spec.searcher.kind == "grid":
+        seen = [trial.values for trial in trials]
+        return next((values for values in grid(search) if values not in seen), None)
+    study = study_of(search, trials)
+    study.sampler = _sampler(search, number=len(trials) if number is None else number)
+    asked = study.ask()
+    values: Values = {}
+    base = search.base
+    for key in ordered(search.spec.space):
+        if varied(key, search, base, values):
+            values[key] = _suggested(asked, key, search.spec.space[key])
+    return values
+
+
+def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
+    """The trials as an Optuna study: maximise the metric, minimise the cost.
+
+    Left out: failed ones, which say nothing about the metric, and one whose values the space does not have (trial 0, perhaps).
+    """
+    import optuna
+    from optuna.trial import TrialState, create_trial
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    objective = search.spec.objective
+    study = optuna.create_study(directions=["maximize", "minimize"] if objective.cost is not None else ["maximize"])
+    states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING}
+    for trial in trials:
+        space = {key: search.spec.space[key] for key in trial.values}
+        if trial.state == "failed" or not all(contains(space[key], value) for key, value in trial.values.items()):
+            continue
+        values = scores(search, trial) if trial.state == "finished" else None
+        study.add_trial(
+            create_trial(
+                state=states[trial.state],
+                values=values,
+                params={key: _label(space[key], value) for key, value in trial.values.items()},
+                distributions={key: distribution(parameter) for key, parameter in space.items()},
+                intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
+                user_attrs={"number": trial.number},
+            )
+        )
+    return study
+
+
+def scores(search: Search, trial: Trial) -> list[float]:
+    """The metric, and the cost if the objective has one, of a trial that finished."""
+    objective = search.spec.objective
+    return [trial.mean(objective.metric)] + ([trial.cost[objective.cost]] if objective.cost is not None else [])
+
+
+def distribution(parameter: ParameterSpec) -> BaseDistribution:
+    """A parameter as Optuna names it. Choices go by their YAML text: Optuna takes no lists."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.choice is not None:
+        return CategoricalDistribution([inline(value) for value in parameter.choice])
+    low, high = parameter.ends
+    log = parameter.kind.startswith("log")
+    if "int" in parameter.kind:
+        step = int(parameter.step or 1)
+        return IntDistribution(low, low + (high - low) // step * step, log=log, step=step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the highest value need not be reached by whole steps
+        return FloatDistribution(low, high, log=log, step=parameter.step)
+
+
+def _label(parameter: ParameterSpec, value: Any) -> Any:
+    return inline(value) if parameter.choice is not None else value
+
+
+def _suggested(asked: optuna.trial.Trial, key: str, parameter: ParameterSpec) -> Any:
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    space = distribution(parameter)
+    if isinstance(space, CategoricalDistribution):
+        assert parameter.choice is not None
+        return parameter.choice[space.choices.index(asked.suggest_categorical(key, space.choices))]
+    assert hasattr(space, "low") and hasattr(space, "high") and hasattr(space, "step") and hasattr(space, "log")
+    if isinstance(space, IntDistribution):
+        return asked.suggest_int(key, space.low, space.high, step=space.step, log=space.log)
+    value = asked.suggest_float(key, space.low, space.high, step=space.step, log=space.log)
+    return value if space.step is None else rounded(value)
+
+
+def _sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
+    """Its randomness belongs to (seed, trial number): a resumed search goes on as one that was never stopped would."""
+    import optuna
+
+    seed = (search.spec.run.seed * 1_000_003 + number) % 2**32
+    if search.spec.searcher.kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate and group are, since 2020
+        return optuna.samplers.TPESampler(
+            n_startup_trials=search.spec.searcher.startup_trials,
+            multivariate=True,
+            group=True,  # keys that are varied in some trials alone are modelled apart
+            constant_liar=True,  # do not propose what a running trial has
+            seed=seed,
+        )

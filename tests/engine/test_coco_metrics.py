@@ -1,0 +1,90 @@
+import math
+
+import pytest
+
+from headkd_ray.engine.coco_metrics import coco_metrics
+
+CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}, {"id": 3, "name": "emu"}]
+
+
+def truth(boxes: list[tuple[int, int, list[float]]]) -> dict:
+    annotations = [
+        {"id": i + 1, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for i, (image, category, box) in enumerate(boxes)
+    ]
+    images = [{"id": i, "height": 200, "width": 200} for i in sorted({image for image, _, _ in boxes})]
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+def found(image: int, category: int, box: list[float], score: float) -> dict:
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+def test_perfect_detections_score_100_and_absent_classes_nan() -> None:
+    gt = truth([(1, 7, [10, 10, 20, 20]), (2, 90, [30, 30, 150, 150])])
+    metrics = coco_metrics(gt, [found(1, 7, [10, 10, 20, 20], 0.9), found(2, 90, [30, 30, 150, 150], 0.8)], [1, 2])
+    assert metrics.AP == pytest.approx(100) and metrics.APs == pytest.approx(100) and metrics.APl == pytest.approx(100)
+    assert math.isnan(metrics.APm) and math.isnan(metrics.per_class["emu"])
+    assert list(metrics.per_class) == ["cat", "dog", "emu"] and metrics.images == 2
+
+
+def test_iou_thresholds_by_hand() -> None:
+    """IoU 0.8 is a match at 0.50, 0.55, ..., 0.80: 7 of 10 thresholds."""
+    metrics = coco_metrics(truth([(1, 7, [0, 0, 100, 100])]), [found(1, 7, [0, 0, 100, 80.0001], 0.9)], [1])
+    assert metrics.AP == pytest.approx(70) and metrics.AP50 == pytest.approx(100) and metrics.AP75 == pytest.approx(100)
+
+
+def test_no_detections_is_zero_not_an_error() -> None:
+    metrics = coco_metrics(truth([(1, 7, [0, 0, 100, 100])]), [], [1])
+    assert metrics.AP == 0 and metrics.per_class["cat"] == 0
+
+
+def test_images_that_were_not_evaluated_do_not_count() -> None:
+    gt = truth([(1, 7, [0, 0, 50, 50]), (2, 7, [0, 0, 50, 50])])
+    assert coco_metrics(gt, [found(1, 7, [0, 0, 50, 50], 0.9)], [1]).AP == pytest.approx(100)
+
+
+def test_any_integer_is_an_annotation_id() -> None:
+    """pycocotools takes a match with annotation 0, the first of every Roboflow export, for none."""
+    box = [9, 9, 30, 30]
+    gt = {
+        "images": [{"id": 1, "file_name": "a", "width": 99, "height": 99}],
+        "categories": [{"id": 1, "name": "c"}],
+        "annotations": [{"id": 0, "image_id": 1, "category_id": 1, "bbox": box, "area": 900, "iscrowd": 0}],
+    }
+    detections = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9}]
+    assert coco_metrics(gt, detections, [1]).AP == pytest.approx(100)
+    assert gt["annotations"][0] == {"id": 0, "image_id": 1, "category_id": 1, "bbox": box, "area": 900, "iscrowd": 0}
+
+
+@pytest.mark.parametrize("extreme", [0, -1, -(2**63), 2**53 + 1, 2**63 - 1])
+def test_ids_of_images_and_classes_do_not_matter(extreme: int) -> None:
+    gt = truth([(1, 7, [10, 10, 20, 20]), (1, 90, [30, 30, 60, 60]), (2, 7, [9, 9, 20, 20])])
+    detections = [found(1, 7, [10, 10, 20, 17], 0.9), found(1, 90, [30, 30, 60, 60], 0.8), found(2, 7, [5, 9, 20, 20], 0.7)]
+    expected = coco_metrics(gt, [dict(entry) for entry in detections], [1, 2])
+
+    def renamed(record: dict) -> dict:
+        ids = {"image_id": {1: extreme}, "category_id": {7: extreme}}
+        return {**record, **{key: new.get(record[key], record[key]) for key, new in ids.items()}}
+
+    other = {
+        "images": [{**image, "id": extreme if image["id"] == 1 else 2} for image in gt["images"]],
+        "categories": [{**category, "id": extreme if category["id"] == 7 else category["id"]} for category in CATEGORIES],
+        "annotations": [{**renamed(annotation), "id": extreme - k} for k, annotation in enumerate(gt["annotations"])],
+    }
+    assert coco_metrics(other, [renamed(entry) for entry in detections], [extreme, 2]).as_dict() == expected.as_dict()
+
+
+def test_an_object_of_any_size_counts() -> None:
+    gt = truth([(1, 7, [0, 0, 200_000, 100_000])])
+    metrics = coco_metrics(gt, [found(1, 7, [0, 0, 200_000, 100_000], 0.9)], [1])
+    assert metrics.AP == pytest.approx(100) and metrics.APl == pytest.approx(100)
+
+
+def test_more_than_100_objects_an_image_need_max_detections() -> None:
+    boxes = [[10 * (k % 15), 10 * (k // 15), 8, 8] for k in range(150)]
+    gt = truth([(1, 7, box) for box in boxes])
+    detections = [found(1, 7, box, 0.9) for box in boxes]
+    assert coco_metrics(gt, [dict(entry) for entry in detections], [1]).AP == pytest.approx(67, abs=1)
+    assert coco_metrics(gt, [dict(entry) for entry in detections], [1], max_detections=150).AP == pytest.approx(100)
+    assert coco_metrics(gt, detections, [1], max_detections=15).AP == pytest.approx(10, abs=2)
