@@ -37,7 +37,7 @@ def backbone_problems(spec: BackboneSpec, sizes: Sequence[Size], changeable: boo
 
 
 def _unread(spec: BackboneSpec) -> list[str]:
-    """Find list arguments of which timm reads only the first values, silently ignoring the rest."""
+    """List the problems of list arguments of which timm reads only the first values and silently ignores the rest."""
     problems = []
     lists = {name: value for name, value in spec.kwargs.items() if isinstance(value, list | tuple)}
     whole = shapes_of(spec, spec.kwargs) if lists else None

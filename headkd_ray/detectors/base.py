@@ -111,7 +111,7 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
     """The reference boxes of the cells; an anchor-free head has one square per cell."""
 
     def __init__(self, spec: DenseHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
-        """``strides`` are those, in pixels, of the levels of ``in_channels`` that :meth:`forward` takes."""
+        """``strides`` are the strides in pixels of the levels, of ``in_channels`` each, that :meth:`forward` takes."""
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes
@@ -200,7 +200,7 @@ class RoIHead(nn.Module, ABC):
     """The box heads, first to last. Distillation reads the post-ReLU outputs of their fully connected layers."""
 
     def __init__(self, spec: BoxHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
-        """``strides`` are those, in pixels, of the levels of ``in_channels`` that RoIs are pooled from."""
+        """``strides`` are the strides in pixels of the levels, of ``in_channels`` each, from which RoIs are pooled."""
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes

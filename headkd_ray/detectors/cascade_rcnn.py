@@ -67,7 +67,7 @@ class CascadeHead(RoIHead):
 
 @torch.no_grad()
 def refine(head: BoxHead, said: StageOutput, sizes: Tensor) -> Proposals:
-    """Move the RoIs of ``said``, an output of ``head``, by its deltas; their order and the cells that they came from stay.
+    """Move the RoIs of ``said``, an output of ``head``, by its deltas, keeping their order and the cells they came from.
 
     Ground-truth boxes are left out: the next stage's matching adds them again. All scores are 1, since RoIs have none.
     """

@@ -1,4 +1,4 @@
-"""The FitNet baseline: the student's pyramid imitates that of a teacher of its kind (homogeneous, in the official README)."""
+"""The FitNet baseline ("homogeneous" in the official README): the student's pyramid imitates a teacher of its own kind."""
 
 from __future__ import annotations
 
@@ -42,5 +42,7 @@ class FitNet(Term):
 
     def distances(self, forward: StepForward) -> Losses:
         assert forward.teacher is not None
-        levels = zip(self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False)  # stops at the last adapter
+        levels = zip(
+            self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False
+        )  # a level per adapter
         return {"loss_fitnet": torch.stack([mean_squared_error(adapt(own), target) for adapt, own, target in levels]).sum()}

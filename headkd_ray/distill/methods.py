@@ -96,5 +96,5 @@ def _problems(job: Job, num_classes: int, teacher: Detector | None, kinds: list[
     if teacher.num_classes != num_classes:
         problems.append(f"teacher.checkpoint: the teacher has {teacher.num_classes} classes, but the data has {num_classes}")
     if job.method == "copy_only" and not job.distill.copy_head:
-        problems.append("distill.copy_head: method copy_only only copies the teacher's head; set true, or use method assist")
+        problems.append("distill.copy_head: all that method copy_only does is copy the head; set true, or use method assist")
     return problems

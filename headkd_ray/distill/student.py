@@ -34,7 +34,7 @@ class StudentForward:
     lead: Tap
     """The feature that CKD trains: a dense student's last classification conv, a two-stage one's last fc (of stage one)."""
     outputs: DenseOutputs | None
-    """The head's outputs of a dense student; None for a two-stage one."""
+    """The outputs of a dense student's head; None for a two-stage one."""
     rois: RoIs | None
     """The RoIs of a two-stage student's first stage, row for row with ``lead``; None for a dense one."""
 
