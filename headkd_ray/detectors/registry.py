@@ -1,4 +1,4 @@
-"""The kinds of detector that there are, each a line: its spec, the spec of its head, its class (which names its head's)."""
+"""The registry of detector kinds: one line each with its spec, the spec of its head, and its class, which names its head's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from headkd_ray.job import (
 
 
 class Kind(NamedTuple):
-    """A kind of detector; what a job file says of it, and what is built from that."""
+    """A kind of detector: the specs that a job file gives, and the class that is built from them."""
 
     spec: type[DenseDetectorSpec] | type[TwoStageDetectorSpec]
     head_spec: type[Spec]
@@ -54,10 +54,10 @@ _HEADS: dict[type[Spec], type[Any]] = {kind.head_spec: kind.detector.head_class 
 
 
 def detector_class(spec: Spec) -> type[DenseDetector] | type[TwoStageDetector]:
-    """The class of detector that is built from ``spec``."""
+    """Return the class of detector that is built from ``spec``."""
     return _DETECTORS[type(spec)]
 
 
 def head_class(spec: Spec) -> type[DenseHead[Any]] | type[RoIHead]:
-    """The class of head that is built from ``spec``."""
+    """Return the class of head that is built from ``spec``."""
     return _HEADS[type(spec)]

@@ -1,4 +1,4 @@
-"""The ground-truth losses of an assistant, through which the student's pyramid learns what a head of another kind needs."""
+"""The ground-truth losses of an assistant, from which the student's pyramid learns what a head of another kind needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headkd_ray.job import Job
 
 
 class AssistantLoss(Term):
-    """``loss_{assistant}_*``: the assistant's supervised losses, at the RoIs that the student proposes if it takes RoIs."""
+    """The assistant's supervised losses ``loss_{assistant}_*``; a RoI head's are at the RoIs that the student proposes."""
 
     per_assistant = True
 
@@ -28,7 +28,7 @@ class AssistantLoss(Term):
         if teacher is None or job.distill.assistant is None or isinstance(teacher.detection_head, BoxHead):
             return []
         return [
-            "distill.assistant: describes an R-CNN head, but the assistant of this teacher is a head like its own, a "
+            "distill.assistant: describes an R-CNN head, but this teacher's assistant must have a head like its own, that of a "
             f"{teacher.spec.kind}; use null"
         ]
 

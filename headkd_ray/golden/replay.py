@@ -1,4 +1,4 @@
-"""Doing a golden file's training step again: state dicts through the public mmdet loader, then images to loss and gradients."""
+"""Replay of a golden file's training step: load its state dicts with the mmdet loader, then compute losses and gradients."""
 
 from __future__ import annotations
 
@@ -53,51 +53,51 @@ _HEAD_LOSSES = {
 
 @dataclass
 class Replay:
-    """Our values of everything a golden file may hold."""
+    """Our values of everything that a golden file may hold."""
 
     student: LoadedDetector
     teacher: LoadedDetector | None
     device: torch.device
-    """Where the values were computed."""
+    """Device on which the values were computed."""
     losses: dict[str, float] = field(default_factory=dict)
-    """By the official code's names, with ``total``."""
+    """Losses by the official code's names, with ``total``."""
     notes: dict[str, str] = field(default_factory=dict)
-    """What is to be said about a loss."""
+    """Remarks on losses, by the same names."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the total, by mmdet's parameter names."""
+    """Gradients of the total, by mmdet's parameter names."""
     features: list[Tensor] = field(default_factory=list)
     proposed: Proposed | None = None
     rois: RoIs | None = None
     roi_outputs: BoxOutputs | None = None
     teacher_taps: Sequence[Tap] = ()
-    """T_1, T_2."""
+    """The teacher's features T1, T2 of docs/method.md."""
     akd_adapted: list[Tensor] = field(default_factory=list)
-    """Lin_1(A_1), Lin_2(A_2)."""
+    """The assistant's adapted features Lin1(A1), Lin2(A2) of docs/method.md."""
     ckd_rows: Tensor | None = None
-    """S."""
+    """The student's features S of docs/method.md."""
     ckd_adapted: Tensor | None = None
-    """Lin_3(S)."""
+    """The student's adapted features Lin3(S) of docs/method.md."""
     evaluations: list[tuple[str, list[Tensor], Detections]] = field(default_factory=list)
-    """Pyramid and detections in eval mode, under each convention that could apply; the first is the plain one."""
+    """A note, the pyramid and the detections in eval mode for each convention that could apply, the plain one first."""
     teacher_features: list[Tensor] = field(default_factory=list)
     teacher_detections: Detections | None = None
 
     def evaluate(self, note: str, x: Tensor, sizes: Tensor) -> None:
-        """Add an evaluation of the student as it now is."""
+        """Add an evaluation of the student in its present state."""
         detector = self.student.detector.eval()
         with torch.no_grad():
             self.evaluations.append((note, detector.features(x), detector.detect(x, sizes)))
 
 
 def replay(golden: Golden, device: torch.device | str = "cpu", precision: str = "fp32") -> Replay:
-    """Load, run, differentiate.
+    """Load the models of a golden file and compute its training step again.
 
     Args:
-        device: where it is computed, on a GPU without TF32; the values of the replay are on the CPU.
-        precision: fp32, or bf16 as ``optim.precision`` has it.
+        device: where to compute (on a GPU without TF32); the values of the replay are on the CPU.
+        precision: fp32, or bf16 as in ``optim.precision``.
 
     Raises:
-        CheckpointError, DataError: the state dicts are no model that this project has.
+        CheckpointError, DataError: the state dicts are not of a model that can be replayed.
     """
     device = torch.device(device)
     with _exact(device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -106,7 +106,7 @@ def replay(golden: Golden, device: torch.device | str = "cpu", precision: str = 
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """On a GPU, float32 that is float32: convolutions take TF32 by default."""
+    """Compute in true float32 on a GPU, where convolutions use TF32 by default."""
     if device.type != "cuda":
         yield
         return
@@ -119,7 +119,7 @@ def _exact(device: torch.device) -> Iterator[None]:
 
 
 def on_cpu(value: Any) -> Any:
-    """The same with all tensors in it on the CPU, in float32 where they were bfloat16; modules are left where they are."""
+    """Copy a nested value with all its tensors on the CPU, bfloat16 ones as float32; modules stay on their device."""
     if isinstance(value, Tensor):
         return value.cpu().float() if value.dtype == torch.bfloat16 else value.cpu()
     if isinstance(value, dict):
@@ -153,15 +153,15 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     elif isinstance(detector, FasterRCNN):
         losses = _faster_rcnn_step(run, detector, golden, x, sizes)
     else:
-        raise CheckpointError(f"{golden.source}: an FCOS student; only RetinaNet and Faster R-CNN are replayed")
+        raise CheckpointError(f"{golden.source}: an FCOS student; only RetinaNet and Faster R-CNN can be replayed")
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     run.losses = {name: float(loss.detach()) for name, loss in {**losses, "total": total}.items()}
     run.gradients = _gradients(student, mmdet_names(state))
 
     if any(isinstance(m, _BatchNorm) and m.training for m in detector.modules()):
-        # Then the official values in eval mode may have been taken after the step had updated the running statistics,
-        # and after a second forward pass in train mode that recorded the pyramid.
+        # The official values in eval mode may then have been taken after the step had updated the running statistics, or even
+        # after a second forward pass in train mode, which recorded the pyramid.
         run.evaluate("after one update of the running statistics", x, sizes)
         with torch.no_grad():
             detector.train().features(x)
@@ -174,17 +174,17 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
 
 
 def _training_model(golden: Golden, student: MMDetModel, teacher: LoadedDetector | None) -> TrainingModel | None:
-    """HEAD with the loaded parts, its assistant at the RoIs that the file chose; None for a plain detector."""
+    """Build HEAD from the loaded parts, with its assistant at the RoIs that the file chose; None for a plain detector."""
     if student.assistant is None or not isinstance(student.loaded.detector, RetinaNet):
         return None
     layers, spec = student.assistant.spec.fcs, DistillSpec()
     akd = [a for number, a in student.adapters.items() if number < layers]
     ckd = [a for number, a in student.adapters.items() if number >= layers]
     if student.adapters and teacher is None:
-        raise DataError(f"{golden.source}: student/_distiller._adapts.* are there, but no teacher/... to distill from")
+        raise DataError(f"{golden.source}: has student/_distiller._adapts.*, but no teacher/... to distill from")
     if len(akd) not in (0, layers) or len(ckd) > 1 or (akd and layers != 2):
         raise DataError(
-            f"{golden.source}: adapters {sorted(student.adapters)} for {layers} fully connected layers are not HEAD's"
+            f"{golden.source}: adapters {sorted(student.adapters)} do not fit HEAD with {layers} fully connected layers"
         )
 
     def sample(
