@@ -90,7 +90,7 @@ def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path, drawn_s
     records: list[dict] = []
     notes: list[str] = []
     assert train(job, records.append, notes.append) == first and not records
-    assert len(notes) == 1 and f"{tmp_path}/run had ended at step 11: nothing was trained now" in notes[0]
+    assert len(notes) == 1 and f"{tmp_path}/run has already ended, at step 11: this is its result" in notes[0]
 
     meta = tmp_path / "val" / "meta.json"
     fields = json.loads(meta.read_text())
