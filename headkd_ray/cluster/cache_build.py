@@ -61,7 +61,7 @@ def build_on_ray(job: Job, units: list[Unit], done: Callable[[Unit, int], None])
                         following = waiting.pop()
                         running[actor.build.remote(*following)] = (actor, following)
                 if not finished and all(unit is None for _, unit in running.values()):
-                    answer_of(next(iter(running)), pool)  # none has started
+                    answer_of(next(iter(running)), pool)  # no actor has started: raises why
         finally:
             for actor in actors:
                 ray.kill(actor)

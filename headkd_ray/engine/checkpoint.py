@@ -61,7 +61,7 @@ class LocalCheckpoints:
     """
 
     def __init__(self, run: Folder) -> None:
-        """Raises CheckpointError if the listing is damaged."""
+        """Read the listing of checkpoints. Raises CheckpointError if it is damaged."""
         self.folder = run / "checkpoints"
         self.scratch = Scratch()
         self.notes: list[str] = []

@@ -21,7 +21,7 @@ Sink = Callable[[Record], None]
 
 
 class StepWindow:
-    """Averages over the steps since the last record; ``record`` is a collective of all ranks.
+    """A window of training steps that are averaged into one log record; ``record`` is a collective of all ranks.
 
     Losses stay on the device until the window closes: reading them every step would stall a GPU.
     """

@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from headkd_ray.errors import JobError
 from headkd_ray.job.keys import dotted
@@ -271,7 +271,7 @@ def _check_fit(trial: Trial, search: Search) -> None:
     unknown = [key for key in trial.values if key not in search.spec.space]
     if unknown:
         raise JobError([f"values.{key}: not searched" for key in unknown])
-    if trial.state == "failed":  # perhaps because of its values
+    if trial.state == "failed":  # perhaps because of its values, so do not check them
         return
     search.job(trial.values, "trial", search.base.run.storage, search.base.run.seed)
     if trial.state == "finished" and not trial.results:
