@@ -158,7 +158,7 @@ def test_a_search_on_s3_is_found_and_analyzed_there(
     Path("search.yaml").write_text(yaml.safe_dump(asked))
     with pytest.raises(SystemExit):
         tune.main(["search.yaml", f"run.storage={uri('bucket', s3, 'searches')}"])
-    assert f"{folder.folder.uri} is a search already" in capsys.readouterr().err
+    assert f"{folder.folder.uri} is already a search" in capsys.readouterr().err
 
 
 def test_the_log_is_not_uploaded_with_every_record(proxy: Proxy, splits: dict[str, str]) -> None:
