@@ -206,7 +206,7 @@ def test_wrong_credentials_are_one_clear_error_before_anything_starts(
         job = write(job_on(proxy.netloc, drawn_splits, "refused"), tmp_path)
         cases = {
             ("nobody", "nothing"): "unknown access key; set AWS_ACCESS_KEY_ID",
-            (key["AccessKeyId"], "nothing"): "the secret key is not this access key's; set",
+            (key["AccessKeyId"], "nothing"): "the secret key does not belong to this access key; set",
             (key["AccessKeyId"], key["SecretAccessKey"]): "access denied: ",
         }
         for (access, secret), expected in cases.items():

@@ -115,7 +115,7 @@ searcher: {kind: tp}
         "search.yaml:13: space.optim.momentum: 0.9 is not a range; write for example {uniform: [0, 1]} or {choice: [1, 2]}",
         "search.yaml:14: space.distill.assistants.fcos.gt_weight.when: optim.optimiser: unknown key; "
         "did you mean optim.optimizer?",
-        "search.yaml:15: searcher.kind: 'tp' is none of random, grid, tpe; did you mean tpe?",
+        "search.yaml:15: searcher.kind: 'tp' is not one of random, grid, tpe; did you mean tpe?",
         "override budget.trial=3: budget.trial: unknown key; did you mean budget.trials?",
     ]
 
