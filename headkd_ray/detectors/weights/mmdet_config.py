@@ -9,9 +9,10 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 from torch import Tensor
 
+from headkd_ray.detectors.conversions.from_mmdet import number, type_name
 from headkd_ray.detectors.weights.config_text import read_config, section
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import FCOSHeadSpec, FPNSpec, PixelSpec, PostprocessSpec, ProposalSpec
+from headkd_ray.job import FPNSpec, PixelSpec, PostprocessSpec, ProposalSpec
 
 _Rules = TypeVar("_Rules", bound=PostprocessSpec | ProposalSpec)
 
@@ -54,7 +55,7 @@ class MMDetConfig:
     def leaky_slope(self) -> float | None:
         """The negative slope of the backbone's LeakyReLU; None = another activation."""
         activation = self._model("backbone", "act_cfg")
-        return _number(activation.get("negative_slope"), 0.01) if _kind(activation) == "LeakyReLU" else None
+        return number(activation.get("negative_slope"), 0.01) if type_name(activation) == "LeakyReLU" else None
 
     def pixels(self, buffers: Mapping[str, Tensor] | None = None) -> tuple[PixelSpec, bool]:
         """Input normalisation in RGB order, and whether the network itself reads BGR.
@@ -92,14 +93,13 @@ class MMDetConfig:
             return spec, False
         return PixelSpec(mean=spec.mean[::-1], std=spec.std[::-1]), True
 
-    def dense_neck(self, neck: FPNSpec, is_fcos: bool) -> FPNSpec:
+    def dense_neck(self, neck: FPNSpec, relu_before_p7: bool) -> FPNSpec:
         """``neck`` with P6 and the ReLU before P7 as the config has them.
 
-        Without a config: mmdet's own FCOS has P6 on P5 and a ReLU before P7; all others, HEAD's students too, RetinaNet's
-        pyramid.
+        Without a config P6 is where the tensors' shapes have it, and ``relu_before_p7`` counts where that is on P5.
         """
         if not self:
-            return neck.replace({"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
+            return neck.replace({"relu_before_p7": relu_before_p7 and neck.extra == "conv_p5"})
         said = self._model("neck")
         convs = said.get("add_extra_convs")
         if convs == "on_lateral":
@@ -112,20 +112,10 @@ class MMDetConfig:
             }
         )
 
-    def fcos_head(self, head: FCOSHeadSpec) -> FCOSHeadSpec:
-        """``head`` with the config's switches; without a config they stay as they are (the paper's)."""
-        if not self:
-            return head
-        said = self._model("bbox_head") or self._model("rpn_head")  # the latter in HEAD's two-headed students
-        radius = _number(said.get("center_sample_radius"), 1.5)
-        return head.replace(
-            {
-                "center_radius": radius if said.get("center_sampling") is True else None,
-                "norm_on_bbox": said.get("norm_on_bbox") is True,
-                "centerness_on_reg": said.get("centerness_on_reg") is True,
-                "box_loss": "giou" if _kind(section(said, "loss_bbox")) == "GIoULoss" else "iou",
-            }
-        )
+    @property
+    def dense_head(self) -> dict[str, Any]:
+        """The section of the dense head, ``rpn_head`` in HEAD's two-headed students; empty if there is none."""
+        return self._model("bbox_head") or self._model("rpn_head")
 
     def rules(self, spec: _Rules, part: str) -> _Rules:
         """``spec`` with the thresholds and limits of the config's ``test_cfg``, of its ``part`` (rpn, rcnn) if it has one.
@@ -151,15 +141,6 @@ class MMDetConfig:
 
     def _model(self, *path: str) -> dict[str, Any]:
         return section(self.values, "model", *path)
-
-
-def _kind(said: Mapping[str, Any]) -> str:
-    """The class that ``said`` names; 3.x may put its module in front."""
-    return str(said.get("type", "")).rpartition(".")[2]
-
-
-def _number(value: object, default: float) -> float:
-    return float(value) if isinstance(value, int | float) else default
 
 
 def _normalisations(value: object) -> Iterator[dict[str, Any]]:

@@ -1,30 +1,20 @@
-"""A detector's spec from the shapes of its tensors (under our names)."""
+"""What the shapes of a detector's tensors, under our names, say about the parts that several kinds share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from headkd_ray.detectors.reppoints import POINTS
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import (
-    BackboneSpec,
-    CascadeHeadSpec,
-    FCOSHeadSpec,
-    FPNSpec,
-    GFLHeadSpec,
-    RepPointsHeadSpec,
-    RetinaHeadSpec,
-    RoIHeadSpec,
-    RPNSpec,
-)
+from headkd_ray.job import BackboneSpec, FPNSpec, RoIHeadSpec, RPNSpec
 
 State = Mapping[str, Tensor]
+_RPN = TypeVar("_RPN", bound=RPNSpec)
 
 _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18",
@@ -114,66 +104,11 @@ def fpn(state: State) -> FPNSpec:
     return FPNSpec(channels=width, extra="conv_c5" if first.shape[1] == lateral.shape[1] else "conv_p5", norm=norm)
 
 
-def retina_head(state: State) -> tuple[RetinaHeadSpec, int]:
-    """The dense head of ``state`` and its number of classes."""
-    cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
-    spec = RetinaHeadSpec(convs=count(state, r"head\.cls_tower\.(\d+)\."), channels=cls_out.shape[1])
-    anchors = len(spec.anchors.ratios) * spec.anchors.octave_scales
-    if box_out.shape[0] != 4 * anchors:
-        raise CheckpointError(f"a dense head with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
-    return spec, cls_out.shape[0] // anchors
+def tower(state: State, what: str, channels: int, groups: int | None) -> tuple[int, int | None]:
+    """Depth of a dense head's classification tower, and its norm's groups: ``groups`` if it has a norm, else None.
 
-
-def is_fcos(state: State) -> bool:
-    """Whether the dense head of ``state`` is FCOS's: the only one with a centerness."""
-    return any(name.startswith("head.centerness_out.") for name in state)
-
-
-def fcos_head(state: State) -> tuple[FCOSHeadSpec, int]:
-    """The FCOS head of ``state`` and its number of classes; what no shape tells is as in the paper, 32 groups in the norm."""
-    cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
-    if box_out.shape[0] != 4:
-        raise CheckpointError(f"an FCOS head with {box_out.shape[0] / 4:g} boxes a cell; only 1 is supported")
-    channels = cls_out.shape[1]
-    convs, groups = _tower(state, "an FCOS head", channels, FCOSHeadSpec().norm_groups)
-    return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
-
-
-def is_gfl(state: State) -> bool:
-    """Whether the dense head of ``state`` is GFL's: the only one that scales its levels and has no centerness."""
-    return any(name.startswith("head.scales.") for name in state) and not is_fcos(state)
-
-
-def gfl_head(state: State) -> tuple[GFLHeadSpec, int]:
-    """The GFL head of ``state`` and its number of classes; what no shape tells is as in mmdet, 32 groups in the norm."""
-    cls_out, box_out = need(state, "head.cls_out.weight", "head.box_out.weight")
-    if box_out.shape[0] % 4 or box_out.shape[0] < 8:
-        raise CheckpointError(f"a GFL head with {box_out.shape[0]} box outputs a cell; 4 x (reg_max + 1) are needed")
-    channels = cls_out.shape[1]
-    convs, groups = _tower(state, "a GFL head", channels, GFLHeadSpec().norm_groups)
-    return GFLHeadSpec(convs=convs, channels=channels, norm_groups=groups, reg_max=box_out.shape[0] // 4 - 1), cls_out.shape[0]
-
-
-def is_reppoints(state: State) -> bool:
-    """Whether the dense head of ``state`` is RepPoints': the only one that refines."""
-    return any(name.startswith("head.refine_out.") for name in state)
-
-
-def reppoints_head(state: State) -> tuple[RepPointsHeadSpec, int]:
-    """The RepPoints head of ``state`` and its number of classes; what no shape tells is as in mmdet, 32 groups in the norm."""
-    cls_out, cls_conv, points = need(state, "head.cls_out.weight", "head.cls_conv.weight", "head.refine_out.weight")
-    if points.shape[0] != 2 * POINTS or "head.moment_transfer" not in state:
-        raise CheckpointError(
-            f"a RepPoints head of another kind than moment with {POINTS} points a cell; only that is supported"
-        )
-    channels = cls_conv.shape[1]
-    convs, groups = _tower(state, "a RepPoints head", channels, RepPointsHeadSpec().norm_groups)
-    spec = RepPointsHeadSpec(convs=convs, channels=channels, point_channels=cls_out.shape[1], norm_groups=groups)
-    return spec, cls_out.shape[0]
-
-
-def _tower(state: State, what: str, channels: int, groups: int | None) -> tuple[int, int | None]:
-    """Depth of the classification tower of ``what``, and ``groups`` if it has a norm."""
+    Raises CheckpointError, which names the head as ``what``, if the groups do not divide ``channels``.
+    """
     if "head.cls_tower.1.weight" not in state:
         groups = None
     elif groups is not None:
@@ -187,10 +122,10 @@ def _check_groups(what: str, channels: int, groups: int) -> None:
         raise CheckpointError(f"{what} with GroupNorm on {channels} channels, which {groups} groups do not divide")
 
 
-def rpn(state: State) -> RPNSpec:
-    """The RPN of ``state``."""
+def rpn(state: State, kind: type[_RPN]) -> _RPN:
+    """A spec of class ``kind`` of the RPN of ``state``."""
     (box_out,) = need(state, "rpn.box_out.weight")
-    spec = RPNSpec(convs=count(state, r"rpn\.tower\.(\d+)\."))
+    spec = kind(convs=count(state, r"rpn\.tower\.(\d+)\."))
     anchors = len(spec.anchors.ratios)
     if box_out.shape[0] != 4 * anchors:
         raise CheckpointError(f"an RPN with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
@@ -213,19 +148,3 @@ def roi_head(state: State, prefix: str, in_channels: int) -> tuple[RoIHeadSpec, 
         class_agnostic=box_out.shape[0] == 4 and num_classes > 1,
     )
     return spec, num_classes
-
-
-def is_cascade(state: State) -> bool:
-    """Whether the RoI head of ``state`` has stages."""
-    return any(name.startswith("roi.stages.") for name in state)
-
-
-def cascade_head(state: State, in_channels: int) -> tuple[CascadeHeadSpec, int]:
-    """The cascade of ``state`` and its number of classes; what no shape tells (IoUs, delta scales, weights) is mmdet's."""
-    stages, usual = count(state, r"roi\.stages\.(\d+)\."), len(CascadeHeadSpec().stages)
-    if stages != usual:
-        raise CheckpointError(f"a cascade of {stages} stages; only {usual} are supported")
-    first, num_classes = roi_head(state, "roi.stages.0.", in_channels)
-    shape = {name: getattr(first, name) for name in ("convs", "conv_channels", "conv_norm", "fcs", "fc_channels", "pool")}
-    agnostic = state["roi.stages.0.box_out.weight"].shape[0] == 4
-    return CascadeHeadSpec(**shape, class_agnostic=agnostic), num_classes
