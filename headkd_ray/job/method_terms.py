@@ -22,6 +22,8 @@ class MethodSpec(NamedTuple):
     weight.)"""
     teacher: bool
     """Whether the job has to name a teacher; else it must not."""
+    student: str | None = None
+    """The one kind of student that the method is for; None = any."""
 
 
 METHODS: dict[Method, MethodSpec] = {
@@ -30,7 +32,7 @@ METHODS: dict[Method, MethodSpec] = {
     "copy_only": MethodSpec(("assistant",), teacher=True),
     "akd": MethodSpec(("assistant", "akd"), teacher=True),
     "head": MethodSpec(("assistant", "akd", "ckd"), teacher=True),
-    "fitnet": MethodSpec(("fitnet",), teacher=True),
+    "fitnet": MethodSpec(("fitnet",), teacher=True, student="retinanet"),
     "tf_head": MethodSpec(("assistant", "ckd"), teacher=False),
 }
 

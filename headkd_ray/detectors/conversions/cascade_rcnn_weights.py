@@ -1,19 +1,18 @@
-"""Cascade R-CNN in mmdet's files."""
+"""Recognise and convert Cascade R-CNN in mmdet's files."""
 
 from __future__ import annotations
 
 from headkd_ray.detectors.conversions import shapes
 from headkd_ray.detectors.conversions.from_mmdet import TwoStageFromMMDet
-from headkd_ray.detectors.conversions.shapes import State
-from headkd_ray.errors import CheckpointError
+from headkd_ray.detectors.conversions.shapes import ShapeError, State
 from headkd_ray.job import CascadeHeadSpec, CascadeRPNSpec
 
 
 def _roi(state: State, in_channels: int) -> tuple[CascadeHeadSpec, int]:
-    """What no shape tells (IoUs, delta scales, weights) is mmdet's."""
+    """Infer the stages; what no shape tells (IoUs, delta scales, weights) is mmdet's."""
     stages, usual = shapes.count(state, r"roi\.stages\.(\d+)\."), len(CascadeHeadSpec().stages)
     if stages != usual:
-        raise CheckpointError(f"a cascade of {stages} stages; only {usual} are supported")
+        raise ShapeError(f"a cascade of {stages} stages; only {usual} are supported")
     first, num_classes = shapes.roi_head(state, "roi.stages.0.", in_channels)
     shape = {name: getattr(first, name) for name in ("convs", "conv_channels", "conv_norm", "fcs", "fc_channels", "pool")}
     agnostic = state["roi.stages.0.box_out.weight"].shape[0] == 4

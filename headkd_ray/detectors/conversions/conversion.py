@@ -1,4 +1,4 @@
-"""What every conversion has: the keys by which a file of another library is recognised as one of its kind of detector."""
+"""Recognise another library's file as one of a kind of detector by the keys of its tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A conversion says how another library's files hold one kind of detector, and what follows from their tensors.
+    """A description of how another library's files hold one kind of detector, and what follows from their tensors.
 
     Exactly one kind recognises a file; regular expressions match from the beginning of a key.
     """
@@ -20,7 +20,7 @@ class Conversion:
     """No key of a file of this kind matches this one; None = any may."""
 
     def recognises(self, keys: Collection[str]) -> bool:
-        """Whether a state dict with these ``keys``, in the library's spelling, is of this kind."""
+        """Return whether a state dict with these ``keys``, in the library's spelling, is of this kind."""
 
         def some_match(pattern: str) -> bool:
             return any(re.match(pattern, key) for key in keys)

@@ -1,4 +1,4 @@
-"""Faster R-CNN in mmdet's and torchvision's files."""
+"""Recognise and convert Faster R-CNN in mmdet's and torchvision's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _roi(state: State, in_channels: int) -> tuple[RoIHeadSpec, int]:
 
 
 def _background_last(state: State) -> State:
-    """Class 0 of the RoI head goes to the end of the scores and out of the boxes."""
+    """Move class 0 of the RoI head to the end of the scores and drop it from the boxes."""
     weight, bias, box_weight, box_bias = shapes.need(
         state, "roi.cls_out.weight", "roi.cls_out.bias", "roi.box_out.weight", "roi.box_out.bias"
     )
@@ -28,7 +28,10 @@ def _background_last(state: State) -> State:
 
 
 def _torchvision_sections(state: State, in_channels: int) -> tuple[dict[str, Spec], int]:
-    """Whole-pixel anchors, RoIAlign with 2 samples and no half-pixel shift, unlimited shrinking, least box sizes."""
+    """Infer RPN and RoI head, with torchvision's settings.
+
+    These are whole-pixel anchors, RoIAlign with 2 samples and no half-pixel shift, unlimited shrinking and least box sizes.
+    """
     rpn = shapes.rpn(state, RPNSpec)
     roi, num_classes = _roi(state, in_channels)
     few, more = {"min_size": 1e-3, "pre_nms": 1000, "post_nms": 1000}, {"min_size": 1e-3, "pre_nms": 2000, "post_nms": 2000}

@@ -1,4 +1,4 @@
-"""FCOS in mmdet's and torchvision's files."""
+"""Recognise and convert FCOS in mmdet's and torchvision's files."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from headkd_ray.detectors.conversions.from_torchvision import (
     TorchvisionConversion,
     background_dropped,
 )
-from headkd_ray.detectors.conversions.shapes import State
+from headkd_ray.detectors.conversions.shapes import ShapeError, State
 from headkd_ray.detectors.dense import STRIDES
-from headkd_ray.errors import CheckpointError
 from headkd_ray.job import FCOSHeadSpec, Spec
 
 
 def _head(state: State) -> tuple[FCOSHeadSpec, int]:
-    """What no shape tells is as in the paper, 32 groups in the norm."""
+    """Infer the head; what no shape tells is as in the paper, with 32 groups in the norm."""
     cls_out, box_out = shapes.need(state, "head.cls_out.weight", "head.box_out.weight")
     if box_out.shape[0] != 4:
-        raise CheckpointError(f"an FCOS head with {box_out.shape[0] / 4:g} boxes a cell; only 1 is supported")
+        raise ShapeError(f"an FCOS head with {box_out.shape[0] / 4:g} boxes a cell; only 1 is supported")
     channels = cls_out.shape[1]
     convs, groups = shapes.tower(state, "an FCOS head", channels, FCOSHeadSpec().norm_groups)
     return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
 
 
 def _switches(head: FCOSHeadSpec, said: Mapping[str, Any]) -> FCOSHeadSpec:
-    """``head`` with the switches of a config's head section ``said``; what it does not say is mmdet's default."""
+    """Set the switches of a config's head section ``said`` in ``head``; what it does not say is mmdet's default."""
     radius = number(said.get("center_sample_radius"), 1.5)
     return head.replace(
         {
@@ -46,12 +45,12 @@ def _switches(head: FCOSHeadSpec, said: Mapping[str, Any]) -> FCOSHeadSpec:
 
 
 def _arranged(state: State) -> State:
-    """Class 0 goes, and each level gets the scale 1 that torchvision does not have."""
+    """Drop class 0, and give each level the scale 1, which torchvision does not have."""
     return {**background_dropped(state), **{f"head.scales.{level}": torch.tensor(1.0) for level in range(len(STRIDES))}}
 
 
 def _torchvision_sections(state: State, in_channels: int) -> tuple[dict[str, Spec], int]:
-    """torchvision's points, scores and thresholds."""
+    """Infer the head, with torchvision's points, scores and thresholds."""
     head, num_classes = _head(state)
     rules = head.postprocess.replace({"score": 0.2, "nms_iou": 0.6})
     return {"head": head.replace({"points": "corner", "score": "sqrt", "postprocess": rules})}, num_classes

@@ -1,4 +1,4 @@
-"""How mmdet's files hold a detector's heads: a conversion for each of the two families, which a kind fills in."""
+"""Describe how mmdet's files hold a detector's heads: there is a conversion for each family, which a kind fills in."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class MMDetConversion(Conversion, ABC):
 
     @abstractmethod
     def names(self, keys: Collection[str]) -> dict[str, str]:
-        """{mmdet key: our name} of the heads' tensors among ``keys``; keys that this kind does not have are left out."""
+        """Return {mmdet key: our name} of the heads' tensors among ``keys``; keys that this kind does not have are left out."""
 
     @abstractmethod
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
-        """The heads' specs by their keys in the detector's spec (head; rpn, roi), and the number of classes.
+        """Return the heads' specs by their keys in the detector's spec (head; rpn, roi), and the number of classes.
 
         Args:
             state: tensors under our names.
             in_channels: width of the pyramid.
 
         Raises:
-            CheckpointError: a tensor that is needed is missing, or there is no such head here.
+            ShapeError: a tensor that is needed is missing, or there is no such head here.
         """
 
     def completed(self, state: State) -> State:
-        """``state``, under our names, with the tensors that mmdet leaves out and our heads have."""
+        """Return ``state``, under our names, with the tensors that mmdet leaves out and our heads have."""
         return state
 
 
@@ -58,9 +58,9 @@ class DenseFromMMDet(MMDetConversion):
     others: Mapping[str, str] = field(default_factory=dict)
     """{regular expression: replacement} of the head's tensors that belong to no conv."""
     head: Callable[[State], tuple[DenseHeadSpec, int]]
-    """The head's spec and its number of classes, from tensors under our names."""
+    """Makes the head's spec and its number of classes of tensors under our names."""
     switches: Callable[[Any, Mapping[str, Any]], Any] = _as_it_is
-    """The head's spec with what the training config says in its head's section and no tensor's shape tells."""
+    """Sets in the head's spec what no tensor's shape tells, from the head's section of the training config."""
     norms: bool = True
     """Whether the towers may have norms; beside a norm mmdet's convs have no bias."""
     relu_before_p7: bool = False
@@ -92,7 +92,7 @@ class DenseFromMMDet(MMDetConversion):
         return {"head": head}, num_classes
 
     def completed(self, state: State) -> State:
-        """``state`` with zeros for the biases of the towers' convs if none has one (``bias='auto'`` beside a norm)."""
+        """Return ``state`` with zeros for the biases of the towers' convs if none has one (``bias='auto'`` beside a norm)."""
         if not self.norms:
             return state
         towers = ("head.cls_tower.", "head.box_tower.")
@@ -106,8 +106,9 @@ class TwoStageFromMMDet(MMDetConversion):
     """A conversion of an RPN, ``rpn_head``, and of a RoI head, ``roi_head.bbox_head`` or a numbered one for each stage."""
 
     roi: Callable[[State, int], tuple[BoxHeadSpec, int]]
-    """The RoI head's spec and its number of classes, from tensors under our names and the pyramid's width."""
+    """Makes the RoI head's spec and its number of classes of tensors under our names and the pyramid's width."""
     rpn: type[RPNSpec] = RPNSpec
+    """Class of the RPN's spec."""
 
     def names(self, keys: Collection[str]) -> dict[str, str]:
         named = ((key, self._name(key)) for key in keys)
@@ -129,17 +130,19 @@ class TwoStageFromMMDet(MMDetConversion):
 
 
 def box_head_name(rest: str, prefix: str) -> str | None:
-    """Our name, under ``prefix``, of the tensor ``rest`` of one of mmdet's box heads; None if ours has no such tensor."""
+    """Return our name, under ``prefix``, of the tensor ``rest`` of one of mmdet's box heads; None if ours has none."""
     match = re.fullmatch(r"(\w+?)((?:\.\d+)?\.(?:weight|bias))", rest)
     return f"{prefix}{_BOX_HEAD[match[1]]}{match[2]}" if match and match[1] in _BOX_HEAD else None
 
 
 def type_name(said: object) -> str:
-    """The class that a dict of a training config names in ``type``, without its module, which 3.x may put in front; empty if
-    it names none."""
+    """Return the class that a training config's dict ``said`` names in ``type``; empty if it names none.
+
+    3.x may put the class's module in front, which is left out.
+    """
     return str(said.get("type", "")).rpartition(".")[2] if isinstance(said, Mapping) else ""
 
 
 def number(value: object, default: float) -> float:
-    """``value`` of a training config if it is a number, else ``default``."""
+    """Return ``value`` of a training config if it is a number, else ``default``."""
     return float(value) if isinstance(value, int | float) else default

@@ -1,4 +1,4 @@
-"""How torchvision's files hold a detector's heads, and what its dense detectors have in common."""
+"""Describe how torchvision's files hold a detector's heads; here is also what its dense detectors have in common."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 from headkd_ray.detectors.conversions import shapes
 from headkd_ray.detectors.conversions.conversion import Conversion
-from headkd_ray.detectors.conversions.shapes import State
-from headkd_ray.errors import CheckpointError
+from headkd_ray.detectors.conversions.shapes import ShapeError, State
 from headkd_ray.job import Spec
 
 Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
@@ -26,20 +25,20 @@ class TorchvisionConversion(Conversion):
     renames: Sequence[Rename]
     """Our names for the heads' tensors; the first that matches counts."""
     arranged: Callable[[State], State]
-    """The tensors, under our names, as our heads have them: background goes last or away.
+    """Arranges tensors under our names as our heads have them: background goes last or away.
 
-    Raises CheckpointError if one that is needed is missing.
+    Raises ShapeError if one that is needed is missing.
     """
     sections: Callable[[State, int], tuple[dict[str, Spec], int]]
-    """The heads' specs by their keys in the detector's spec, with torchvision's settings, and the number of classes, from
-    arranged tensors and the pyramid's width."""
+    """Makes of arranged tensors and the pyramid's width the heads' specs with torchvision's settings, by their keys in the
+    detector's spec, and the number of classes."""
     neck: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the neck that the tensors' shapes tell."""
     overwrites_eps: bool = True
     """Whether the released COCO v1 models run with BatchNorm epsilon 0 (``overwrite_eps``)."""
 
     def name(self, key: str) -> str | None:
-        """Our name for the tensor ``key`` of a head; None if this kind has no such tensor."""
+        """Return our name for the tensor ``key`` of a head; None if this kind has no such tensor."""
         for pattern, replacement in self.renames:
             if match := re.fullmatch(pattern, key):
                 return match.expand(replacement) if isinstance(replacement, str) else replacement(match)
@@ -47,7 +46,7 @@ class TorchvisionConversion(Conversion):
 
 
 def convs(tower: str) -> Callable[[re.Match[str]], str]:
-    """A name for (conv number, tensor) in a ``tower`` of ours, where a ReLU follows each conv."""
+    """Return what names (conv number, tensor) in ``tower``, where in our heads a ReLU follows each conv."""
     return lambda match: f"{tower}.{2 * int(match[1])}.{match[2]}"
 
 
@@ -64,11 +63,11 @@ DENSE_NECK = {"extra": "conv_p5", "relu_before_p7": True}
 
 
 def background_dropped(state: State) -> State:
-    """``state`` without class 0 of a dense head, which no label ever has; channels are anchor-major."""
+    """Return ``state`` without class 0 of a dense head, which no label ever has; channels are anchor-major."""
     weight, bias, boxes = shapes.need(state, "head.cls_out.weight", "head.cls_out.bias", "head.box_out.bias")
     anchors = len(boxes) // 4
     if anchors == 0 or len(bias) % anchors:
-        raise CheckpointError(f"a dense head with {len(bias)} scores for {len(boxes)} box outputs a cell")
+        raise ShapeError(f"a dense head with {len(bias)} scores for {len(boxes)} box outputs a cell")
     return {
         **state,
         "head.cls_out.weight": weight.unflatten(0, (anchors, -1))[:, 1:].flatten(0, 1),

@@ -1,4 +1,4 @@
-"""RetinaNet in mmdet's and torchvision's files."""
+"""Recognise and convert RetinaNet in mmdet's and torchvision's files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from headkd_ray.detectors.conversions.from_torchvision import (
     TorchvisionConversion,
     background_dropped,
 )
-from headkd_ray.detectors.conversions.shapes import State
-from headkd_ray.errors import CheckpointError
+from headkd_ray.detectors.conversions.shapes import ShapeError, State
 from headkd_ray.job import RetinaHeadSpec, Spec
 
 
@@ -20,12 +19,12 @@ def _head(state: State) -> tuple[RetinaHeadSpec, int]:
     spec = RetinaHeadSpec(convs=shapes.count(state, r"head\.cls_tower\.(\d+)\."), channels=cls_out.shape[1])
     anchors = len(spec.anchors.ratios) * spec.anchors.octave_scales
     if box_out.shape[0] != 4 * anchors:
-        raise CheckpointError(f"a dense head with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
+        raise ShapeError(f"a dense head with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
     return spec, cls_out.shape[0] // anchors
 
 
 def _torchvision_sections(state: State, in_channels: int) -> tuple[dict[str, Spec], int]:
-    """Whole-pixel anchors, unlimited shrinking, 300 detections."""
+    """Infer the head, with torchvision's whole-pixel anchors, unlimited shrinking and 300 detections."""
     head, num_classes = _head(state)
     changes = {
         "anchors": head.anchors.replace({"rounding": True}),

@@ -1,4 +1,4 @@
-"""What the shapes of a detector's tensors, under our names, say about the parts that several kinds share."""
+"""Infer the specs of parts that several kinds share from the shapes of their tensors, under our names."""
 
 from __future__ import annotations
 
@@ -25,37 +25,47 @@ _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
 }
 
 
+class ShapeError(CheckpointError):
+    """Tensors that are missing, or whose shapes no detector here has; :func:`inferring` adds the file's name."""
+
+
 @contextmanager
 def inferring(source: str) -> Iterator[None]:
-    """Turn what impossible shapes cause (a scalar conv weight, zero channels) into a CheckpointError."""
+    """Turn a ShapeError, and what impossible shapes cause (a scalar conv weight, zero channels), into a CheckpointError that
+    names the file ``source``."""
     try:
         yield
+    except ShapeError as error:
+        if error.headline is None:
+            raise CheckpointError([f"{source}: {problem}" for problem in error.problems]) from error
+        raise CheckpointError(error.problems, f"{source}: {error.headline}") from error
     except (IndexError, ZeroDivisionError, ValidationError) as error:
         raise CheckpointError(f"{source}: the tensors' shapes are no detector's ({type(error).__name__})") from error
 
 
 def count(state: State, pattern: str) -> int:
-    """How many different numbers stand at the group of ``pattern`` in the names of ``state``."""
+    """Count the different numbers at the group of ``pattern`` in the names of ``state``."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
 def need(state: State, *names: str) -> list[Tensor]:
-    """The named tensors; CheckpointError listing those that are absent."""
+    """Return the named tensors, or raise ShapeError listing those that are absent."""
     absent = [name for name in names if name not in state]
     if absent:
         headline = "the architecture cannot be read from the tensors"
-        raise CheckpointError([f"missing: {name}" for name in absent], headline=headline)
+        raise ShapeError([f"missing: {name}" for name in absent], headline=headline)
     return [state[name] for name in names]
 
 
 def resnet(state: State, prefix: str = "backbone.body.") -> BackboneSpec:
-    """timm's ResNet with the depths and widths of ``state``; stem and first stage frozen, BatchNorm in eval mode (paper)."""
+    """Return timm's ResNet with the depths and widths of ``state``; else as in the paper: stem and first stage frozen,
+    BatchNorm in eval mode."""
     kind = "bottleneck" if f"{prefix}layer1.0.conv3.weight" in state else "basic"
     layers = tuple(count(state, rf"{re.escape(prefix)}layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     stem, *convs = need(state, f"{prefix}conv1.weight", *(f"{prefix}layer{s}.0.conv2.weight" for s in (1, 2, 3, 4)))
     channels = [conv.shape[0] for conv in convs]
     if any(conv.shape[1] != conv.shape[0] for conv in convs):
-        raise CheckpointError("grouped or widened ResNets (ResNeXt, Wide ResNet, Res2Net) are not supported")
+        raise ShapeError("grouped or widened ResNets (ResNeXt, Wide ResNet, Res2Net) are not supported")
     kwargs: dict[str, Any] = {}
     if (stem.shape[0], channels) != (64, [64, 128, 256, 512]):
         kwargs |= {"stem_width": stem.shape[0], "channels": channels}
@@ -67,7 +77,8 @@ def resnet(state: State, prefix: str = "backbone.body.") -> BackboneSpec:
 
 
 def mobilenet_v2(state: State, leaky_slope: float | None, prefix: str = "backbone.body.") -> BackboneSpec:
-    """timm's MobileNetV2 with the widths of ``state``; else as in the paper: nothing frozen, BatchNorm trained, final conv."""
+    """Return timm's MobileNetV2 with the widths of ``state``; else as in the paper: nothing frozen, BatchNorm trained, final
+    conv."""
     ends = [f"{prefix}blocks.0.0.conv_pw.weight", *(f"{prefix}blocks.{stage}.0.conv_pwl.weight" for stage in range(1, 7))]
     stem, head, *convs = need(state, f"{prefix}conv_stem.weight", f"{prefix}conv_head.weight", *ends)
     widths = {
@@ -88,7 +99,8 @@ def mobilenet_v2(state: State, leaky_slope: float | None, prefix: str = "backbon
 
 
 def fpn(state: State) -> FPNSpec:
-    """The neck of ``state``; where a first extra conv could read C5 or P5 (equal widths) it reads C5, as the paper's does."""
+    """Return the neck of ``state``; where a first extra conv could read C5 or P5 (equal widths) it reads C5, as the
+    paper's does."""
     norm: Literal["none", "batch", "group"] = "none"
     if "neck.lateral.0.1.weight" in state:
         norm = "batch" if "neck.lateral.0.1.running_mean" in state else "group"
@@ -105,9 +117,9 @@ def fpn(state: State) -> FPNSpec:
 
 
 def tower(state: State, what: str, channels: int, groups: int | None) -> tuple[int, int | None]:
-    """Depth of a dense head's classification tower, and its norm's groups: ``groups`` if it has a norm, else None.
+    """Return the depth of a dense head's classification tower and its norm's groups: ``groups`` if it has a norm, else None.
 
-    Raises CheckpointError, which names the head as ``what``, if the groups do not divide ``channels``.
+    Raises ShapeError, which names the head as ``what``, if the groups do not divide ``channels``.
     """
     if "head.cls_tower.1.weight" not in state:
         groups = None
@@ -119,21 +131,21 @@ def tower(state: State, what: str, channels: int, groups: int | None) -> tuple[i
 
 def _check_groups(what: str, channels: int, groups: int) -> None:
     if channels % groups:
-        raise CheckpointError(f"{what} with GroupNorm on {channels} channels, which {groups} groups do not divide")
+        raise ShapeError(f"{what} with GroupNorm on {channels} channels, which {groups} groups do not divide")
 
 
 def rpn(state: State, kind: type[_RPN]) -> _RPN:
-    """A spec of class ``kind`` of the RPN of ``state``."""
+    """Return the RPN of ``state`` as a spec of class ``kind``."""
     (box_out,) = need(state, "rpn.box_out.weight")
     spec = kind(convs=count(state, r"rpn\.tower\.(\d+)\."))
     anchors = len(spec.anchors.ratios)
     if box_out.shape[0] != 4 * anchors:
-        raise CheckpointError(f"an RPN with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
+        raise ShapeError(f"an RPN with {box_out.shape[0] / 4:g} anchors a cell; only {anchors} is supported")
     return spec
 
 
 def roi_head(state: State, prefix: str, in_channels: int) -> tuple[RoIHeadSpec, int]:
-    """The RoI head of ``state`` under ``prefix`` (``roi.``, ``assistant.``) and its number of classes."""
+    """Return the RoI head of ``state`` under ``prefix`` (``roi.``, ``assistant.``) and its number of classes."""
     cls_out, box_out, first = need(state, f"{prefix}cls_out.weight", f"{prefix}box_out.weight", f"{prefix}fcs.0.weight")
     convs = [t.shape[0] for name, t in state.items() if name.startswith(f"{prefix}convs.") and t.dim() == 4]
     channels = convs[-1] if convs else in_channels

@@ -25,25 +25,25 @@ from headkd_ray.job import BackboneSpec, DenseDetectorSpec, PixelSpec, TwoStageD
 _NORMALISATION = ("data_preprocessor.mean", "data_preprocessor.std")
 _STEMS = ("backbone.body.conv1.weight", "backbone.body.conv_stem.weight")
 _DEFORMABLE = re.compile(r"\.(conv2\.conv_offset|conv2_offset|conv\.conv_offset)\.")
-"""In a ResNet's blocks, spelled in two ways, and in a tower; RepPoints' own deformable convs have no such tensor."""
+"""Offsets of deformable convs: in a ResNet's blocks, spelled in two ways, and in a tower; RepPoints' own have none."""
 
 
 def is_mmdet(keys: Iterable[str]) -> bool:
-    """Whether a state dict's ``keys`` are mmdet's."""
+    """Return whether a state dict's ``keys`` are mmdet's."""
     return any(key.startswith(("neck.lateral_convs.", "bbox_head.", "rpn_head.", "roi_head.bbox_head.")) for key in keys)
 
 
 class MMDetModel(NamedTuple):
-    """What an mmdet file holds: a detector and, of the official HEAD's students, what helped it learn."""
+    """An mmdet file's detector and, if it is a student of the official HEAD, what helped it learn."""
 
     loaded: LoadedDetector
     assistant: BoxHead | None
     adapters: dict[int, nn.Linear]
-    """By their number: 0, 1, ... = AKD on fc1, fc2, ...; the last = CKD."""
+    """The adapters by their number: 0, 1, ... = AKD on fc1, fc2, ...; the last = CKD."""
 
 
 def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
-    """A detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
+    """Build a detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
     What no shape tells comes from the training config in ``meta``, where mmdet's own files have it: a caffe-style backbone
     (stride in the 1x1 convs), input in BGR and its normalisation, FCOS's switches, thresholds at test time. A file without it
@@ -60,8 +60,8 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
 
 
 def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> MMDetModel:
-    """As :func:`load_mmdet`, with the assistant and the adapters of a HEAD student: a dense detector whose head is called
-    ``rpn_head`` and whose assistant ``roi_head``."""
+    """Load what :func:`load_mmdet` does, with the assistant and the adapters of a HEAD student, a dense detector whose head is
+    called ``rpn_head`` and whose assistant ``roi_head``."""
     meta = meta or {}
     averaged = [key for key in state if key.startswith("ema_")]
     normalisation = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key in _NORMALISATION}
@@ -143,7 +143,7 @@ def _backbone(ours: Mapping[str, Tensor], config: MMDetConfig) -> BackboneSpec:
 
 
 def _classes(meta: Mapping[str, Any], outputs: int, source: str) -> tuple[str, ...] | None:
-    """Class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``; one class may stand there as a bare string."""
+    """Return the class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``, a single one maybe as a bare string."""
     described = meta.get("dataset_meta")
     names = described.get("classes") or described.get("CLASSES") if isinstance(described, Mapping) else meta.get("CLASSES")
     if not names:

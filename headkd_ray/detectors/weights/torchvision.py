@@ -1,4 +1,4 @@
-"""torchvision checkpoints: fasterrcnn_resnet50_fpn (v1, v2), retinanet_resnet50_fpn, fcos_resnet50_fpn; any number of classes.
+"""Read torchvision's fasterrcnn_resnet50_fpn (v1, v2), retinanet_resnet50_fpn and fcos_resnet50_fpn, for any number of classes.
 
 What differs from mmdet goes into the spec: whole-pixel anchors, RoIAlign with 2 samples and no half-pixel shift, P6 on P5 and
 a ReLU before P7, unlimited shrinking, least box sizes, 300 RetinaNet detections, FCOS's points, scores and thresholds. Class 0,
@@ -26,12 +26,12 @@ _FROZEN_NORMS_LACK = "backbone.body.bn1.num_batches_tracked"
 
 
 def is_torchvision(keys: Iterable[str]) -> bool:
-    """Whether a state dict's ``keys`` are those of a torchvision detector."""
+    """Return whether a state dict's ``keys`` are those of a torchvision detector."""
     return any(key.startswith("backbone.fpn.") for key in keys)
 
 
 def load_torchvision(state: Mapping[str, Tensor], source: str = "torchvision") -> LoadedDetector:
-    """A detector from a torchvision state dict.
+    """Build a detector from a torchvision state dict.
 
     Raises CheckpointError listing every tensor that is missing, unexpected or of another shape.
     """
