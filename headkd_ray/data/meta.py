@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
 
 from headkd_ray.data.images import FULL_RANGE, Reading
 from headkd_ray.errors import DataError
@@ -78,9 +77,9 @@ class Meta:
     def from_json(cls, content: bytes, name: str) -> Meta:
         """Read it back; ``name`` is how errors call the file. Raises DataError naming every key that is wrong."""
         try:
-            fields = from_json(content)
+            fields = json.loads(content)
             kind, version = fields["format"], fields["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{name}: not written by headkd_ray.prepare ({error!r}); {AGAIN}") from error
         if kind != FORMAT or not isinstance(version, int) or version > VERSION:
             raise DataError(f"{name}: format {kind!r} version {version!r}; this headkd_ray reads up to {VERSION}, upgrade it")
