@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import GroundTruth, Proposals, RetinaHead, RoIs
+from headkd_ray.detectors import DenseHead, GroundTruth, Proposals, RoIs
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors, valid_anchors
 from headkd_ray.detectors.ops.rois import Candidates, candidates, choose
 from headkd_ray.detectors.ops.sampling import sample
@@ -33,7 +34,7 @@ class AnchorsWithin(Anchors):
 
 
 def own_losses(
-    golden: Golden, x: Tensor, names: Mapping[str, str], head: RetinaHead | RPN, compute: Callable[[], dict[str, Tensor]]
+    golden: Golden, x: Tensor, names: Mapping[str, str], head: DenseHead[Any] | RPN, compute: Callable[[], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the losses of ``head`` from ``compute``, and notes on where anchors were valid if not by the official rule.
 

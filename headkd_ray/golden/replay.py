@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headkd_ray.detectors import Detections, FasterRCNN, GroundTruth, Proposals, RetinaNet, RoIs, StageOutput
+from headkd_ray.detectors import (
+    DenseDetector,
+    Detections,
+    Detector,
+    FasterRCNN,
+    GroundTruth,
+    Proposals,
+    RetinaNet,
+    RoIs,
+    StageOutput,
+    TwoStageDetector,
+)
 from headkd_ray.detectors.head_features import Tap
-from headkd_ray.detectors.retinanet import RetinaOutputs
 from headkd_ray.detectors.roi_head import BoxOutputs
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import MMDetModel, load_mmdet_model
@@ -33,13 +43,16 @@ from headkd_ray.golden.proposed import Proposed
 from headkd_ray.job import DistillSpec, RoIHeadSpec
 from headkd_ray.teacher.frozen import FrozenTeacher, TeacherForward
 
-_RETINA_LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
-_FASTER_LOSSES = {
-    "loss_rpn_cls": "loss_rpn_cls",
-    "loss_rpn_box": "loss_rpn_bbox",
-    "loss_roi_cls": "loss_cls",
-    "loss_roi_box": "loss_bbox",
+_OWN_LOSSES: dict[type[Detector], dict[str, str]] = {
+    RetinaNet: {"loss_cls": "loss_cls", "loss_box": "loss_bbox"},
+    FasterRCNN: {
+        "loss_rpn_cls": "loss_rpn_cls",
+        "loss_rpn_box": "loss_rpn_bbox",
+        "loss_roi_cls": "loss_cls",
+        "loss_roi_box": "loss_bbox",
+    },
 }
+"""{our name: the official one} of the losses of every kind of student that can be replayed."""
 _HEAD_LOSSES = {
     "loss_cls": "loss_cls_rpn",
     "loss_box": "loss_bbox_rpn",
@@ -138,7 +151,12 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     student = load_mmdet_model(state, source=f"{golden.source}: student")
     teacher = load_mmdet_model(teacher_state, source=f"{golden.source}: teacher").loaded if teacher_state else None
     run = Replay(student.loaded, teacher, device)
-    detector, model = student.loaded.detector, _training_model(golden, student, teacher)
+    detector = student.loaded.detector
+    if type(detector) not in _OWN_LOSSES:
+        raise CheckpointError(
+            f"{golden.source}: has a {detector.spec.kind} student; only the steps of {_names(_OWN_LOSSES)} can be replayed"
+        )
+    model = _training_model(golden, student, teacher)
     for part in (detector, student.assistant, *student.adapters.values(), teacher.detector if teacher else None):
         if part is not None:
             part.to(device)
@@ -148,12 +166,10 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     detector.train()
     if model is not None:
         losses = _head_step(run, model.train(), teacher, golden, x, sizes)
-    elif isinstance(detector, RetinaNet):
-        losses = _retinanet_step(run, detector, golden, x, sizes)
-    elif isinstance(detector, FasterRCNN):
-        losses = _faster_rcnn_step(run, detector, golden, x, sizes)
+    elif isinstance(detector, DenseDetector):
+        losses = _dense_step(run, detector, golden, x, sizes)
     else:
-        raise CheckpointError(f"{golden.source}: an FCOS student; only RetinaNet and Faster R-CNN can be replayed")
+        losses = _two_stage_step(run, detector, golden, x, sizes)
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     run.losses = {name: float(loss.detach()) for name, loss in {**losses, "total": total}.items()}
@@ -175,7 +191,7 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
 
 def _training_model(golden: Golden, student: MMDetModel, teacher: LoadedDetector | None) -> TrainingModel | None:
     """Build HEAD from the loaded parts, with its assistant at the RoIs that the file chose; None for a plain detector."""
-    if student.assistant is None or not isinstance(student.loaded.detector, RetinaNet):
+    if student.assistant is None or not isinstance(student.loaded.detector, DenseDetector):
         return None
     layers, spec = student.assistant.spec.fcs, DistillSpec()
     akd = [a for number, a in student.adapters.items() if number < layers]
@@ -204,16 +220,18 @@ def _head_step(
     run: Replay, model: TrainingModel, teacher: LoadedDetector | None, golden: Golden, x: Tensor, sizes: Tensor
 ) -> dict[str, Tensor]:
     student, truth = model.student, golden.truth(sizes)
-    assert isinstance(student, RetinaNet)  # _training_model's condition
+    assert isinstance(student, DenseDetector)  # _training_model's condition
     answers = None if teacher is None else TeacherForward(FrozenTeacher(teacher.detector), x)
     forward = StepForward(StudentForward.run(student, x, truth, None), model.assistants, answers)  # type: ignore[arg-type]
     losses = model.losses(forward, int(golden.tensor("step")) if golden.has("step") else 0)
     outputs = forward.student.outputs
-    assert isinstance(outputs, RetinaOutputs)
+    assert outputs is not None  # a dense student's
     own, run.notes = own_losses(golden, x, _HEAD_LOSSES, student.head, lambda: student.head.losses(outputs, truth))
     best = [m.unflatten(1, (-1, student.num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
     proposals = student.head.proposals(outputs, sizes)
-    run.proposed = Proposed.of(proposals, student.head.spec.proposals, best, outputs.deltas, student.head.anchors, sizes)
+    run.proposed = Proposed.of(
+        proposals, student.head.spec.proposals, best, student.head.box_maps(outputs), student.head.anchors, sizes
+    )
     run.features, (run.rois, run.roi_outputs) = forward.student.pyramid, forward.assistant(ASSIST).stages[0]
     for term in model.terms:
         if isinstance(term, AKD):
@@ -225,28 +243,33 @@ def _head_step(
     return {_HEAD_LOSSES[name]: loss for name, loss in {**losses, **own}.items()}
 
 
-def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    truth = golden.truth(sizes)
+def _dense_step(run: Replay, student: DenseDetector, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    truth, names = golden.truth(sizes), _OWN_LOSSES[type(student)]
     run.features = student.features(x)
     outputs = student.head(run.features)
-    losses, run.notes = own_losses(golden, x, _RETINA_LOSSES, student.head, lambda: student.head.losses(outputs, truth))
-    return {_RETINA_LOSSES[name]: loss for name, loss in losses.items()}
+    losses, run.notes = own_losses(golden, x, names, student.head, lambda: student.head.losses(outputs, truth))
+    return {names[name]: loss for name, loss in losses.items()}
 
 
-def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    truth = golden.truth(sizes)
+def _two_stage_step(run: Replay, student: TwoStageDetector, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    truth, names = golden.truth(sizes), _OWN_LOSSES[type(student)]
     run.features = student.features(x)
     outputs = student.rpn(run.features)
     student.rpn.spec = student.rpn.spec.replace({"sampler": ALL})
-    losses, run.notes = own_losses(golden, x, _FASTER_LOSSES, student.rpn, lambda: student.rpn.losses(outputs, truth))
+    losses, run.notes = own_losses(golden, x, names, student.rpn, lambda: student.rpn.losses(outputs, truth))
     proposals = student.rpn.proposals(outputs, sizes)
     scores = [m.sigmoid().detach() for m in outputs.logits]
     rules, anchors = student.rpn.spec.train_proposals, student.rpn.anchors
     run.proposed = Proposed.of(proposals, rules, scores, outputs.deltas, anchors, sizes)
-    rois = golden_rois(golden, proposals, truth, student.num_classes, student.roi.spec.positive_iou)
-    run.rois, run.roi_outputs = rois, student.roi(run.features, rois.boxes, rois.image)
+    head = student.roi.stages[0]
+    rois = golden_rois(golden, proposals, truth, student.num_classes, head.spec.positive_iou)
+    run.rois, run.roi_outputs = rois, head(run.features, rois.boxes, rois.image)
     losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses([StageOutput(rois, run.roi_outputs)]).items()}
-    return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
+    return {names[name]: loss for name, loss in losses.items()}
+
+
+def _names(kinds: Iterable[type[Detector]]) -> str:
+    return " and ".join(kind.__name__ for kind in kinds)
 
 
 def _gradients(student: MMDetModel, names: dict[str, str]) -> dict[str, Tensor]:

@@ -89,8 +89,9 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
 
 def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
     method, kind = get("method"), get("student.kind")
-    if method == "fitnet" and kind != "retinanet":
-        yield "student.kind", f"method fitnet needs a retinanet student, got {kind}"
+    needed = METHODS[method].student
+    if needed is not None and kind != needed:
+        yield "student.kind", f"method {method} needs a {needed} student, got {kind}"
 
 
 def _tf_assistants(get: Get) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,8 @@ class MethodSpec(NamedTuple):
     weight.)"""
     teacher: bool
     """Whether the job must name a teacher; otherwise it must not."""
+    student: str | None = None
+    """The only kind of student that the method is for; None = any."""
 
 
 METHODS: dict[Method, MethodSpec] = {
@@ -31,7 +33,7 @@ METHODS: dict[Method, MethodSpec] = {
     "copy_only": MethodSpec(("assistant",), teacher=True),
     "akd": MethodSpec(("assistant", "akd"), teacher=True),
     "head": MethodSpec(("assistant", "akd", "ckd"), teacher=True),
-    "fitnet": MethodSpec(("fitnet",), teacher=True),
+    "fitnet": MethodSpec(("fitnet",), teacher=True, student="retinanet"),
     "tf_head": MethodSpec(("assistant", "ckd"), teacher=False),
 }
 
