@@ -154,7 +154,7 @@ def the_driver(run: Run, random: Random) -> Callable[[], None]:
     return hit
 
 
-WORKER, TEACHER = "ray::RayTrainWorker", "ray::Holder"
+WORKER, TEACHER = "ray::RayTrainWorker", "ray::TeacherActor"
 FAULTS: dict[str, tuple[str, Fault]] = {
     "worker": ("a train worker", process(WORKER)),
     "data": ("a process that reads or decodes images", process("ray::Map(DecodeChunk)", "ray::FlatMap(ReadWindow)")),

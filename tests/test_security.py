@@ -47,13 +47,13 @@ RUNS_CODE = {
 """Calls that run code of what they are given, or do unless an argument forbids it."""
 READERS = {
     # Ray's blocks, which the same run wrote.
-    ("pickle.loads", "cluster/stream.py"): "",
+    ("pickle.loads", "cluster/ray_stream.py"): "",
     ("pickle.loads", "cluster/decoding.py"): "",
     # Other people's files.
     ("torch.load", "detectors/safe_load.py"): "weights_only=True",
     ("torch.serialization.safe_globals", "detectors/safe_load.py"): "_allowed()",
     ("np.load", "golden/file.py"): "allow_pickle=False",
-    ("yaml.compose", "job/tree.py"): "Loader=_Loader",
+    ("yaml.compose", "job/yaml_tree.py"): "Loader=_Loader",
 }
 """Where each of them may stand, and with what argument."""
 MODULES = {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}

@@ -132,7 +132,7 @@ def test_the_place_that_waits_is_the_innermost_of_ours() -> None:
 
     import headkd_ray
 
-    ours, theirs = Path(headkd_ray.__file__).parent / "detectors/nms.py", Path(torchvision.__file__).parent / "ops/boxes.py"
+    ours, theirs = Path(headkd_ray.__file__).parent / "detectors/ops/nms.py", Path(torchvision.__file__).parent / "ops/boxes.py"
     frames = [traceback.FrameSummary(str(file), line, "f") for file, line in ((ours, 7), (ours, 22), (theirs, 41))]
     assert place_of(frames) == "headkd_ray/detectors/ops/nms.py:22"
     assert place_of(frames[2:]) == "torchvision/ops/boxes.py:41"

@@ -32,7 +32,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
     return micro_teacher(tmp_path_factory.mktemp("teacher"), ShardSet.open(drawn_splits["train"]).meta.classes)
 
 
-@pytest.mark.parametrize(("rois", "title"), [("teacher", "ray::MapWorker"), ("student", "ray::Holder")])
+@pytest.mark.parametrize(("rois", "title"), [("teacher", "ray::MapWorker"), ("student", "ray::TeacherActor")])
 def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     rois: str, title: str, machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], teacher: str
 ) -> None:

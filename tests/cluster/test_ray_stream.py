@@ -40,11 +40,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return prepare_split(files.json, files.images, files.out, shard_images=16, row_group=4)
 
 
-def windows(shards: ShardSet, rank: int = 0, world: int = 1, epochs: int = 1, start_step: int = 0) -> list[Window]:
+def windows(shards: ShardSet, rank: int = 0, world_size: int = 1, epochs: int = 1, start_step: int = 0) -> list[Window]:
     rows = train_rows(shards.index, keep_empty=True)
     options = {"seed": 1, "batch_size": 3, "window": 12}
     return list(
-        train_windows(shards.index, rows, rank=rank, world_size=world, epochs=epochs, start_step=start_step, **options)  # type: ignore[arg-type]
+        train_windows(shards.index, rows, rank=rank, world_size=world_size, epochs=epochs, start_step=start_step, **options)  # type: ignore[arg-type]
     )
 
 
@@ -84,23 +84,23 @@ def test_evaluation_and_idle_batches(shards: ShardSet) -> None:
         assert list(on_ray) == []
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_image_once_when_ranks_stream_at_the_same_time(shards: ShardSet, world: int) -> None:
-    seen: list[list[int]] = [[] for _ in range(world)]
-    steps: list[list[int]] = [[] for _ in range(world)]
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_image_once_when_ranks_stream_at_the_same_time(shards: ShardSet, world_size: int) -> None:
+    seen: list[list[int]] = [[] for _ in range(world_size)]
+    steps: list[list[int]] = [[] for _ in range(world_size)]
 
     def stream(rank: int) -> None:
-        with DECODE(shards, windows(shards, rank, world), BatchMaker(SPEC, 1, train=True)) as batches:
+        with DECODE(shards, windows(shards, rank, world_size), BatchMaker(SPEC, 1, train=True)) as batches:
             for batch in batches:
                 steps[rank].append(batch.step)
                 seen[rank] += [] if batch.idle else batch.image_ids.tolist()
 
-    threads = [threading.Thread(target=stream, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=stream, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=120)
-    assert steps == [list(range(steps_per_epoch(60, 3, world)))] * world
+    assert steps == [list(range(steps_per_epoch(60, 3, world_size)))] * world_size
     assert Counter(image_id for ids in seen for image_id in ids) == Counter(shards.index.image_id.tolist())
 
 
@@ -182,10 +182,10 @@ def test_inside_train_workers(shards: ShardSet, tmp_path: Path) -> None:
 
     def loop(config: dict[str, Any]) -> None:
         context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
+        rank, world_size = context.get_world_rank(), context.get_world_size()
         opened = ShardSet.open(config["uri"])
         rows = train_rows(opened.index, keep_empty=True)
-        planned = train_windows(opened.index, rows, seed=1, rank=rank, world_size=world, batch_size=3, window=12, epochs=2)
+        planned = train_windows(opened.index, rows, seed=1, rank=rank, world_size=world_size, batch_size=3, window=12, epochs=2)
         ids: list[list[int]] = []
         with decode_on_ray(ClusterSpec(workers=2, data_cpus=1))(opened, planned, BatchMaker(SPEC, 1, train=True)) as batches:
             for batch in batches:

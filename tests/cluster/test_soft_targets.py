@@ -135,7 +135,7 @@ def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: d
         assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
         restarts.append(same.teacher_restarts)
         if number == 5:
-            (pid,) = processes("ray::Holder")
+            (pid,) = processes("ray::TeacherActor")
             os.kill(pid, signal.SIGKILL)
     assert restarts[5] == 0 and restarts[-1] == 1
 

@@ -28,7 +28,7 @@ from headkd_ray.job.schema import schema_text, write_schema
 JOBS = Path(__file__).parents[2] / "jobs"
 PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_"))
 FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if not path.name.startswith("tune_"))
-"""Without the search files, which tests/search is about."""
+"""Without the search files, which tests/tuning is about."""
 
 
 def test_every_promised_job_is_there():
