@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from machines import Machines, steps_told, wait_for
+from machines import Machines, logged_steps, wait_for
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
@@ -57,13 +57,13 @@ def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
     driver = machines.train(file, tmp_path / "output")
     folder = run_folder(job)
-    wait_for(lambda: len(steps_told(folder)) >= 2, driver)
+    wait_for(lambda: len(logged_steps(folder)) >= 2, driver)
     (node,) = machines.hosts(title, "teacher")
     machines.kill(node)
     assert driver.wait(240) == 0, (tmp_path / "output").read_text()
     result = json.loads(folder.read("result.json"))
     assert_same_weights(student_weights(expected), student_weights(result))
-    told = steps_told(folder)
+    told = logged_steps(folder)
     assert told[-1]["teacher_restarts"] == 1
     assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1)), "a step was repeated or lost"
     assert not machines.left_over()
@@ -88,17 +88,17 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     driver = machines.train(file, tmp_path / "output")
 
     def at_work(workers: int) -> bool:
-        told = steps_told(folder)
+        told = logged_steps(folder)
         return bool(told) and told[-1]["workers"] == workers
 
-    wait_for(lambda: at_work(2) and len(steps_told(folder)) > 25, driver)
+    wait_for(lambda: at_work(2) and len(logged_steps(folder)) > 25, driver)
     machines.kill(machines.nodes["trainer"][0])
     wait_for(lambda: at_work(1), driver)
     machines.have("trainer", 2, cpus=2)
     wait_for(lambda: at_work(2), driver)
     driver.terminate()
     assert driver.wait(60) == 143, (tmp_path / "output").read_text()
-    told = steps_told(folder)
+    told = logged_steps(folder)
     assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1))
     phases = [workers for workers, _ in groupby(record["workers"] for record in told)]
     assert phases == [2, 1, 2]
