@@ -84,10 +84,8 @@ def _do(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=ROWS, default="micro")
-    parser.add_argument(
-        "--data", type=Path, default=Path("data/evidence"), help="folder of prepared splits (default %(default)s)"
-    )
-    parser.add_argument("--storage", type=Path, default=Path("runs/evidence"), help="folder of the runs (default %(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/evidence"), help="prepared splits (default %(default)s)")
+    parser.add_argument("--storage", type=Path, default=Path("runs/evidence"), help="runs (default %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.jsonl", help="default: docs/results.jsonl")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     preparing = commands.add_parser("prepare", help="pack photos and COCO annotations into --data")

@@ -86,8 +86,8 @@ class Run:
 
     def _watch(self) -> None:
         while not self.over.wait(0.03):
-            told = logged_steps(self.folder)
-            self.step = told[-1]["step"] if told else 0
+            records = logged_steps(self.folder)
+            self.step = records[-1]["step"] if records else 0
             self.seen += [time.monotonic()] * (self.step + 1 - len(self.seen))
             for hit in self.hits[-1:]:
                 hit["back"] = min(hit["back"], self.step)
@@ -188,8 +188,8 @@ def trial(machines: Machines, job: Job, faults: Sequence[str], seed: int, scratc
             hit()
         run.wait(lambda: run.driver.poll() == 0)
     except RuntimeError as error:
-        told = run.output.read_text(encoding="utf-8").splitlines()[-1:]
-        record["error"] = f"{error}: {told}"
+        last_line = run.output.read_text(encoding="utf-8").splitlines()[-1:]
+        record["error"] = f"{error}: {last_line}"
     run.end()
     return {
         **record,

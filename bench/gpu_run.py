@@ -61,9 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_options(parser)
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, separated by commas (default %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="for all parts, whose limits scale (default %(default)g)"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all; the parts' limits scale (default %(default)g)")
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
