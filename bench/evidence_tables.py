@@ -16,7 +16,7 @@ Record = dict[str, Any]
 Rows = dict[str, dict[int, Record]]
 """Row -> seed -> record."""
 Order = Mapping[str, Mapping[str, Sequence[str]]]
-"""Tier -> row, in table order -> rows that it is compared with, its matched baseline first."""
+"""Tier -> row, in the order in which they are shown -> rows that it is compared with, its matched baseline first."""
 
 
 def read(results: Path) -> list[Record]:
@@ -64,7 +64,7 @@ def insert(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def readme_section(records: Sequence[Record], order: Order) -> str:
-    """Return the short tables: AP and the gain over the matched baseline."""
+    """The short table: AP and the gain over the matched baseline."""
     parts = []
     for tier, rows in by_tier(records, order).items():
         lines = [f"Tier {tier}, {_machines(rows)}:", "", *_head("row", "seeds", "AP", "difference to its baseline")]

@@ -29,8 +29,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_what_torch_cannot_allocate_is_told() -> None:
-    told = pytest.raises(DeviceMemoryError, match=r"^drawing: out of memory on this machine; draw less$")
-    with told, enough_memory("drawing", "draw less"):
+    raises = pytest.raises(DeviceMemoryError, match=r"^drawing: out of memory on this machine; draw less$")
+    with raises, enough_memory("drawing", "draw less"):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
@@ -48,5 +48,5 @@ def test_a_run_that_does_not_fit_names_the_keys_and_their_values(tmp_path: Path,
     command = [sys.executable, "-c", TRAIN_WITH_LITTLE_MEMORY, str(tmp_path / "job.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    (told,) = re.findall(r"^error: run large, training: out of memory on this machine; (.+)", done.stderr, re.MULTILINE)
-    assert "lower data.batch_size (16) and raise optim.accumulate (1) as much" in told and "data.short_side (1500)" in told
+    (text,) = re.findall(r"^error: run large, training: out of memory on this machine; (.+)", done.stderr, re.MULTILINE)
+    assert "lower data.batch_size (16) and raise optim.accumulate (1) as much" in text and "data.short_side (1500)" in text

@@ -154,8 +154,8 @@ def test_a_search_on_s3_is_found_and_analyzed_there(
     assert {"index.html", "best.yaml"} <= {*(folder.folder / "analysis").names()}
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(yaml.safe_dump(JOB))
-    asked = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
-    Path("search.yaml").write_text(yaml.safe_dump(asked))
+    text = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
+    Path("search.yaml").write_text(yaml.safe_dump(text))
     with pytest.raises(SystemExit):
         tune.main(["search.yaml", f"run.storage={uri('bucket', s3, 'searches')}"])
     assert f"{folder.folder.uri} is a search already" in capsys.readouterr().err
@@ -180,10 +180,10 @@ def test_credentials_that_expire_during_a_run(
         return EXPIRED if over.is_set() else None
 
     proxy.refuse = expire
-    told = refused([job_file], capsys)
+    message = refused([job_file], capsys)
     assert over.is_set(), "it was not the second checkpoint that failed"
-    assert told.count("error: ") == 1 and "runs/expired" in told
-    assert "the credentials have expired; sign in again" in told and "AWS Error" not in told
+    assert message.count("error: ") == 1 and "runs/expired" in message
+    assert "the credentials have expired; sign in again" in message and "AWS Error" not in message
     proxy.refuse = lambda method, path: None
     assert main([job_file]) == 0
     assert "step 7/12" in capsys.readouterr().out
@@ -213,9 +213,9 @@ def test_wrong_credentials_are_one_clear_error_before_anything_starts(
             monkeypatch.setenv("AWS_ACCESS_KEY_ID", access)
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
             proxy.seen.clear()
-            told = refused([job], capsys)
-            assert told.startswith("error: run.storage: s3://bucket/runs/refused?") and expected in told, told
-            assert len(told.splitlines()) == 1 and "AWS Error" not in told
+            message = refused([job], capsys)
+            assert message.startswith("error: run.storage: s3://bucket/runs/refused?") and expected in message, message
+            assert len(message.splitlines()) == 1 and "AWS Error" not in message
             assert len(proxy.seen) < 3, "it was tried again"
 
 
@@ -231,9 +231,9 @@ def test_other_mistakes_in_the_address(
         f"s3://nobody:nothing@bucket/runs?{query}": "has a password in it, which would be written into job.json",
     }
     for storage, expected in cases.items():
-        told = refused([job, f"run.storage={storage}"], capsys)
-        assert told.startswith("error: run.storage: s3://") and expected in told, told
-        assert len(told.splitlines()) == 1 and "nothing@" not in told
+        message = refused([job, f"run.storage={storage}"], capsys)
+        assert message.startswith("error: run.storage: s3://") and expected in message, message
+        assert len(message.splitlines()) == 1 and "nothing@" not in message
 
 
 @pytest.mark.slow

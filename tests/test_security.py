@@ -133,9 +133,9 @@ def test_pickles_in_weight_files(name: str, wrapped: bool, bomb: Bomb, tmp_path:
         file.write_bytes(pickle.dumps(bomb, protocol=2))
     with pytest.raises(UserError) as caught:
         LOADERS[name](file)
-    told = str(caught.value)
-    assert name in told and "that are not loaded, because that could run code" in told and "mkdir" in told
-    assert "weights_only" not in told, "no advice to load it all the same"
+    message = str(caught.value)
+    assert name in message and "that are not loaded, because that could run code" in message and "mkdir" in message
+    assert "weights_only" not in message, "no advice to load it all the same"
 
 
 def test_a_pickle_that_is_called_safetensors(bomb: Bomb, tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def test_a_rehearsal_is_refused_and_nothing_changes(docs: Path, tmp_path: Path, 
     before = (docs / "performance.md").read_text()
     with pytest.raises(SystemExit) as caught:
         gpu_report.main([str(tmp_path / "results"), "--docs", str(docs)])
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert caught.value.code == 2
-    assert "steps.json: from a rehearsal" in told and "ray.json: not what bench/gpu.sh writes" in told
+    assert "steps.json: from a rehearsal" in message and "ray.json: not what bench/gpu.sh writes" in message
     assert not (docs / "gpu").exists() and (docs / "performance.md").read_text() == before
 
 

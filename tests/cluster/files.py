@@ -27,8 +27,8 @@ def read(name: str) -> Any:
     return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
 
 
-def fits(asked: dict[str, float], resources: dict[str, float]) -> bool:
-    return all(resources.get(name, 0) >= amount for name, amount in asked.items())
+def fits(demand: dict[str, float], resources: dict[str, float]) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in demand.items())
 
 
 def free_port() -> int:

@@ -63,9 +63,9 @@ def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     assert driver.wait(240) == 0, (tmp_path / "output").read_text()
     result = json.loads(folder.read("result.json"))
     assert_same_weights(student_weights(expected), student_weights(result))
-    told = logged_steps(folder)
-    assert told[-1]["teacher_restarts"] == 1
-    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1)), "a step was repeated or lost"
+    records = logged_steps(folder)
+    assert records[-1]["teacher_restarts"] == 1
+    assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1)), "a step was repeated or lost"
     assert not machines.left_over()
 
 
@@ -88,8 +88,8 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     driver = machines.train(file, tmp_path / "output")
 
     def at_work(workers: int) -> bool:
-        told = logged_steps(folder)
-        return bool(told) and told[-1]["workers"] == workers
+        records = logged_steps(folder)
+        return bool(records) and records[-1]["workers"] == workers
 
     wait_for(lambda: at_work(2) and len(logged_steps(folder)) > 25, driver)
     machines.kill(machines.nodes["trainer"][0])
@@ -98,8 +98,8 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     wait_for(lambda: at_work(2), driver)
     driver.terminate()
     assert driver.wait(60) == 143, (tmp_path / "output").read_text()
-    told = logged_steps(folder)
-    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1))
-    phases = [workers for workers, _ in groupby(record["workers"] for record in told)]
+    records = logged_steps(folder)
+    assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1))
+    phases = [workers for workers, _ in groupby(record["workers"] for record in records)]
     assert phases == [2, 1, 2]
     assert not machines.left_over()

@@ -59,12 +59,12 @@ def test_every_loss_counts_once_and_waiting_for_a_node_does_not(ray_cluster: Non
     waiting = ControllerError(WorkerGroupStartupTimeoutError(2))
     controller = ActorDiedError()
     losses = [in_training, at_its_start, starting_again, controller]
-    told: list[str] = []
-    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), 4, told.append) == "done"
-    assert [text.partition("(")[2] for text in told] == [f"{number} of 4 times)" for number in (1, 2, 3, 4)]
+    notes: list[str] = []
+    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), 4, notes.append) == "done"
+    assert [text.partition("(")[2] for text in notes] == [f"{number} of 4 times)" for number in (1, 2, 3, 4)]
     for loss in losses:
         with pytest.raises(type(loss)):
-            with_restarts(Fit(loss, loss, "done"), 1, told.append)
+            with_restarts(Fit(loss, loss, "done"), 1, notes.append)
 
 
 def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -> None:
@@ -142,17 +142,17 @@ def test_a_worker_killed_before_its_first_step_is_started_again(
     register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     before = reserved()
     monkeypatch.setattr(ray_train, "_worker", dies_at_first)
-    told: list[str] = []
+    notes: list[str] = []
 
     def tell(record: dict[str, Any]) -> None:
-        told.extend([record["note"]] if "note" in record else [])
+        notes.extend([record["note"]] if "note" in record else [])
 
     job = micro_job(tmp_path, drawn_splits, cluster={**ON_RAY, "max_failures": 1})
     with pytest.raises(ClusterError, match="training failed for good"):
         train(job, tell)
     assert (tmp_path / "lives").read_text() == "2"
     result = train(job, tell)
-    assert [text.partition("(")[2] for text in told] == ["1 of 1 times)"]
+    assert [text.partition("(")[2] for text in notes] == ["1 of 1 times)"]
     assert_same_weights(student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), tell)))
     assert reserved() == before, "a reservation was left behind"
 

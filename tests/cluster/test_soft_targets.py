@@ -73,12 +73,12 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
         .train()
         .to(memory_format=torch.channels_last)
     )
-    asked, cache = soft_targets(job, sets[0], own.detector, distributed.device)
+    answer, cache = soft_targets(job, sets[0], own.detector, distributed.device)
     with streams.train(first=0, cache=cache) as batches:
         for batch in batches:
             with torch.no_grad():
-                if asked is not None:
-                    batch = replace(batch, targets=asked(batch))
+                if answer is not None:
+                    batch = replace(batch, targets=answer(batch))
                 losses = model(batch, 100, torch.Generator().manual_seed(batch.step))
             yield batch, losses
 

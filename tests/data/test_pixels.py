@@ -74,14 +74,14 @@ def test_where_no_size_tells_the_user_is_told_what_to_do(files: CocoFiles, capsy
     stored = tensor(exif_photo(files, 3, 1))
     upright = tensor(exif_photo(files, 3, 3))
     assert main([files.json, files.images, "--out", files.out]) == 0
-    told = capsys.readouterr().err
-    assert told.strip() == (
+    message = capsys.readouterr().err
+    assert message.strip() == (
         "warning: EXIF orientation: 1 image is used as stored, the orientation is ignored (the JSON does not tell; "
         "if the boxes were drawn on the upright images, prepare with --exif apply)"
     )
     assert torch.equal(shown(ShardSet.open(files.out), 3), stored)
     assert main([files.json, files.images, "--out", files.out]) == 0
-    assert capsys.readouterr().err.strip() == told.strip(), "again"
+    assert capsys.readouterr().err.strip() == message.strip(), "again"
     with pytest.raises(DataError, match="other options"):
         prepared(files, exif="apply")
     assert main([files.json, files.images, "--out", files.out, "--exif", "apply", "--overwrite"]) == 0
@@ -179,9 +179,9 @@ def test_too_large_images_are_not_called_damaged(files: CocoFiles, capsys: pytes
     (Path(files.images) / "0.jpg").write_bytes(encoded(Image.new("1", (15_000, 12_000)), "PNG"))
     with pytest.raises(SystemExit):
         main([files.json, files.images, "--out", files.out])
-    told = capsys.readouterr().err
-    assert "0.jpg (image 500), has 180.0 megapixels (15000 x 12000), more than the 179.0 that are allowed: " in told
-    assert photos.TOO_LARGE in told and "damaged" not in told
+    message = capsys.readouterr().err
+    assert "0.jpg (image 500), has 180.0 megapixels (15000 x 12000), more than the 179.0 that are allowed: " in message
+    assert photos.TOO_LARGE in message and "damaged" not in message
 
 
 def test_the_limit_of_size_is_a_switch(files: CocoFiles) -> None:

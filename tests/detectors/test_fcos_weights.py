@@ -93,7 +93,7 @@ def drawn(**head: Any) -> Detector:
     return detector
 
 
-def as_mmdet(detector: Detector, room: str = "bbox_head", outputs: str = "conv") -> dict[str, Tensor]:
+def as_mmdet(detector: Detector, prefix: str = "bbox_head", outputs: str = "conv") -> dict[str, Tensor]:
     """The state dict under mmdet's names."""
     parts = {"cls_tower": "cls_convs", "box_tower": "reg_convs"}
     parts |= {"cls_out": f"{outputs}_cls", "box_out": f"{outputs}_reg", "centerness_out": f"{outputs}_centerness"}
@@ -107,23 +107,23 @@ def as_mmdet(detector: Detector, room: str = "bbox_head", outputs: str = "conv")
             number, last = int(rest[0]) + (3 if part == "extra" else 0), rest[1]
             key = f"neck.{'lateral' if part == 'lateral' else 'fpn'}_convs.{number}.conv.{last}"
         elif part == "scales":
-            key = f"{room}.scales.{rest[0]}.scale"
+            key = f"{prefix}.scales.{rest[0]}.scale"
         elif part in ("cls_tower", "box_tower"):
             number, place = divmod(int(rest[0]), step)
-            key = f"{room}.{parts[part]}.{number}.{('conv', 'gn')[place]}.{rest[1]}"
+            key = f"{prefix}.{parts[part]}.{number}.{('conv', 'gn')[place]}.{rest[1]}"
         else:
-            key = f"{room}.{parts[part]}.{rest[0]}"
+            key = f"{prefix}.{parts[part]}.{rest[0]}"
         state[key] = tensor
     return state
 
 
-@pytest.mark.parametrize("room", ["bbox_head", "rpn_head"])
+@pytest.mark.parametrize("prefix", ["bbox_head", "rpn_head"])
 @pytest.mark.parametrize("groups", [32, None])
-def test_mmdet_names_there_and_back(groups: int | None, room: str) -> None:
+def test_mmdet_names_there_and_back(groups: int | None, prefix: str) -> None:
     ours = drawn(norm_groups=groups)
-    config = f"model = dict({NECK}, {room}=dict({SWITCHES}))"
+    config = f"model = dict({NECK}, {prefix}=dict({SWITCHES}))"
     for outputs in ("conv", "fcos"):
-        loaded = load_mmdet(as_mmdet(ours, room, outputs), {"config": config, "CLASSES": tuple("abcde")})
+        loaded = load_mmdet(as_mmdet(ours, prefix, outputs), {"config": config, "CLASSES": tuple("abcde")})
         assert (loaded.source, loaded.classes) == ("mmdet", tuple("abcde"))
         assert isinstance(loaded.detector, FCOS)
         assert loaded.detector.spec.head == ours.spec.head  # type: ignore[union-attr]

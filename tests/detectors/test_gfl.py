@@ -177,12 +177,12 @@ def mmdet_state(detector: GFL) -> dict[str, Tensor]:
     """The tensors of ``detector``, whose backbone is a ResNet-18, as mmdet's gfl_r50_fpn names them."""
     state: dict[str, Tensor] = {"bbox_head.integral.project": torch.linspace(0, 16, 17)}
     for name, tensor in detector.state_dict().items():
-        room, _, rest = name.partition(".")
+        part, _, rest = name.partition(".")
         parts = rest.split(".")
-        if room == "backbone":
+        if part == "backbone":
             rest = rest.removeprefix("body.")
             state[f"backbone.{rest}"] = tensor
-        elif room == "neck":
+        elif part == "neck":
             number = int(parts[1]) + (3 if parts[0] == "extra" else 0)
             state[f"neck.{'lateral' if parts[0] == 'lateral' else 'fpn'}_convs.{number}.conv.{parts[2]}"] = tensor
         elif parts[0] in ("cls_tower", "box_tower"):

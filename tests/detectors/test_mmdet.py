@@ -24,10 +24,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "official_head_r18.npz"
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
-def golden_state(who: str) -> dict[str, Tensor]:
+def golden_state(model: str) -> dict[str, Tensor]:
     """A state dict that the official code wrote."""
     with np.load(GOLDEN) as file:
-        return {key.removeprefix(f"{who}/"): torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{who}/")}
+        return {key.removeprefix(f"{model}/"): torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{model}/")}
 
 
 def plain_retinanet() -> dict[str, Tensor]:
@@ -184,21 +184,21 @@ def test_which_of_several_models_is_meant_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"epoch": 3, "args": {}}, "holds no tensors; its keys are epoch, args"),
         ({"run": {"nets": [{"weight": torch.zeros(2)}]}}, r"holds no state dict; its tensors are under run\.nets\.0\.weight"),
         ({"model": {"conv.weight": np.zeros(2)}}, r"holds NumPy arrays \(model\.conv\.weight, \.\.\.\), not tensors"),
     ],
 )
-def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer .* run git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", r"a web page \(HTML\), .*; download the file itself"),
@@ -209,9 +209,9 @@ def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], told: str,
     ],
 )
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-def test_what_a_download_put_in_the_files_place(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+def test_what_a_download_put_in_the_files_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}: not a readable weight file: (it is )?{told}") as caught:
+    with pytest.raises(CheckpointError, match=rf"{name}: not a readable weight file: (it is )?{message}") as caught:
         load_checkpoint(tmp_path / name)
     assert "could run code" not in str(caught.value)
 

@@ -113,14 +113,14 @@ def merged(old: Any, new: Any) -> Any:
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_card_is_refused_before_anything_of_its_size_is_made(case: str, tmp_path: Path) -> None:
-    change, told = HOSTILE[case]
+    change, expected = HOSTILE[case]
     save_detector(tmp_path, build_detector(retinanet_spec(), 3), CLASSES)
     card = tmp_path / "model.json"
     if isinstance(change, dict):
         change = json.dumps(merged(json.loads(card.read_text()), change))
     card.write_bytes(change if isinstance(change, bytes) else change.encode())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match=told) as caught:
+    with pytest.raises(CheckpointError, match=expected) as caught:
         load_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024, "KiB; the network of 'wide' takes GiB"

@@ -51,7 +51,7 @@ def fit_on(distributed: Distributed, job: Job, stop_at: int | None = None) -> di
         return JsonLines(Path(folder.path) / "log.jsonl", resumed_step)
 
     checkpoints: Checkpoints = LocalCheckpoints(folder) if distributed.rank == 0 else Nowhere()
-    asked = iter(range(1, 1000))
+    counter = iter(range(1, 1000))
     try:
         last = fit(
             job,
@@ -59,7 +59,7 @@ def fit_on(distributed: Distributed, job: Job, stop_at: int | None = None) -> di
             streams,
             checkpoints,
             open_sink,
-            lambda: next(asked) == stop_at and distributed.rank == distributed.size - 1,
+            lambda: next(counter) == stop_at and distributed.rank == distributed.size - 1,
         )
     except StoppedError:
         return None

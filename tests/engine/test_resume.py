@@ -239,10 +239,10 @@ def test_what_a_killed_process_leaves_behind_is_deleted_by_the_next(tmp_path: Pa
 
 def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_at_once() -> None:
     def twice() -> None:
-        with stop_signals() as asked:
-            assert not asked()
+        with stop_signals() as requested:
+            assert not requested()
             os.kill(os.getpid(), signal.SIGINT)
-            assert asked()
+            assert requested()
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)

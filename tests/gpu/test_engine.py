@@ -156,9 +156,9 @@ def test_out_of_memory_names_the_keys_to_lower(cuda: torch.device, drawn_splits:
             train_here(job, lambda record: None)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)
-    told = str(caught.value)
-    assert told.startswith(f"run large, training: out of memory on {torch.cuda.get_device_name(cuda)} (")
-    assert "lower data.batch_size (16) and raise optim.accumulate (1)" in told and "data.short_side (1500)" in told
+    message = str(caught.value)
+    assert message.startswith(f"run large, training: out of memory on {torch.cuda.get_device_name(cuda)} (")
+    assert "lower data.batch_size (16) and raise optim.accumulate (1)" in message and "data.short_side (1500)" in message
 
 
 @pytest.fixture(scope="module")

@@ -113,11 +113,11 @@ def test_the_stream_carries_what_the_teacher_says_of_each_batch(job: Job, shards
     for with_targets, plain in zip(stream(job, shards, built), stream(job, shards, None), strict=True):
         assert plain.targets is None and with_targets.targets is not None
         assert torch.equal(plain.images, with_targets.images) and torch.equal(plain.boxes, with_targets.boxes)
-        asked, targets = teacher(plain), with_targets.targets
-        assert torch.equal(asked.valid, targets.valid) and torch.equal(asked.truth, targets.truth)
-        assert torch.equal(asked.boxes[asked.truth], targets.boxes[targets.truth])
-        torch.testing.assert_close(targets.boxes, asked.boxes, rtol=0, atol=1e-3)
-        torch.testing.assert_close(targets.taps, asked.taps, rtol=2e-3, atol=1e-3)
+        direct, targets = teacher(plain), with_targets.targets
+        assert torch.equal(direct.valid, targets.valid) and torch.equal(direct.truth, targets.truth)
+        assert torch.equal(direct.boxes[direct.truth], targets.boxes[targets.truth])
+        torch.testing.assert_close(targets.boxes, direct.boxes, rtol=0, atol=1e-3)
+        torch.testing.assert_close(targets.taps, direct.taps, rtol=2e-3, atol=1e-3)
         assert targets.valid.any(1).all() and (targets.truth.sum(1) > 0).all() and targets.taps.any()
         for image_id, view in zip(plain.image_ids.tolist(), plain.views.tolist(), strict=True):
             seen[view].add(image_id)

@@ -19,8 +19,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_splits: dict[s
     """A search file, in the current folder."""
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(yaml.safe_dump(micro_job(tmp_path, drawn_splits).model_dump(mode="json")))
-    asked = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
-    Path("search.yaml").write_text(yaml.safe_dump(asked))
+    text = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
+    Path("search.yaml").write_text(yaml.safe_dump(text))
     return "search.yaml"
 
 
