@@ -27,7 +27,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from headkd_ray.cluster import train as ray_train
+from headkd_ray.cluster import trainer as ray_train
 from headkd_ray.cluster.listing import SNAPSHOT, drop_unusable
 from headkd_ray.cluster.restarts import with_restarts
 from headkd_ray.engine.checkpoint import STATE_FILE, seal

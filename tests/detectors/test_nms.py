@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import nms
 
-from headkd_ray.detectors import nms as module
+from headkd_ray.detectors.ops import nms as module
 from headkd_ray.detectors.ops.nms import grouped_nms, pack
 
 

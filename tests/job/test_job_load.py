@@ -19,7 +19,7 @@ from headkd_ray.errors import JobError
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job, render_job
 from headkd_ray.tuning.search_spec import SearchSpec
 
-KINDS = "retinanet, fcos, reppoints, faster_rcnn, cascade_rcnn"
+KINDS = "retinanet, fcos, gfl, reppoints, faster_rcnn, cascade_rcnn"
 
 MINIMAL = """\
 run:
@@ -117,9 +117,6 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("optim.lr=.inf", ".inf is not a finite number"),
         ("run.seed=-1", "-1 must be at least 0"),
         ("run.seed=4294967296", "4294967296 must be below 4294967296"),
-        ("run.name=3", '3 is not text; write it in double quotes: "3"'),
-        ("run.name=007", '007 is not text; write it in double quotes: "007"'),
-        ("data.train=1e3", '1e3 is not text; write it in double quotes: "1e3"'),
         ("run.name=" + "n" * 300, f"'{'n' * 55} ... has 300 characters; at most 200 are allowed"),
         ("data.batch_size=1e300", "1e300 is not a whole number"),
         ("optim.lr=1e300", "1e300 must be at most 1000"),
@@ -163,7 +160,6 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("student.backbone.kwargs.stem_width=8.5", "8.5 is not a whole number from 1 to 65536, or a list of such"),
         ("student.backbone.kwargs.drop_path_rate=5", "5 is not a number from 0 to below 1"),
         ("student.backbone.kwargs.norm_layer=a/b.pth", "'a/b.pth' is not a short name of letters, digits and underscores"),
-        ("student.head.convs=10000000", "10000000 must be at most 256"),
     ],
 )
 def test_wrong_value(write, override, message):
@@ -382,7 +378,7 @@ def test_override_creates_a_section(write):
         ("--optim.lr=3", "write it as key.path=value, for example optim.lr=0.02"),
         ("method.kind=3", "method is 'supervised' and not a section of keys"),
         ("data.short_side=[1", "not valid YAML"),
-        ("run.name=!!python/name:os.system x", "run.name: tag !!python/name:os.system does not fit here; remove it"),
+        ("optim.lr=!!python/name:os.system x", "optim.lr: tag !!python/name:os.system does not fit here; remove it"),
         ("optim={lr: 1, lr: 2}", "optim.lr: written twice"),
     ],
 )

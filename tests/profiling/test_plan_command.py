@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.teacher.test_target_cache_command import teacher_in
 
 from headkd_ray import plan
 from tests.support import TF_HEAD, micro_job
+from tests.teacher.test_cache_command import teacher_in
 
 
 def write(folder: Path, splits: dict[str, str], **sections: Any) -> str:
