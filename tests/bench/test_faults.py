@@ -1,4 +1,4 @@
-"""The table of faults: what counts as survived, and that the page shows what is recorded."""
+"""The table of faults counts only true survivals, and the page shows what is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/gpu.sh and its report: parts end in time, a rehearsal is never shown, every figure is told with its card."""
+"""bench/gpu.sh and its report: parts end in time, a rehearsal is never published, and every figure names its card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole machines that go: a real Ray of several nodes, and nodes killed under a run."""
+"""Whole nodes are lost: a real Ray cluster of several nodes, some of which are killed under a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def machines() -> Iterator[Machines]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
-    """Folder of a micro Faster R-CNN with drawn weights."""
+    """Return the folder of a micro Faster R-CNN with random weights."""
     return micro_teacher(tmp_path_factory.mktemp("teacher"), ShardSet.open(drawn_splits["train"]).meta.classes)
 
 
@@ -36,7 +36,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
 def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     rois: str, title: str, machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], teacher: str
 ) -> None:
-    """The teacher goes on on another node, and the weights are those of a run with the teacher in place."""
+    """The teacher continues on another node, and the weights are those of a run with the teacher inline."""
 
     def keys(placement: str) -> dict[str, Any]:
         pool = {"actors": [1, 1], "cpus": 0, "resources": {"teacher": 1}}
@@ -72,13 +72,13 @@ def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers, one, two again: each step once in the log, and none left out."""
+    """The run goes from two workers to one and back; each step is in the log once, and none is missing."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     machines.have("trainer", 2, cpus=2)
     job = micro_job(
         tmp_path,
         drawn_splits,
-        optim={"epochs": 1000, "milestones": []},  # it is stopped when it has grown again
+        optim={"epochs": 1000, "milestones": []},  # the run is stopped once it has grown again
         eval={"every_epochs": 1000},
         checkpoint={"every_steps": 20},
         cluster={"workers": [1, 2], "cpus_per_worker": 1.5, "data_cpus": 0.5, "threads_per_worker": 1, "resize_seconds": 2},

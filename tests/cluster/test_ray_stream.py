@@ -1,4 +1,4 @@
-"""The Ray stream gives the local stream's batches, bit for bit, alone and inside Train workers, and ends when told to."""
+"""The Ray stream gives the local stream's batches, bit for bit, alone and inside Train workers, and ends when closed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DECODE = decode_on_ray(ClusterSpec(data_cpus=1))
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """60 images of three formats."""
+    """Return a split of 60 images in three formats."""
     files = make_coco(tmp_path_factory.mktemp("coco"), images=60)
     return prepare_split(files.json, files.images, files.out, shard_images=16, row_group=4)
 
@@ -108,7 +108,7 @@ def test_closing_early_ends_tasks_and_threads(shards: ShardSet) -> None:
     before = set(threading.enumerate())
     with DECODE(shards, windows(shards, epochs=200), BatchMaker(SPEC, 1, train=True)) as batches:
         next(iter(batches))
-    # At once: a thread that still talks to Ray while the process leaves it would end the process (Ray's core worker exits).
+    # Ended at once: if a thread still talked to Ray while this process leaves it, Ray's core worker would exit the process.
     assert set(threading.enumerate()) <= before
     wait_until(lambda: ray.available_resources().get("CPU") == 4)
     with DECODE(shards, windows(shards), BatchMaker(SPEC, 1, train=True)) as batches:
@@ -117,7 +117,7 @@ def test_closing_early_ends_tasks_and_threads(shards: ShardSet) -> None:
 
 @dataclass(frozen=True)
 class TracingMaker(BatchMaker):
-    """Leaves a file for every batch it makes."""
+    """A batch maker that leaves a file for every batch that it makes."""
 
     folder: str = ""
 
@@ -127,7 +127,7 @@ class TracingMaker(BatchMaker):
 
 
 def test_a_consumer_that_stalls_stops_the_tasks(shards: ShardSet, tmp_path: Path) -> None:
-    """Back-pressure: of 900 MB of batches, only what fits the cluster's 100 MB of shared memory is made ahead."""
+    """Back-pressure works: of 900 MB of batches, only what fits the cluster's 100 MB of shared memory is made ahead."""
     large = SPEC.replace({"short_side": (560, 560), "long_side": 900})
     maker = TracingMaker(large, 1, train=True, folder=str(tmp_path))
     planned = windows(shards, epochs=20)
@@ -176,7 +176,7 @@ def test_encoded_batches_come_back_without_a_copy(shards: ShardSet) -> None:
 
 @pytest.mark.slow
 def test_inside_train_workers(shards: ShardSet, tmp_path: Path) -> None:
-    """Two Train workers, each with a Dataset of its own beside the other's, on 4 CPUs; ids are counted over both."""
+    """Two Train workers each have a Dataset, on 4 CPUs together; image ids are counted over both."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -190,7 +190,7 @@ def test_inside_train_workers(shards: ShardSet, tmp_path: Path) -> None:
         with decode_on_ray(ClusterSpec(workers=2, data_cpus=1))(opened, planned, BatchMaker(SPEC, 1, train=True)) as batches:
             for batch in batches:
                 ids.append([] if batch.idle else batch.image_ids.tolist())
-                torch.distributed.barrier()  # as in training: ranks wait for each other at every step
+                torch.distributed.barrier()  # as in training, where ranks wait for each other at every step
         Path(config["out"], f"{rank}.json").write_text(json.dumps(ids))
 
     TorchTrainer(

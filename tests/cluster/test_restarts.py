@@ -1,4 +1,4 @@
-"""Workers and controllers that are lost at any moment: one count, and a run that goes on."""
+"""Workers and controllers are lost at arbitrary moments: losses are counted once, and the run continues."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ON_RAY = {"workers": 1, "threads_per_worker": 1}
 
 
 class Fit:
-    """Ray Train that ends as told, one time after another."""
+    """A stand-in for Ray Train whose successive attempts end as given."""
 
     def __init__(self, *ends: Exception | str) -> None:
         self.ends = list(ends)
@@ -75,7 +75,7 @@ def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:
-    """A sealed checkpoint on disk; its entry in Ray's listing."""
+    """Write a sealed checkpoint and return its entry in Ray's listing."""
     folder = run / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / STATE_FILE).write_bytes(bytes(1000))
@@ -84,7 +84,7 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
 
 
 def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path) -> None:
-    """Ray's own reader then takes what is left; it would not start the run otherwise."""
+    """Ray's own reader then accepts the rest; otherwise it would not start the run."""
     run = tmp_path / "run"
     entries = [checkpoint(run, step) for step in (4, 6, 8)]
     none: dict[str, list[Any]] = {
@@ -126,7 +126,7 @@ def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path
 
 
 def dies_at_first(config: dict[str, Any]) -> dict[str, Any]:
-    """A worker that is killed as soon as its function runs, the first two times."""
+    """Kill this worker as soon as its function runs, the first two times."""
     lives = Path(config["job"]["run"]["storage"]) / "lives"
     count = int(lives.read_text()) if lives.exists() else 0
     if count < 2:
@@ -139,7 +139,7 @@ def dies_at_first(config: dict[str, Any]) -> dict[str, Any]:
 def test_a_worker_killed_before_its_first_step_is_started_again(
     tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     before = reserved()
     monkeypatch.setattr(ray_train, "_worker", dies_at_first)
     notes: list[str] = []
@@ -162,7 +162,7 @@ def test_a_worker_killed_before_its_first_step_is_started_again(
 def test_the_controller_or_a_worker_that_starts_is_killed(
     title: str, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None
 ) -> None:
-    """As soon as its process is there."""
+    """The process is killed as soon as it exists."""
     killed: list[int] = []
 
     def kill() -> None:

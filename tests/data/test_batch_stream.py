@@ -1,4 +1,4 @@
-"""Batches from prepared images: all of them, once, as promised; and streams that end cleanly."""
+"""Batches contain every prepared image once, as documented, and streams end cleanly."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """26 images of three formats, a third without boxes, some crowds."""
+    """Return a split of 26 images in three formats, a third without boxes, some with crowds."""
     files = make_coco(tmp_path_factory.mktemp("coco"), images=26)
     return prepare_split(files.json, files.images, files.out, shard_images=7, row_group=3)
 

@@ -1,4 +1,4 @@
-"""The order: every image exactly once an epoch, for any sizes, any number of workers, from any step."""
+"""The order of an epoch has every image exactly once, for any sizes and number of workers, from any step."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_fewer_processes_play_the_same_steps(
     processes: int,
     share: float,
 ) -> None:
-    """From any step on: each step has the same batches whoever plays them, so no image is lost or seen twice."""
+    """From any step on, each step has the same batches however many processes there are, so no image is lost or repeated."""
     processes = min(processes, world_size)
     index = make_index(images, shard, group, seed, empty=0)
     rows = train_rows(index, False)

@@ -1,4 +1,4 @@
-"""How a split's images become pixels: EXIF orientation, 16-bit values, the limit of size."""
+"""How a split's images become pixels: EXIF orientation, 16-bit values, the size limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def files(tmp_path: Path) -> CocoFiles:
 
 
 def shown(shards: ShardSet, number: int) -> Tensor:
-    """Pixels of image ``number`` of ``make_coco``, as training sees them."""
+    """Return the pixels of image ``number`` of ``make_coco`` as training sees them."""
     (position,) = np.flatnonzero(shards.index.image_id == 500 - 7 * number)
     row = int(shards.index.row[position])
     (sample,) = shards.read_group(int(shards.index.shard[position]), row // shards.index.row_group, [row])
@@ -43,7 +43,7 @@ def prepared(files: CocoFiles, **options: object) -> ShardSet:
 
 
 def test_sizes_of_the_upright_images_in_the_json_turn_all_images(files: CocoFiles) -> None:
-    """Turned by 90 degrees, which the size tells; by 180, mirrored, and square, where only the others tell."""
+    """Some are turned by 90 degrees, which their size shows; for half turns, mirrored and square ones only the others do."""
     wanted = {
         0: exif_photo(files, 0, 6, upright=True),
         1: exif_photo(files, 1, 8, upright=True),
@@ -104,7 +104,7 @@ def test_images_that_disagree_are_each_as_their_size_says(files: CocoFiles) -> N
 
 
 def test_orientation_survives_an_interruption(files: CocoFiles) -> None:
-    """The evidence may be in the shards that were finished before."""
+    """The evidence may lie in shards that were finished before the interruption."""
     exif_photo(files, 0, 6, upright=True)
     exif_photo(files, 3, 3)
     whole = prepared(files, shard_images=1)
@@ -123,7 +123,7 @@ def test_options_that_contradict_the_json(files: CocoFiles) -> None:
 
 
 def dark(files: CocoFiles, low: int, high: int) -> np.ndarray:
-    """Make image 1 a 16-bit PNG with values in this range, and return them."""
+    """Make image 1 a 16-bit PNG with values in this range, and return the values."""
     record = files.data["images"][1]
     values = np.linspace(low, high, record["width"] * record["height"]).astype(np.uint16)
     values = values.reshape(record["height"], record["width"], 1)
