@@ -1,4 +1,4 @@
-"""Running out of memory ends in a message that names what to lower. The GPU's side of it is in tests/gpu."""
+"""Running out of memory ends in a message that names what to lower. tests/gpu covers the GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_other_errors_pass() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
 def test_a_run_that_does_not_fit_names_the_keys_and_their_values(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """A real one: 16 images of 1500 pixels where 700 MB are left."""
+    """The error is real: 16 images of 1500 pixels where 700 MB are left."""
     job = micro_job(tmp_path, drawn_splits, "large", data={"short_side": [1500, 1500], "long_side": 1600, "batch_size": 16})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
     command = [sys.executable, "-c", TRAIN_WITH_LITTLE_MEMORY, str(tmp_path / "job.yaml")]

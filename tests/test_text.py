@@ -1,4 +1,4 @@
-"""What people are shown: names from files cannot command a terminal, and addresses keep their secrets."""
+"""Names from files cannot control a terminal, and addresses keep their secrets."""
 
 from __future__ import annotations
 

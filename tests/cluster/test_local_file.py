@@ -81,7 +81,7 @@ def set_up(machine: Path, tools: Path) -> None:
 
 
 def for_two_machines_here(config: dict[str, Any], head: str, worker: str, gcs: int, dashboard: int, folder: Path) -> None:
-    """Rewrite the file for this machine: other addresses and ports, small nodes, no ``ray stop`` that would end other clusters."""
+    """Rewrite the file for this machine: other addresses and ports, small nodes, no ``ray stop``, which would end others."""
     config["cluster_name"] = folder.name
     config["provider"].update(head_ip=head, worker_ips=[worker])
     small = "--num-cpus=1 --object-store-memory=80000000 --disable-usage-stats --dashboard-agent-listen-port=0"

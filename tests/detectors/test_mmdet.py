@@ -1,4 +1,4 @@
-"""mmdet files as they are in the wild: 2.x, 3.x with logging objects inside, HEAD's own; and what must be refused."""
+"""Real-world mmdet files load: 2.x, 3.x with logging objects inside, HEAD's own; misfits are refused."""
 
 import argparse
 import pickle
@@ -25,13 +25,13 @@ CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
 def golden_state(model: str) -> dict[str, Tensor]:
-    """A state dict that the official code wrote."""
+    """Return a state dict that the official code wrote."""
     with np.load(GOLDEN) as file:
         return {key.removeprefix(f"{model}/"): torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{model}/")}
 
 
 def plain_retinanet() -> dict[str, Tensor]:
-    """The golden student as plain mmdet names it: the head is ``bbox_head``, and there is no assistant."""
+    """Return the golden student as plain mmdet names it: the head is ``bbox_head``, and there is no assistant."""
     state = golden_state("student")
     kept = {key: value for key, value in state.items() if not key.startswith(("roi_head.", "_distiller."))}
     return {key.replace("rpn_head.", "bbox_head."): value for key, value in kept.items()}
@@ -88,7 +88,7 @@ def test_a_full_size_r50_is_recognised_without_kwargs() -> None:
 
 
 def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
-    """mmengine's class as its pickles show it: numpy arrays, and its own methods, which pickle writes as ``getattr``."""
+    """Install a class like mmengine's in its pickles: numpy arrays, and its own methods, which pickle writes as ``getattr``."""
     module = types.ModuleType("mmengine.logging.history_buffer")
 
     class HistoryBuffer:
@@ -255,7 +255,7 @@ def test_a_training_state_is_not_the_student(tmp_path: Path) -> None:
 
 
 class Evil:
-    """A file that would run code on unpickling."""
+    """An object that would run code when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("/nonexistent-folder/ran"),))

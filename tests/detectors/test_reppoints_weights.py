@@ -1,4 +1,4 @@
-"""RepPoints from mmdet: files with and without GroupNorm, against mmdet's own way through the tensors."""
+"""RepPoints from mmdet, with and without GroupNorm, agrees with mmdet's own computation."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ WIDTH, POINT_WIDTH, CLASSES = 32, 24, 5
 
 
 def drawn_mmdet(normed: bool, prefix: str = "bbox_head", convs: int = 3) -> dict[str, Tensor]:
-    """A state dict as mmdet writes it: ConvModules have a bias, or a GroupNorm and no bias."""
+    """Return a state dict as mmdet writes it: ConvModules have a bias, or a GroupNorm and no bias."""
     torch.manual_seed(0)
     neck = {"kind": "reppoints", "backbone": BACKBONE, "neck": {"channels": WIDTH}, "head": {"channels": WIDTH}}
     backbone = build_detector(RepPointsSpec.model_validate(neck), 1).state_dict()
@@ -63,7 +63,7 @@ def conv_module(state: dict[str, Tensor], name: str, x: Tensor, **keys: Any) -> 
 
 
 def pyramid(state: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
-    """mmdet's FPN with ``add_extra_convs='on_input'`` on C3 to C5."""
+    """Apply mmdet's FPN with ``add_extra_convs='on_input'`` to C3 to C5."""
     laterals = [conv_module(state, f"neck.lateral_convs.{i}", m) for i, m in enumerate(maps)]
     for i in (1, 0):
         laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], size=laterals[i].shape[-2:], mode="nearest")
@@ -74,7 +74,7 @@ def pyramid(state: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
 
 
 def on_level(state: dict[str, Tensor], x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, initial and refined points of mmdet's head on one level."""
+    """Return logits, initial and refined points of mmdet's head on one level."""
     w = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
     cls_feat = pts_feat = x
     for number in range(3):
@@ -117,7 +117,7 @@ def test_an_mmdet_file_gives_mmdets_outputs(normed: bool, prefix: str) -> None:
 
 
 def test_the_published_models_are_recognised_without_kwargs() -> None:
-    """mmdet's R50 with GroupNorm is what ``kind: reppoints`` says by itself."""
+    """mmdet's R50 with GroupNorm has the default values of ``kind: reppoints``."""
     ours = build_detector(RepPointsSpec(), 80).state_dict()
     back = {"init_conv": "pts_init_conv", "init_out": "pts_init_out", "refine_conv": "pts_refine_conv"}
     back |= {"refine_out": "pts_refine_out", "cls_conv": "cls_conv", "cls_out": "cls_out"}

@@ -1,4 +1,4 @@
-"""``python -m headkd_ray.plan`` as a user meets it: real steps are timed, and nothing is started or written."""
+"""``python -m headkd_ray.plan`` as a user runs it: real steps are timed, and nothing is started or written."""
 
 from __future__ import annotations
 

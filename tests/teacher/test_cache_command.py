@@ -1,4 +1,4 @@
-"""``python -m headkd_ray.cache`` and ``bench teacher`` as a user meets them: build, kill, go on, verify, refuse."""
+"""``python -m headkd_ray.cache`` and ``bench teacher`` as a user runs them: build, kill, resume, verify, refuse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def teacher_in(folder: Path, splits: dict[str, str], seed: int) -> str:
 
 @pytest.fixture
 def job_file(tmp_path: Path, drawn_splits: dict[str, str]) -> Path:
-    """A HEAD job whose cache has 2 views of 3 shards."""
+    """Return a HEAD job whose cache has 2 views of 3 shards."""
     job = micro_job(
         tmp_path / "runs",
         drawn_splits,

@@ -83,7 +83,7 @@ def test_a_grid_has_each_combination_once_and_the_base_job_first() -> None:
 
 
 def test_proposals_are_a_function_of_the_trials_so_far() -> None:
-    """So a resumed search goes on as one that was never stopped."""
+    """A resumed search therefore continues like one that was never stopped."""
     search = make_search(searcher={"kind": "tpe", "startup_trials": 2})
     trials = [ended(number, {**base_values(search), "optim.lr": 0.002 * (number + 1)}, number) for number in range(6)]
     assert propose(search, trials) == propose(search, list(trials))
@@ -106,7 +106,7 @@ def test_tpe_goes_where_it_is_good() -> None:
 
 def test_the_study_leaves_out_what_says_nothing_and_counts_the_stopped() -> None:
     search = make_search({"optim.lr": SPACE["optim.lr"]})
-    lr = [{"optim.lr": value} for value in (0.5, 0.01, 0.02, 0.03, 0.04)]  # the first is outside of the range
+    lr = [{"optim.lr": value} for value in (0.5, 0.01, 0.02, 0.03, 0.04)]  # the first is outside the range
     trials = [ended(0, lr[0], 1.0), ended(1, lr[1], 2.0), Trial(2, lr[2]).with_end("failed", cause="x")]
     trials += [Trial(3, lr[3]).with_end("stopped", curve=[(1, 0.5), (2, None)]), Trial(4, lr[4])]
     study = study_of(search, trials)
