@@ -1,7 +1,7 @@
-"""fp16 beside int8: ``python bench/cache_dtypes.py JOB [key.path=value ...] [--images 256]``.
+"""Compare fp16 and int8 caches: ``python bench/cache_dtypes.py JOB [key.path=value ...] [--images 256]``.
 
 Fills a cache of each type for the first images of data.train, one view each, and computes the losses of the job's untrained
-student on the same batches with both. Prints bytes a view and, loss by loss, how far int8 is from fp16.
+student on the same batches with both. Prints bytes per view and, for each loss, the ratio of int8 to fp16.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from headkd_ray.teacher import Cache
 from headkd_ray.teacher.loading import teacher_of
 
 KEYS = ("distill.rois=teacher", "teacher.placement=cache", "data.views=1")
-"""What the job must have; given last, so they replace the job's own."""
+"""Overrides that the comparison needs; they come last and so replace the job's own values."""
 
 
 def losses_of(job: Job, shards: ShardSet, cache: Cache) -> Iterator[dict[str, float]]:
-    """The distillation losses of the untrained student, past all warm-ups, batch by batch of one epoch."""
+    """Yield the distillation losses of the untrained student, past all warm-ups, for each batch of one epoch."""
     distributed = Distributed.here(job.cluster)
     teacher = teacher_of(job, shards.meta.classes)
     model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1).to(distributed.device).train()
@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
-    parser.add_argument("--images", type=positive, default=256, help="at least so many (default %(default)s)")
+    parser.add_argument("--images", type=positive, default=256, help="use at least this many images (default %(default)s)")
     options = parser.parse_intermixed_args()
     sums: dict[str, dict[str, float]] = {}
     sizes: dict[str, Building] = {}
@@ -59,7 +59,7 @@ def main() -> int:
                 for name, loss in losses.items():
                     sums[dtype][name] = sums[dtype].get(name, 0.0) + loss
     for dtype, building in sizes.items():
-        print(f"{dtype}: {building.bytes / building.views / 1e3:.1f} kB a view ({building.views} views)")
+        print(f"{dtype}: {building.bytes / building.views / 1e3:.1f} kB per view ({building.views} views)")
     for name, loss in sums["fp16"].items():
         print(f"{name}: int8 / fp16 = {sums['int8'][name] / loss:.5f}")
     return 0

@@ -1,14 +1,14 @@
-"""The evidence: HEAD's rows beside their own baselines on real photos, with seeds. ``evidence_rows.py`` has the list.
+"""Train HEAD and its baselines on real photos, with several seeds. The rows are listed in ``evidence_rows.py``.
 
     python bench/evidence.py prepare --images DIR --train A.json --val B.json --test C.json     pack the photos, once
     python bench/evidence.py search [ROW ...]          choose each row's learning rate on val: 3 values, a seed of its own
     python bench/evidence.py run ROW ... [--seeds 0 1 2]     train, evaluate on test once, append to docs/results.jsonl
     python bench/evidence.py all                       every row, seed after seed
-    python bench/evidence.py table                     write the tables of README.md and docs/results.md anew
+    python bench/evidence.py table                     rewrite the tables of README.md and docs/results.md
 
-``search``, ``run`` and ``all`` stop after --minutes and then exit with code 3; the same command goes on where it stopped, so
-``while python bench/evidence.py all; test $? = 3; do :; done`` makes everything. Several processes may go at once: each takes
-what no other is at. What is recorded is not done again.
+``search``, ``run`` and ``all`` stop after --minutes and then exit with code 3; the same command continues where it stopped, so
+``while python bench/evidence.py all; test $? = 3; do :; done`` makes everything. Several processes may run at once: each takes
+work that no other has taken. What is recorded is not done again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ JOBS = ROOT / "jobs" / "evidence"
 
 
 def order() -> Order:
-    """What the tables need to know about the rows."""
+    """Return, for each tier, the rows in table order and what each is compared with."""
     return {tier: {name: row.against for name, row in rows.items()} for tier, rows in ROWS.items()}
 
 
@@ -43,13 +43,13 @@ def order() -> Order:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code: 3 = out of time, there is more to do."""
+    """Run the command and return its exit code: 3 if time ran out before everything was done."""
     options = _parser().parse_args(arguments)
     with user_errors():
         try:
             _do(options)
         except OutOfTimeError:
-            print(f"{options.minutes:g} minutes are over; the same command goes on")
+            print(f"the time limit of {options.minutes:g} minutes is reached; run the same command again to continue")
             return 3
     return 0
 
@@ -92,16 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in {"images": "folder of the photos", **dict.fromkeys(("train", "val", "test"), "COCO JSON")}.items():
         preparing.add_argument(f"--{name}", required=True, help=what)
     running = {
-        "search": commands.add_parser("search", help="choose the learning rate of rows (all, if none is named)"),
-        "run": commands.add_parser("run", help="make rows"),
-        "all": commands.add_parser("all", help="make all rows"),
+        "search": commands.add_parser("search", help="choose the learning rates of rows (default: all)"),
+        "run": commands.add_parser("run", help="train rows"),
+        "all": commands.add_parser("all", help="train all rows"),
     }
     for name, command in running.items():
         if name != "all":
             command.add_argument("rows", nargs="*" if name == "search" else "+", metavar="ROW")
         if name != "search":
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED")
-        command.add_argument("--minutes", type=float, default=9.0, help="stop training after so many (default %(default)s)")
+        command.add_argument("--minutes", type=float, default=9.0, help="time limit in minutes (default %(default)s)")
     commands.add_parser("table", help="write the tables of README.md and docs/results.md")
     commands.add_parser("forget", help="delete rows, after a bug").add_argument("rows", nargs="+", metavar="ROW")
     return parser

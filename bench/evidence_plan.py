@@ -1,4 +1,4 @@
-"""A row of the evidence as a job. ``bench/evidence.py`` is the command."""
+"""Turn a row of the evidence into a job. The command is ``bench/evidence.py``."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from headkd_ray.job import Job, load_job
 
 @dataclass(frozen=True)
 class Row:
-    """A job file of the tier with some keys changed, and what it is compared with."""
+    """A row: a job file of the tier with some keys changed, and the rows that it is compared with."""
 
     job: str
-    """Name of the file in jobs/evidence/TIER."""
+    """Name of the job file in jobs/evidence/TIER, without its suffix."""
     keys: str = ""
-    """``key.path=value`` each, quoted as in a shell."""
+    """Overrides, ``key.path=value`` each, quoted as in a shell."""
     against: tuple[str, ...] = ()
-    """Rows of the same data, student and schedule that paired differences are taken to, the matched baseline first."""
+    """Rows to take paired differences to, the matched baseline first. All have this row's data, student and schedule."""
     teacher: str | None = None
-    """The row whose student, of seed 0, teaches this one."""
+    """The row whose student, trained with seed 0, is this row's teacher."""
     lr_of: str | None = None
-    """The row whose learning rate this one takes; None = search for it."""
+    """The row whose learning rate this row takes; None: it has a search of its own."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything is, and until when there is time."""
+    """Paths and rows of a tier, and the time limit."""
 
     tier: str
     rows: Mapping[str, Row]
     jobs: Path
-    """The tier's job files; ``choices.json`` beside them holds what searches found, by row."""
+    """Folder of the tier's job files; its ``choices.json`` records what searches found, by row."""
     data: Path
     storage: Path
     results: Path
     deadline: float = math.inf
-    """``time.monotonic()`` from which nothing new is begun."""
+    """``time.monotonic()`` after which nothing new is started."""
 
     @property
     def choices(self) -> Path:
@@ -52,11 +52,11 @@ class Bench:
 
     @property
     def teachers(self) -> set[str]:
-        """Rows that teach others: they are trained once, with seed 0."""
+        """The rows that teach others. They are trained once, with seed 0."""
         return {spec.teacher for spec in self.rows.values() if spec.teacher is not None}
 
     def fingerprint(self, split: str) -> str:
-        """Of a prepared split. Raises DataError."""
+        """Return the fingerprint of a prepared split. Raises DataError."""
         try:
             return ShardSet.open(str(self.data / split)).meta.fingerprint
         except DataError as error:
@@ -70,17 +70,17 @@ class Plan:
     row: str
     job: Job
     key: str
-    """Digest of what decides the figures, but for the seed and the code."""
+    """Digest of everything that decides the figures, except seed and code."""
     matched: str
-    """Digest of data, student and schedule (not its learning rate): where it is equal, rows can be compared."""
+    """Digest of data, student and schedule without the learning rate. Rows that share it can be compared."""
     search: str
-    """Digest of what a search for the learning rate depends on."""
+    """Digest of everything that the search for a learning rate depends on."""
     searched: bool
-    """Was the learning rate chosen by a search?"""
+    """Whether the learning rate was chosen by a search."""
 
 
 def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
-    """The job of a row; ``lr`` None = the one that was searched for, or the job file's if none was."""
+    """Return the plan of a row. Without ``lr`` it has the learning rate that a search found, or else its job file's."""
     spec = bench.rows[row]
     places = {"run.storage": bench.storage, "data.train": bench.data / "train", "data.val": bench.data / "val"}
     taught_by = None
@@ -103,7 +103,7 @@ def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
     key = _digest({**decides, "lr": job.optim.lr, "taught_by": taught_by})
     changed: dict[str, Any] = {"run.name": f"{row}-{key}-{seed}"}
     if job.teacher is not None and job.teacher.placement == "cache":
-        # The name has to keep caches apart; whether a cache is the right one, its recipe says.
+        # The name only has to keep caches apart; the cache's recipe says whether it is the right one.
         name = f"cache-{taught_by}-{job.data.views}-{job.distill.roi_budget}-{job.teacher.cache.dtype}"
         changed["teacher.cache.path"] = str(bench.storage / name)
     matched = _digest({name: decides[name] for name in ("splits", "data", "kind", "student", "optim")})
@@ -111,8 +111,10 @@ def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
 
 
 def _decides(bench: Bench, job: Job) -> dict[str, Any]:
-    """What decides a row's figures but for seed, learning rate and teacher. Defaults are left out, so that a new key of the
-    job file does not make old results strangers."""
+    """Return what decides a row's figures, apart from seed, learning rate and teacher.
+
+    Defaults are left out, so that results stay valid when the job file gains a key.
+    """
     sections = ("method", "data", "student", "distill", "teacher", "optim")
     found = {name: {} for name in sections} | job.model_dump(mode="json", include=set(sections), exclude_defaults=True)
     for section, places in {"data": ("train", "val"), "teacher": ("checkpoint",), "optim": ("lr",)}.items():
@@ -126,5 +128,5 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def choices(bench: Bench) -> dict[str, Any]:
-    """What searches found, by row."""
+    """Return what searches have found, by row."""
     return json.loads(bench.choices.read_text(encoding="utf-8")) if bench.choices.exists() else {}

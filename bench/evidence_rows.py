@@ -1,4 +1,4 @@
-"""Which rows the evidence has, tier by tier. ``bench/evidence.py`` is the command."""
+"""Define the rows of the evidence, tier by tier. The command is ``bench/evidence.py``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from evidence_plan import Row
 
 @dataclass(frozen=True)
 class Heads:
-    """A tier's heads, as values of job keys."""
+    """The assistants' heads of a tier, as values of job keys."""
 
     roi: str
-    """The teacher's RoI head (a test compares them), with ``{}`` for the number of RoIs an image."""
+    """The teacher's RoI head, with ``{}`` for the number of RoIs per image. A test compares it with the teacher's job file."""
     rois: int
-    """The teacher's own number."""
+    """Number of RoIs per image that the teacher itself trains on."""
     fcos: str
-    """The FCOS student's (likewise)."""
+    """The FCOS student's head; a test compares it with the student's job file."""
 
     def sampling(self, rois: int) -> str:
         return self.roi.format(rois)
 
 
 VIEWS = "data.views=4 data.view_seed=0"
-"""Four views of each image, the same for all seeds, so that these share a cache."""
+"""Overrides for four views of each image. They are the same for all seeds, so that these share a cache."""
 
 
 def ladder(heads: Heads, job: str, suffix: str = "") -> Iterator[tuple[str, Row]]:
-    """The paper's table of a RetinaNet student, RoIs of the student's own."""
+    """Yield the rows of the paper's table for a RetinaNet student, whose RoIs are its own proposals."""
     alone, akd = f"baseline{suffix}", f"akd{suffix}"
     yield alone, Row(job)
     yield f"assist{suffix}", Row(job, f"method=assist 'distill.assistant={heads.sampling(heads.rois)}'", (alone,))
@@ -38,9 +38,9 @@ def ladder(heads: Heads, job: str, suffix: str = "") -> Iterator[tuple[str, Row]
 
 
 def others(heads: Heads) -> Iterator[tuple[str, Row]]:
-    """FitNet, TF-HEAD, the FCOS student."""
+    """Yield the rows of FitNet, TF-HEAD and the FCOS student."""
     alone = ("baseline",)
-    # No box of these small images is P6's or P7's: nothing bounds their features, and these would be nearly all of the loss.
+    # No box of these small images is assigned to P6 or P7: nothing bounds their features, which would be most of the loss.
     yield "fitnet", Row("retinanet", "method=fitnet distill.fitnet_levels=3", alone, "retina_teacher")
     # The research branch's weights, and its stop of CKD at the first drop of the learning rate.
     fcos = f"'distill.assistants.fcos={{head: {heads.fcos}}}'"
@@ -56,7 +56,7 @@ def others(heads: Heads) -> Iterator[tuple[str, Row]]:
 
 
 def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
-    """The teacher off the training step: equal views and equal numbers of RoIs."""
+    """Yield the rows that take the teacher out of the training step, with equal views and equal numbers of RoIs."""
     yield "baseline_views", Row("retinanet", VIEWS, lr_of="baseline")
     for rois in (64, 128, 256):
         own, theirs = f"head_inline_{rois}", f"head_rois_{rois}"
@@ -70,7 +70,7 @@ def caches(heads: Heads) -> Iterator[tuple[str, Row]]:
 
 
 def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
-    """Is CKD too heavy for a small model, or does it act too early or too long?"""
+    """Yield rows that ask whether CKD is too heavy for a small model, or acts too early or too long."""
     taught, alone = ("baseline", "akd", "head"), ("baseline", "assist", "tf_head_rcnn")
     yield "head_ckd_quarter", Row("retinanet", "method=head distill.ckd_weight=0.5", taught, "teacher", "head")
     yield "head_ckd_stop", Row("retinanet", "method=head distill.ckd_epochs=8", taught, "teacher", "head")
@@ -102,4 +102,4 @@ ROWS: dict[str, dict[str, Row]] = {
     "micro": _tier(MICRO) | dict(ablations(MICRO)),
     "standard": _tier(STANDARD) | dict(ladder(STANDARD, "mnv2", "_mnv2")),
 }
-"""Tier -> rows, in the order in which they are made and shown."""
+"""Tier -> rows, in the order in which they are trained and shown."""

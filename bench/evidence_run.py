@@ -1,4 +1,4 @@
-"""Rows of the evidence, trained and recorded. ``bench/evidence.py`` is the command."""
+"""Train the rows of the evidence and record them. The command is ``bench/evidence.py``."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from headkd_ray.train import train
 
 
 class OutOfTimeError(Exception):
-    """The command's minutes are over."""
+    """The command's time limit has passed."""
 
 
 class BusyError(Exception):
-    """Another process is at it, or at what it needs."""
+    """Another process is working on the row, or on something that the row needs."""
 
 
 @contextmanager
 def locked(bench: Bench, name: str) -> Iterator[None]:
-    """Hold a lock that ends with this process. Raises BusyError."""
+    """Hold a lock that the operating system releases when this process ends. Raises BusyError."""
     bench.storage.mkdir(parents=True, exist_ok=True)
     with (bench.storage / f"{name}.lock").open("w") as file:
         try:
@@ -55,7 +55,7 @@ def locked(bench: Bench, name: str) -> Iterator[None]:
 
 
 def work(bench: Bench, tasks: Sequence[Callable[[], None]]) -> None:
-    """Do all tasks; those that other processes are at come again later. Raises OutOfTimeError."""
+    """Do all tasks, coming back later to those that another process is working on. Raises OutOfTimeError."""
     waiting = list(tasks)
     while waiting:
         busy = []
@@ -72,10 +72,10 @@ def work(bench: Bench, tasks: Sequence[Callable[[], None]]) -> None:
 
 
 def run(bench: Bench, row: str, seed: int) -> None:
-    """One row and seed to its line in the results, unless the line is there. Raises OutOfTimeError, BusyError."""
+    """Train a row with one seed and append its record to the results, unless it is there. Raises OutOfTimeError, BusyError."""
     todo = plan(bench, row, seed)
     if _recorded(bench, todo, seed):
-        print(f"{row}, seed {seed}: recorded")
+        print(f"{row}, seed {seed}: already recorded")
         return
     have_teacher(bench, row)
     with locked(bench, todo.job.run.name):
@@ -103,7 +103,7 @@ def run(bench: Bench, row: str, seed: int) -> None:
 
 
 def have_teacher(bench: Bench, row: str) -> None:
-    """Train the row's teacher if its weights are not here: they are not committed, as its line is."""
+    """Train the row's teacher if its weights are missing here, as on another machine: only records are committed."""
     teacher = bench.rows[row].teacher
     if teacher is None:
         return
@@ -116,7 +116,7 @@ def have_teacher(bench: Bench, row: str) -> None:
 
 
 def _weights(checkpoint: str) -> str:
-    """Digest of a checkpoint's weights: a teacher that is trained again on another machine is not quite the same."""
+    """Return a digest of a checkpoint's weights, since a teacher trained again on another machine is not quite the same."""
     return hashlib.sha256((Path(checkpoint) / "model.safetensors").read_bytes()).hexdigest()[:10]
 
 
@@ -126,9 +126,9 @@ def _recorded(bench: Bench, todo: Plan, seed: int) -> bool:
 
 
 def train_row(bench: Bench, todo: Plan) -> dict[str, Any]:
-    """Train to the end, or on from where it was stopped; the run's result."""
+    """Train to the end, resuming if the run was interrupted, and return the run's result."""
     job = todo.job
-    Distributed.here(job.cluster)  # its threads, for building a cache and for evaluation too
+    Distributed.here(job.cluster)  # sets the number of threads, for building a cache and for evaluation too
     if job.teacher is not None and job.teacher.placement == "cache":
         _fill_cache(bench, job)
 
@@ -160,8 +160,10 @@ def _fill_cache(bench: Bench, job: Job) -> None:
 
 
 def _cost(job: Job) -> dict[str, Any]:
-    """Images seen, and seconds of the training steps (waiting for data included, evaluation and checkpoints not); a step that
-    an interruption had repeated counts once."""
+    """Return the images seen and the seconds of the training steps.
+
+    Waiting for data counts, evaluation and checkpoints do not. A step that was repeated after an interruption counts once.
+    """
     images = len(train_rows(ShardSet.open(job.data.train).index, job.data.keep_empty)) * job.optim.epochs
     steps, seconds = 0, 0.0
     for text in run_folder(job).read("log.jsonl").decode().splitlines():
@@ -173,7 +175,7 @@ def _cost(job: Job) -> dict[str, Any]:
 
 
 def _environment(job: Job) -> dict[str, Any]:
-    """Code, versions, machine, date."""
+    """Return the versions, machine and date of a record."""
     on_gpu = job.cluster.gpus_per_worker != 0 and torch.cuda.is_available()
     return {
         "revision": revision(),
@@ -195,7 +197,7 @@ def _cpu() -> str:
 
 
 def forget(bench: Bench, rows: Sequence[str]) -> None:
-    """Delete the lines and runs of rows, and of those that they teach, so that they are made anew; after a bug."""
+    """Delete the records and runs of rows and of the rows that they teach, so that they are made again after a bug."""
     gone = {row for row, spec in bench.rows.items() if row in rows or spec.teacher in rows}
     kept = [record for record in read(bench.results) if record["tier"] != bench.tier or record["row"] not in gone]
     bench.results.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

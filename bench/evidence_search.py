@@ -1,4 +1,4 @@
-"""The search for a row's learning rate. ``bench/evidence.py`` is the command."""
+"""Search for a row's learning rate. The command is ``bench/evidence.py``."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from headkd_ray.job import load_job
 
 SEARCH_SEED = 100
 SEARCH_FACTORS = (0.5, 1.0, 2.0)
-"""Learning rates tried for each row, as multiples of its job file's."""
+"""Learning rates tried for each row, as multiples of the one in its job file."""
 
 
 def searches(bench: Bench, rows: Sequence[str]) -> list[Callable[[], None]]:
-    """Tasks that choose the learning rates of rows. A teacher keeps its job file's: all its students share it."""
+    """Return the tasks that choose the rows' learning rates. A teacher keeps that of its job file: its students share it."""
     wanted = {bench.rows[row].lr_of or row for row in rows} - bench.teachers
     return [partial(try_lr, bench, row, factor) for row in bench.rows if row in wanted for factor in SEARCH_FACTORS]
 
 
 def try_lr(bench: Bench, row: str, factor: float) -> None:
-    """Train a row with one learning rate and keep its AP on val; the last one to come chooses."""
+    """Train a row with one learning rate and record its AP on val. The last of a row's trials to finish makes the choice."""
     written = load_job(bench.jobs / f"{bench.rows[row].job}.yaml").optim.lr
     lr = written * factor
     todo = plan(bench, row, SEARCH_SEED, lr)
@@ -45,7 +45,7 @@ def try_lr(bench: Bench, row: str, factor: float) -> None:
 
 
 def _tried(bench: Bench, todo: Plan) -> dict[str, float | None]:
-    """Learning rate -> AP on val, of the search for the row as it is now."""
+    """Return learning rate -> AP on val for those tried already in the search for the row as it is now."""
     found = choices(bench).get(todo.row, {})
     return found["val_AP"] if found.get("search") == todo.search else {}
 

@@ -1,4 +1,4 @@
-"""The results file and the tables that are made of it, and of nothing else."""
+"""Read and write the results file, and make the tables from it alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headkd_ray.errors import DataError
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 Record = dict[str, Any]
 Rows = dict[str, dict[int, Record]]
-"""Row -> seed -> its record."""
+"""Row -> seed -> record."""
 Order = Mapping[str, Mapping[str, Sequence[str]]]
 """Tier -> row, in the order in which they are shown -> rows that it is compared with, its matched baseline first."""
 README_ROWS = ("baseline", "assist", "akd", "head", "tf_head")
@@ -22,7 +22,7 @@ README_ROWS = ("baseline", "assist", "akd", "head", "tf_head")
 
 
 def read(results: Path) -> list[Record]:
-    """All lines, in order. Raises DataError."""
+    """Return all records, in order. Raises DataError."""
     records = []
     for number, text in enumerate(results.read_text(encoding="utf-8").splitlines() if results.exists() else [], start=1):
         try:
@@ -33,7 +33,7 @@ def read(results: Path) -> list[Record]:
 
 
 def append(results: Path, record: Record) -> None:
-    """Add a line; other processes may do so at the same time."""
+    """Append a record. Other processes may append at the same time."""
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -50,18 +50,18 @@ NONE = (
 
 
 def write_tables(results: Path, order: Order, readme: Path, document: Path) -> None:
-    """Put the tables of a results file between the markers of both files."""
+    """Put the tables of a results file between the markers of both documents."""
     records = read(results)
     for path, section in ((readme, readme_section(records, order)), (document, document_section(records, order))):
         path.write_text(insert(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 def insert(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
-    """``text`` with ``section`` between its markers."""
+    """Return ``text`` with ``section`` between its markers. Raises DataError if a marker is missing."""
     before, found, rest = text.partition(begin)
     _, found_too, after = rest.partition(end)
     if not found or not found_too:
-        raise DataError(f"the markers {begin} and {end} are not there")
+        raise DataError(f"the markers {begin} and {end} are missing")
     return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
@@ -85,7 +85,7 @@ SHORT = (
 
 
 def document_section(records: Sequence[Record], order: Order) -> str:
-    """Everything."""
+    """Return the full tables."""
     parts = []
     for tier, rows in by_tier(records, order).items():
         lines = [f"## Tier {tier}", ""]
@@ -111,8 +111,10 @@ def document_section(records: Sequence[Record], order: Order) -> str:
 
 
 def by_tier(records: Sequence[Record], order: Order) -> dict[str, Rows]:
-    """The records that count: of each row those of the job that was recorded last, of a repeated seed the last one. Rows are in
-    ``order``, unknown ones at the end."""
+    """Return the records that count: for each row, those of the job recorded last; for a repeated seed, the last one.
+
+    Rows are in ``order``, unknown ones at the end.
+    """
     found: dict[str, Rows] = {}
     for tier in dict.fromkeys([*order, *(record["tier"] for record in records)]):
         ours = [record for record in records if record["tier"] == tier]
@@ -128,7 +130,7 @@ def by_tier(records: Sequence[Record], order: Order) -> dict[str, Rows]:
 
 
 def paired(rows: Rows, row: str, other: str, metric: str = "AP") -> list[float]:
-    """Row minus other, seed by seed; only where both have the seed and were made on the same data, student and schedule."""
+    """Return row minus other, seed by seed, for seeds that both have with the same data, student and schedule."""
     ours, theirs = rows[row], rows.get(other, {})
     same = [seed for seed in ours if seed in theirs and ours[seed]["matched"] == theirs[seed]["matched"]]
     known = [seed for seed in same if ours[seed][metric] is not None and theirs[seed][metric] is not None]
@@ -136,7 +138,7 @@ def paired(rows: Rows, row: str, other: str, metric: str = "AP") -> list[float]:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± sample standard deviation; no spread of a single one, a dash for none."""
+    """Format mean ± sample standard deviation; a single value has no spread, and no values give a dash."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):{sign}.1f}".replace("-", "−")
@@ -163,7 +165,7 @@ def _machines(rows: Rows) -> str:
 
 
 def _each(values: Iterable[Any]) -> str:
-    """The distinct ones, in order."""
+    """Join the distinct values, in order of first appearance."""
     return "; ".join(dict.fromkeys(str(value) for value in values))
 
 

@@ -1,13 +1,13 @@
-"""Faults, for real: processes and nodes killed under a training run on several nodes. ``FAULTS`` below is the list.
+"""Kill processes and nodes under a real training run on several nodes. ``FAULTS`` below is the list of faults.
 
-    python bench/faults.py run [FAULT ...] [--seeds 0 1 2]    a run a seed, in which all these happen; into docs/faults.jsonl
-    python bench/faults.py table                              write the table of docs/reliability.md anew
+    python bench/faults.py run [FAULT ...] [--seeds 0 1 2]    one run per seed with all these faults; into docs/faults.jsonl
+    python bench/faults.py table                              rewrite the table of docs/reliability.md
 
-A run is the command ``python -m headkd_ray.train`` on a Ray of a head, a trainer and two teacher nodes, all on this machine:
-the teacher is asked in every step, in a process on a teacher node. In an order, at steps and after moments drawn from the seed,
-one thing after another is killed with SIGKILL. They are survived if the run ends by itself (after the driver: if the same
-command, given again, ends) with no actor or placement group left, and with the weights of a run in this process, without Ray,
-bit for bit.
+A run is the command ``python -m headkd_ray.train`` on a Ray cluster of a head, a trainer node and two teacher nodes, all on
+this machine; the teacher runs in a process on a teacher node and is used in every step. One fault after another strikes with
+SIGKILL, in an order, at steps and after delays that are drawn from the seed. A run has survived if it ends by itself (after the
+driver's death: if the same command, started again, ends), leaves no actor or placement group, and ends with the weights of a
+run in this process, without Ray, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import yaml
 from evidence_tables import append, insert, read
-from machines import ENVIRONMENT, ROOT, Machines, kill, processes, steps_told, wait_for
+from machines import ENVIRONMENT, ROOT, Machines, kill, logged_steps, processes, wait_for
 from revision import revision
 
 from headkd_ray.data.packing import prepare_split
@@ -50,22 +50,22 @@ KEYS = """
     distill.warmup_steps=20 data.batch_size=4 optim.epochs=6 optim.milestones=[5] optim.warmup_steps=10 eval.every_epochs=1
     log.every_steps=1 checkpoint.every_steps=5 cluster.max_failures=9 cluster.threads_per_worker=1
 """
-"""jobs/small/head.yaml, small enough to be killed often."""
+"""Overrides that make jobs/small/head.yaml small enough to be killed often."""
 HERE = "cluster.workers=0"
 THERE = "teacher.placement=pool teacher.pool.cpus=0 'teacher.pool.resources={teacher: 1}'"
 IMAGES = 80
 STEPS = 20
-"""Of an epoch."""
+"""Steps per epoch."""
 PATIENCE = 600.0
-"""Seconds to wait for anything."""
+"""Longest wait for anything, in seconds."""
 REPLACED_AFTER = 5.0
-"""Seconds until another node is started for one that was killed."""
+"""Seconds until a killed node is replaced."""
 
 Record = dict[str, Any]
 
 
 class Run:
-    """One run of the command on the cluster, whose log a thread watches."""
+    """One run of the command on the cluster. A thread follows its log."""
 
     def __init__(self, machines: Machines, job: Job, scratch: Path) -> None:
         self.machines, self.folder = machines, run_folder(job)
@@ -73,9 +73,9 @@ class Run:
         self.job_file.write_text(yaml.safe_dump(job.model_dump(mode="json")), encoding="utf-8")
         self.step = 0
         self.seen = [time.monotonic()]
-        """When each step, from 0, was first in the log."""
+        """Times at which each step, from 0, first appeared in the log (``time.monotonic()``)."""
         self.hits: list[Record] = []
-        """What was killed at which step, and to which step training went back then."""
+        """What was killed, at which step, and the step that training went back to."""
         self.over = threading.Event()
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.start()
@@ -86,14 +86,14 @@ class Run:
 
     def _watch(self) -> None:
         while not self.over.wait(0.03):
-            told = steps_told(self.folder)
-            self.step = told[-1]["step"] if told else 0
+            records = logged_steps(self.folder)
+            self.step = records[-1]["step"] if records else 0
             self.seen += [time.monotonic()] * (self.step + 1 - len(self.seen))
             for hit in self.hits[-1:]:
                 hit["back"] = min(hit["back"], self.step)
 
     def wait(self, what: Callable[[], bool]) -> None:
-        """Wait until ``what()``. Raises RuntimeError if the driver ends first, or it takes too long."""
+        """Wait until ``what()`` is true. Raises RuntimeError if the driver ends first or it takes too long."""
         wait_for(what, self.driver, PATIENCE)
 
     def note_hit(self, fault: str) -> None:
@@ -107,11 +107,11 @@ class Run:
 
 
 Fault = Callable[[Run, Random], Callable[[], None]]
-"""Waits until there is something to kill; the function that it gives kills it."""
+"""A function that waits until there is something to kill, and returns the function that kills it."""
 
 
 def process(*titles: str) -> Fault:
-    """One of the processes with such titles."""
+    """Return the fault that kills a process with one of these titles."""
 
     def find(run: Run, random: Random) -> Callable[[], None]:
         found: list[int] = []
@@ -127,7 +127,7 @@ def process(*titles: str) -> Fault:
 
 
 def node(kind: str, title: str) -> Fault:
-    """The node of a kind on which a process with such a title runs; another node comes."""
+    """Return the fault that kills a node of a kind on which a process with this title runs. Another node replaces it."""
 
     def find(run: Run, random: Random) -> Callable[[], None]:
         run.wait(lambda: bool(run.machines.hosts(title, kind)))
@@ -144,7 +144,7 @@ def node(kind: str, title: str) -> Fault:
 
 
 def the_driver(run: Run, random: Random) -> Callable[[], None]:
-    """The command itself, which is given again."""
+    """The fault that kills the command itself and then starts it again."""
 
     def hit() -> None:
         run.driver.kill()
@@ -154,7 +154,7 @@ def the_driver(run: Run, random: Random) -> Callable[[], None]:
     return hit
 
 
-WORKER, TEACHER = "ray::RayTrainWorker", "ray::Holder"
+WORKER, TEACHER = "ray::RayTrainWorker", "ray::TeacherActor"
 FAULTS: dict[str, tuple[str, Fault]] = {
     "worker": ("a train worker", process(WORKER)),
     "data": ("a process that reads or decodes images", process("ray::Map(DecodeChunk)", "ray::FlatMap(ReadWindow)")),
@@ -166,13 +166,13 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 
 
 def fill(machines: Machines) -> None:
-    """The nodes that the job needs, and one teacher node more."""
+    """Start the nodes that the job needs, and one spare teacher node."""
     machines.have("trainer", 1, cpus=2)
     machines.have("teacher", 2, teacher=1)
 
 
 def trial(machines: Machines, job: Job, faults: Sequence[str], seed: int, scratch: Path) -> Record:
-    """One run in which all the faults happen; its record."""
+    """Run the job once while all the faults happen, and return the record."""
     random = Random(f"{seed}: {' '.join(faults)}")
     fill(machines)
     run = Run(machines, job, scratch)
@@ -188,8 +188,8 @@ def trial(machines: Machines, job: Job, faults: Sequence[str], seed: int, scratc
             hit()
         run.wait(lambda: run.driver.poll() == 0)
     except RuntimeError as error:
-        told = run.output.read_text(encoding="utf-8").splitlines()[-1:]
-        record["error"] = f"{error}: {told}"
+        last_line = run.output.read_text(encoding="utf-8").splitlines()[-1:]
+        record["error"] = f"{error}: {last_line}"
     run.end()
     return {
         **record,
@@ -200,7 +200,7 @@ def trial(machines: Machines, job: Job, faults: Sequence[str], seed: int, scratc
 
 
 def outcome(result: Record | None) -> Record:
-    """Where a run ended, and with which weights."""
+    """Return the last step of a run and a digest of its weights."""
     if result is None:
         return {"steps": None, "weights": None}
     weights = (Path(result["student"]) / "model.safetensors").read_bytes()
@@ -208,7 +208,7 @@ def outcome(result: Record | None) -> Record:
 
 
 def seconds_lost(seen: Sequence[float], step: int) -> float | None:
-    """Seconds from ``step`` to the second one after it, less the least that the same steps of another epoch took."""
+    """Return the seconds from ``step`` to the second step after it, minus the least that these took in another epoch."""
     others = [other for other in range(step % STEPS, len(seen) - 2, STEPS) if other not in (0, step)]
     if step + 2 >= len(seen) or not others:
         return None
@@ -217,7 +217,7 @@ def seconds_lost(seen: Sequence[float], step: int) -> float | None:
 
 
 def prepared(scratch: Path, keys: str) -> Job:
-    """The job, its data drawn and its teacher's weights random: what is learnt does not matter here."""
+    """Return the job with drawn data and a random teacher; what is learnt does not matter here."""
     drawn = draw_dataset(scratch / "drawn", train=IMAGES, val=32)
     places = {"data.train": scratch / "train", "data.val": scratch / "val", "teacher.checkpoint": scratch / "teacher"}
     for split, coco in (("train", drawn.train), ("val", drawn.val)):
@@ -231,7 +231,7 @@ def prepared(scratch: Path, keys: str) -> Job:
 
 
 def run_faults(faults: Sequence[str], seeds: Sequence[int]) -> None:
-    """Make the runs."""
+    """Run the faults once per seed and append the records to the results."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         calm, disturbed = (prepared(scratch, keys) for keys in (HERE, THERE))
@@ -258,7 +258,7 @@ def run_faults(faults: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def section(records: Sequence[Record]) -> str:
-    """One row a fault."""
+    """Return the table, one row per fault."""
     if not records:
         return "There are no figures yet: `python bench/faults.py run`."
     lines = ["| killed | times | survived | steps repeated | seconds lost |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -290,8 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
-    running.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; default: all")
-    running.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run each (default: %(default)s)")
+    running.add_argument("faults", nargs="*", metavar="FAULT", help=f"one or more of {', '.join(FAULTS)}; default: all")
+    running.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: %(default)s)")
     commands.add_parser("table")
     options = parser.parse_args(arguments)
     if options.command == "table":
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     unknown = set(options.faults) - FAULTS.keys()
     if unknown:
-        parser.error(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}; the faults are {', '.join(FAULTS)}")
     os.environ.update(ENVIRONMENT)
     run_faults(options.faults or list(FAULTS), options.seeds)
     return 0

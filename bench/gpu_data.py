@@ -1,6 +1,6 @@
-"""Part data of ``bench/gpu.sh``: images a second from shards to padded batches on the device, by number of CPUs.
+"""The part "data" of ``bench/gpu.sh``: images per second from shards to padded batches on the device, by number of CPUs.
 
-640-pixel JPEGs, shown at 640 pixels; decoded by as many threads as there are CPUs, of which the process may use no others.
+640-pixel JPEGs are shown at 640 pixels and decoded by one thread per CPU; the process is confined to those CPUs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ COUNTS = (16, 8, 4, 2, 1)
 def decode_with(
     threads: int, shards: ShardSet, windows: Iterable[Window], maker: BatchMaker
 ) -> AbstractContextManager[Iterator[Batch]]:
-    """As ``engine.streams.decode_here``, with so many threads."""
+    """Decode like ``engine.streams.decode_here``, with a given number of threads."""
     return closing(local_stream(shards, windows, maker, threads=threads))
 
 
 def rate(cpus: int, job: Job, place: Setting, seconds: float) -> Row:
-    """One row, over ``seconds`` after the first batches."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])  # for the threads that start from here on
+    """Measure one row for ``seconds``, not counting the first batches."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])  # applies to threads started from here on
     shards = ShardSet.open(job.data.train)
     streams = Streams(job, Distributed(0, 1, place.device), shards, shards, partial(decode_with, cpus))
     images, started = 0, 0.0
@@ -55,7 +55,7 @@ def rate(cpus: int, job: Job, place: Setting, seconds: float) -> Row:
 
 
 def main() -> int:
-    """Measure all rows that there is time for."""
+    """Measure as many rows as time allows."""
     place = setting()
     results = Results("data", place)
     all_cpus = sorted(os.sched_getaffinity(0))

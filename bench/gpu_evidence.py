@@ -1,9 +1,9 @@
-"""Part evidence of ``bench/gpu.sh``: rows of ``bench/evidence.py --tier standard`` for the time that is left.
+"""The part "evidence" of ``bench/gpu.sh``: rows of ``bench/evidence.py --tier standard`` in the time that is left.
 
-Rows go to ``<out>/evidence.jsonl``, which begins as the committed docs/gpu/evidence.jsonl: what is recorded there is not made
-again, so that another day goes on. What cannot travel, the teacher's weights, is trained again. The photos are those in
-data/evidence (``bench/evidence.py prepare``); where there are none, drawn images take their place, and rows of these are only
-comparable with each other.
+Records go to ``<out>/evidence.jsonl``, which starts as a copy of the committed docs/gpu/evidence.jsonl: what is recorded there
+is not made again, so the work can continue another day. Weights do not travel, so the teacher is trained again. The photos are
+those in data/evidence (``bench/evidence.py prepare``); without them drawn images take their place, and such rows are comparable
+only with each other.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.synthetic import draw_dataset
 
 ROWS = ("baseline", "head", "akd", "assist", "tf_head")
-"""Besides the teacher, in this order."""
+"""Rows besides the teacher, in this order."""
 SEEDS = ("0", "1", "2")
 START = 20
-"""Seconds that ``bench/evidence.py`` takes to start and to stop."""
+"""Seconds that ``bench/evidence.py`` needs to start and stop."""
 OUT_OF_TIME = 3
-"""Exit code of ``bench/evidence.py``: there is more to do, which is as it should be."""
+"""Exit code of ``bench/evidence.py`` when there is more to do, which is expected here."""
 
 
 def data(folder: Path, place: Setting) -> Path:
-    """A folder with the prepared splits train, val and test."""
+    """Return a folder with the prepared splits train, val and test."""
     photos = ROOT / "data" / "evidence"
     if photos.is_dir() and not place.rehearsal:
         return photos
@@ -43,7 +43,7 @@ def data(folder: Path, place: Setting) -> Path:
 
 
 def main() -> int:
-    """Make rows until the time is over; 0 unless a process failed."""
+    """Train rows until time is up; return 0 unless a process failed."""
     place = setting()
     place.out.mkdir(parents=True, exist_ok=True)
     results = place.out / "evidence.jsonl"
@@ -54,11 +54,11 @@ def main() -> int:
         splits = data(Path(scratch), place)
         command = [sys.executable, str(ROOT / "bench" / "evidence.py"), "--tier", "micro" if place.tiny else "standard"]
         command += ["--data", str(splits), "--storage", str(Path(scratch) / "runs"), "--results", str(results)]
-        # Rows that other processes are at, and the teacher while one trains it, are waited for.
+        # A process waits for rows that another works on, and for the teacher while another trains it.
         rows, seeds = (ROWS[:1], SEEDS[:1]) if place.tiny else (ROWS, SEEDS)
         command += ["run", *rows, "--seeds", *seeds]
         command += ["--minutes", f"{max(0.0, place.left() - START) / 60:.2f}"]
-        processes = [subprocess.Popen(command) for _ in range(1 if place.tiny else 3)]  # one alone leaves a GPU idle
+        processes = [subprocess.Popen(command) for _ in range(1 if place.tiny else 3)]  # a single one leaves the GPU idle
         codes = [process.wait() for process in processes]
     return int(any(code not in (0, OUT_OF_TIME) for code in codes))
 

@@ -1,4 +1,4 @@
-"""What a step does with the GPU: how long it is busy, where the host waits for it, how much arithmetic there is."""
+"""Measure what a step does with the GPU: how long it is busy, where the host waits for it, how much it computes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import headkd_ray
 
 PROFILED = 3
-"""Steps that are looked at."""
+"""Number of steps that are profiled."""
 Work = Callable[[], object]
 
 
 def busy_milliseconds(step: Work) -> float:
-    """Time in a step in which at least one kernel or copy runs."""
+    """Return the time per step, in ms, during which at least one kernel or copy runs."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(PROFILED):
@@ -38,7 +38,7 @@ def busy_milliseconds(step: Work) -> float:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -47,7 +47,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def synchronisations(step: Work) -> dict[str, float]:
-    """How often a step the host waits for the GPU, by the place in this project or in torchvision that makes it wait."""
+    """Count how often per step the host waits for the GPU, by the line of this project or of torchvision that makes it wait."""
     places: Counter[str] = Counter()
 
     def note(message: Warning | str, *rest: Any) -> None:
@@ -56,7 +56,7 @@ def synchronisations(step: Work) -> dict[str, float]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note  # type: ignore[assignment]  # torch tells of each on the line that causes it; catch_warnings puts it back
+        warnings.showwarning = note  # type: ignore[assignment]  # torch warns where it waits
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for _ in range(PROFILED):
@@ -67,8 +67,10 @@ def synchronisations(step: Work) -> dict[str, float]:
 
 
 def place_of(stack: Iterable[traceback.FrameSummary]) -> str:
-    """``package/file.py:line`` of the innermost frame of ours, else of torchvision's; ``elsewhere`` if there is none, as in the
-    backward pass."""
+    """Return ``package/file.py:line`` of our innermost frame, or else torchvision's.
+
+    Without either, as in the backward pass, return ``elsewhere``.
+    """
     frames = list(stack)[::-1]
     for file in (headkd_ray.__file__, torchvision.__file__):
         folder = Path(str(file)).parent
@@ -79,7 +81,7 @@ def place_of(stack: Iterable[traceback.FrameSummary]) -> str:
 
 
 def tera_operations(step: Work) -> float:
-    """Floating-point operations of a step's convolutions and matrix products, 10^12, a multiply-add being two."""
+    """Return a step's floating-point operations in convolutions and matrix products, in 10^12; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() / 1e12

@@ -1,7 +1,7 @@
-"""Part ray of ``bench/gpu.sh``: HEAD on Ray Train with the GPU, beside the same job without Ray.
+"""The part "ray" of ``bench/gpu.sh``: HEAD on Ray Train with the GPU, compared with the same job without Ray.
 
-Its teacher is inline, in a pool on a part of the same GPU, or cached. Each row is a run of ``headkd_ray.train``, from checking
-the job to the exported student.
+The teacher is inline, in a pool on a share of the same GPU, or cached. Each row is a complete run of ``headkd_ray.train``, from
+the check of the job to the exported student.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from headkd_ray.teacher.verify import open_builder
 from headkd_ray.train import train
 
 WARM = 4
-"""Steps of a run whose rate does not count."""
+"""Steps at the start of a run that do not count towards its rate."""
 TEACHERS_ROIS = ("distill.rois=teacher", "distill.roi_budget=64")
 POOL = ("teacher.placement=pool",)
 RUNS: dict[str, tuple[str, ...]] = {
@@ -44,10 +44,10 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def job_of(name: str, folder: Path, place: Setting) -> Job:
-    """The job of a row."""
+    """Return the job of a row."""
     on_gpu = place.device.type == "cuda"
     images, side = (2, 64) if place.tiny else (16, 320)
-    shared = on_gpu and "pool" in name  # worker and teacher on one GPU
+    shared = on_gpu and "pool" in name  # worker and teacher share one GPU
     keys = {
         "run.name": name.replace(" ", "-").replace(",", "").replace("'", ""),
         "run.storage": str(folder / "runs"),
@@ -71,17 +71,17 @@ def job_of(name: str, folder: Path, place: Setting) -> Job:
         "cluster.threads_per_worker": 1,
         "cluster.max_failures": 0,
     }
-    overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]  # JSON is YAML
+    overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]  # JSON is valid YAML
     return recipe("head", *overrides, *RUNS[name], tiny=place.tiny)
 
 
 def run(name: str, folder: Path, place: Setting) -> Row:
-    """One row: the rate of its steps, and its first loss, which is everywhere the same but for the teacher's RoIs."""
+    """Measure one row: the rate of its steps and its first loss, which is the same in all rows without the teacher's RoIs."""
     job = job_of(name, folder, place)
     records: list[dict[str, Any]] = []
     started = time.perf_counter()
     if name == "cache":
-        device = torch.device("cpu")  # of this process: the pool's processes ask
+        device = torch.device("cpu")  # this process only coordinates: the processes of the pool run the teacher
         cache.build(job, open_builder(job, device), lambda unit, size: None)
     built = time.perf_counter() - started
     result = train(job, lambda record: records.append(record) if "losses" in record else None)
@@ -100,7 +100,7 @@ def run(name: str, folder: Path, place: Setting) -> Row:
 
 
 def start_ray(place: Setting) -> None:
-    """A cluster of its own, whatever else runs on this machine, without the dashboard, which a slim Ray lacks."""
+    """Start a cluster for this bench alone, without the dashboard, which the stripped-down Ray lacks."""
     os.environ.update(OWN_CLUSTER)
     store = (200 << 20) if place.tiny else (2 << 30)
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
@@ -108,7 +108,7 @@ def start_ray(place: Setting) -> None:
 
 
 def main() -> int:
-    """Measure all rows that there is time for; 1 if one failed."""
+    """Measure as many rows as time allows; return 1 if one failed."""
     place = setting()
     results = Results("ray", place)
     failed = False
@@ -120,14 +120,14 @@ def main() -> int:
         save_detector(folder / "teacher", fresh_teacher(place.tiny), NAMES)
         for name in RUNS:
             if place.left() < 5:
-                print("no time for the other rows", flush=True)
+                print("no time left for the remaining rows", flush=True)
                 return 1
             try:
                 if name != "without Ray" and not ray.is_initialized():
                     stack.callback(ray.shutdown)
                     start_ray(place)
                 results.add(run(name, folder, place))
-            except Exception as error:  # the other rows are worth having
+            except Exception as error:  # the remaining rows are still worth having
                 failed = True
                 results.add({"run": name, "error": repr(error)[:2000]})
     return int(failed)

@@ -1,4 +1,4 @@
-"""The shipped jobs as ``bench/gpu.sh`` measures them: nothing is downloaded, data is noise, sizes are its own."""
+"""The shipped jobs as ``bench/gpu.sh`` measures them: without downloads, on noise, at sizes of its own."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ NAMES = tuple(f"class {number}" for number in range(1, CLASSES + 1))
 
 
 def recipe(name: str, *keys: str, tiny: bool) -> Job:
-    """``jobs/<name>.yaml`` with random weights, or its micro sibling in ``jobs/small``, with some keys changed."""
+    """Load ``jobs/<name>.yaml``, or its micro version from ``jobs/small``, with random weights and some keys changed."""
     folder = ROOT / "jobs" / ("small" if tiny else "")
-    # A learning rate that is as much work as any other, at which no loss explodes.
+    # This learning rate costs as much work as any other, and at it no loss explodes.
     return load_job(folder / f"{name}.yaml", ["student.backbone.weights=none", "optim.lr=1e-7", "log.tensorboard=false", *keys])
 
 
 def fresh_teacher(tiny: bool) -> Detector:
-    """The teacher of these recipes with random weights, always the same ones: the arithmetic is a trained one's."""
+    """Build the recipes' teacher with random weights, the same ones in every call. Trained weights would cost the same."""
     torch.manual_seed(0)
     return build_detector(recipe("teacher", tiny=tiny).student, CLASSES)
 
 
 def noise_batch(number: int, images: int, side: int, device: torch.device) -> Batch:
-    """A batch of square images with 8 random boxes each, all on the device."""
+    """Return a batch of square images with 8 random boxes each, all on the device."""
     generator = torch.Generator().manual_seed(number)
 
     def drawn(low: float, high: float, *shape: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The GPU's figures in docs/performance.md, from the JSON in docs/gpu: ``python bench/gpu_report.py [RESULTS_FOLDER]``.
+"""Write the GPU's figures into docs/performance.md from the JSON in docs/gpu: ``python bench/gpu_report.py [RESULTS_FOLDER]``.
 
-RESULTS_FOLDER: what ``bash bench/gpu.sh`` wrote. Its files replace those in docs/gpu, to be committed; those of a rehearsal are
-refused.
+RESULTS_FOLDER is what ``bash bench/gpu.sh`` wrote. Its files replace those in docs/gpu, which are committed; results of a
+rehearsal are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Part = dict[str, Any]
 
 
 def load(folder: Path) -> dict[str, Part]:
-    """The parts that are there, by name. Raises DataError, all problems at once."""
+    """Return the parts that exist, by name. Raises DataError with all problems at once."""
     parts: dict[str, Part] = {}
     problems = []
     for name in FILES:
@@ -49,9 +49,10 @@ def load(folder: Path) -> dict[str, Part]:
 
 
 def take(source: Path, target: Path) -> None:
-    """Replace the files of ``target`` by those of ``source``. Raises DataError if there are none, or a rehearsal's."""
+    """Replace the files of ``target`` by those of ``source``. Raises DataError if there are none, or if they are a
+    rehearsal's."""
     if not load(source):
-        raise DataError(f"{source}: none of {', '.join(FILES)} is there; give the folder that bench/gpu.sh wrote")
+        raise DataError(f"{source}: there is no {', '.join(FILES)}; give the folder that bench/gpu.sh wrote")
     target.mkdir(parents=True, exist_ok=True)
     for name in (*FILES, EVIDENCE):
         if (source / name).exists():
@@ -59,7 +60,7 @@ def take(source: Path, target: Path) -> None:
 
 
 def section(parts: dict[str, Part], evidence: Sequence[dict[str, Any]]) -> str:
-    """Everything between the markers."""
+    """Return everything that stands between the markers."""
     shown = [write(parts[name]) for name, write in WRITERS.items() if name in parts]
     if evidence:
         shown.append("### Evidence\n\n" + document_section(evidence, order()).replace("## Tier", "#### Tier"))
@@ -67,14 +68,14 @@ def section(parts: dict[str, Part], evidence: Sequence[dict[str, Any]]) -> str:
 
 
 def made_with(part: Part) -> str:
-    """One line: the card, the software, the revision, the date."""
+    """Return one line with the card, the software, the revision and the date."""
     versions = ", ".join(f"{name} {part[name]}" for name in ("torch", "torchvision", "timm"))
     card = f"{part['card']} ({part['memory_gib']:g} GiB), {part['cpus']} CPUs"
     return f"{card}; CUDA {part['cuda']}, Python {part['python']}, {versions}; revision {part['revision']}, {part['date']}."
 
 
 def steps(part: Part) -> str:
-    """The step table: times first beside torchvision's and our own plain detectors, then where the host waits."""
+    """Return the table of steps: times compared with torchvision's and our plain detectors, then where the host waits."""
     rows = [row for row in part["rows"] if "ms" in row]
     plain = {row["precision"]: row["ms"] for row in rows if row["case"] == "RetinaNet R18, alone"}
     head = (
@@ -121,7 +122,7 @@ def _step(row: dict[str, Any], plain: dict[str, float]) -> list[str]:
 
 
 def on_ray(part: Part) -> str:
-    """What Ray, a pool and a cache cost."""
+    """Return the table of what Ray, a pool and a cache cost."""
     head = ("run", "images/s", "data wait", "peak MiB", "first loss", "seconds in all")
     columns = {"images_per_second": ".0f", "data_wait": ".0%", "memory_mib": ".0f", "first_loss": ".5f", "seconds": ".0f"}
     done = [
@@ -133,7 +134,7 @@ def on_ray(part: Part) -> str:
 
 
 def data(part: Part) -> str:
-    """Images a second by CPUs."""
+    """Return the table of images per second by number of CPUs."""
     rows = [
         [str(row["cpus"]), f"{row['images_per_second']:.0f}", f"{row['images_per_second_and_cpu']:.0f}"] for row in part["rows"]
     ]
@@ -142,7 +143,7 @@ def data(part: Part) -> str:
 
 
 def tests(part: Part) -> str:
-    """How the tests marked gpu ended."""
+    """Return how the tests marked gpu ended."""
     outcomes = [row["outcome"] for row in part["rows"]]
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("passed", "failed", "skipped") if name in outcomes)
     failed = [f"- `{row['test']}`" for row in part["rows"] if row["outcome"] == "failed"]
@@ -153,15 +154,15 @@ WRITERS = {"steps": steps, "ray": on_ray, "data": data, "tests": tests}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; all columns but the first are numbers."""
+    """Return a Markdown table; all columns but the first are numbers."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the tables; returns the exit code."""
+    """Write the tables and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_FOLDER", help="take these into docs/gpu first")
+    parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_FOLDER", help="copied into docs/gpu first")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of performance.md and gpu (default: docs)")
     options = parser.parse_args(arguments)
     kept, document = options.docs / "gpu", options.docs / "performance.md"

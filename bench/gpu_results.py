@@ -1,4 +1,4 @@
-"""What the parts of ``bench/gpu.sh`` share: their command line, and a JSON file that is whole after every row."""
+"""What the parts of ``bench/gpu.sh`` share: their command line, and a JSON file that is complete after every row."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a part was started."""
+    """Options with which a part was started."""
 
     device: torch.device
     tiny: bool
-    """Micro models and a few steps: a rehearsal."""
+    """Whether this is a rehearsal with micro models and few steps."""
     out: Path
-    """Folder of the JSON files."""
+    """Folder for the JSON files."""
     deadline: float
-    """``time.monotonic()`` from which nothing new is begun."""
+    """``time.monotonic()`` after which nothing new is started."""
 
     @property
     def rehearsal(self) -> bool:
-        """Figures that say nothing about a GPU."""
+        """Whether the figures say nothing about a GPU."""
         return self.tiny or self.device.type != "cuda"
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline, which may be negative."""
         return self.deadline - time.monotonic()
 
 
 def setting(arguments: Sequence[str] | None = None) -> Setting:
-    """From a part's command line."""
+    """Parse the command line of a part."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     parser.add_argument("--seconds", type=float, default=480.0, help="time for this part (default %(default)g)")
@@ -53,14 +53,14 @@ def setting(arguments: Sequence[str] | None = None) -> Setting:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those that all parts have."""
+    """Add the options that all parts have."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="micro models and a few steps: a rehearsal in minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the JSON (default %(default)s)")
 
 
 class Results:
-    """The rows of one part, in ``<out>/<part>.json`` from the first moment on: being cut off loses the row under way alone."""
+    """The rows of one part, kept in ``<out>/<part>.json`` from the start: an interruption loses only the row in progress."""
 
     def __init__(self, part: str, place: Setting) -> None:
         self.path = place.out / f"{part}.json"
@@ -68,7 +68,7 @@ class Results:
         self.write()
 
     def add(self, row: Row) -> None:
-        """Keep a row, and print it."""
+        """Record a row and print it."""
         self.content["rows"].append(row)
         self.write()
         print("  " + ", ".join(f"{name} {_short(value)}" for name, value in row.items()), flush=True)
@@ -81,7 +81,7 @@ class Results:
 
 
 def machine(device: torch.device) -> Row:
-    """What the figures depend on besides the code, and the code's revision."""
+    """Return what the figures depend on besides the code, and the code's revision."""
     on_gpu = device.type == "cuda"
     return {
         "card": torch.cuda.get_device_name(device) if on_gpu else None,

@@ -1,10 +1,11 @@
-"""All that is to be known of a GPU, part by part: what ``bash bench/gpu.sh`` runs.
+"""Run all GPU measurements, part by part; called by ``bash bench/gpu.sh``.
 
 tests: the tests marked gpu. steps: what a training step costs, method by method. ray: Ray Train, a teacher pool and a cache on
-the GPU. data: images a second from shards. evidence: rows of the standard tier for the time that is left.
+the GPU. data: images per second from shards. evidence: rows of the standard tier in the time that is left.
 
-Each part is a process with a time limit of its own and writes ``<out>/<part>.json`` (evidence: evidence.jsonl) as it goes. One
-that fails or overruns ends no other. ``<out>/run.json`` says how each ended. Exit code 0: all parts ended well; 1: not all.
+Each part is a process with its own time limit that writes ``<out>/<part>.json`` as it goes (evidence: evidence.jsonl). If one
+fails or overruns, the others still run. ``<out>/run.json`` says how each ended. Exit code 0: all parts succeeded; 1: some did
+not.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ import torch
 from gpu_results import Results, Setting, add_options
 
 PARTS = {"tests": 150, "steps": 170, "ray": 100, "data": 30, "evidence": 480}
-"""Part -> seconds of the usual MINUTES that it may take at most, the most valuable first."""
+"""Part -> longest time in seconds of a run of MINUTES, the most valuable part first."""
 MINUTES = 8.0
 LEAST = 15.0
-"""Seconds below which a part is not begun."""
+"""Seconds below which a part is not started."""
 GRACE = 5.0
 """Seconds between asking a part to end and killing it."""
 
 
 def run_part(part: str, seconds: float, place: Setting) -> str:
-    """Run one part; how it ended."""
+    """Run one part and return how it ended."""
     command = [sys.executable, str(Path(__file__).with_name(f"gpu_{part}.py")), "--device", place.device.type]
     command += ["--out", str(place.out), "--seconds", f"{seconds - GRACE:.0f}", *(["--tiny"] if place.tiny else [])]
-    process = subprocess.Popen(command, start_new_session=True)  # a group of its own, so that its children end with it
+    process = subprocess.Popen(command, start_new_session=True)  # a process group of its own, so that its children end with it
     try:
         code = process.wait(timeout=seconds)
         return "done" if code == 0 else f"failed (exit code {code})"
@@ -45,7 +46,7 @@ def run_part(part: str, seconds: float, place: Setting) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process's group, those included that it has left behind."""
+    """End the process group, including processes that the part left behind."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -54,17 +55,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; the exit code."""
+    """Run the parts and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="bash bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, separated by commas (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all; limits grow with it (default %(default)g)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, separated by commas (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all; the parts' limits scale (default %(default)g)")
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--parts: {', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
+        parser.error(f"--parts: {', '.join(unknown)}: no such part; the parts are {', '.join(PARTS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu --tiny rehearses everything on the CPU")
     place = Setting(torch.device(options.device), options.tiny, options.out, time.monotonic() + 60 * options.minutes)
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     for part in parts:
         seconds = min(PARTS[part] * options.minutes / MINUTES, place.left())
         started = time.monotonic()
-        print(f"{part}: {seconds:.0f} s at most", flush=True)
+        print(f"{part}: at most {seconds:.0f} s", flush=True)
         ended = run_part(part, seconds, place) if seconds >= LEAST else "no time left"
         results.add({"part": part, "ended": ended, "seconds": round(time.monotonic() - started, 1)})
     return int(any(row["ended"] != "done" for row in results.content["rows"]))

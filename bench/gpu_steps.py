@@ -1,8 +1,8 @@
-"""Part steps of ``bench/gpu.sh``: what one training step costs, method by method, beside torchvision's own detectors.
+"""The part "steps" of ``bench/gpu.sh``: what one training step costs, method by method, compared with torchvision's detectors.
 
-Batches lie on the device, so that data plays no part. A step is forward pass, backward pass, clipping and optimizer as in
-``engine.loop.fit``; torchvision's is that of its reference training loop, on the same images, widths and autocast. Weights are
-random, which changes no shape but those of what NMS leaves.
+Batches lie on the device, so that loading data plays no part. A step is forward pass, backward pass, clipping and optimizer as
+in ``engine.step.train_step``; torchvision's is that of its reference training loop, on the same images, widths and autocast.
+Weights are random, which changes no shapes except how many boxes NMS leaves.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from headkd_ray.job import Job
 from headkd_ray.teacher import soft_teacher
 
 BATCHES = 4
-"""Different ones, used in turn."""
+"""Number of different batches, used in turn."""
 WARM_UP, MOST_STEPS, MOST_SECONDS = 3, 20, 4.0
 PARTS = ("forward", "backward", "update")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: one of ours by its job, or torchvision's."""
+    """A row of the table: one of our jobs, or torchvision's detector of the same size."""
 
     name: str
     job: str
     keys: tuple[str, ...] = ()
     given: bool = False
-    """The teacher's answers come with the batches, as from a cache or a pool."""
+    """Whether soft targets come with the batches, as from a cache or a pool."""
     torchvision: bool = False
 
 
@@ -66,7 +66,7 @@ CASES = (
 
 
 class Step:
-    """A training step, in parts that can be timed. Stepping through them is the caller's."""
+    """A training step whose parts can be timed separately. Call it for a whole step, or its parts in order."""
 
     def __init__(self, case: Case, precision: str, place: Setting) -> None:
         images, side = (2, 64) if place.tiny else (16, 640)
@@ -79,7 +79,7 @@ class Step:
         self.number = 0
 
     def forward(self) -> Tensor:
-        """The total loss of the next batch."""
+        """Return the total loss of the next batch."""
         self.optimizer.zero_grad(set_to_none=True)
         self.number += 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -100,14 +100,14 @@ class Step:
 
 
 Losses = Callable[[int], dict[str, Tensor]]
-"""The losses of a batch, by its number."""
+"""A function from a batch's number to its losses."""
 
 
 def _ours(case: Case, job: Job, batches: list[Batch], place: Setting) -> tuple[nn.Module, Losses]:
     teacher: Detector | None = fresh_teacher(place.tiny) if job.teacher is not None else None
     model = build_training_model(job, CLASSES, teacher, steps_per_epoch=1000)
     model.to(place.device).to(memory_format=torch.channels_last).train()
-    late = job.distill.warmup_steps  # from where on every loss counts
+    late = job.distill.warmup_steps  # past every warm-up, so that all losses count
     asked = None
     if teacher is not None and job.distill.rois == "teacher":
         asked = soft_teacher(job, teacher, place.device)
@@ -132,12 +132,12 @@ def _torchvision(case: Case, job: Job, batches: list[Batch], place: Setting) -> 
         models = torchvision.models.detection
         model = models.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=CLASSES + 1, **sizes)
     else:
-        # As ours: stem and C2 frozen, C3 to C5, P6 from C5.
+        # Like ours: stem and C2 are frozen, and P6 is made from C5.
         levels: dict[str, Any] = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(512, 256)}
         body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3, **levels)
         model = torchvision.models.detection.RetinaNet(body, CLASSES, **sizes)
     model.to(place.device).to(memory_format=torch.channels_last).train()
-    first = int(case.job == "teacher")  # its Faster R-CNN counts the background as class 0
+    first = int(case.job == "teacher")  # torchvision's Faster R-CNN counts the background as class 0
     images = [[image.float() / 255 for image in batch.images] for batch in batches]
     truth = [
         [{"boxes": boxes, "labels": labels + first} for boxes, labels in zip(batch.boxes, batch.labels, strict=True)]
@@ -147,7 +147,7 @@ def _torchvision(case: Case, job: Job, batches: list[Batch], place: Setting) -> 
 
 
 def measure(case: Case, precision: str, place: Setting) -> Row:
-    """One row."""
+    """Measure one row."""
     row: Row = {"case": case.name, "torchvision": case.torchvision, "precision": precision}
     step = Step(case, precision, place)
     for _ in range(1 if place.tiny else WARM_UP):
@@ -167,13 +167,13 @@ def measure(case: Case, precision: str, place: Setting) -> Row:
     for name, look in looks.items():
         try:
             row[name] = look()
-        except Exception as error:  # the times stand without it
+        except Exception as error:  # the times are worth having without it
             row[name], row[f"{name}_error"] = None, repr(error)
     return row
 
 
 def _timed(step: Step, most: int) -> Iterator[tuple[float, ...]]:
-    """Milliseconds of each part of up to ``most`` steps, fewer if they take long."""
+    """Yield the milliseconds of each part for up to ``most`` steps, or fewer if they take long."""
     started = time.perf_counter()
     for number in range(most):
         if number >= 2 and time.perf_counter() - started > MOST_SECONDS:
@@ -189,7 +189,7 @@ def _timed(step: Step, most: int) -> Iterator[tuple[float, ...]]:
 
 
 class _Clock:
-    """Laps of the device's time: on a GPU events in its queue, which the host does not wait for until all are over."""
+    """A stopwatch of device time. On a GPU it records events in the queue, and the host waits only when all laps are over."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -205,7 +205,7 @@ class _Clock:
             self.marks.append(time.perf_counter())
 
     def laps(self) -> tuple[float, ...]:
-        """Milliseconds between the marks."""
+        """Return the milliseconds between consecutive marks."""
         if not self.on_gpu:
             return tuple(1e3 * (after - before) for before, after in zip(self.marks, self.marks[1:], strict=False))
         self.marks[-1].synchronize()
@@ -213,7 +213,7 @@ class _Clock:
 
 
 def main() -> int:
-    """Measure all rows that there is time for; 1 if one failed."""
+    """Measure as many rows as time allows; return 1 if one failed."""
     place = setting()
     results = Results("steps", place)
     results.content["ceilings"] = ceilings(place)
@@ -221,11 +221,11 @@ def main() -> int:
     for precision in ("bf16", "fp32"):
         for case in CASES:
             if place.left() < 10:
-                print("no time for the other rows", flush=True)
+                print("no time left for the remaining rows", flush=True)
                 return 1
             try:
                 results.add(measure(case, precision, place))
-            except Exception as error:  # the other rows are worth having
+            except Exception as error:  # the remaining rows are still worth having
                 failed = True
                 results.add({"case": case.name, "torchvision": case.torchvision, "precision": precision, "error": repr(error)})
             if place.device.type == "cuda":
@@ -234,7 +234,7 @@ def main() -> int:
 
 
 def ceilings(place: Setting) -> Row:
-    """What the device does at best: products of bf16 matrices, TFLOP/s, and copies within its memory, TB/s read and written."""
+    """Measure the device's peaks: bf16 matrix products, in TFLOP/s; copies within its memory, in TB/s read and written."""
     side, size = (256, 1 << 20) if place.tiny else (8192, 1 << 32)
     one, other = (torch.randn(side, side, device=place.device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=place.device)

@@ -1,4 +1,4 @@
-"""Part tests of ``bench/gpu.sh``: the tests marked gpu, each noted as it ends."""
+"""The part "tests" of ``bench/gpu.sh``: run the tests marked gpu and record each as it ends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from revision import ROOT
 
 
 class Notes:
-    """A pytest plugin that writes down how each test went."""
+    """A pytest plugin that records the outcome of each test."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and report.passed:  # set-up and tear-down are noted if they skip or fail
+        if report.when != "call" and report.passed:  # set-up and tear-down are recorded only if they skip or fail
             return
         name = report.nodeid.removeprefix("tests/gpu/")
         row = {"test": name, "outcome": report.outcome, "seconds": round(report.duration, 2)}
@@ -27,7 +27,7 @@ class Notes:
 
 
 def main() -> int:
-    """Run the tests; pytest's exit code."""
+    """Run the tests and return pytest's exit code."""
     place = setting()
     os.environ["HEADKD_TEST_DEVICE"] = place.device.type
     notes = Notes(Results("tests", place))

@@ -1,7 +1,8 @@
-"""Steps/s of HEAD at full size, with Ray beside without: ``python bench/head_step.py [--steps 12] [--rounds 2] [--side 320]``.
+"""Measure HEAD's steps/s with and without Ray: ``python bench/head_step.py [--steps 12] [--rounds 2] [--side 320]``.
 
-R18 RetinaNet student, R50 Faster R-CNN teacher (random weights: the arithmetic is the same), 2 images of side x side a step,
-80 classes, on the CPU. Both ways run the same job, in turn, ``rounds`` times; the first steps of each run are left out.
+R18 RetinaNet student, R50 Faster R-CNN teacher with random weights (trained ones would cost the same), 2 images of side x side
+per step, 80 classes, on the CPU. The same job runs with and without Ray in turn, ``rounds`` times; the first steps of each run
+are left out.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ WARM = 3
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="steps a run, the first ones included")
-    parser.add_argument("--rounds", type=int, default=2, help="runs each way")
+    parser.add_argument("--steps", type=int, default=12, help="steps per run, including the first ones")
+    parser.add_argument("--rounds", type=int, default=2, help="runs with Ray, and as many without")
     parser.add_argument("--side", type=int, default=320, help="image side, pixels")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of the training process")
     options = parser.parse_args()
     if options.steps <= WARM:
-        parser.error(f"--steps {options.steps}: the first {WARM} do not count; give more")
+        parser.error(f"--steps {options.steps}: the first {WARM} steps do not count; give a greater number")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         counts = {"train": 2 * options.steps, "val": 2}

@@ -1,4 +1,4 @@
-"""Prepared splits of noise: for measuring, where only sizes matter."""
+"""Write prepared splits of noise for measurements in which only sizes matter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 80
 
 
 def write_split(folder: Path, name: str, images: int, side: int) -> str:
-    """A prepared split of noise images with 8 random boxes each."""
+    """Write a prepared split of noise images with 8 random boxes each, and return its folder."""
     rng = np.random.default_rng(0)
     photos = folder / f"{name}_images"
     photos.mkdir()

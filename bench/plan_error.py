@@ -1,7 +1,7 @@
-"""How far ``python -m headkd_ray.plan`` is off: ``python bench/plan_error.py [--jobs head] [--images 240] [--rounds 1]``.
+"""Measure the error of ``python -m headkd_ray.plan``: ``python bench/plan_error.py [--jobs head] [--images 240] [--rounds 1]``.
 
 Plans the small baseline and the small HEAD job (the quickstart's) for 0, 1 and 2 workers, then trains them and compares images
-a second, of the second half of each run. One torch thread a worker; 2 workers share this machine's CPUs.
+per second over the second half of each run. Each worker has one torch thread; 2 workers share this machine's CPUs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from headkd_ray.train import train
 
 JOBS = Path(__file__).parents[1] / "jobs" / "small"
 EVERY = 5
-"""Steps a log record."""
+"""Steps per log record."""
 BANDWIDTH = 1e9
-"""Bytes a second between processes of one machine; its gradients' share of a step is small."""
+"""Bytes per second between processes of one machine. Sending gradients is a small share of a step here."""
 
 
 def planned(job: Job, steps: int) -> float:
-    """Images a second."""
+    """Return the images per second that the plan predicts."""
     train_set, val_set = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     costs = calibrate(job, train_set, val_set, steps).costs
     work = work_of(job, train_set, val_set, on_gpu=False)
@@ -45,7 +45,7 @@ def planned(job: Job, steps: int) -> float:
 
 
 def measured(job: Job) -> float:
-    """Images a second: the median log record of the second half. Before, processes start and buffers fill."""
+    """Return the images per second of a run: the median of the log records of its second half, when all buffers are full."""
     rates: list[float] = []
 
     def note(record: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each job and number of workers")
     parser.add_argument("--steps", type=int, default=20, help="micro-batches that a plan times")
     options = parser.parse_args()
-    table = Table(title=f"images a second, planned and measured; {os.cpu_count()} CPUs")
+    table = Table(title=f"images per second, planned and measured; {os.cpu_count()} CPUs")
     for name in ("job", "workers", "planned", "measured", "error"):
         table.add_column(name, justify="left" if name == "job" else "right")
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,7 +77,7 @@ def main() -> int:
             *(f"run.storage={scratch}/runs", f"optim.epochs={options.epochs}", "optim.milestones=[]"),
             *(f"log.every_steps={EVERY}", "log.tensorboard=false", f"eval.every_epochs={options.epochs}"),
             *("cluster.gpus_per_worker=0", "cluster.threads_per_worker=1"),
-            *("cluster.cpus_per_worker=0.5", "cluster.data_cpus=0.5"),  # else Ray would not start 2 workers on 2 CPUs
+            *("cluster.cpus_per_worker=0.5", "cluster.data_cpus=0.5"),  # otherwise Ray would not start 2 workers on 2 CPUs
         ]
         classes = ShardSet.open(splits["train"]).meta.classes
         teacher = load_job(str(JOBS / "teacher.yaml"), common)

@@ -1,4 +1,4 @@
-"""Which code it is that figures belong to."""
+"""Identify the code that figures were measured with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def revision() -> str:
-    """Short hash of the checkout, with -dirty if code or jobs differ from it (results, tables and choices may)."""
+    """Return the short hash of the checkout, with -dirty if code or jobs differ from it (results, tables and choices may)."""
     code = ("headkd_ray", "bench", "jobs", ":!jobs/evidence/*/choices.json")
     try:
         done = [
@@ -18,5 +18,5 @@ def revision() -> str:
             for command in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", *code])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("HEADKD_REVISION", "unknown")  # a copy of the files without git
+        return os.environ.get("HEADKD_REVISION", "unknown")  # a copy without git
     return done[0] + ("-dirty" if done[1] else "")

@@ -1,6 +1,6 @@
-"""Is a search's best better than its base job, on images that the search has not seen and with seeds that it has not used?
+"""Compare a search's best trial with its base job, on images and with seeds that the search has not used.
 
-``python bench/search_gain.py runs/tune_tf_head --seeds 1 2 3`` trains both jobs with each seed (started again, it goes on),
+``python bench/search_gain.py runs/tune_tf_head --seeds 1 2 3`` trains both jobs with each seed (run again, it continues),
 evaluates them on a held-out split, and prints the metric and the paired difference. The split is ``--test``, a prepared one; by
 default 200 further images are drawn like the quickstart's.
 """
@@ -27,11 +27,11 @@ from headkd_ray.tuning.space import base_values
 from headkd_ray.tuning.trial_records import SearchFolder
 
 HELD_OUT_SEED = 20_260_101
-"""Of the drawn images; the quickstart's are of seed 0."""
+"""Seed of the drawn held-out images; the quickstart's have seed 0."""
 
 
 def held_out(folder: Path) -> str:
-    """A prepared split of 200 drawn images; made if it is not there."""
+    """Return a prepared split of 200 drawn images, made on first use."""
     out = folder / "test"
     if not out.exists():
         drawn = draw_dataset(folder / "drawn", train=1, val=200, seed=HELD_OUT_SEED)

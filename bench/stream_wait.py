@@ -1,8 +1,8 @@
-"""What the Ray stream costs while training is the slower side: ``python bench/stream_wait.py [--batches 300]``.
+"""Measure what the Ray stream costs while training is the slower side: ``python bench/stream_wait.py [--batches 300]``.
 
-A consumer takes a batch, sleeps as long as a small training step takes, and takes the next. All CPU time of its process is
-then overhead: Ray Data's scheduling loop runs in a thread of the train worker. Measured in turn as the project runs it (paced)
-and as Ray does by itself, from the point on where Ray's buffers are full.
+A consumer takes a batch, sleeps as long as a small training step takes, and takes the next. All CPU time of its process is then
+overhead: Ray Data's scheduling loop runs in a thread of the train worker. Two ways are measured in turn, once Ray's buffers are
+full: as the project runs it (paced), and as Ray runs it by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from headkd_ray.engine.streams import Streams
 from headkd_ray.job import ClusterSpec, Job
 
 STEP = 0.05
-"""Seconds that the consumer sleeps."""
+"""Seconds that the consumer sleeps per batch."""
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def pace(seconds: float) -> Iterator[None]:
 
 
 def busy_share(streams: Streams, warm: int, batches: int) -> float:
-    """CPU seconds of this process a second, over ``batches`` batches after the first ``warm``."""
+    """Return this process's CPU seconds per second over ``batches`` batches, after the first ``warm``."""
     with streams.train(first=0) as source:
         for number, _ in enumerate(source):
             if number == warm:
@@ -53,7 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batches", type=int, default=300, help="batches that count")
     options = parser.parse_args()
-    warm = 300  # Ray's buffers are full
+    warm = 300  # batches until Ray's buffers are full
     with tempfile.TemporaryDirectory() as scratch, connected(ClusterSpec()):
         drawn = draw_dataset(Path(scratch) / "drawn", train=400, val=8)
         splits = {name: str(Path(scratch) / name) for name in ("train", "val")}
@@ -71,7 +71,7 @@ def main() -> int:
         streams = Streams(job, Distributed.alone(use_gpu=False), train, val, ray_stream.decode_on_ray(job.cluster))
         for way, seconds in (("paced", ray_stream.STEP_SECONDS), ("as Ray does", 0.0)) * 2:
             with pace(seconds):
-                print(f"{way}: {busy_share(streams, warm, options.batches):.2f} CPU seconds a second", flush=True)
+                print(f"{way}: {busy_share(streams, warm, options.batches):.2f} CPU seconds per second", flush=True)
     return 0
 
 

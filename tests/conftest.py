@@ -1,4 +1,4 @@
-"""Fixtures of the whole session: a small Ray cluster, a small drawn data set. Ray reads its environment at import."""
+"""Fixtures of the whole session: a small Ray cluster and a small drawn data set. Ray reads its environment when imported."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 os.environ.update(
-    RAY_AUTH_MODE="disabled",  # else Ray writes a token into the user's home
+    RAY_AUTH_MODE="disabled",  # otherwise Ray writes a token into the user's home
     RAY_USAGE_STATS_ENABLED="0",
-    RAY_raylet_start_wait_time_s="180",  # a machine that is busy with other things
+    RAY_raylet_start_wait_time_s="180",  # for a machine that is busy with other things
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # as in a cluster that a run starts for itself (cluster.connect.OWN_CLUSTER)
     RAY_idle_worker_killing_time_threshold_ms="600000",
@@ -29,7 +29,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Ray on this machine with 4 logical CPUs; no GPU, no dashboard."""
+    """Start Ray on this machine with 4 logical CPUs, without GPU and dashboard."""
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
@@ -38,7 +38,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def drawn_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Prepared splits of a few drawn images: {"train": folder of 42 images, "val": folder of 10}."""
+    """Return prepared splits of a few drawn images: {"train": folder of 42 images, "val": folder of 10}."""
     from headkd_ray.data.packing import prepare_split
     from headkd_ray.data.synthetic import draw_dataset
 
@@ -52,7 +52,7 @@ def drawn_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of a store that speaks S3, with a bucket "bucket"; this process and its children have its credentials."""
+    """Yield host:port of an S3 server with a bucket "bucket"; this process and its children have its credentials."""
     boto3 = pytest.importorskip("boto3")
     from tests.s3 import moto_server, nobody
 

@@ -1,4 +1,4 @@
-"""A store that speaks S3: a moto server in a process of its own, and a proxy before it that makes it fail."""
+"""An S3 server for tests: moto in a process of its own, and a proxy before it that makes it fail."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EXPIRED = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>ExpiredToken</Code>'
     b"<Message>The provided token has expired.</Message></Error>",
 )
-"""What S3 answers to temporary credentials whose time is over."""
+"""S3's answer to temporary credentials that have expired."""
 
 Answer = tuple[int, bytes]
 
 
 @contextlib.contextmanager
 def moto_server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """Starts one, with its log in ``folder``; gives its URL."""
+    """Start a server with its log in ``folder``, and yield its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -49,7 +49,7 @@ def moto_server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Hands every request to the server at ``url``, unless ``refuse`` answers it; notes (method, path) of all."""
+    """A proxy for the server at ``url``: ``refuse`` may answer a request itself. All (method, path) are recorded."""
 
     daemon_threads = True
 
@@ -90,7 +90,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(refused[1])
             return
         connection = http.client.HTTPConnection(self.server.target, timeout=60)
-        own = ("expect", "transfer-encoding", "content-length")  # between the client and this proxy
+        own = ("expect", "transfer-encoding", "content-length")  # concerns only the client and this proxy
         headers = {name: value for name, value in self.headers.items() if name.lower() not in own}
         try:
             connection.request(self.command, self.path, body, headers)
@@ -102,7 +102,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in answer.getheaders():
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 self.send_header(name, value)
-        # The length of an answer to HEAD is that of what it would be.
+        # An answer to HEAD gives the length that GET would have.
         length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(content))
         self.send_header("Content-Length", length)
         self.end_headers()
@@ -125,12 +125,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def uri(bucket: str, netloc: str, path: str = "") -> str:
-    """The address of ``path`` in a bucket of the store at ``netloc`` (host:port)."""
+    """Return the address of ``path`` in a bucket of the store at ``netloc`` (host:port)."""
     return f"s3://{bucket}{path and '/' + path}?endpoint_override={netloc}&scheme=http"
 
 
 def nobody() -> dict[str, str]:
-    """This process's environment, with credentials that moto takes, and without the user's."""
+    """Return this process's environment with credentials that moto accepts, instead of the user's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_EC2_METADATA_DISABLED": "true"}
     return {**kept, **keys, "NO_PROXY": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""What several tests need: a tiny drawn data set, a job on it, and a teacher with drawn weights."""
+"""Helpers for several tests: a tiny drawn data set, a job on it, and a teacher with random weights."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ TF_HEAD: dict[str, Any] = {
     "fcos": {"head": {"convs": 1, "channels": 16, "norm_groups": 4}},
     "rcnn": {"head": {"fc_channels": 16, "pool": 3, "sampler": {"size": 16}}},
 }
-"""Assistants for MICRO_STUDENT."""
+"""TF-HEAD's assistants for MICRO_STUDENT."""
 
 
 def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sections: Any) -> Job:
-    """A supervised job that trains in seconds; ``sections`` replace or extend its sections, one level deep."""
+    """Return a supervised job that trains in seconds; ``sections`` replace or extend its sections, one level deep."""
     job: dict[str, Any] = {
         "run": {"name": name, "storage": str(storage)},
         "method": "supervised",
@@ -70,7 +70,7 @@ def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sectio
 
 
 def micro_teacher(folder: Path, classes: Sequence[str], seed: int = 3) -> str:
-    """A micro Faster R-CNN with drawn weights, saved in ``folder``; its address."""
+    """Save a micro Faster R-CNN with random weights in ``folder`` and return its address."""
     torch.manual_seed(seed)
     detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
     liven(detector)
@@ -79,26 +79,26 @@ def micro_teacher(folder: Path, classes: Sequence[str], seed: int = 3) -> str:
 
 
 def student_weights(result: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of the student that a run exported."""
+    """Load the weights of the student that a run exported."""
     return load_file(Path(result["student"]) / "model.safetensors")
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Equal bit for bit."""
+    """Assert that two sets of weights are equal bit for bit."""
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing, f"{len(differing)} of {len(one)} tensors differ, first {differing[:3]}"
 
 
 def start_training(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
-    """The train command in a process of its own; ``options`` as ``subprocess.Popen`` has them."""
+    """Start the train command in a process of its own; ``options`` are those of ``subprocess.Popen``."""
     path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]  # dependencies may be there
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, **options)
 
 
 def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> None:
-    """Until a run's log has so many lines. Fails if the process ends before, or two minutes pass."""
+    """Wait until a run's log has ``count`` lines. Fails if the process ends first, or after two minutes."""
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= count):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
@@ -106,7 +106,7 @@ def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> Non
 
 
 def edit(file: Path, old: str, new: str) -> None:
-    """Replace ``old``, which has to be there; a link becomes a file of its own."""
+    """Replace ``old``, which must occur; a link becomes a file of its own."""
     text = file.read_text(encoding="utf-8")
     assert old in text
     if file.is_symlink():

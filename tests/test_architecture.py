@@ -1,4 +1,4 @@
-"""Folders: what each may import, and that all but two of them do without Ray."""
+"""Each folder imports what docs/architecture.md allows, and all but two of them work without Ray."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PACKAGE = Path(headkd_ray.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
 ROW = re.compile(r"^\| `([\w/]+)` \|.*\| (.*) \|$", re.MULTILINE)
 FOLDERS = {name: set(re.findall(r"`([\w/]+)`", allowed)) for name, allowed in ROW.findall(PAGE.read_text(encoding="utf-8"))}
-"""Folder or module -> those that it may import besides itself, from the page's table. Other modules are commands."""
+"""Folder or module -> what it may import besides itself, from the page's table. Other modules are commands."""
 RAY = {"cluster", "tuning/on_ray"}
 
 
 def folder_of(parts: Sequence[str]) -> str:
-    """The table's name for the module whose path, within the package, is ``parts``."""
+    """Return the table's name for the module whose path within the package is ``parts``."""
     return max((name for name in FOLDERS if list(parts[: name.count("/") + 1]) == name.split("/")), key=len, default=parts[0])
 
 
 def imports() -> Iterator[tuple[str, str, bool, str]]:
-    """(folder, imported module, in a function or for type checking only, place) of every import in the package."""
+    """Yield (folder, imported module, in a function or for type checking only, place) for every import in the package."""
     for file in sorted(PACKAGE.rglob("*.py")):
         inside = file.relative_to(PACKAGE)
         folder = folder_of(inside.with_suffix("").parts)

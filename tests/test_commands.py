@@ -1,4 +1,4 @@
-"""The commands train, evaluate and predict as a user starts them: what they refuse, and what they write."""
+"""The commands train, evaluate and predict as a user runs them: what they refuse, and what they write."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from headkd_ray.storage import Folder
 from tests.support import MICRO_STUDENT, MICRO_TEACHER, micro_job
 
 KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
-"""Detects something on every image, however little it has learnt."""
+"""A student that detects something on every image, however little it has learnt."""
 ONE_EPOCH = {"epochs": 1, "milestones": []}
 
 Write = Callable[[Job], str]
@@ -40,7 +40,7 @@ Write = Callable[[Job], str]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a job file."""
+    """Return a function that writes a job file."""
 
     def write(job: Job) -> str:
         path = tmp_path / "job.yaml"
@@ -51,7 +51,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def refused(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], arguments: list[str]) -> str:
-    """What a command says last when it refuses its input."""
+    """Return the last message of a command that refuses its input."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
@@ -76,7 +76,7 @@ def test_print_config_is_a_job_that_loads_to_the_same(
 
 
 def _other_split(tmp_path: Path, classes: list[str], name: str = "other") -> str:
-    """A prepared split of one image with boxes of other classes."""
+    """Return a prepared split of one image with boxes of other classes."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.jpg")
     coco = {
         "images": [{"id": 1, "file_name": f"{name}.jpg", "width": 64, "height": 64}],
@@ -89,7 +89,7 @@ def _other_split(tmp_path: Path, classes: list[str], name: str = "other") -> str
 
 
 def _without_boxes(split: str, out: Path) -> str:
-    """The same prepared split with an index that counts no boxes (as prepare would write it, if it did not refuse)."""
+    """Return the same prepared split with an index that counts no boxes, which prepare itself would refuse to write."""
     shutil.copytree(split, out)
     table = pq.read_table(out / "index.parquet")
     column = table.schema.get_field_index("boxes")
@@ -99,7 +99,7 @@ def _without_boxes(split: str, out: Path) -> str:
 
 
 def _detector(folder: Path, kind: dict[str, Any], classes: tuple[str, ...], splits: dict[str, str]) -> str:
-    """A checkpoint with random weights."""
+    """Save a checkpoint with random weights."""
     method = micro_job(folder, splits, student=kind)
     save_detector(folder, build_detector(method.student, len(classes)), classes)
     return str(folder)
@@ -142,7 +142,7 @@ def _teacher_of_the_wrong_kind(tmp_path: Path, splits: dict[str, str]) -> tuple[
 
 
 def _teacher_of_another_architecture(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """model.json of one detector, model.safetensors of another."""
+    """The folder has model.json of one detector and model.safetensors of another."""
     classes = ShardSet.open(splits["train"]).meta.classes
     teacher = _detector(tmp_path / "teacher", MICRO_TEACHER, classes, splits)
     _detector(tmp_path / "other", MICRO_STUDENT, classes, splits)
@@ -184,7 +184,7 @@ def test_bad_input_is_refused_before_anything_starts_or_is_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "headkd_ray.cluster.trainer", None)  # importing it would be too late an error
+    monkeypatch.setitem(sys.modules, "headkd_ray.cluster.trainer", None)  # importing it would be too late to report an error
     sections, causes = case(tmp_path, drawn_splits)
     storage = tmp_path / "runs"
     message = refused(capsys, train.main, [write(micro_job(storage, drawn_splits, **sections, cluster={"workers": workers}))])
@@ -231,9 +231,9 @@ def test_exit_code_and_last_words_of_the_process(tmp_path: Path, drawn_splits: d
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> dict[str, Any]:
-    """Result of a run whose AP is neither 0 nor 100, ``splits`` added.
+    """Return the result of a run whose AP is neither 0 nor 100, with ``splits`` added.
 
-    The student hardly learns anything in one epoch, so the ground truth is made to suit it: half of what it detects.
+    The student learns hardly anything in one epoch, so the ground truth is chosen to suit it: half of what it detects.
     """
     folder = tmp_path_factory.mktemp("trained")
     first = train.train(micro_job(folder, drawn_splits, "first", student=KEEN_STUDENT, optim=ONE_EPOCH), lambda record: None)
@@ -272,7 +272,7 @@ def test_evaluate_gives_the_ap_that_training_reported(
 def test_a_validation_split_that_lists_fewer_classes_in_another_order(
     trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Evaluation and training match them by name, and say what does not count."""
+    """Evaluation and training match classes by name, and report those that do not count."""
     splits = trained["splits"]
     coco = ShardSet.open(splits["val"]).ground_truth()
     *listed, gone = coco["categories"]
@@ -301,7 +301,7 @@ def test_a_validation_split_that_lists_fewer_classes_in_another_order(
 
 
 def test_evaluate_counts_as_many_detections_as_asked_for(trained: dict[str, Any], tmp_path: Path) -> None:
-    """The student itself keeps 20 an image."""
+    """The student itself keeps 20 per image."""
     out, counts = tmp_path / "found.json", {}
     for most in (None, 150):
         evaluate.evaluate_checkpoint(trained["student"], trained["splits"]["val"], 8, str(out), max_detections=most)
@@ -326,7 +326,7 @@ def test_evaluate_refuses_other_classes_and_unwritable_output_before_the_work(
 
 
 def test_checkpoint_on_remote_storage(drawn_splits: dict[str, str], trained: dict[str, Any]) -> None:
-    """The whole run on a filesystem that is not this machine's: same student, and it can be evaluated where it is."""
+    """A run on a filesystem that is not local gives the same student, which can be evaluated in place."""
     job = micro_job(
         Path("unused"), trained["splits"], "far", run={"storage": "memory://bucket/runs"}, student=KEEN_STUDENT, optim=ONE_EPOCH
     )
@@ -341,7 +341,7 @@ def test_checkpoint_on_remote_storage(drawn_splits: dict[str, str], trained: dic
 
 @pytest.fixture
 def photos(tmp_path: Path, drawn_splits: dict[str, str]) -> Path:
-    """The same drawn image as JPEG, PNG and WebP, a file that is no image, and a JPEG that is cut off."""
+    """Return the same drawn image as JPEG, PNG and WebP, a file that is no image, and a truncated JPEG."""
     folder = tmp_path / "photos"
     folder.mkdir()
     source = sorted((Path(drawn_splits["val"]).parent / "images").glob("val_*.jpg"))[0]
@@ -394,7 +394,7 @@ def test_predict_folder_with_a_truncated_file(
 def test_predict_nested_folders_and_a_list_on_standard_input(
     trained: dict[str, Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order is the input's, equal names do not meet, no image is taken twice, nor a picture of an earlier call."""
+    """The order is the input's, equal names do not collide, and no image or picture of an earlier call is taken twice."""
     monkeypatch.chdir(tmp_path)
     source = photos / "a.jpg"
     names = ["in/b/x.jpg", "in/a/x.JPG", "in/a/b/x.jpg", "in/.cache/x.jpg", "one #1.jpg", "in/" + "é" * 120 + ".jpg"]
@@ -427,7 +427,7 @@ def test_predict_nested_folders_and_a_list_on_standard_input(
 def test_predict_writes_what_can_be_written(
     trained: dict[str, Any], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out" / "0001_a.jpg").mkdir(parents=True)  # takes the place of a picture
+    (tmp_path / "out" / "0001_a.jpg").mkdir(parents=True)  # blocks the name of a picture
     message = refused(
         capsys,
         predict.main,

@@ -1,4 +1,4 @@
-"""Running out of memory ends in a message that names what to lower. The GPU's side of it is in tests/gpu."""
+"""Running out of memory ends in a message that names what to lower. tests/gpu covers the GPU."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_what_torch_cannot_allocate_is_told() -> None:
-    told = pytest.raises(DeviceMemoryError, match=r"^drawing: out of memory on this machine; draw less$")
-    with told, enough_memory("drawing", "draw less"):
+    raises = pytest.raises(DeviceMemoryError, match=r"^drawing: out of memory on this machine; draw less$")
+    with raises, enough_memory("drawing", "draw less"):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
@@ -42,11 +42,11 @@ def test_other_errors_pass() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
 def test_a_run_that_does_not_fit_names_the_keys_and_their_values(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """A real one: 16 images of 1500 pixels where 700 MB are left."""
+    """The error is real: 16 images of 1500 pixels where 700 MB are left."""
     job = micro_job(tmp_path, drawn_splits, "large", data={"short_side": [1500, 1500], "long_side": 1600, "batch_size": 16})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
     command = [sys.executable, "-c", TRAIN_WITH_LITTLE_MEMORY, str(tmp_path / "job.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    (told,) = re.findall(r"^error: run large, training: out of memory on this machine; (.+)", done.stderr, re.MULTILINE)
-    assert "lower data.batch_size (16) and raise optim.accumulate (1) as much" in told and "data.short_side (1500)" in told
+    (text,) = re.findall(r"^error: run large, training: out of memory on this machine; (.+)", done.stderr, re.MULTILINE)
+    assert "lower data.batch_size (16) and raise optim.accumulate (1) as much" in text and "data.short_side (1500)" in text

@@ -1,4 +1,4 @@
-"""The official code's own numbers, and that the command notices every way in which they could be wrong."""
+"""The official code's own numbers hold, and the command notices every way in which they could be wrong."""
 
 import json
 from collections.abc import Callable
@@ -27,12 +27,12 @@ def official() -> Arrays:
 
 @pytest.fixture(scope="module")
 def official_run(official: Arrays) -> Replay:
-    """Our values for the official file, computed once; good for files that differ only in what is compared with them."""
+    """Compute our values for the official file once; they serve all files that differ only in what is compared with them."""
     return replay(Golden(official, "official"))
 
 
 def disagreeing(arrays: Arrays, run: Replay) -> list[str]:
-    """Quantities of a file that do not hold against given values."""
+    """Return the quantities of a file that differ from the values of a replay."""
     return [row.name for row in check(Golden(arrays, "changed"), run) if not row.passed]
 
 
@@ -50,7 +50,7 @@ def numbers(arrays: Arrays, key: str) -> dict[str, float]:
 
 
 def with_losses(arrays: Arrays, losses: dict[str, float]) -> Arrays:
-    """Other losses, their total, and no gradient norms (which belong to the old total)."""
+    """Return a copy with other losses, their total, and no gradient norms, which belong to the old total."""
     losses = {name: value for name, value in losses.items() if name != "total"}
     losses["total"] = sum(value for name, value in losses.items() if name != "acc")
     kept = {key: value for key, value in arrays.items() if key != "grad_norms_json"}
@@ -145,7 +145,7 @@ def test_each_loss_is_held_to_one_in_ten_thousand(name: str, official: Arrays, o
 
 def test_each_gradient_norm_is_held_to_one_in_a_thousand(official: Arrays, official_run: Replay) -> None:
     norms = numbers(official, "grad_norms_json")
-    key = "neck.fpn_convs.4.conv.bias"  # the smallest that is not zero
+    key = "neck.fpn_convs.4.conv.bias"  # the smallest non-zero one
     for change, holds in (
         ({key: norms[key] * 1.0005}, True),
         ({key: norms[key] * 1.002}, False),
@@ -158,7 +158,7 @@ def test_each_gradient_norm_is_held_to_one_in_a_thousand(official: Arrays, offic
 
 
 def test_rows_may_stand_in_another_order(official: Arrays, tmp_path: Path) -> None:
-    # Two proposals that score the same may sort either way, and with them everything that has a row for each.
+    # Two proposals with equal scores may be sorted either way, and with them everything that has a row for each.
     arrays = {key: value.copy() for key, value in official.items()}
     row, count = 700, len(official["proposals/0"])
     ids, other = official["roi_ids"][3 + 7], official["roi_ids"][row]
@@ -231,7 +231,7 @@ def test_other_steps_of_the_warmup(step: int, weight: float, official: Arrays, t
 
 
 def test_a_file_whose_sampler_chose(official: Arrays, tmp_path: Path) -> None:
-    # Fewer RoIs than candidates: the file's own choice is taken, everything with a row for each RoI still holds.
+    # There are fewer RoIs than candidates: the file's own choice is taken, and everything with a row per RoI still holds.
     keep = np.random.default_rng(0).random(len(official["roi_ids"])) < 0.3
     ids = official["roi_ids"]
     own = ids[:, 1] >= 0
@@ -246,8 +246,8 @@ def test_a_file_whose_sampler_chose(official: Arrays, tmp_path: Path) -> None:
 
 
 def test_how_far_anchors_count_in_padding(official: Arrays, tmp_path: Path) -> None:
-    # Image 1 declared smaller, so that its own padding (128 x 160) is no longer the batch's. The file's losses count anchors
-    # in the whole batch; those of the official rule follow from our replay of a file that has no losses to prefer.
+    # Image 1 is declared smaller, so that its own padding (128 x 160) is no longer the batch's. The file's losses count anchors
+    # in the whole batch; those of the official rule come from our replay of a file without losses to prefer.
     rest = ("proposals", "rois", "roi_ids", "tensor", "detections", "grad_norms")
     arrays = without({**official, "image_sizes": np.array([[160, 192], [120, 150]])}, *rest)
     names = ("loss_cls_rpn", "loss_bbox_rpn")
@@ -308,9 +308,9 @@ def test_code_1_when_something_does_not_hold(official: Arrays, tmp_path: Path, c
 
 
 def mobilenet_file(official: Arrays, updates: int) -> Arrays:
-    """A HEAD file with a tiny MobileNetV2 student, whose values are our own replay's.
+    """Return a HEAD file with a tiny MobileNetV2 student, whose values are our own replay's.
 
-    It cannot show that the values are right (tests/detectors/test_mmdet.py compares the backbone), but that such files are
+    It cannot show that the values are right (tests/detectors/test_mmdet.py compares the backbone), only that such files are
     read, with evaluation after ``updates`` updates of the running statistics and gradients that cancel out.
     """
     torch.manual_seed(0)
@@ -345,7 +345,7 @@ def test_a_file_of_mobilenet_whose_norms_train(updates: int, official: Arrays, t
     arrays = mobilenet_file(official, updates)
     norms = numbers(arrays, "grad_norms_json")
     # The bias behind layer1 only shifts what layer2's first BatchNorm, in train mode, takes the mean of: its gradient is zero
-    # but for rounding, which another machine's kernels do differently.
+    # except for rounding, which differs with another machine's kernels.
     cancelled = "backbone.layer1.0.linear_conv.bn.bias"
     assert norms[cancelled] < 1e-4 * norms["backbone.layer1.0.linear_conv.bn.weight"]
     arrays["grad_norms_json"] = np.array(json.dumps({**norms, cancelled: norms[cancelled] * 1.5}))
@@ -359,7 +359,7 @@ def test_a_file_of_mobilenet_whose_norms_train(updates: int, official: Arrays, t
 
 
 def test_a_file_of_plain_faster_rcnn(official: Arrays, tmp_path: Path) -> None:
-    # The golden teacher as a student; its training values are our own replay's, its evaluation the official code's.
+    # The golden teacher as a student: its training values are our own replay's, its evaluation is the official code's.
     arrays = {key: value for key, value in official.items() if key.startswith(("gt_", "images", "image_sizes"))}
     arrays |= {key.replace("teacher", "student", 1): value for key, value in official.items() if key.startswith("teacher")}
     for i in range(2):

@@ -1,4 +1,4 @@
-"""The quickstart with micro jobs, in this process: own photos from two folders, any place for what it writes."""
+"""The quickstart with micro jobs, in this process: own photos from two folders, and any place for the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def own(tmp_path: Path, drawn_splits: dict[str, str]) -> list[str]:
-    """Arguments: a training and a validation set whose images are in two folders under the same names, and micro jobs."""
+    """Return arguments: training and validation images in two folders under the same names, and micro jobs."""
     drawn = Path(drawn_splits["val"]).parent
     for name in ("train", "val"):
         coco = json.loads((drawn / f"{name}.json").read_text())

@@ -1,4 +1,4 @@
-"""Whole runs with everything on a store that speaks S3: a real server, real requests, a real kill -9."""
+"""Whole runs with everything on S3: a real server, real requests, a real kill -9."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tuning.test_search_file import JOB
 
 @pytest.fixture(scope="module")
 def splits(s3: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Prepared splits on S3, of images on S3."""
+    """Return prepared splits on S3, of images on S3."""
     folder = tmp_path_factory.mktemp("drawn")
     drawn = draw_dataset(folder, train=24, val=6)
     images = Folder.open(uri("bucket", s3, "photos"))
@@ -54,7 +54,7 @@ def proxy(s3: str) -> Iterator[Proxy]:
 
 
 def job_on(netloc: str, splits: dict[str, str], name: str, **sections: Any) -> Job:
-    """A job whose run is on the store at ``netloc``."""
+    """Return a job whose run is on the store at ``netloc``."""
     job = micro_job(Path("unused"), splits, name, **sections)
     return job.replace({"run.storage": uri("bucket", netloc, "runs")})
 
@@ -82,7 +82,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str], tmp_path: Path) -> None:
-    """A cache is built there and trained from there; the student is the one of the same run on this disk."""
+    """A cache is built on S3 and used for training; the student equals that of the same run on the local disk."""
     teacher = micro_teacher(tmp_path / "teacher", ShardSet.open(splits["train"]).meta.classes)
     Folder.open(uri("bucket", s3, "teachers/micro")).copy_from(Folder.open(teacher))
     job = job_on(
@@ -109,7 +109,7 @@ def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str]
 
 
 def test_kill_9_in_the_middle_of_an_upload(proxy: Proxy, splits: dict[str, str], tmp_path: Path) -> None:
-    """The half-written checkpoint is not chosen, the run resumes from the one before and ends as an undisturbed one."""
+    """The half-written checkpoint is not chosen: the run resumes from the previous one and ends like an undisturbed one."""
     job = job_on(proxy.netloc, splits, "killed", checkpoint={"every_steps": 2})
     here = job.replace({"run.storage": str(tmp_path)})
     expected = train(here, lambda record: None)
@@ -154,8 +154,8 @@ def test_a_search_on_s3_is_found_and_analyzed_there(
     assert {"index.html", "best.yaml"} <= {*(folder.folder / "analysis").names()}
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(yaml.safe_dump(JOB))
-    asked = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
-    Path("search.yaml").write_text(yaml.safe_dump(asked))
+    text = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
+    Path("search.yaml").write_text(yaml.safe_dump(text))
     with pytest.raises(SystemExit):
         tune.main(["search.yaml", f"run.storage={uri('bucket', s3, 'searches')}"])
     assert f"{folder.folder.uri} is already a search" in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_the_log_is_not_uploaded_with_every_record(proxy: Proxy, splits: dict[st
 def test_credentials_that_expire_during_a_run(
     proxy: Proxy, splits: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One clear error; with new ones the same command goes on."""
+    """There is one clear error, and with new credentials the same command resumes."""
     job_file = write(job_on(proxy.netloc, splits, "expired"), tmp_path)
     over = threading.Event()
 
@@ -180,10 +180,10 @@ def test_credentials_that_expire_during_a_run(
         return EXPIRED if over.is_set() else None
 
     proxy.refuse = expire
-    told = refused([job_file], capsys)
+    message = refused([job_file], capsys)
     assert over.is_set(), "it was not the second checkpoint that failed"
-    assert told.count("error: ") == 1 and "runs/expired" in told
-    assert "the credentials have expired; sign in again" in told and "AWS Error" not in told
+    assert message.count("error: ") == 1 and "runs/expired" in message
+    assert "the credentials have expired; sign in again" in message and "AWS Error" not in message
     proxy.refuse = lambda method, path: None
     assert main([job_file]) == 0
     assert "step 7/12" in capsys.readouterr().out
@@ -192,10 +192,10 @@ def test_credentials_that_expire_during_a_run(
 def test_wrong_credentials_are_one_clear_error_before_anything_starts(
     drawn_splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A server that checks them: an unknown key, a wrong secret, a user without rights."""
+    """The server checks them: an unknown key, a wrong secret, a user without rights."""
     import boto3
 
-    # moto looks at nobody's credentials in the first requests: those that set it up.
+    # moto does not check credentials in the first requests, which set it up.
     with moto_server(tmp_path, {**nobody(), "INITIAL_NO_AUTH_ACTION_COUNT": "3"}) as url, Proxy(url) as proxy:
         for name, value in nobody().items():
             monkeypatch.setenv(name, value)
@@ -213,9 +213,9 @@ def test_wrong_credentials_are_one_clear_error_before_anything_starts(
             monkeypatch.setenv("AWS_ACCESS_KEY_ID", access)
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
             proxy.seen.clear()
-            told = refused([job], capsys)
-            assert told.startswith("error: run.storage: s3://bucket/runs/refused?") and expected in told, told
-            assert len(told.splitlines()) == 1 and "AWS Error" not in told
+            message = refused([job], capsys)
+            assert message.startswith("error: run.storage: s3://bucket/runs/refused?") and expected in message, message
+            assert len(message.splitlines()) == 1 and "AWS Error" not in message
             assert len(proxy.seen) < 3, "it was tried again"
 
 
@@ -231,14 +231,14 @@ def test_other_mistakes_in_the_address(
         f"s3://nobody:nothing@bucket/runs?{query}": "has a password in it, which would be written into job.json",
     }
     for storage, expected in cases.items():
-        told = refused([job, f"run.storage={storage}"], capsys)
-        assert told.startswith("error: run.storage: s3://") and expected in told, told
-        assert len(told.splitlines()) == 1 and "nothing@" not in told
+        message = refused([job, f"run.storage={storage}"], capsys)
+        assert message.startswith("error: run.storage: s3://") and expected in message, message
+        assert len(message.splitlines()) == 1 and "nothing@" not in message
 
 
 @pytest.mark.slow
 def test_a_run_on_ray_train(s3: str, splits: dict[str, str], tmp_path: Path) -> None:
-    """Checkpoints, log and student of Ray Train's workers are there; the same command finds that it has ended."""
+    """Checkpoints, log and student of Ray Train's workers are on S3, and the same command finds that the run has ended."""
     job = job_on(s3, splits, "on_ray", cluster={"workers": 1, "cpus_per_worker": 1, "data_cpus": 1})
     run = Folder.open(job.run.storage) / "on_ray"
     assert start(write(job, tmp_path)).wait() == 0

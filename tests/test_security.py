@@ -1,4 +1,4 @@
-"""Files from anywhere run no code: what readers the package may use, and what each does with a file that would run some."""
+"""No file runs code: which readers the package may use, and what each does with a file that would run code."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ RUNS_CODE = {
     *("torch.serialization.safe_globals", "np.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all"),
     *("yaml.compose", "pd.read_pickle"),
 }
-"""Calls that run code of what they are given, or do unless an argument forbids it."""
+"""Calls that run code from what they are given, or do so unless an argument forbids it."""
 READERS = {
     # Ray's blocks, which the same run wrote.
-    ("pickle.loads", "cluster/stream.py"): "",
+    ("pickle.loads", "cluster/ray_stream.py"): "",
     ("pickle.loads", "cluster/decoding.py"): "",
     # Other people's files.
     ("torch.load", "detectors/safe_load.py"): "weights_only=True",
     ("torch.serialization.safe_globals", "detectors/safe_load.py"): "_allowed()",
     ("np.load", "golden/file.py"): "allow_pickle=False",
-    ("yaml.compose", "job/tree.py"): "Loader=_Loader",
+    ("yaml.compose", "job/yaml_tree.py"): "Loader=_Loader",
 }
-"""Where each of them may stand, and with what argument."""
+"""Where each of these calls may occur, and with what argument."""
 MODULES = {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
 
 
@@ -88,7 +88,7 @@ def test_no_call_that_runs_what_it_reads() -> None:
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -133,9 +133,9 @@ def test_pickles_in_weight_files(name: str, wrapped: bool, bomb: Bomb, tmp_path:
         file.write_bytes(pickle.dumps(bomb, protocol=2))
     with pytest.raises(UserError) as caught:
         LOADERS[name](file)
-    told = str(caught.value)
-    assert name in told and "that are not loaded, because that could run code" in told and "mkdir" in told
-    assert "weights_only" not in told, "no advice to load it all the same"
+    message = str(caught.value)
+    assert name in message and "that are not loaded, because that could run code" in message and "mkdir" in message
+    assert "weights_only" not in message, "no advice to load it all the same"
 
 
 def test_a_pickle_that_is_called_safetensors(bomb: Bomb, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_pickle_that_is_called_safetensors(bomb: Bomb, tmp_path: Path) -> None
 
 
 class Reach:
-    """Pickled as mmdet's logs pickle their own methods: a call of getattr."""
+    """An object pickled as mmdet's logs pickle their own methods: by a call of getattr."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return getattr, ("text", "upper")
@@ -173,7 +173,7 @@ def test_yaml_tags(tag: str, bomb: Bomb, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["index.parquet", "shard-00000.parquet"])
 def test_ray_s_python_objects_in_shards(file: str, bomb: Bomb, drawn_splits: dict[str, str], tmp_path: Path) -> None:
-    """Ray Data's column type for Python objects unpickles what is read, in every process in which it is imported."""
+    """Ray Data's column type for Python objects unpickles what it reads, in every process that imports it."""
     objects = pytest.importorskip("ray.data._internal.object_extensions.arrow")
     split = Folder.open(tmp_path / "split")
     split.copy_from(Folder.open(drawn_splits["train"]))
@@ -186,7 +186,7 @@ def test_ray_s_python_objects_in_shards(file: str, bomb: Bomb, drawn_splits: dic
         content = buffer.getvalue()
     assert isinstance(pq.read_schema(io.BytesIO(content)).field(name).type, pa.ExtensionType)
     meta = split.read("meta.json").decode()
-    if file != "index.parquet":  # whoever makes the file writes its size, too
+    if file != "index.parquet":  # whoever makes the file also writes its size
         split.write("meta.json", meta.replace(str(split.size(file)), str(len(content)), 1).encode())
     split.write(file, content)
     with pytest.raises(DataError, match=f"{'split' if file == 'index.parquet' else file}.*other columns"):
@@ -194,7 +194,7 @@ def test_ray_s_python_objects_in_shards(file: str, bomb: Bomb, drawn_splits: dic
 
 
 class Watch:
-    """Readers, whoever they are, seen by Python's audit hook and by a file's time of access."""
+    """Detect readers of any kind by Python's audit hook and by a file's access time."""
 
     TOLD = ("socket.", "urllib.", "http.", "ftplib.", "subprocess.", "os.system", "os.exec", "pickle.find_class")
 
@@ -202,7 +202,7 @@ class Watch:
         self.bait = bait
         self.events: list[str] = []
         self.on = False
-        sys.addaudithook(self.hear)  # for good: a hook cannot be taken off
+        sys.addaudithook(self.hear)  # permanent, because an audit hook cannot be removed
 
     def hear(self, event: str, args: tuple[object, ...]) -> None:
         if not self.on:
@@ -214,7 +214,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Gather in ``events``; a reader in another language than Python is seen by the bait's time of access."""
+        """Collect events in ``events``; a reader in another language than Python is detected by the bait's access time."""
         self.events.clear()
         os.utime(self.bait, (0, self.bait.stat().st_mtime))
         self.on = True
@@ -226,7 +226,7 @@ class Watch:
             self.events.append("bait was read")
 
     def strange(self, *allowed: Path) -> list[str]:
-        """Events but for reading the ``allowed`` files and those of installed packages and of the system."""
+        """Return the events except for reads of ``allowed`` files, installed packages and the system."""
         installed = (sys.prefix, sys.base_prefix, str(ROOT), "/proc", "/sys", "/dev", "/usr/lib", *map(str, allowed))
         return [event for event in self.events if not event.startswith(tuple(f"open {place}" for place in installed))]
 
@@ -253,14 +253,14 @@ def test_the_watch_sees_readers(watch: Watch) -> None:
 
 
 def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Paths of the plain values in ``value``, and of its empty parts."""
+    """Return the paths of the plain values in ``value``, and of its empty parts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     inside = [leaf for key, inner in items for leaf in leaves(inner, (*path, key))]
     yield from inside or [path]
 
 
 def replaced(value: Any, path: tuple[str | int, ...], new: Any) -> Any:
-    """A copy of ``value`` with ``new`` at ``path``."""
+    """Return a copy of ``value`` with ``new`` at ``path``."""
     if not path:
         return new
     copy = value.copy()
@@ -269,13 +269,13 @@ def replaced(value: Any, path: tuple[str | int, ...], new: Any) -> Any:
 
 
 def timm_arguments() -> set[str]:
-    """Every argument that timm's builders take, every key of its pretrained configs, and every argument that we let pass."""
+    """Return all arguments of timm's builders, all keys of its pretrained configs, and all arguments that we let pass."""
     builders = (timm.create_model, timm.models.build_model_with_cfg, timm.models.load_pretrained)
     return {name for builder in builders for name in inspect.signature(builder).parameters} | set(KWARGS)
 
 
 def test_no_value_of_a_model_json_or_job_makes_anything_read_or_fetch(watch: Watch, tmp_path: Path) -> None:
-    """Whatever stands at whatever key, the files of the folder alone are read: there is no second reader."""
+    """Whatever is at whichever key, only the files of the folder are read: there is no second reader."""
     folder = tmp_path / "student"
     job = micro_job(tmp_path, {"train": "t", "val": "v"})
     save_detector(folder, build_detector(job.student, 2), ("ant", "bee"))

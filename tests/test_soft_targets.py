@@ -1,4 +1,4 @@
-"""Soft targets of a batch, from those of its views and back."""
+"""Soft targets of a batch are made from those of its views, and split again."""
 
 from __future__ import annotations
 

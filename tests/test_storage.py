@@ -1,4 +1,4 @@
-"""Folders, local and remote (fsspec's memory filesystem, a real S3 server), behave alike."""
+"""Folders behave alike, whether local or remote (fsspec's memory filesystem, a real S3 server)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.s3 import uri
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """A folder that does not exist yet, as a path, a file URI, a URI that pyarrow does not know, and on S3."""
+    """Return a folder that does not exist yet: a path, a file URI, a URI that pyarrow does not know, or on S3."""
     if request.param == "s3":
         return Folder.open(uri("bucket", request.getfixturevalue("s3"), f"{uuid.uuid4()}/a/b/"))
     uris = {"path": f"{tmp_path}/a/b", "file": f"file://{tmp_path}/a/b", "memory": f"memory://{uuid.uuid4()}/a/b"}

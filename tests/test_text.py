@@ -1,4 +1,4 @@
-"""What people are shown: names from files cannot command a terminal, and addresses keep their secrets."""
+"""Names from files cannot control a terminal, and addresses keep their secrets."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def test_an_address_with_a_password_is_refused_and_not_echoed(password: str) -> 
 def test_another_store_s_errors_are_sentences_without_secrets() -> None:
     with pytest.raises(StorageError) as caught:
         Folder.open("http://127.0.0.1:9/val?token=hunter2").names()
-    told = str(caught.value)
-    assert told.startswith("http://127.0.0.1:9/val?token=***: cannot be used (") and "check the address" in told
-    assert "hunter2" not in told
+    message = str(caught.value)
+    assert message.startswith("http://127.0.0.1:9/val?token=***: cannot be used (") and "check the address" in message
+    assert "hunter2" not in message
 
 
 def test_an_error_s_lines_are_printable_wherever_they_go() -> None:

@@ -1,4 +1,4 @@
-"""The evidence on drawn data."""
+"""Fixtures that run the evidence on drawn data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evidence_rows import ROWS
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> Path:
-    """A folder with the splits train, val and test."""
+    """Return a folder with the splits train, val and test."""
     folder = tmp_path_factory.mktemp("evidence")
     for split, source in {**drawn_splits, "test": drawn_splits["val"]}.items():
         (folder / split).symlink_to(source, target_is_directory=True)
@@ -21,13 +21,13 @@ def data(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str])
 
 @pytest.fixture(params=ROWS)
 def tier(request: pytest.FixtureRequest, tmp_path: Path, data: Path) -> Bench:
-    """The real rows of each tier, on drawn data; without what searches have found."""
+    """Return the real rows of each tier on drawn data, without the results of any search."""
     return real_rows(request.param, tmp_path, data)
 
 
 @pytest.fixture
 def micro(tmp_path: Path, data: Path) -> Bench:
-    """Those of the micro tier."""
+    """Return the real rows of the micro tier on drawn data."""
     return real_rows("micro", tmp_path, data)
 
 

@@ -1,4 +1,4 @@
-"""The evidence: runs are recorded once, searches try the same for all rows."""
+"""The evidence records each run once, and its searches try the same values for all rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support import MICRO_TEACHER, edit, micro_job
 
 @pytest.fixture
 def tiny(tmp_path: Path, data: Path, drawn_splits: dict[str, str]) -> Bench:
-    """Rows that train in a second or two."""
+    """Return rows that train in a second or two."""
     jobs = tmp_path / "jobs"
     jobs.mkdir()
     short = {"optim": {"epochs": 1, "milestones": [], "warmup_steps": 0}, "eval": {"every_epochs": 1}}
@@ -75,7 +75,7 @@ def test_a_run_appends_one_line_once_also_after_an_interruption(tiny: Bench, cap
 @pytest.mark.parametrize("tier", ["standard"], indirect=True)
 @pytest.mark.parametrize("row", ["tf_head", "fcos_head", "head_mnv2"])
 def test_the_standard_tier_trains(tier: Bench, row: str):
-    """Its jobs, of one epoch, on a few drawn images and on what device there is; its teacher's too."""
+    """The tier's jobs and teachers train for one epoch on a few drawn images, on whatever device there is."""
     rows = {
         name: replace(spec, keys=re.sub(r"ckd_epochs=\d+", "ckd_epochs=null", spec.keys)) for name, spec in tier.rows.items()
     }
@@ -99,12 +99,12 @@ def test_a_teacher_is_trained_before_its_students_and_a_cache_built(tiny: Bench,
     assert records[1]["teacher"] == records[2]["teacher"] is not None
     assert len(list(tiny.storage.glob("cache-*/*.parquet"))) > 0
 
-    # Recorded, but its weights are on another machine.
+    # Its record is there, but its weights are on another machine.
     (folder,) = (path for path in tiny.storage.glob("teacher-*") if path.is_dir())
     folder.rename(tiny.storage / "away")
     trained: list[str] = []
     monkeypatch.setattr(evidence_run, "train_row", lambda bench, todo: trained.append(todo.job.run.name))
-    with pytest.raises(TypeError):  # no result: what follows is not looked at here
+    with pytest.raises(TypeError):  # there is no result; what follows is not tested here
         evidence_run.run(tiny, "head", 2)
     assert [name.split("-")[0] for name in trained] == ["teacher", "head"]
 
@@ -134,7 +134,7 @@ def test_what_another_process_is_at_comes_later(tiny: Bench, monkeypatch: pytest
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
-    """Instead of training: AP on val is highest at a learning rate of 0.02, and 0.005 diverges."""
+    """Replace training: AP on val is highest at a learning rate of 0.02, and 0.005 diverges."""
     trained: dict[str, list[float]] = {}
 
     def fake(bench: Bench, todo: evidence_plan.Plan) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_search_tries_the_same_for_all_and_runs_take_what_it_chose(tiny: Bench, 
     evidence_run.work(tiny, tasks)
     assert sum(map(len, scores.values())) == 6
 
-    edit(tiny.jobs / "student.yaml", "epochs: 1", "epochs: 2")  # what was chosen for another job does not count
+    edit(tiny.jobs / "student.yaml", "epochs: 1", "epochs: 2")  # a choice made for another job does not count
     assert not any(plan(tiny, row, 0).searched for row in ("teacher", "baseline", "head", "cached"))
 
 

@@ -98,7 +98,7 @@ def test_rows_are_the_methods_that_they_are_called(tier: Bench):
 
 
 def test_tiers_differ_in_size_alone():
-    """The same rows, of the same methods, with the same keys but for the heads."""
+    """Both tiers have the same rows, with the same methods and keys except for the heads."""
     micro, standard = ROWS["micro"], ROWS["standard"]
     for row in micro.keys() & standard.keys():
         assert replace(micro[row], keys="") == replace(standard[row], keys="")
@@ -109,17 +109,17 @@ def test_micro_models_are_as_small_as_they_are_called(micro: Bench):
     jobs = {row: plan(micro, row, 0).job for row in micro.rows}
     teachers = {row: build_detector(jobs[row].student, 17) for row in micro.teachers}
     assert all(0.5e6 < sum(p.numel() for p in teacher.parameters()) < 2e6 for teacher in teachers.values())
-    for row in ("baseline", "fcos_baseline"):  # all other rows have one of these students
+    for row in ("baseline", "fcos_baseline"):  # every other row has one of these students
         assert 0.1e6 < sum(p.numel() for p in build_detector(jobs[row].student, 17).parameters()) < 0.25e6
 
 
 def test_every_row_can_be_built(tier: Bench):
-    """Widths fit: heads are copied, adapters made."""
+    """Widths fit: heads are copied and adapters are made."""
     jobs = {row: plan(tier, row, 0).job for row in tier.rows}
     teachers = {row: build_detector(jobs[row].student, 17) for row in tier.teachers}
     for row in students(tier):
         if row.startswith("head") and any(str(rois) in row for rois in (128, 256)):
-            continue  # as wide as those of 64 RoIs
+            continue  # as wide as the heads for 64 RoIs
         teacher = tier.rows[row].teacher
         build_training_model(jobs[row], 17, teachers[teacher] if teacher else None, steps_per_epoch=10)
 

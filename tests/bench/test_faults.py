@@ -1,4 +1,4 @@
-"""The table of faults: what counts as survived, and that the page shows what is recorded."""
+"""The table of faults counts only true survivals, and the page shows what is recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_run_that_ends_otherwise_has_not_survived() -> None:
     assert row(RUN) == "| a train worker | 1 | 1 | 3 (3 to 3) | 20 (20 to 20) |"
     twice = {**RUN, "hits": [HIT, {**HIT, "back": 13, "seconds": None}]}
     assert row(twice) == "| a train worker | 2 | 2 | 2 (0 to 3) | 20 (20 to 20) |"
-    for changed in ({"same": False}, {"left": ["Holder"]}, {"error": "hung"}):
+    for changed in ({"same": False}, {"left": ["TeacherActor"]}, {"error": "hung"}):
         assert row(RUN, {**RUN, **changed}) == "| a train worker | 2 | 1 | 3 (3 to 3) | 20 (20 to 20) |"
 
 

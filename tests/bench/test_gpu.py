@@ -1,4 +1,4 @@
-"""bench/gpu.sh and its report: parts end in time, a rehearsal is never shown, every figure is told with its card."""
+"""bench/gpu.sh and its report: parts end in time, a rehearsal is never published, and every figure names its card."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_a_rehearsal_is_refused_and_nothing_changes(docs: Path, tmp_path: Path, 
     before = (docs / "performance.md").read_text()
     with pytest.raises(SystemExit) as caught:
         gpu_report.main([str(tmp_path / "results"), "--docs", str(docs)])
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert caught.value.code == 2
-    assert "steps.json: from a rehearsal" in told and "ray.json: not what bench/gpu.sh writes" in told
+    assert "steps.json: from a rehearsal" in message and "ray.json: not what bench/gpu.sh writes" in message
     assert not (docs / "gpu").exists() and (docs / "performance.md").read_text() == before
 
 
@@ -132,7 +132,7 @@ def test_the_place_that_waits_is_the_innermost_of_ours() -> None:
 
     import headkd_ray
 
-    ours, theirs = Path(headkd_ray.__file__).parent / "detectors/nms.py", Path(torchvision.__file__).parent / "ops/boxes.py"
+    ours, theirs = Path(headkd_ray.__file__).parent / "detectors/ops/nms.py", Path(torchvision.__file__).parent / "ops/boxes.py"
     frames = [traceback.FrameSummary(str(file), line, "f") for file, line in ((ours, 7), (ours, 22), (theirs, 41))]
     assert place_of(frames) == "headkd_ray/detectors/ops/nms.py:22"
     assert place_of(frames[2:]) == "torchvision/ops/boxes.py:41"

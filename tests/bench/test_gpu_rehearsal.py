@@ -1,4 +1,4 @@
-"""``bash bench/gpu.sh`` as on a bare machine: an interpreter without Ray, pydantic and pycocotools, which come as wheels."""
+"""``bash bench/gpu.sh`` on a bare machine: the interpreter has no Ray, pydantic or pycocotools; they come as wheels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CARRIED = ("ray", "pydantic", "pydantic_core", "pycocotools", "jsonschema")
 
 
 def bare_python(folder: Path) -> str:
-    """HEADKD_BARE_PYTHON, or one that is made here; skips the test where neither can be."""
+    """Return HEADKD_BARE_PYTHON, or an interpreter made here; skip the test if neither is possible."""
     python = os.environ.get("HEADKD_BARE_PYTHON")
     if python is None:
         python = str(folder / "bare" / "bin" / "python")
@@ -41,7 +41,7 @@ def bare_python(folder: Path) -> str:
 
 
 def wheels() -> None:
-    """Make sure that .wheels-gpu is there; skips the test where it cannot be."""
+    """Make sure that .wheels-gpu exists; skip the test if it cannot be made."""
     if (ROOT / ".wheels-gpu").is_dir():
         return
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -1,4 +1,4 @@
-"""What the tests of the files in cluster/ share."""
+"""Helpers that the tests of the files in cluster/ share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DOCS = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 
 TRAIN_WORKER = {"CPU": 8, "GPU": 1}
-"""What a train worker of the documented command asks."""
+"""Resources that a train worker of the documented command requests."""
 TEACHER = {"CPU": 1, "GPU": 1, "teacher": 1}
-"""What a process of a teacher pool with gpus: 1 and resources: {teacher: 1} asks."""
+"""Resources that a process of a teacher pool requests with gpus: 1 and resources: {teacher: 1}."""
 
 
 def read(name: str) -> Any:
     return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
 
 
-def fits(asked: dict[str, float], resources: dict[str, float]) -> bool:
-    return all(resources.get(name, 0) >= amount for name, amount in asked.items())
+def fits(demand: dict[str, float], resources: dict[str, float]) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in demand.items())
 
 
 def free_port() -> int:
@@ -38,14 +38,14 @@ def free_port() -> int:
 
 
 def nodes_to_come(config: dict[str, Any]) -> str:
-    """HEADKD_RAY_NODES as the head's start command sets it."""
+    """Return HEADKD_RAY_NODES as the head's start command sets it."""
     (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
     (quoted,) = re.findall(r"HEADKD_RAY_NODES=('.*?')", start, re.DOTALL)
     return shlex.split(quoted)[0]
 
 
 def check_announced(text: str, types: dict[str, Any]) -> None:
-    """HEADKD_RAY_NODES says what the types have: each kind once, spot or not."""
+    """Check that HEADKD_RAY_NODES matches the node types: each kind once, whether on spot or on demand."""
     for group in json.loads(text):
         count = group.pop("count")
         found = [

@@ -1,4 +1,4 @@
-"""cluster/aws.yaml against a moto server: Ray's bootstrap, node provider, scheduler and launcher take it."""
+"""Ray's bootstrap, node provider, scheduler and launcher accept cluster/aws.yaml, against a moto server."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.s3 import moto_server, nobody
 pytestmark = pytest.mark.slow  # a moto server, and Ray's autoscaler against it
 
 TYPES = {"trainer-spot": "trainer", "trainer": "trainer", "teacher-spot": "teacher", "teacher": "teacher", "data-spot": "data"}
-"""Worker types, and what they are for."""
+"""Worker type -> its purpose."""
 
 
 @pytest.fixture(scope="module")
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A moto server, and the environment in which boto3 takes it for AWS and the user is nobody."""
+    """Start a moto server and yield an environment in which boto3 takes it for AWS and knows no user."""
     home = tmp_path_factory.mktemp("home")
     environment = {
         **{name: value for name, value in nobody().items() if not name.startswith("RAY_")},
@@ -33,7 +33,7 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def account(moto: dict[str, str]) -> Iterator[Callable[[str], Any]]:
-    """boto3 clients of that AWS, by service; it has the roles that the page tells to make."""
+    """Yield a function from a service to its boto3 client; the account has the roles that the page says to create."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -57,13 +57,13 @@ def account(moto: dict[str, str]) -> Iterator[Callable[[str], Any]]:
         nodes = (CLUSTER / "iam/nodes.json").read_text()
         iam.put_role_policy(RoleName="headkd-head", PolicyName="nodes", PolicyDocument=nodes)
         yield client
-        for cache in (utils.resource_cache, utils.client_cache):  # they outlive the server
+        for cache in (utils.resource_cache, utils.client_cache):  # they would outlive the server
             cache.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def aws(account: Callable[[str], Any]) -> dict[str, Any]:
-    """aws.yaml as ``ray up`` makes it ready: instance types looked up, key, subnet and security group made."""
+    """Return aws.yaml as ``ray up`` prepares it: instance types looked up; key, subnet and security group created."""
     from ray.autoscaler._private.commands import _bootstrap_config
 
     return _bootstrap_config(read("aws.yaml"), no_config_cache=True)
@@ -152,7 +152,10 @@ def plan(
     single: list[dict[str, float]] | None = None,
     without: str = "",
 ) -> dict[str, int]:
-    """Nodes that Ray's autoscaler launches for a placement group and for tasks; ``without`` = a type that AWS just refused."""
+    """Return the nodes that Ray's autoscaler launches for a placement group and for tasks.
+
+    ``without`` is a type that AWS has just refused.
+    """
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -196,7 +199,7 @@ printf '%s\\n' "$(basename "$0") $*" >> '{log}'
 def test_ray_up_and_down_as_written(
     moto: dict[str, str], aws: dict[str, Any], account: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """The page's commands, from the checkout: the head is launched and gets files and commands; ssh only writes them down."""
+    """The page's commands run from the checkout: the head is launched and gets files and commands; ssh only records them."""
     log = tmp_path / "log"
     for name in ("ssh", "rsync"):
         (tmp_path / name).write_text(RECORD.format(log=log))

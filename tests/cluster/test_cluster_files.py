@@ -1,4 +1,4 @@
-"""The files in cluster/ and their page, docs/cluster.md: what they have in common, and that they agree."""
+"""The files in cluster/ agree with each other and with their page, docs/cluster.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cluster.files import CLUSTER, DOCS, ROOT, nodes_to_come, read
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """With Ray's defaults filled in, and checked by its schema."""
+    """Return the file with Ray's defaults filled in, checked by Ray's schema."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(copy.deepcopy(config))
@@ -63,7 +63,7 @@ def test_nodes_install_what_is_pinned_and_get_no_more_of_this_folder(name: str) 
 
 
 def documented() -> list[list[str]]:
-    """Job and overrides of every train command on the page and in the cluster files."""
+    """Return the job and overrides of every train command on the page and in the cluster files."""
     page = DOCS.replace("\\\n", " ").replace("$BUCKET", "bucket")
     commands = re.findall(r"-- python -m headkd_ray\.train (.*)", page)
     *_, job = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def documented() -> list[list[str]]:
 
 
 def test_documented_jobs_load_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with the teacher on nodes of its own; and what never fits is refused, before any node has started."""
+    """They fit with the teacher on nodes of its own, too; a job that never fits is refused before any node has started."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True, "Resources": {"node:__internal_head__": 1.0}}])
     (pool,) = [shlex.split(line) for line in DOCS.splitlines() if line.startswith("distill.rois=teacher ")]

@@ -1,4 +1,4 @@
-"""Addresses at which no Ray cluster answers are told in seconds; Ray itself asks for minutes."""
+"""An address at which no Ray cluster answers is reported within seconds; Ray itself would take minutes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headkd_ray.job import ClusterSpec
 
 @pytest.fixture
 def web_server() -> Iterator[str]:
-    """host:port of a server that speaks HTTP, as Ray's dashboard does."""
+    """Yield host:port of a server that speaks HTTP, as Ray's dashboard does."""
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -39,7 +39,7 @@ def refused(spec: ClusterSpec) -> str:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has not joined a cluster yet; nothing here may start one."""
+    """Pretend that this process has not joined a cluster; nothing here may start one."""
 
     def start(**options: object) -> None:
         raise AssertionError("Ray was asked")

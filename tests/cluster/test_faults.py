@@ -1,4 +1,4 @@
-"""Whole machines that go: a real Ray of several nodes, and nodes killed under a run."""
+"""Whole nodes are lost: a real Ray cluster of several nodes, some of which are killed under a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from machines import Machines, steps_told, wait_for
+from machines import Machines, logged_steps, wait_for
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
@@ -28,15 +28,15 @@ def machines() -> Iterator[Machines]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
-    """Folder of a micro Faster R-CNN with drawn weights."""
+    """Return the folder of a micro Faster R-CNN with random weights."""
     return micro_teacher(tmp_path_factory.mktemp("teacher"), ShardSet.open(drawn_splits["train"]).meta.classes)
 
 
-@pytest.mark.parametrize(("rois", "title"), [("teacher", "ray::MapWorker"), ("student", "ray::Holder")])
+@pytest.mark.parametrize(("rois", "title"), [("teacher", "ray::MapWorker"), ("student", "ray::TeacherActor")])
 def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     rois: str, title: str, machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], teacher: str
 ) -> None:
-    """The teacher goes on on another node, and the weights are those of a run with the teacher in place."""
+    """The teacher continues on another node, and the weights are those of a run with the teacher inline."""
 
     def keys(placement: str) -> dict[str, Any]:
         pool = {"actors": [1, 1], "cpus": 0, "resources": {"teacher": 1}}
@@ -57,28 +57,28 @@ def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
     driver = machines.train(file, tmp_path / "output")
     folder = run_folder(job)
-    wait_for(lambda: len(steps_told(folder)) >= 2, driver)
+    wait_for(lambda: len(logged_steps(folder)) >= 2, driver)
     (node,) = machines.hosts(title, "teacher")
     machines.kill(node)
     assert driver.wait(240) == 0, (tmp_path / "output").read_text()
     result = json.loads(folder.read("result.json"))
     assert_same_weights(student_weights(expected), student_weights(result))
-    told = steps_told(folder)
-    assert told[-1]["teacher_restarts"] == 1
-    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1)), "a step was repeated or lost"
+    records = logged_steps(folder)
+    assert records[-1]["teacher_restarts"] == 1
+    assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1)), "a step was repeated or lost"
     assert not machines.left_over()
 
 
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers, one, two again: each step once in the log, and none left out."""
+    """The run goes from two workers to one and back; each step is in the log once, and none is missing."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     machines.have("trainer", 2, cpus=2)
     job = micro_job(
         tmp_path,
         drawn_splits,
-        optim={"epochs": 1000, "milestones": []},  # it is stopped when it has grown again
+        optim={"epochs": 1000, "milestones": []},  # the run is stopped once it has grown again
         eval={"every_epochs": 1000},
         checkpoint={"every_steps": 20},
         cluster={"workers": [1, 2], "cpus_per_worker": 1.5, "data_cpus": 0.5, "threads_per_worker": 1, "resize_seconds": 2},
@@ -88,18 +88,18 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     driver = machines.train(file, tmp_path / "output")
 
     def at_work(workers: int) -> bool:
-        told = steps_told(folder)
-        return bool(told) and told[-1]["workers"] == workers
+        records = logged_steps(folder)
+        return bool(records) and records[-1]["workers"] == workers
 
-    wait_for(lambda: at_work(2) and len(steps_told(folder)) > 25, driver)
+    wait_for(lambda: at_work(2) and len(logged_steps(folder)) > 25, driver)
     machines.kill(machines.nodes["trainer"][0])
     wait_for(lambda: at_work(1), driver)
     machines.have("trainer", 2, cpus=2)
     wait_for(lambda: at_work(2), driver)
     driver.terminate()
     assert driver.wait(60) == 143, (tmp_path / "output").read_text()
-    told = steps_told(folder)
-    assert [record["step"] for record in told] == list(range(1, told[-1]["step"] + 1))
-    phases = [workers for workers, _ in groupby(record["workers"] for record in told)]
+    records = logged_steps(folder)
+    assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1))
+    phases = [workers for workers, _ in groupby(record["workers"] for record in records)]
     assert phases == [2, 1, 2]
     assert not machines.left_over()

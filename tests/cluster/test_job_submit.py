@@ -1,4 +1,4 @@
-"""``ray job submit -- python -m headkd_ray.train`` against a real ``ray start --head``."""
+"""``ray job submit -- python -m headkd_ray.train`` works against a real ``ray start --head``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ Head = tuple[str, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head node of its own, beside the session's cluster: (dashboard address, environment)."""
+    """Yield a head node of its own, beside the session's cluster: (dashboard address, environment)."""
     ray = Path(sys.executable).with_name("ray")
-    # HOME: a token file that Ray may find in the user's would turn authentication on. /tmp: socket paths have 107 bytes.
+    # HOME: a token file in the user's would turn authentication on. /tmp: a socket's path has at most 107 bytes.
     scratch = Path("/tmp") / f"headkd-ray-{os.getpid()}"
     environment = {
         **os.environ,
@@ -58,7 +58,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         yield f"http://127.0.0.1:{dashboard}", environment
     finally:
-        started = [process.pid, *processes("", process.pid)]  # by id: `ray stop` would end other clusters too
+        started = [process.pid, *processes("", process.pid)]  # killed by id, because `ray stop` would end other clusters too
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
@@ -70,7 +70,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``ray job ARGUMENTS``; again, while the dashboard is starting."""
+    """Run ``ray job ARGUMENTS``, again and again while the dashboard is starting."""
     address, environment = head
     command = [str(Path(sys.executable).with_name("ray")), "job", arguments[0], "--address", address, *arguments[1:]]
     for _ in range(20):
@@ -81,7 +81,7 @@ def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def working_dir_of(folder: Path, job: Job) -> Path:
-    """The code and a job file, as a user's checkout has them."""
+    """Return a folder with the code and a job file, like a user's checkout."""
     shutil.copytree(ROOT / "headkd_ray", folder / "headkd_ray", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
     return folder
@@ -107,7 +107,7 @@ def test_ray_job_submit(tmp_path: Path, drawn_splits: dict[str, str], head: Head
 
 @pytest.mark.slow
 def test_ray_job_stop_keeps_the_step_and_the_same_job_goes_on(tmp_path: Path, drawn_splits: dict[str, str], head: Head) -> None:
-    """The checkpoint of the step in which it was stopped, though checkpoints are due at the ends of epochs alone."""
+    """The stop writes a checkpoint of the current step, though checkpoints are otherwise due only at the ends of epochs."""
     job = micro_job(tmp_path / "runs", drawn_splits, "stopped", optim={"epochs": 40}, eval={"every_epochs": 40})
     on_ray = job.replace({"cluster.workers": 1})
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})

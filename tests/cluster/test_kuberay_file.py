@@ -1,4 +1,4 @@
-"""cluster/kuberay.yaml: the fields of KubeRay's CRDs, and what Ray's autoscaler makes of it."""
+"""cluster/kuberay.yaml has only fields of KubeRay's CRDs, and Ray's autoscaler reads its groups as intended."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_kuberay_s_crds_take_the_file_and_no_typo(kuberay: dict[str, dict[str, A
 
 
 def test_ray_s_autoscaler_reads_the_groups(kuberay: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the function with which it reads a RayCluster. Pods ask Kubernetes for what they are to Ray; and the job fits."""
+    """Ray's own function for reading a RayCluster sees what each pod requests of Kubernetes, and the job fits."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     cluster = kuberay["RayCluster"]

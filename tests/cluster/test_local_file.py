@@ -1,4 +1,4 @@
-"""cluster/local.yaml, really started: ``ray up`` on two machines."""
+"""``ray up`` with cluster/local.yaml really starts a cluster of two machines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ cd "$HOME" || exit 255
 shift
 exec bash -c "$*"
 """
-"""Runs the command here; a machine is a home folder of its own."""
+"""A stand-in for ssh that runs the command here; a machine is a home folder of its own."""
 RSYNC = """#!/bin/bash
 source=${{@: -2:1}} target=${{@: -1}}
 host=${{target%%:*}} path=${{target#*:}}
@@ -47,12 +47,12 @@ print("inherited", os.environ["RAY_enable_autoscaler_v2"])
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A folder with a short path; processes that name it on their command line are ended, and then it is removed."""
-    folder = Path(tempfile.mkdtemp(prefix="headkd-ray-", dir="/tmp"))  # socket paths have 107 bytes
+    """Yield a folder with a short path. Processes that name it on their command line are killed before it is removed."""
+    folder = Path(tempfile.mkdtemp(prefix="headkd-ray-", dir="/tmp"))  # a socket's path has at most 107 bytes
     try:
         yield folder
     finally:
-        for _ in range(3):  # by id: `ray stop` would end other clusters too
+        for _ in range(3):  # by id, because `ray stop` would end other clusters too
             for entry in Path("/proc").iterdir():
                 try:
                     if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
@@ -70,7 +70,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def set_up(machine: Path, tools: Path) -> None:
-    """As setup.sh leaves a machine, so that it has nothing to do; its environment is that of this test."""
+    """Prepare a machine as setup.sh would leave it, with this test's environment, so that setup.sh has nothing to do."""
     environment = machine / "headkd_ray/.venv"
     for name in ("python", "ray"):
         executable(environment / "bin" / name, f'#!/bin/sh\nexec {BIN / name} "$@"\n')
@@ -81,7 +81,7 @@ def set_up(machine: Path, tools: Path) -> None:
 
 
 def for_two_machines_here(config: dict[str, Any], head: str, worker: str, gcs: int, dashboard: int, folder: Path) -> None:
-    """Other addresses and ports, small nodes; and no ``ray stop``, which would end the clusters of others."""
+    """Rewrite the file for this machine: other addresses and ports, small nodes, no ``ray stop``, which would end others."""
     config["cluster_name"] = folder.name
     config["provider"].update(head_ip=head, worker_ips=[worker])
     small = "--num-cpus=1 --object-store-memory=80000000 --disable-usage-stats --dashboard-agent-listen-port=0"
@@ -96,7 +96,7 @@ def for_two_machines_here(config: dict[str, Any], head: str, worker: str, gcs: i
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a second loopback address")
 @pytest.mark.slow
 def test_ray_up_starts_machines_that_are_there(scratch: Path) -> None:
-    """As the page says, and a job on them. Only the transport is a stand-in: ssh and rsync to a machine run here."""
+    """The page's commands start the cluster and run a job on it. Only the transport is replaced: ssh and rsync run here."""
     from ray.util import get_node_ip_address
 
     head, worker, gcs, dashboard = get_node_ip_address(), "127.0.0.2", free_port(), free_port()

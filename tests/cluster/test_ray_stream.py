@@ -1,4 +1,4 @@
-"""The Ray stream gives the local stream's batches, bit for bit, alone and inside Train workers, and ends when told to."""
+"""The Ray stream gives the local stream's batches, bit for bit, alone and inside Train workers, and ends when closed."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ DECODE = decode_on_ray(ClusterSpec(data_cpus=1))
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """60 images of three formats."""
+    """Return a split of 60 images in three formats."""
     files = make_coco(tmp_path_factory.mktemp("coco"), images=60)
     return prepare_split(files.json, files.images, files.out, shard_images=16, row_group=4)
 
 
-def windows(shards: ShardSet, rank: int = 0, world: int = 1, epochs: int = 1, start_step: int = 0) -> list[Window]:
+def windows(shards: ShardSet, rank: int = 0, world_size: int = 1, epochs: int = 1, start_step: int = 0) -> list[Window]:
     rows = train_rows(shards.index, keep_empty=True)
     options = {"seed": 1, "batch_size": 3, "window": 12}
     return list(
-        train_windows(shards.index, rows, rank=rank, world_size=world, epochs=epochs, start_step=start_step, **options)  # type: ignore[arg-type]
+        train_windows(shards.index, rows, rank=rank, world_size=world_size, epochs=epochs, start_step=start_step, **options)  # type: ignore[arg-type]
     )
 
 
@@ -84,23 +84,23 @@ def test_evaluation_and_idle_batches(shards: ShardSet) -> None:
         assert list(on_ray) == []
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_image_once_when_ranks_stream_at_the_same_time(shards: ShardSet, world: int) -> None:
-    seen: list[list[int]] = [[] for _ in range(world)]
-    steps: list[list[int]] = [[] for _ in range(world)]
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_image_once_when_ranks_stream_at_the_same_time(shards: ShardSet, world_size: int) -> None:
+    seen: list[list[int]] = [[] for _ in range(world_size)]
+    steps: list[list[int]] = [[] for _ in range(world_size)]
 
     def stream(rank: int) -> None:
-        with DECODE(shards, windows(shards, rank, world), BatchMaker(SPEC, 1, train=True)) as batches:
+        with DECODE(shards, windows(shards, rank, world_size), BatchMaker(SPEC, 1, train=True)) as batches:
             for batch in batches:
                 steps[rank].append(batch.step)
                 seen[rank] += [] if batch.idle else batch.image_ids.tolist()
 
-    threads = [threading.Thread(target=stream, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=stream, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=120)
-    assert steps == [list(range(steps_per_epoch(60, 3, world)))] * world
+    assert steps == [list(range(steps_per_epoch(60, 3, world_size)))] * world_size
     assert Counter(image_id for ids in seen for image_id in ids) == Counter(shards.index.image_id.tolist())
 
 
@@ -108,7 +108,7 @@ def test_closing_early_ends_tasks_and_threads(shards: ShardSet) -> None:
     before = set(threading.enumerate())
     with DECODE(shards, windows(shards, epochs=200), BatchMaker(SPEC, 1, train=True)) as batches:
         next(iter(batches))
-    # At once: a thread that still talks to Ray while the process leaves it would end the process (Ray's core worker exits).
+    # Ended at once: if a thread still talked to Ray while this process leaves it, Ray's core worker would exit the process.
     assert set(threading.enumerate()) <= before
     wait_until(lambda: ray.available_resources().get("CPU") == 4)
     with DECODE(shards, windows(shards), BatchMaker(SPEC, 1, train=True)) as batches:
@@ -117,7 +117,7 @@ def test_closing_early_ends_tasks_and_threads(shards: ShardSet) -> None:
 
 @dataclass(frozen=True)
 class TracingMaker(BatchMaker):
-    """Leaves a file for every batch it makes."""
+    """A batch maker that leaves a file for every batch that it makes."""
 
     folder: str = ""
 
@@ -127,7 +127,7 @@ class TracingMaker(BatchMaker):
 
 
 def test_a_consumer_that_stalls_stops_the_tasks(shards: ShardSet, tmp_path: Path) -> None:
-    """Back-pressure: of 900 MB of batches, only what fits the cluster's 100 MB of shared memory is made ahead."""
+    """Back-pressure works: of 900 MB of batches, only what fits the cluster's 100 MB of shared memory is made ahead."""
     large = SPEC.replace({"short_side": (560, 560), "long_side": 900})
     maker = TracingMaker(large, 1, train=True, folder=str(tmp_path))
     planned = windows(shards, epochs=20)
@@ -176,21 +176,21 @@ def test_encoded_batches_come_back_without_a_copy(shards: ShardSet) -> None:
 
 @pytest.mark.slow
 def test_inside_train_workers(shards: ShardSet, tmp_path: Path) -> None:
-    """Two Train workers, each with a Dataset of its own beside the other's, on 4 CPUs; ids are counted over both."""
+    """Two Train workers each have a Dataset, on 4 CPUs together; image ids are counted over both."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     def loop(config: dict[str, Any]) -> None:
         context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
+        rank, world_size = context.get_world_rank(), context.get_world_size()
         opened = ShardSet.open(config["uri"])
         rows = train_rows(opened.index, keep_empty=True)
-        planned = train_windows(opened.index, rows, seed=1, rank=rank, world_size=world, batch_size=3, window=12, epochs=2)
+        planned = train_windows(opened.index, rows, seed=1, rank=rank, world_size=world_size, batch_size=3, window=12, epochs=2)
         ids: list[list[int]] = []
         with decode_on_ray(ClusterSpec(workers=2, data_cpus=1))(opened, planned, BatchMaker(SPEC, 1, train=True)) as batches:
             for batch in batches:
                 ids.append([] if batch.idle else batch.image_ids.tolist())
-                torch.distributed.barrier()  # as in training: ranks wait for each other at every step
+                torch.distributed.barrier()  # as in training, where ranks wait for each other at every step
         Path(config["out"], f"{rank}.json").write_text(json.dumps(ids))
 
     TorchTrainer(

@@ -1,4 +1,4 @@
-"""What is checked before anything is started, about nodes that are only said to be there."""
+"""Resources are checked before anything starts, also those of nodes that have only been announced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Check = Callable[..., resources.Resources]
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """Checks a job with these keys of its cluster, on two nodes with 2 CPUs each."""
+    """Return a function that checks a job with given keys of its cluster section, on two nodes with 2 CPUs each."""
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2
     monkeypatch.setattr(resources.ray, "nodes", lambda: nodes)
 
@@ -36,7 +36,7 @@ def test_of_a_range_of_workers_the_fewest_must_fit(check: Check) -> None:
 
 
 def test_as_many_workers_as_find_room_must_leave_some_to_data_tasks(check: Check) -> None:
-    """Else Ray would start them, and their data tasks would wait for ever."""
+    """Otherwise Ray would start them, and their data tasks would wait for ever."""
     with pytest.raises(ClusterError, match=r"cluster\.workers \[1, 8\]: the 4 that fit would leave 4 - 4 x"):
         check(workers=(1, 8), cpus_per_worker=1, data_cpus=1)
     assert check(workers=(1, 2), cpus_per_worker=1, data_cpus=1).workers == (1, 2)

@@ -1,4 +1,4 @@
-"""Workers and controllers that are lost at any moment: one count, and a run that goes on."""
+"""Workers and controllers are lost at arbitrary moments: losses are counted once, and the run continues."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ON_RAY = {"workers": 1, "threads_per_worker": 1}
 
 
 class Fit:
-    """Ray Train that ends as told, one time after another."""
+    """A stand-in for Ray Train whose successive attempts end as given."""
 
     def __init__(self, *ends: Exception | str) -> None:
         self.ends = list(ends)
@@ -59,12 +59,12 @@ def test_every_loss_counts_once_and_waiting_for_a_node_does_not(ray_cluster: Non
     waiting = ControllerError(WorkerGroupStartupTimeoutError(2))
     controller = ActorDiedError()
     losses = [in_training, at_its_start, starting_again, controller]
-    told: list[str] = []
-    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), 4, told.append) == "done"
-    assert [text.partition("(")[2] for text in told] == [f"{number} of 4 times)" for number in (1, 2, 3, 4)]
+    notes: list[str] = []
+    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), 4, notes.append) == "done"
+    assert [text.partition("(")[2] for text in notes] == [f"{number} of 4 times)" for number in (1, 2, 3, 4)]
     for loss in losses:
         with pytest.raises(type(loss)):
-            with_restarts(Fit(loss, loss, "done"), 1, told.append)
+            with_restarts(Fit(loss, loss, "done"), 1, notes.append)
 
 
 def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -> None:
@@ -75,7 +75,7 @@ def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:
-    """A sealed checkpoint on disk; its entry in Ray's listing."""
+    """Write a sealed checkpoint and return its entry in Ray's listing."""
     folder = run / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / STATE_FILE).write_bytes(bytes(1000))
@@ -84,7 +84,7 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
 
 
 def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path) -> None:
-    """Ray's own reader then takes what is left; it would not start the run otherwise."""
+    """Ray's own reader then accepts the rest; otherwise it would not start the run."""
     run = tmp_path / "run"
     entries = [checkpoint(run, step) for step in (4, 6, 8)]
     none: dict[str, list[Any]] = {
@@ -126,7 +126,7 @@ def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path
 
 
 def dies_at_first(config: dict[str, Any]) -> dict[str, Any]:
-    """A worker that is killed as soon as its function runs, the first two times."""
+    """Kill this worker as soon as its function runs, the first two times."""
     lives = Path(config["job"]["run"]["storage"]) / "lives"
     count = int(lives.read_text()) if lives.exists() else 0
     if count < 2:
@@ -139,20 +139,20 @@ def dies_at_first(config: dict[str, Any]) -> dict[str, Any]:
 def test_a_worker_killed_before_its_first_step_is_started_again(
     tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     before = reserved()
     monkeypatch.setattr(ray_train, "_worker", dies_at_first)
-    told: list[str] = []
+    notes: list[str] = []
 
     def tell(record: dict[str, Any]) -> None:
-        told.extend([record["note"]] if "note" in record else [])
+        notes.extend([record["note"]] if "note" in record else [])
 
     job = micro_job(tmp_path, drawn_splits, cluster={**ON_RAY, "max_failures": 1})
     with pytest.raises(ClusterError, match="training failed for good"):
         train(job, tell)
     assert (tmp_path / "lives").read_text() == "2"
     result = train(job, tell)
-    assert [text.partition("(")[2] for text in told] == ["1 of 1 times)"]
+    assert [text.partition("(")[2] for text in notes] == ["1 of 1 times)"]
     assert_same_weights(student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), tell)))
     assert reserved() == before, "a reservation was left behind"
 
@@ -162,7 +162,7 @@ def test_a_worker_killed_before_its_first_step_is_started_again(
 def test_the_controller_or_a_worker_that_starts_is_killed(
     title: str, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None
 ) -> None:
-    """As soon as its process is there."""
+    """The process is killed as soon as it exists."""
     killed: list[int] = []
 
     def kill() -> None:

@@ -1,4 +1,4 @@
-"""Soft targets through a real Ray: pool and cache say what the teacher says in place, and a killed teacher costs nothing."""
+"""Soft targets on a real Ray cluster: pool and cache give the inline teacher's, and a killed teacher loses nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ POOL = {"actors": [1, 1], "cpus": 1}
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> str:
-    """Folder of a micro Faster R-CNN with drawn weights."""
+    """Return the folder of a micro Faster R-CNN with random weights."""
     return micro_teacher(tmp_path_factory.mktemp("teacher"), ShardSet.open(drawn_splits["train"]).meta.classes)
 
 
@@ -60,7 +60,7 @@ def job_of(
 
 
 def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Batches of the job's stream through Ray Data, and the losses of its untrained student on them."""
+    """Yield the batches of the job's stream through Ray Data, with the losses of its untrained student on them."""
     distributed = Distributed.alone(use_gpu=False)
     teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
     sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
@@ -73,23 +73,25 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
         .train()
         .to(memory_format=torch.channels_last)
     )
-    asked, cache = soft_targets(job, sets[0], own.detector, distributed.device)
+    answer, cache = soft_targets(job, sets[0], own.detector, distributed.device)
     with streams.train(first=0, cache=cache) as batches:
         for batch in batches:
             with torch.no_grad():
-                if asked is not None:
-                    batch = replace(batch, targets=asked(batch))
+                if answer is not None:
+                    batch = replace(batch, targets=answer(batch))
                 losses = model(batch, 100, torch.Generator().manual_seed(batch.step))
             yield batch, losses
 
 
 def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
-    """Inline and pool exactly, though the pool's teacher is killed on the way, which is counted and costs no batch; the cache,
-    for its 16-bit features, has nearly the same losses."""
+    """Inline and pool agree exactly, although the pool's teacher is killed on the way, which is counted and loses no batch.
+
+    The cache has nearly the same losses, because its features have 16 bits.
+    """
     one_cpu = {"workers": 1, "data_cpus": 1}
     jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, cluster=one_cpu) for name in ("inline", "pool", "cache")}
     builder = open_builder(jobs["cache"])
-    build(jobs["cache"], builder, lambda unit, size: None)  # by an actor pool, for cluster.workers is 1
+    build(jobs["cache"], builder, lambda unit, size: None)  # by an actor pool, because cluster.workers is 1
     builder.cache.check()
     restarts: list[int] = []
     killed: list[int] = []
@@ -105,7 +107,7 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
             if other == "pool":
                 assert all(torch.equal(one, two) for one, two in zip(theirs, targets, strict=True))
                 assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
-            else:  # asked about other views together, so that a convolution may round another way
+            else:  # the views were batched otherwise, so a convolution may round differently
                 torch.testing.assert_close(theirs.boxes, targets.boxes, rtol=0, atol=1e-3)
                 torch.testing.assert_close(theirs.taps, targets.taps, rtol=1e-3, atol=1e-5)
                 torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-6)
@@ -114,7 +116,7 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
 
 
 def kill_first(title: str, killed: list[int]) -> None:
-    """Kill -9 the first process of this session with such a title, as soon as there is one."""
+    """Kill the first process of this session with such a title as soon as there is one."""
     while not killed:
         for pid in processes(title)[:1]:
             os.kill(pid, signal.SIGKILL)
@@ -124,7 +126,7 @@ def kill_first(title: str, killed: list[int]) -> None:
 
 @pytest.mark.slow
 def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
-    """Exactly as the teacher in place does; also when the process that holds the features is killed."""
+    """The pool gives exactly what an inline teacher gives, even if the process that holds the features is killed."""
     one_cpu = {"workers": 1, "data_cpus": 1}
     jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, rois="student", cluster=one_cpu) for name in ("inline", "pool")}
     restarts = []
@@ -135,7 +137,7 @@ def test_a_pool_answers_about_the_student_s_rois(tmp_path: Path, drawn_splits: d
         assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
         restarts.append(same.teacher_restarts)
         if number == 5:
-            (pid,) = processes("ray::Holder")
+            (pid,) = processes("ray::TeacherActor")
             os.kill(pid, signal.SIGKILL)
     assert restarts[5] == 0 and restarts[-1] == 1
 
@@ -153,7 +155,7 @@ def test_a_pool_answers_for_a_dense_teacher(tmp_path: Path, drawn_splits: dict[s
 
 
 class TeacherKiller:
-    """Takes log records; at a step, kills the teacher process of this session with SIGKILL."""
+    """A log callback that kills this session's teacher process with SIGKILL at a given step."""
 
     def __init__(self, at_step: int) -> None:
         self.at_step, self.killed = at_step, 0
@@ -168,7 +170,7 @@ class TeacherKiller:
 
 @pytest.mark.slow
 def test_a_killed_teacher_costs_only_its_batches_in_flight(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
-    """The run ends with the weights of one whose teacher nobody killed, and the log has counted it."""
+    """The run ends with the weights of an undisturbed one, and the log has counted the restart."""
     keys: dict[str, Any] = {"optim": {"epochs": 4, "milestones": [3]}, "eval": {"every_epochs": 4}}
     inline = job_of(tmp_path, drawn_splits, teacher, "inline", "inline", **keys)
     expected = train(inline, lambda record: None)

@@ -1,4 +1,4 @@
-"""Jobs through a real Ray Train: the same weights as without Ray, after a kill -9 too; and errors that do not hang."""
+"""Jobs on a real Ray Train end with the same weights as without Ray, even after a kill -9, and errors do not hang."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_tf_head_on_ray_learns_and_exports_the_student_alone(
     result = train(job, records.append)
     losses = [record["losses"] for record in records if "losses" in record]
     epoch = len(losses) // 4
-    assistants = {"loss_fcos_cls": 1, "loss_rcnn_cls": 1}  # only from the second epoch on have they their full weight
+    assistants = {"loss_fcos_cls": 1, "loss_rcnn_cls": 1}  # they have their full weight only from the second epoch on
     for name, start in {"loss_cls": 0, "loss_box": 0, **assistants}.items():
         early, late = (sum(entry[name] for entry in losses[i * epoch : (i + 1) * epoch]) for i in (start, 3))
         assert late < early, name
@@ -61,7 +61,7 @@ def test_tf_head_on_ray_learns_and_exports_the_student_alone(
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
-    """kill -9 of a worker in the middle of an epoch; two workers also have a BatchNorm buffer and an idle step to get right."""
+    """A worker is killed in the middle of an epoch; with two workers there are also BatchNorm buffers and an idle step."""
     teacher = train(
         micro_job(tmp_path, drawn_splits, "teacher", student=MICRO_TEACHER, optim={"epochs": 1, "milestones": []}), _quiet
     )
@@ -78,7 +78,7 @@ def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_spl
             cluster={**ON_RAY, "workers": workers, "cpus_per_worker": 1, "data_cpus": 1},
         )
 
-    # With one worker a run on Ray ends as one without: see above. So the undisturbed run need not take Ray's time.
+    # With one worker a run on Ray ends like one without (see above), so the undisturbed run need not take Ray's time.
     undisturbed = job("whole") if workers > 1 else job("whole").replace({"cluster": IN_PROCESS})
     expected = train(undisturbed, _quiet)
     victim = Killer(job("killed"), at_step=3)
@@ -89,7 +89,7 @@ def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_spl
 
 
 class Killer:
-    """Takes log records; at a step, kills one worker process of this session with SIGKILL."""
+    """A log callback that kills one of this session's worker processes with SIGKILL at a given step."""
 
     def __init__(self, job: Job, at_step: int) -> None:
         self.at_step, self.killed = at_step, 0
@@ -106,7 +106,7 @@ class Killer:
 
 @pytest.mark.slow
 def test_a_run_given_up_goes_on_when_started_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
-    """From Ray's own listing on storage, with a checkpoint that was not evaluated as the latest."""
+    """It resumes from Ray's own listing on storage, where the latest checkpoint was not evaluated."""
     sections: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "cluster": {**ON_RAY, "max_failures": 0}}
     job = micro_job(tmp_path, drawn_splits, "given_up", **sections)
     listing = tmp_path / "given_up" / "checkpoint_manager_snapshot.json"
@@ -131,7 +131,7 @@ def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: d
 
 
 def test_a_damaged_shard_is_told_and_not_tried_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
-    """The error is the shard's own, not that of workers that failed too often."""
+    """The error is the shard's own, not that workers failed too often."""
     shutil.copytree(drawn_splits["train"], tmp_path / "train")
     shard = sorted((tmp_path / "train").glob("shard-*.parquet"))[-1]
     content = bytearray(shard.read_bytes())
@@ -154,4 +154,4 @@ def test_a_loss_that_explodes_ends_the_run_at_once(tmp_path: Path, drawn_splits:
 
 
 def _quiet(record: dict[str, Any]) -> None:
-    """A run without a console."""
+    """Ignore the records, for runs without a console."""

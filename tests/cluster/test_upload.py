@@ -1,4 +1,4 @@
-"""What ``ray job submit --working-dir .`` uploads, by Ray's own packaging code: little, and no secrets."""
+"""``ray job submit --working-dir .`` uploads little and no secrets, checked with Ray's own packaging code."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ BULK = [
     "driver.log",
 ]
 OWN = ["mine/model.py", "mine/credentials.py", "jobs/mine.yaml", "environment.yaml", "keys.txt"]
-"""What a user may add and means to upload."""
+"""Files that a user may add and means to upload."""
 
 
 def uploaded(folder: Path, out: Path) -> dict[str, int]:
-    """Files of the package that Ray makes of a working directory, and their sizes in it."""
+    """Return the files of the package that Ray makes of a working directory, with their sizes."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
 
     package = out / "package.zip"
-    package.unlink(missing_ok=True)  # Ray keeps one that is there
+    package.unlink(missing_ok=True)  # Ray would reuse an existing one
     create_package(str(folder), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     with zipfile.ZipFile(package) as archive:
         return {entry.filename: entry.compress_size for entry in archive.infolist() if not entry.is_dir()}
@@ -66,7 +66,7 @@ def uploaded(folder: Path, out: Path) -> dict[str, int]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the files that are in git, or would be."""
+    """Return a copy of the files that are in git, or would be."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(

@@ -1,4 +1,4 @@
-"""A small COCO data set on disk, sound unless a test spoils it."""
+"""Write a small COCO data set to disk, sound unless a test damages it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 7, "name": "ant"}, {"id": 31, "name": "moth"}]
-"""Sparse ids, not in order."""
+"""Categories with sparse ids, not in order."""
 
 
 def pixels(number: int, width: int, height: int) -> Image.Image:
-    """A smooth random picture."""
+    """Return a smooth random image."""
     small = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -33,14 +33,14 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def oriented(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
-    """The image with an EXIF orientation."""
+    """Encode the image with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x112] = orientation
     return encoded(image, kind, exif=exif.tobytes())
 
 
 def png16(values: NDArray[np.uint16]) -> bytes:
-    """A PNG of 16-bit values, (H, W, channels); Pillow writes only grey ones."""
+    """Encode 16-bit values (H, W, channels) as a PNG; Pillow can only write grey ones."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -54,7 +54,7 @@ def png16(values: NDArray[np.uint16]) -> bytes:
 
 @dataclass
 class CocoFiles:
-    """``data`` is the JSON's content; change it, then ``save``."""
+    """A data set whose JSON content is ``data``; change it, then call ``save``."""
 
     folder: Path
     data: dict[str, Any]
@@ -77,7 +77,7 @@ class CocoFiles:
 
 
 def make_coco(folder: Path, images: int = 12) -> CocoFiles:
-    """Images of mixed aspect in the three formats; image i has i % 3 boxes and, every fourth, a crowd."""
+    """Write images of mixed aspect in three formats; image i has i % 3 boxes and, every fourth, a crowd."""
     (folder / "images" / "deep").mkdir(parents=True)
     data: dict[str, Any] = {"images": [], "annotations": [], "categories": [dict(category) for category in CATEGORIES]}
     for number in range(images):
@@ -103,7 +103,7 @@ def make_coco(folder: Path, images: int = 12) -> CocoFiles:
 
 
 def spread_boxes(data: dict[str, Any]) -> None:
-    """Give every annotation a box somewhere in its image, instead of those that all start near the corner."""
+    """Give every annotation a box somewhere in its image, instead of one near the corner."""
     images = {image["id"]: image for image in data["images"]}
     random = np.random.default_rng(1)
     for annotation in data["annotations"]:
@@ -114,7 +114,10 @@ def spread_boxes(data: dict[str, Any]) -> None:
 
 
 def exif_photo(files: CocoFiles, number: int, orientation: int, *, upright: bool = False) -> Image.Image:
-    """Give image ``number`` an EXIF orientation; ``upright``: with the upright image's size in the JSON. Returns that image."""
+    """Give image ``number`` an EXIF orientation and return the upright image.
+
+    With ``upright`` the JSON has the upright image's size.
+    """
     record = files.data["images"][number]
     suffix = record["file_name"].rsplit(".")[1]
     kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix]
@@ -131,7 +134,7 @@ def exif_photo(files: CocoFiles, number: int, orientation: int, *, upright: bool
 
 
 def spoil_images(shard: Path, row_group: int) -> None:
-    """Make it a sound Parquet file of images that are none."""
+    """Replace a row group's images by other bytes, in a sound Parquet file."""
     table = pq.read_table(shard)
     field = table.schema.field("image")
     images = pa.array([image.as_py()[::-1] for image in table["image"]], field.type)

@@ -1,4 +1,4 @@
-"""Batches from prepared images: all of them, once, as promised; and streams that end cleanly."""
+"""Batches contain every prepared image once, as documented, and streams end cleanly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEC = DataSpec(
 
 
 def windows(
-    shards: ShardSet, rank: int = 0, world: int = 1, epochs: int = 1, start_step: int = 0, **options: bool
+    shards: ShardSet, rank: int = 0, world_size: int = 1, epochs: int = 1, start_step: int = 0, **options: bool
 ) -> list[Window]:
     rows = train_rows(shards.index, options.get("keep_empty", False))
     return list(
@@ -38,7 +38,7 @@ def windows(
             rows,
             seed=1,
             rank=rank,
-            world_size=world,
+            world_size=world_size,
             batch_size=3,
             window=6,
             epochs=epochs,
@@ -56,19 +56,19 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """26 images of three formats, a third without boxes, some crowds."""
+    """Return a split of 26 images in three formats, a third without boxes, some with crowds."""
     files = make_coco(tmp_path_factory.mktemp("coco"), images=26)
     return prepare_split(files.json, files.images, files.out, shard_images=7, row_group=3)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_image_exactly_once_an_epoch(coco: ShardSet, world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_image_exactly_once_an_epoch(coco: ShardSet, world_size: int) -> None:
     maker = BatchMaker(SPEC, 1, train=True)
-    steps = steps_per_epoch(len(train_rows(coco.index, True)), 3, world)
+    steps = steps_per_epoch(len(train_rows(coco.index, True)), 3, world_size)
     for epoch in range(2):
         seen: Counter[int] = Counter()
-        for rank in range(world):
-            own = [w for w in windows(coco, rank, world, epochs=2, keep_empty=True) if w.epoch == epoch]
+        for rank in range(world_size):
+            own = [w for w in windows(coco, rank, world_size, epochs=2, keep_empty=True) if w.epoch == epoch]
             batches = list(local_stream(coco, own, maker))
             assert [batch.step for batch in batches] == list(range(epoch * steps, (epoch + 1) * steps))
             seen.update(id_ for batch in batches if not batch.idle for id_ in batch.image_ids.tolist())
@@ -147,9 +147,9 @@ def test_evaluation_batches(coco: ShardSet) -> None:
 
 
 def test_an_idle_rank_gets_a_blank_batch(coco: ShardSet) -> None:
-    world = 40
+    world_size = 40
     maker = BatchMaker(SPEC, 1, train=True)
-    (batch,) = local_stream(coco, windows(coco, rank=0, world_size=world), maker)
+    (batch,) = local_stream(coco, windows(coco, rank=0, world_size=world_size), maker)
     assert batch.idle and batch.image_ids.tolist() == [-1] and not batch.images.any()
     assert batch.images.shape == (1, 3, 48, 48) and batch.labels.tolist() == [[-1]]
     assert batch.to("cpu").idle

@@ -1,4 +1,4 @@
-"""Every fault of a COCO JSON is found, all at once, with file, record and mend."""
+"""Every fault of a COCO JSON is reported, all at once, with file, record and remedy."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_area_and_crowd_may_be_left_out(tmp_path: Path) -> None:
 
 
 def test_ids_may_be_written_as_floats(tmp_path: Path) -> None:
-    """As pandas does with a column that had a gap."""
+    """Pandas writes them so for a column that had a gap."""
     files = make_coco(tmp_path)
     expected = read_coco(files.json)
     for records in (files.data["images"], files.data["annotations"], files.data["categories"]):
@@ -230,7 +230,7 @@ def test_keys_whose_meaning_is_lost_are_told_once_with_their_count(tmp_path: Pat
 
 
 def test_a_category_above_others_that_no_annotation_uses_is_no_class(tmp_path: Path) -> None:
-    """Roboflow's first category is the project's name; if a class has that name too, it is not a duplicate."""
+    """Roboflow's first category is the project's name; a class that has the same name is not a duplicate."""
     files = make_coco(tmp_path)
     expected = read_coco(files.json)
     for category in files.data["categories"]:
@@ -252,7 +252,7 @@ def test_a_category_that_marks_what_to_ignore_is_told(tmp_path: Path) -> None:
 
 
 def _rewritten(files: CocoFiles, form: Any, fractions: bool = False) -> CocoFiles:
-    """Boxes as ``form`` (4, 4) @ [x, y, width, height], if asked for in fractions of the image's size."""
+    """Write boxes as ``form`` (4, 4) @ [x, y, width, height], with ``fractions`` in units of the image's size."""
     images = {image["id"]: image for image in files.data["images"]}
     for annotation in files.data["annotations"]:
         image = images[annotation["image_id"]]
@@ -298,7 +298,7 @@ def test_a_few_bad_boxes_are_not_another_form(tmp_path: Path) -> None:
 
 
 def test_sound_splits_are_not_taken_for_another_form() -> None:
-    """Of any number, sizes and places of boxes, and with a few that are drawn over the border."""
+    """This holds for any number, size and place of boxes, and if a few reach over the border."""
     random = np.random.default_rng(0)
     for _ in range(300):
         sizes = random.integers(60, 2000, (int(random.integers(1, 150)), 2)).astype(float)
@@ -318,7 +318,7 @@ def test_boxes_that_reach_over_a_part_of_every_image_are_told(tmp_path: Path) ->
 
 
 def test_images_that_share_a_file_are_told(tmp_path: Path) -> None:
-    """As where two exports of the same photos were joined: each image lacks the other's boxes."""
+    """This happens when two exports of the same photos are joined: each image lacks the other's boxes."""
     files = make_coco(tmp_path)
     for image in files.data["images"][3:6]:
         image["file_name"] = files.data["images"][0]["file_name"]

@@ -1,4 +1,4 @@
-"""The order: every image exactly once an epoch, for any sizes, any number of workers, from any step."""
+"""The order of an epoch has every image exactly once, for any sizes and number of workers, from any step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def make_index(images: int, shard: int, group: int, seed: int = 0, empty: float 
     )
 
 
-def plan(index: ShardIndex, rows: np.ndarray, world: int, **options: int) -> list[list[Window]]:
-    return [list(train_windows(index, rows, rank=rank, world_size=world, **options)) for rank in range(world)]  # type: ignore[arg-type]
+def plan(index: ShardIndex, rows: np.ndarray, world_size: int, **options: int) -> list[list[Window]]:
+    return [list(train_windows(index, rows, rank=rank, world_size=world_size, **options)) for rank in range(world_size)]  # type: ignore[arg-type]
 
 
 SIZES = {
     "images": st.integers(1, 90),
     "shard": st.integers(1, 40),
     "group": st.integers(1, 9),
-    "world": st.integers(1, 7),
+    "world_size": st.integers(1, 7),
     "batch_size": st.integers(1, 9),
     "window": st.integers(1, 40),
     "accumulate": st.integers(1, 4),
@@ -49,14 +49,22 @@ SIZES = {
 @settings(max_examples=200, deadline=None)
 @given(**SIZES, keep_empty=st.booleans())
 def test_every_image_once_an_epoch_and_ranks_in_step(
-    images: int, shard: int, group: int, world: int, batch_size: int, window: int, accumulate: int, seed: int, keep_empty: bool
+    images: int,
+    shard: int,
+    group: int,
+    world_size: int,
+    batch_size: int,
+    window: int,
+    accumulate: int,
+    seed: int,
+    keep_empty: bool,
 ) -> None:
     index = make_index(images, shard, group, seed)
     rows = train_rows(index, keep_empty)
     if not len(rows):
         return
-    ranks = plan(index, rows, world, seed=seed, batch_size=batch_size, window=window, epochs=2, accumulate=accumulate)
-    steps = steps_per_epoch(len(rows), batch_size, world, accumulate)
+    ranks = plan(index, rows, world_size, seed=seed, batch_size=batch_size, window=window, epochs=2, accumulate=accumulate)
+    steps = steps_per_epoch(len(rows), batch_size, world_size, accumulate)
     assert steps % accumulate == 0
     for epoch in range(2):
         seen: Counter[int] = Counter()
@@ -74,13 +82,13 @@ def test_every_image_once_an_epoch_and_ranks_in_step(
 @settings(max_examples=100, deadline=None)
 @given(**SIZES, share=st.floats(0, 1.1))
 def test_resuming_at_any_step_continues_the_same_order(
-    images: int, shard: int, group: int, world: int, batch_size: int, window: int, accumulate: int, seed: int, share: float
+    images: int, shard: int, group: int, world_size: int, batch_size: int, window: int, accumulate: int, seed: int, share: float
 ) -> None:
     index = make_index(images, shard, group, seed, empty=0)
     rows = train_rows(index, False)
     options = {"seed": seed, "batch_size": batch_size, "window": window, "epochs": 3, "accumulate": accumulate}
-    start = int(share * 3 * steps_per_epoch(images, batch_size, world, accumulate))
-    whole, rest = plan(index, rows, world, **options), plan(index, rows, world, **options, start_step=start)
+    start = int(share * 3 * steps_per_epoch(images, batch_size, world_size, accumulate))
+    whole, rest = plan(index, rows, world_size, **options), plan(index, rows, world_size, **options, start_step=start)
     for all_windows, later in zip(whole, rest, strict=True):
         expected = [(w.epoch, b) for w in all_windows for b in w.batches if b.step >= start]
         assert [(w.epoch, b) for w in later for b in w.batches] == expected
@@ -93,7 +101,7 @@ def test_fewer_processes_play_the_same_steps(
     images: int,
     shard: int,
     group: int,
-    world: int,
+    world_size: int,
     batch_size: int,
     window: int,
     accumulate: int,
@@ -101,28 +109,31 @@ def test_fewer_processes_play_the_same_steps(
     processes: int,
     share: float,
 ) -> None:
-    """From any step on: each step has the same batches whoever plays them, so no image is lost or seen twice."""
-    processes = min(processes, world)
+    """From any step on, each step has the same batches however many processes there are, so no image is lost or repeated."""
+    processes = min(processes, world_size)
     index = make_index(images, shard, group, seed, empty=0)
     rows = train_rows(index, False)
     options = {"seed": seed, "batch_size": batch_size, "window": window, "epochs": 2, "accumulate": accumulate}
-    start = int(share * 2 * steps_per_epoch(images, batch_size, world, accumulate))
-    ranks = plan(index, rows, world, **options, start_step=start)
+    start = int(share * 2 * steps_per_epoch(images, batch_size, world_size, accumulate))
+    ranks = plan(index, rows, world_size, **options, start_step=start)
     played = []
     for number in range(processes):
-        own = Distributed(number, processes, torch.device("cpu")).ranks_of(world)
+        own = Distributed(number, processes, torch.device("cpu")).ranks_of(world_size)
         batches = [batch for w in interleaved([ranks[rank] for rank in own]) for batch in w.batches]
         assert len(own) and [batch.step for batch in batches] == [batch.step for batch in batches[:: len(own)] for _ in own]
         played += [(batch.step, rank, batch.rows) for batch, rank in zip(batches, cycle(own))]
-    expected = [(batch.step, rank, batch.rows) for rank in range(world) for w in ranks[rank] for batch in w.batches]
+    expected = [(batch.step, rank, batch.rows) for rank in range(world_size) for w in ranks[rank] for batch in w.batches]
     assert sorted(played) == sorted(expected)
 
 
 @settings(max_examples=50, deadline=None)
 @given(images=st.integers(1, 60), world_size=st.integers(1, 5), batch_size=st.integers(1, 7), window=st.integers(1, 30))
-def test_evaluation_sees_every_image_once_in_order(images: int, world: int, batch_size: int, window: int) -> None:
+def test_evaluation_sees_every_image_once_in_order(images: int, world_size: int, batch_size: int, window: int) -> None:
     index = make_index(images, 13, 4)
-    ranks = [list(eval_windows(index, rank=r, world_size=world, batch_size=batch_size, window=window)) for r in range(world)]
+    ranks = [
+        list(eval_windows(index, rank=r, world_size=world_size, batch_size=batch_size, window=window))
+        for r in range(world_size)
+    ]
     windows = [w for rank in ranks for w in rank]
     assert np.concatenate([w.rows for w in windows]).tolist() == list(range(images)), "each window a contiguous range, in order"
     for rank in ranks:
@@ -170,8 +181,8 @@ def test_a_window_touches_few_row_groups_and_mixes_them() -> None:
     assert len(used) == len(np.unique(used)), "each row group is read once"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_idle_steps_are_rare(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_idle_steps_are_rare(world_size: int) -> None:
     index = make_index(1001, 256, 16, empty=0)
-    ranks = plan(index, train_rows(index, False), world, seed=0, batch_size=8, window=64, epochs=1)
-    assert sum(not batch.rows for windows in ranks for w in windows for batch in w.batches) <= (world > 1) * (world - 1)
+    ranks = plan(index, train_rows(index, False), world_size, seed=0, batch_size=8, window=64, epochs=1)
+    assert sum(not batch.rows for windows in ranks for w in windows for batch in w.batches) < world_size

@@ -1,4 +1,4 @@
-"""A JSON that was written for another machine, folder or file system still finds its photos, and no others."""
+"""A JSON written for another machine, folder or file system still finds its photos, and no others."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_no_file_outside_the_folder_is_packed(name: str, tmp_path: Path) -> None
 
 
 def test_a_link_in_the_folder_may_lead_out(tmp_path: Path) -> None:
-    """Whoever made the folder made the link; a JSON cannot."""
+    """The link was made by whoever made the folder; a JSON cannot make one."""
     files = make_coco(tmp_path)
     photo = tmp_path / "images" / "0.jpg"
     photo.rename(tmp_path / "elsewhere.jpg")

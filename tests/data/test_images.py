@@ -1,4 +1,4 @@
-"""Decoding: the same pixels as torchvision's decoders, and nothing that is not a whole image."""
+"""Decoding gives the pixels of torchvision's decoders, and refuses anything that is not a complete image."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def test_another_size_than_wanted() -> None:
 
 
 def test_large_images_are_a_matter_of_the_limit() -> None:
-    large = encoded(Image.new("1", (15_000, 12_000)), "PNG")  # 180 megapixels: more than Pillow reads
+    large = encoded(Image.new("1", (15_000, 12_000)), "PNG")  # 180 megapixels, more than Pillow reads
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Pillow's of a decompression bomb
+        warnings.simplefilter("error")  # Pillow's warning of a decompression bomb
         for read in (inspect, decode):
             with pytest.raises(TooLargeError, match=r"has 180\.0 megapixels \(15000 x 12000\)"):
                 read(large)

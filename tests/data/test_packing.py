@@ -1,4 +1,4 @@
-"""Prepared splits: faithful, deterministic, resumable, and never complete when something is wrong."""
+"""Prepared splits are faithful, deterministic and resumable, and never complete when something is wrong."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_name_that_no_filesystem_allows(tmp_path: Path) -> None:
 
 def test_kill_9_keeps_finished_shards_and_the_rest_is_made(tmp_path: Path) -> None:
     files = make_coco(tmp_path, images=40)
-    for image in files.data["images"]:  # large enough that the kill falls in the middle
+    for image in files.data["images"]:  # large, so that the kill falls in the middle
         image.update(width=900, height=700)
         kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image["file_name"].rsplit(".")[1]]
         (tmp_path / "images" / image["file_name"]).write_bytes(encoded(pixels(image["id"], 900, 700), kind))
@@ -194,7 +194,7 @@ def test_a_damaged_file_beside_the_shards_is_mended(tmp_path: Path, name: str) -
 
 
 def replace_photo(files: CocoFiles) -> bytes:
-    """Another photo under the same name: of the same size in pixels and in bytes."""
+    """Put another photo under the same name, of the same size in pixels and in bytes, and return it."""
     path = Path(files.images) / "0.jpg"
     other = encoded(pixels(77, 40, 30), quality=60)
     old = path.read_bytes()
@@ -209,7 +209,9 @@ def test_a_replaced_photo_is_noticed(tmp_path: Path) -> None:
     prepare_split(files.json, files.images, files.out, shard_images=4)
     before = contents(files.out)
     photo = replace_photo(files)
-    with pytest.raises(DataError, match=r"image files have changed; replace the split with --overwrite(.|\n)*  - 0.jpg: has changed"):
+    with pytest.raises(
+        DataError, match=r"image files have changed; replace the split with --overwrite(.|\n)*  - 0.jpg: has changed"
+    ):
         prepare_split(files.json, files.images, files.out, shard_images=4)
     assert contents(files.out) == before, "what is there may be needed"
     replaced = prepare_split(files.json, files.images, files.out, shard_images=4, overwrite=True)
@@ -227,7 +229,7 @@ def test_a_photo_that_is_replaced_after_an_interruption_is_packed_anew(tmp_path:
 def test_photos_that_were_only_copied_or_are_gone_change_nothing(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     first = prepare_split(files.json, files.images, files.out, shard_images=4)
-    shutil.copytree(files.images, tmp_path / "copied", copy_function=shutil.copy)  # other times of modification
+    shutil.copytree(files.images, tmp_path / "copied", copy_function=shutil.copy)  # with other modification times
     shards = {path: path.stat().st_mtime_ns for path in Path(files.out).glob("shard-*")}
     again = prepare_split(files.json, str(tmp_path / "copied"), files.out, shard_images=4)
     assert again.meta == first.meta and again.meta.photos != first.meta.photos
@@ -238,7 +240,7 @@ def test_photos_that_were_only_copied_or_are_gone_change_nothing(tmp_path: Path)
 
 
 def test_a_split_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
-    """It knows nothing of what version 2 notices."""
+    """Such a split lacks what version 2 checks."""
     files = make_coco(tmp_path)
     exif_photo(files, 0, 3)
     first = prepare_split(files.json, files.images, files.out, shard_images=4)
@@ -282,7 +284,7 @@ def test_a_finished_split_is_kept_and_another_one_is_not_overwritten_by_accident
 
 
 def test_overwriting_that_is_killed_does_not_keep_old_shards(tmp_path: Path) -> None:
-    """The images changed, the JSON did not: shards look alike but are stale."""
+    """The images changed but the JSON did not: the old shards look right but are stale."""
     files = make_coco(tmp_path)
     prepare_split(files.json, files.images, files.out, shard_images=4)
     (tmp_path / "images" / "0.jpg").write_bytes(encoded(pixels(77, 40, 30)))

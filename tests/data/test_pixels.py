@@ -1,4 +1,4 @@
-"""How a split's images become pixels: EXIF orientation, 16-bit values, the limit of size."""
+"""How a split's images become pixels: EXIF orientation, 16-bit values, the size limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def files(tmp_path: Path) -> CocoFiles:
 
 
 def shown(shards: ShardSet, number: int) -> Tensor:
-    """Pixels of image ``number`` of ``make_coco``, as training sees them."""
+    """Return the pixels of image ``number`` of ``make_coco`` as training sees them."""
     (position,) = np.flatnonzero(shards.index.image_id == 500 - 7 * number)
     row = int(shards.index.row[position])
     (sample,) = shards.read_group(int(shards.index.shard[position]), row // shards.index.row_group, [row])
@@ -43,7 +43,7 @@ def prepared(files: CocoFiles, **options: object) -> ShardSet:
 
 
 def test_sizes_of_the_upright_images_in_the_json_turn_all_images(files: CocoFiles) -> None:
-    """Turned by 90 degrees, which the size tells; by 180, mirrored, and square, where only the others tell."""
+    """Some are turned by 90 degrees, which their size shows; for half turns, mirrored and square ones only the others do."""
     wanted = {
         0: exif_photo(files, 0, 6, upright=True),
         1: exif_photo(files, 1, 8, upright=True),
@@ -74,14 +74,14 @@ def test_where_no_size_tells_the_user_is_told_what_to_do(files: CocoFiles, capsy
     stored = tensor(exif_photo(files, 3, 1))
     upright = tensor(exif_photo(files, 3, 3))
     assert main([files.json, files.images, "--out", files.out]) == 0
-    told = capsys.readouterr().err
-    assert told.strip() == (
+    message = capsys.readouterr().err
+    assert message.strip() == (
         "warning: EXIF orientation: 1 image is used as stored, the orientation is ignored (the JSON does not tell; "
         "if the boxes were drawn on the upright images, prepare with --exif apply)"
     )
     assert torch.equal(shown(ShardSet.open(files.out), 3), stored)
     assert main([files.json, files.images, "--out", files.out]) == 0
-    assert capsys.readouterr().err.strip() == told.strip(), "again"
+    assert capsys.readouterr().err.strip() == message.strip(), "again"
     with pytest.raises(DataError, match="other options"):
         prepared(files, exif="apply")
     assert main([files.json, files.images, "--out", files.out, "--exif", "apply", "--overwrite"]) == 0
@@ -104,7 +104,7 @@ def test_images_that_disagree_are_each_as_their_size_says(files: CocoFiles) -> N
 
 
 def test_orientation_survives_an_interruption(files: CocoFiles) -> None:
-    """The evidence may be in the shards that were finished before."""
+    """The evidence may lie in shards that were finished before the interruption."""
     exif_photo(files, 0, 6, upright=True)
     exif_photo(files, 3, 3)
     whole = prepared(files, shard_images=1)
@@ -123,7 +123,7 @@ def test_options_that_contradict_the_json(files: CocoFiles) -> None:
 
 
 def dark(files: CocoFiles, low: int, high: int) -> np.ndarray:
-    """Make image 1 a 16-bit PNG with values in this range, and return them."""
+    """Make image 1 a 16-bit PNG with values in this range, and return the values."""
     record = files.data["images"][1]
     values = np.linspace(low, high, record["width"] * record["height"]).astype(np.uint16)
     values = values.reshape(record["height"], record["width"], 1)
@@ -179,9 +179,9 @@ def test_too_large_images_are_not_called_damaged(files: CocoFiles, capsys: pytes
     (Path(files.images) / "0.jpg").write_bytes(encoded(Image.new("1", (15_000, 12_000)), "PNG"))
     with pytest.raises(SystemExit):
         main([files.json, files.images, "--out", files.out])
-    told = capsys.readouterr().err
-    assert "0.jpg (image 500), has 180.0 megapixels (15000 x 12000), more than the 179.0 that are allowed: " in told
-    assert photos.TOO_LARGE in told and "damaged" not in told
+    message = capsys.readouterr().err
+    assert "0.jpg (image 500), has 180.0 megapixels (15000 x 12000), more than the 179.0 that are allowed: " in message
+    assert photos.TOO_LARGE in message and "damaged" not in message
 
 
 def test_the_limit_of_size_is_a_switch(files: CocoFiles) -> None:

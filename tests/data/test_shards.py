@@ -1,4 +1,4 @@
-"""Opening prepared splits that are not what they should be, and comparing class lists."""
+"""Opening prepared splits that are damaged or inconsistent, and comparing class lists."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_meta_that_json_readers_stumble_over(out: Path, content: str) -> None:
 
 
 def rewrite(file: Path, column: str, change: Callable[[list[Any]], Any]) -> None:
-    """Write a Parquet file again, with a value of the first row that has any changed; meta.json gets its size."""
+    """Rewrite a Parquet file with a change to the first row that has any value, and put its new size into meta.json."""
     table = pq.read_table(file)
     values = table[column].to_pylist()
     first = next(row for row, boxes in enumerate(table["boxes"].to_pylist()) if boxes)
@@ -125,7 +125,7 @@ def read_all(shards: ShardSet, shard: int) -> None:
     ],
 )
 def test_rows_that_do_not_fit(out: Path, column: str, change: Callable[[Any], Any], words: str) -> None:
-    """A shard that somebody wrote again has sound checksums."""
+    """The checksums are right, because somebody rewrote the shard."""
     rewrite(out / "shard-00001.parquet", column, change)
     with pytest.raises(DataError, match=rf"shard-00001.parquet: cannot be read \(.*{words}.*; copy or prepare it again"):
         read_all(ShardSet.open(str(out)), 1)
@@ -226,7 +226,7 @@ def test_shard_damaged_without_changing_its_size(out: Path) -> None:
 
 
 def test_a_few_damaged_bytes_of_an_image_are_found(out: Path) -> None:
-    """A JPEG decoder would make an image of them."""
+    """A JPEG decoder would still return an image."""
     shards = ShardSet.open(str(out))
     (sample,) = shards.read_group(0, 0, [0])
     path = out / "shard-00000.parquet"
@@ -250,7 +250,7 @@ def test_errors_survive_pickling() -> None:
 
 
 def test_a_json_or_a_folder_of_photos_is_no_prepared_split_and_stays_as_it_is(tmp_path: Path) -> None:
-    """What to do is said so that nothing of the user's is in its way."""
+    """The message tells what to do without touching the user's own files."""
     files = make_coco(tmp_path)
     with pytest.raises(DataError) as caught:
         ShardSet.open(files.json)

@@ -1,4 +1,4 @@
-"""The drawn data set: deterministic, sound, and what its docstring says."""
+"""The drawn data set is deterministic and sound, and has what its docstring promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views: a function of (image id, view number, seed), boxes that stay on their pixels."""
+"""A view is a function of (image id, view number, seed), and its boxes stay on their pixels."""
 
 from __future__ import annotations
 

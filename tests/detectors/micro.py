@@ -1,4 +1,4 @@
-"""Detectors small enough that a test builds and steps them in milliseconds, and one drawn batch for them."""
+"""Detectors small enough to be built and stepped in milliseconds, and one drawn batch for them."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ SPECS: dict[str, Any] = {
     "faster_rcnn": faster_rcnn_spec,
     "cascade_rcnn": cascade_spec,
 }
-"""A micro spec of every kind."""
+"""A micro spec of every kind of detector."""
 
 
 def batch() -> dict[str, Tensor]:
-    """Three images in one 64 x 96 batch: a full-size one, a smaller one, and one without objects."""
+    """Return three images in one 64 x 96 batch: a full-size one, a smaller one, and one without objects."""
     generator = torch.Generator().manual_seed(7)
     return {
         "images": torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8, generator=generator),
@@ -87,19 +87,19 @@ def batch() -> dict[str, Tensor]:
 
 
 def truth_of(data: dict[str, Tensor]) -> GroundTruth:
-    """The ground truth of a drawn batch."""
+    """Return the ground truth of a drawn batch."""
     return GroundTruth.of(data["boxes"], data["labels"], data["sizes"])
 
 
 def whole(data: dict[str, Tensor]) -> Batch:
-    """A drawn batch as the stream would hand it out."""
+    """Return a drawn batch as the stream would deliver it."""
     count = len(data["sizes"])
     ids, views = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     return Batch(**data, image_ids=ids, original_sizes=data["sizes"], views=views, step=0)
 
 
 def liven(module: torch.nn.Module, seed: int = 0) -> None:
-    """Give the last layers weights so large that scores differ between cells and some pass the threshold."""
+    """Enlarge the weights of the last layers, so that scores differ between cells and some pass the threshold."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

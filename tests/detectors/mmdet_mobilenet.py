@@ -1,4 +1,4 @@
-"""mmdet's MobileNetV2 in plain PyTorch under mmdet's own parameter names: a second opinion on ours."""
+"""mmdet's MobileNetV2 in plain PyTorch, under mmdet's parameter names, as a reference for ours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Outputs of layer2, layer3, layer5 and conv2, at strides 4, 8, 16, 32."""
+    """The network, whose outputs are those of layer2, layer3, layer5 and conv2, at strides 4, 8, 16, 32."""
 
     def __init__(self, stem: int, channels: Sequence[int], head: int) -> None:
         super().__init__()

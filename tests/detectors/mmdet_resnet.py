@@ -1,4 +1,4 @@
-"""mmdet's ResNet and FPN as plain functions of a state dict under mmdet's names: a second opinion on ours."""
+"""mmdet's ResNet and FPN as plain functions of a state dict under mmdet's names, as a reference for ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bottleneck(state: State, name: str, x: Tensor, stride: int, style: str) -> T
 
 
 def resnet(state: State, x: Tensor, style: str) -> list[Tensor]:
-    """C2 to C5 of the network's own input ``x`` (B, 3, H, W)."""
+    """Return C2 to C5 of the network input ``x`` (B, 3, H, W), which is normalised already."""
     x = conv_bn(state, "backbone.conv1", "backbone.bn1", x, 2, padding=3).relu()
     x, maps = F.max_pool2d(x, 3, stride=2, padding=1), []
     for stage in (1, 2, 3, 4):
@@ -41,7 +41,7 @@ def resnet(state: State, x: Tensor, style: str) -> list[Tensor]:
 
 
 def fpn_on_output(state: State, maps: list[Tensor]) -> list[Tensor]:
-    """P3 to P7 of C3 to C5, P6 on P5 and a ReLU before P7 (``add_extra_convs='on_output', relu_before_extra_convs=True``)."""
+    """Return P3 to P7 of C3 to C5 as with ``add_extra_convs='on_output', relu_before_extra_convs=True``."""
 
     def conv(name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
         return F.conv2d(x, state[f"neck.{name}.conv.weight"], state[f"neck.{name}.conv.bias"], stride, padding)

@@ -48,7 +48,7 @@ def test_rounding_gives_torchvisions_anchors(retina: bool) -> None:
         sizes = tuple((b,) for b in bases)
         ours = Anchors(AnchorSpec(base_scale=8, octave_scales=1, rounding=True), (4, 8, 16, 32, 64))
     theirs = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-    # 96 x 160 pixels: the coarse levels do not divide the image, where torchvision's strides depart from the nominal ones.
+    # At 96 x 160 pixels the coarse levels do not divide the image, and torchvision's strides differ from the nominal ones.
     stride = ours.strides[0]
     shapes = [(96 // stride, 160 // stride)]
     while len(shapes) < 5:

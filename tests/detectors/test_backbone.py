@@ -62,7 +62,7 @@ def test_frozen_stages_are_exactly_what_the_tap_depends_on(name: str, stages: in
         return
     assert [t.requires_grad for t in taps] == [i >= stages for i in range(4)]
     frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
-    # A twin without freezing tells which parameters the last frozen tap depends on.
+    # A copy without freezing tells which parameters the last frozen tap depends on.
     twin = backbone(name)
     if stages:
         twin(torch.randn(1, 3, 64, 64))[stages - 1].sum().backward()
@@ -172,7 +172,7 @@ def test_stride_in_the_first_1x1_conv() -> None:
     plain, caffe = (backbone("resnet50", kwargs=NARROW, frozen_stages=2, stride_in_1x1=value).eval() for value in (False, True))
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)  # timm's zeros at the blocks' ends would hide what is inside
+            nn.init.ones_(module.weight)  # timm's zeros at the ends of blocks would hide what happens inside
     caffe.load_state_dict(plain.state_dict())  # the same tensors fit both
     strides = {name: m.stride[0] for name, m in caffe.body.named_modules() if isinstance(m, nn.Conv2d)}
     moved = {f"layer{stage}.0.{conv}" for stage in (2, 3, 4) for conv in ("conv1", "downsample.0")}

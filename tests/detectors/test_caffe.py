@@ -1,4 +1,4 @@
-"""mmdet's caffe-style files: stride in the 1x1 convs, input in BGR; features against a computation of their own."""
+"""mmdet's Caffe-style files (stride in the 1x1 convs, BGR input) give the features of an independent computation."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ SPEC = {
     "head": {"convs": 1, "channels": 32},
 }
 CAFFE, DETECTRON2 = [102.9801, 115.9465, 122.7717], [103.53, 116.28, 123.675]
-"""BGR means of mmdet's two families of caffe-style files."""
+"""BGR means of mmdet's two families of Caffe-style files."""
 
 MODEL = """
     type='FCOS',
@@ -39,7 +39,7 @@ MODEL = """
 
 
 def config_2x(mean: list[float], std: list[float], is_rgb: bool, style: str = "caffe") -> dict[str, Any]:
-    """The meta of a 2.x file: pipelines spelled out, as mmcv's ``pretty_text`` has them."""
+    """Return the meta of a 2.x file, with pipelines written out as mmcv's ``pretty_text`` does."""
     norm = f"mean={mean}, std={std}, to_rgb={is_rgb}"
     test = f"[dict(type='LoadImageFromFile'), dict(type='MultiScaleFlipAug', transforms=[dict(type='Normalize', {norm})])]"
     data = f"data = dict(samples_per_gpu=2, test=dict(type='CocoDataset', pipeline={test}))"
@@ -50,7 +50,7 @@ def config_2x(mean: list[float], std: list[float], is_rgb: bool, style: str = "c
 
 
 def config_3x(mean: list[float], std: list[float], is_rgb: bool, style: str = "caffe") -> dict[str, Any]:
-    """The meta of a 3.x file."""
+    """Return the meta of a 3.x file."""
     pixels = f"type='DetDataPreprocessor', mean={mean}, std={std}, bgr_to_rgb={is_rgb}, pad_size_divisor=32"
     text = f"model = dict(data_preprocessor=dict(batch_augments=[dict(type='B')], {pixels}), {MODEL.format(style=style)})\n"
     return {"dataset_meta": {"classes": CLASSES}, "cfg": f"{text}test_cfg = dict(type='TestLoop')\n"}
@@ -58,7 +58,7 @@ def config_3x(mean: list[float], std: list[float], is_rgb: bool, style: str = "c
 
 @torch.no_grad()
 def drawn() -> dict[str, Tensor]:
-    """A small FCOS with bottlenecks under mmdet's names, with random values that keep its maps in sight."""
+    """Return a small FCOS with bottlenecks under mmdet's names, with random values that keep its features in a sane range."""
     torch.manual_seed(0)
     detector = FCOS(FCOSSpec.model_validate(SPEC), len(CLASSES))
     for module in detector.modules():
@@ -73,7 +73,7 @@ def drawn() -> dict[str, Tensor]:
 
 
 def photo() -> Tensor:
-    """(2, 3, 70, 102) uint8 RGB; no side is a multiple of 4."""
+    """Return (2, 3, 70, 102) uint8 RGB; no side is a multiple of 4."""
     return torch.randint(0, 256, (2, 3, 70, 102), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -96,7 +96,7 @@ SIZES = torch.tensor([[70, 102]] * 2)
 def test_features_equal_mmdets(style: str, version: Any, mean: list[float], std: list[float], is_rgb: bool) -> None:
     state, image = drawn(), photo()
     detector = load_mmdet(state, version(mean, std, is_rgb, style)).detector.eval()
-    # As mmdet does it: images are read as BGR and turned around where the config wants it; mean and std are in that order.
+    # mmdet reads images as BGR and reverses the channels if the config says so; mean and std are in that order.
     theirs = image if is_rgb else image[:, [2, 1, 0]]
     x = (theirs.float() - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     wanted = resnet(state, x, style)

@@ -1,4 +1,4 @@
-"""The cascade against plain loops in float64 that know nothing of it but the paper: refine, match, weigh, average."""
+"""The cascade agrees with plain loops in float64 written from the paper alone: refine, match, weigh, average."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ Box = list[float]
 
 
 def cascade(**keys: Any) -> CascadeHead:
-    """A head that moves boxes by a good part of their sides and has a favourite class a RoI."""
+    """Return a head that moves boxes by a good part of their sides and has a clear favourite class for each RoI."""
     torch.manual_seed(1)
     head = CascadeHead(CascadeHeadSpec.model_validate({"fc_channels": 12, "pool": 3, **keys}), 4, CLASSES, STRIDES)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def cascade(**keys: Any) -> CascadeHead:
 
 
 def drawn() -> tuple[list[Tensor], GroundTruth, Proposals]:
-    """Pyramid of two images, the second with one object of three, and proposals around objects and elsewhere."""
+    """Return the pyramid of two images, the second with one object of three, and proposals around objects and elsewhere."""
     torch.manual_seed(0)
     features = [torch.randn(2, 4, 256 // s, 256 // s) for s in STRIDES]
     corner = torch.rand(2, 3, 2) * 100
@@ -65,7 +65,7 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def shifted(box: Box, deltas: Box, stds: tuple[float, ...], size: Box) -> Box:
-    """``box`` moved by ``deltas`` and cut to an image of ``size`` (h, w)."""
+    """Return ``box`` moved by ``deltas`` and clipped to an image of ``size`` (h, w)."""
     w, h = box[2] - box[0], box[3] - box[1]
     dx, dy, dw, dh = (delta * std for delta, std in zip(deltas, stds, strict=True))
     x, y = box[0] + w / 2 + dx * w, box[1] + h / 2 + dy * h
@@ -81,7 +81,7 @@ def wanted_deltas(box: Box, target: Box, stds: tuple[float, ...]) -> Box:
 
 
 def next_rois(output: StageOutput, stage: int, agnostic: bool, truth: GroundTruth) -> list[dict[str, Any]]:
-    """What the stage after ``stage`` must see if all are sampled: row by row, image by image."""
+    """Return what the stage after ``stage`` must see if all are sampled, row by row and image by image."""
     rois, rows = output.rois, []
     for i in range(2):
         objects = [
@@ -172,7 +172,7 @@ def test_detections_by_hand(agnostic: bool, average: str) -> None:
     start = proposals.boxes[image, row]
     found = head.detect(features, start, image, SIZES)
 
-    # Stage by stage: what each says about the boxes so far, and where its likeliest class moves them.
+    # Follow each stage: its scores for the boxes so far, and where its likeliest class moves them.
     boxes, logits = start.tolist(), []
     for stage, part in enumerate(head.stages):
         outputs = part(features, torch.tensor(boxes), image)
@@ -224,7 +224,7 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 
 
 def rois_of(boxes: Tensor, image: Tensor) -> RoIs:
-    """Background RoIs, each from a cell of its own."""
+    """Return background RoIs, each from a cell of its own."""
     count = len(boxes)
     cells = torch.arange(4 * count).reshape(count, 4)
     return RoIs(boxes, image, cells, torch.full((count,), CLASSES), boxes)
@@ -259,7 +259,7 @@ def test_rois_moved_off_the_image_have_finite_losses_and_gradients(beta: float) 
     head = cascade(box_beta=beta, sampler=ALL)
     with torch.no_grad():
         head.stages[0].box_out.weight.zero_()
-        head.stages[0].box_out.bias[0] = 1000.0  # to the right
+        head.stages[0].box_out.bias[0] = 1000.0  # moves boxes to the right
     outputs, _, _ = outputs_of(head)
     moved = outputs[1].rois.boxes[outputs[1].rois.from_proposal]
     assert (moved[:, 0] == moved[:, 2]).all()

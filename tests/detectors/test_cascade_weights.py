@@ -1,4 +1,4 @@
-"""Cascade R-CNN from mmdet: its tensors under mmdet's names, there and back, and what must be refused."""
+"""Cascade R-CNN from mmdet: its tensors survive a round trip under mmdet's names, and misfits are refused."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ CLASSES = tuple("abcde")
 
 
 def drawn(classes: int = 5, **roi: Any) -> CascadeRCNN:
-    """A small cascade with random values in every tensor."""
+    """Return a small cascade with random values in every tensor."""
     torch.manual_seed(0)
     detector = build_detector(CascadeRCNNSpec.model_validate({**SPEC, "roi": SPEC["roi"] | roi}), classes)
     assert isinstance(detector, CascadeRCNN)
@@ -34,7 +34,7 @@ def drawn(classes: int = 5, **roi: Any) -> CascadeRCNN:
 
 
 def as_mmdet(detector: CascadeRCNN) -> dict[str, Tensor]:
-    """The state dict under mmdet's names."""
+    """Return the state dict under mmdet's names."""
     state = {}
     for name, tensor in detector.state_dict().items():
         module, _, last = name.rpartition(".")

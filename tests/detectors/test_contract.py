@@ -1,4 +1,4 @@
-"""What every kind in the registry owes (``detectors/base.py``), asked of each in the same words."""
+"""Every kind in the registry keeps the contract of ``detectors/base.py``; the same tests run over all of them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_dense_head_answers_for_every_cell_and_its_taps_are_what_distillation_
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_proposal_is_the_box_of_its_cell(name: str) -> None:
-    """Level, y, x and anchor of each lead back to the very box, clipped, and to the score of the likeliest class."""
+    """Level, y, x and anchor of each proposal lead back to its clipped box and to the score of its likeliest class."""
     head, features = head_of(name)
     sizes = batch()["sizes"]
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_losses_are_scalars_on_the_detector_s_device_and_reach_every_parameter(n
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_dense_head_keeps_to_its_device(name: str) -> None:
-    """On the meta device, where a tensor that was left on the CPU would be noticed."""
+    """On the meta device a tensor left on the CPU is an error."""
     head, features = head_of(name)
     head.to("meta")
     data = {key: value.to("meta") for key, value in batch().items()}

@@ -1,4 +1,4 @@
-"""Whole detectors: pixels to losses and detections."""
+"""Whole detectors, from pixels to losses and detections."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_the_generator_decides_the_samples(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_padding_and_neighbours_do_not_change_detections(kind: str) -> None:
-    # An image alone and the same image in a batch: same detections, since padding is zero either way.
+    # Padding is zero either way, so an image alone and the same image in a batch have the same detections.
     detector, data = micro(kind).eval(), batch()
     liven(detector)
     together = detector(data["images"], data["sizes"])
@@ -146,7 +146,7 @@ def test_rpn_loss_is_normalised_by_the_samples_of_the_batch() -> None:
     with torch.no_grad():
         flat = type(outputs)([torch.zeros_like(m) for m in outputs.logits], outputs.deltas)
     found = detector.rpn.losses(flat, truth_of(data))
-    # 32 anchors an image, each costing log 2; the image without objects counts one positive more than it has.
+    # 32 anchors per image, each costing log 2; the image without objects counts one positive more than it has.
     torch.testing.assert_close(found["loss_rpn_cls"], torch.tensor(2.0).log() * 96 / 97)
 
 

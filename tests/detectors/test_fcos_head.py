@@ -25,7 +25,7 @@ BOXES = torch.tensor(
 LABELS = torch.tensor([[0, 2, 1, 1], [1, -1, -1, -1]])
 TRUTH = GroundTruth.of(BOXES, LABELS, SIZES)
 RANGES = (16.0, 32.0, 64.0, 128.0)
-"""Narrower than the paper's, so that the boxes above spread over several levels."""
+"""Regression ranges narrower than the paper's, so that the boxes above spread over several levels."""
 
 Cell = tuple[int, int, int]
 
@@ -48,12 +48,12 @@ def pyramid() -> list[Tensor]:
 
 
 def cells() -> list[Cell]:
-    """(level, y, x) in the order of the head's tables."""
+    """Return (level, y, x) in the order of the head's tables."""
     return [(level, y, x) for level, (h, w) in enumerate(SHAPES) for y in range(h) for x in range(w)]
 
 
 def box_at(outputs: FCOSOutputs, image: int, cell: Cell) -> list[float]:
-    """The box of a cell in pixels, read straight from the map."""
+    """Return the box of a cell in pixels, read straight from the map."""
     level, y, x = cell
     stride = STRIDES[level]
     left, top, right, bottom = (float(d) * stride for d in outputs.distances[level][image, :, y, x].detach().double())
@@ -62,7 +62,7 @@ def box_at(outputs: FCOSOutputs, image: int, cell: Cell) -> list[float]:
 
 
 def wanted_match(image: int, cell: Cell, radius: float | None) -> int:
-    """mmdet's rule for one point, box by box."""
+    """Apply mmdet's rule for one point, box by box."""
     level, y, x = cell
     stride = STRIDES[level]
     px, py = (x + 0.5) * stride, (y + 0.5) * stride
@@ -171,7 +171,7 @@ def test_gradients_of_the_box_loss_are_those_of_float64() -> None:
     for mine, wanted in zip(levels, precise, strict=True):
         assert mine.grad is not None
         reference = torch.zeros_like(wanted) if wanted.grad is None else wanted.grad
-        # At a distance of exactly 0 ReLU's input decides; the two agree on all others.
+        # At a distance of exactly 0, ReLU's input decides; elsewhere the two agree.
         inside = (wanted > 0).to(torch.float64)
         torch.testing.assert_close(mine.grad.double() * inside, reference * inside, rtol=1e-4, atol=1e-7)
 
@@ -267,7 +267,7 @@ def test_detections_are_the_best_pairs_after_nms_per_class(score: str) -> None:
                 q = sigmoid(float(outputs.centerness[level][image, 0, y, x]))
                 for c in range(CLASSES):
                     p = sigmoid(float(outputs.logits[level][image, c, y, x]))
-                    # mmdet 2.20: the class probability alone decides what is a candidate.
+                    # In mmdet 2.20 the class probability alone decides what is a candidate.
                     ranked, final = (p, p * q) if score == "product" else (math.sqrt(p * q), math.sqrt(p * q))
                     pairs.append((ranked, final, (lv, y, x), c))
             for ranked, final, cell, c in sorted(pairs, reverse=True)[:30]:

@@ -1,4 +1,4 @@
-"""FCOS from torchvision, with its own model's detections on random weights, and from mmdet."""
+"""FCOS from torchvision gives its own model's detections on random weights; FCOS from mmdet survives a round trip."""
 
 from typing import Any
 
@@ -25,10 +25,10 @@ SWITCHES = "center_sampling=True, norm_on_bbox=True, centerness_on_reg=True, los
 
 @torch.no_grad()
 def random_fcos(num_classes: int) -> Any:
-    """torchvision's FCOS with random weights whose detections are many, distinct and above the threshold."""
+    """Return torchvision's FCOS with random weights whose detections are many, distinct and above the threshold."""
     torch.manual_seed(0)
     model = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=num_classes)
-    model.transform.min_size, model.transform.max_size = (SHAPE[0],), SHAPE[1]  # feed the images as they are
+    model.transform.min_size, model.transform.max_size = (SHAPE[0],), SHAPE[1]  # pass the images through unresized
     x = model.transform(images())[0].tensors
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -45,7 +45,7 @@ def random_fcos(num_classes: int) -> Any:
     spread(box_head.bbox_ctrness, box_head.conv(finest), 1.0)
     box_head.bbox_reg.bias.add_(2.0)
     cls_head.cls_logits.bias.sub_(3.0)
-    cls_head.cls_logits.bias[0] = -30.0  # background never scores: no label ever trains it
+    cls_head.cls_logits.bias[0] = -30.0  # background never scores, because no label trains it
     return model
 
 
@@ -84,7 +84,7 @@ def test_every_torchvision_key_that_does_not_match_is_listed() -> None:
 
 
 def drawn(**head: Any) -> Detector:
-    """A small FCOS with random values in every tensor."""
+    """Return a small FCOS with random values in every tensor."""
     torch.manual_seed(0)
     detector = build_detector(FCOSSpec.model_validate({**SPEC, "head": SPEC["head"] | head}), 5)
     with torch.no_grad():
@@ -93,8 +93,8 @@ def drawn(**head: Any) -> Detector:
     return detector
 
 
-def as_mmdet(detector: Detector, room: str = "bbox_head", outputs: str = "conv") -> dict[str, Tensor]:
-    """The state dict under mmdet's names."""
+def as_mmdet(detector: Detector, prefix: str = "bbox_head", outputs: str = "conv") -> dict[str, Tensor]:
+    """Return the state dict under mmdet's names."""
     parts = {"cls_tower": "cls_convs", "box_tower": "reg_convs"}
     parts |= {"cls_out": f"{outputs}_cls", "box_out": f"{outputs}_reg", "centerness_out": f"{outputs}_centerness"}
     step = 2 if detector.spec.head.norm_groups is None else 3  # type: ignore[union-attr]
@@ -107,23 +107,23 @@ def as_mmdet(detector: Detector, room: str = "bbox_head", outputs: str = "conv")
             number, last = int(rest[0]) + (3 if part == "extra" else 0), rest[1]
             key = f"neck.{'lateral' if part == 'lateral' else 'fpn'}_convs.{number}.conv.{last}"
         elif part == "scales":
-            key = f"{room}.scales.{rest[0]}.scale"
+            key = f"{prefix}.scales.{rest[0]}.scale"
         elif part in ("cls_tower", "box_tower"):
             number, place = divmod(int(rest[0]), step)
-            key = f"{room}.{parts[part]}.{number}.{('conv', 'gn')[place]}.{rest[1]}"
+            key = f"{prefix}.{parts[part]}.{number}.{('conv', 'gn')[place]}.{rest[1]}"
         else:
-            key = f"{room}.{parts[part]}.{rest[0]}"
+            key = f"{prefix}.{parts[part]}.{rest[0]}"
         state[key] = tensor
     return state
 
 
-@pytest.mark.parametrize("room", ["bbox_head", "rpn_head"])
+@pytest.mark.parametrize("prefix", ["bbox_head", "rpn_head"])
 @pytest.mark.parametrize("groups", [32, None])
-def test_mmdet_names_there_and_back(groups: int | None, room: str) -> None:
+def test_mmdet_names_there_and_back(groups: int | None, prefix: str) -> None:
     ours = drawn(norm_groups=groups)
-    config = f"model = dict({NECK}, {room}=dict({SWITCHES}))"
+    config = f"model = dict({NECK}, {prefix}=dict({SWITCHES}))"
     for outputs in ("conv", "fcos"):
-        loaded = load_mmdet(as_mmdet(ours, room, outputs), {"config": config, "CLASSES": tuple("abcde")})
+        loaded = load_mmdet(as_mmdet(ours, prefix, outputs), {"config": config, "CLASSES": tuple("abcde")})
         assert (loaded.source, loaded.classes) == ("mmdet", tuple("abcde"))
         assert isinstance(loaded.detector, FCOS)
         assert loaded.detector.spec.head == ours.spec.head  # type: ignore[union-attr]

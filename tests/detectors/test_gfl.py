@@ -1,4 +1,4 @@
-"""GFL against the papers' formulas (GFL: Li et al. 2020; ATSS: Zhang et al. 2020), written out with loops in float64."""
+"""GFL agrees with the papers' formulas (GFL: Li et al. 2020; ATSS: Zhang et al. 2020), written with loops in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES, REG_MAX, TOPK, BASE = 3, 6, 4, 4.0
 SHAPES, STRIDES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)], (8, 16, 32, 64, 128)
 SIZES = torch.tensor([[64, 96], [30, 60]])
 EXTENTS = ((64, 96), (32, 64))
-"""How far anchors count in each image: its size, rounded up to a multiple of 32."""
+"""Region of each image in which anchors count: its size, rounded up to a multiple of 32."""
 BOXES = torch.tensor(
     [
         [[4.3, 5.1, 41.7, 37.2], [50.9, 11.3, 89.6, 60.2], [6.7, 8.9, 34.1, 30.5]],
@@ -56,7 +56,7 @@ CELLS = [(level, y, x) for level, (h, w) in enumerate(SHAPES) for y in range(h) 
 
 
 def overlap(a: Box, b: Box) -> tuple[float, float, float]:
-    """Intersection, union, smallest enclosing box: areas."""
+    """Return the areas of intersection, union and smallest enclosing box."""
     inside = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
     hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
@@ -64,7 +64,7 @@ def overlap(a: Box, b: Box) -> tuple[float, float, float]:
 
 
 def matched_by_hand(image: int) -> list[int]:
-    """ATSS, box by box and anchor by anchor."""
+    """Match by ATSS, box by box and anchor by anchor."""
     points = [(x * STRIDES[level], y * STRIDES[level]) for level, y, x in CELLS]
     anchors = []
     for (level, _, _), (px, py) in zip(CELLS, points, strict=True):
@@ -99,7 +99,7 @@ def test_anchors_are_assigned_as_atss_does() -> None:
 
 
 def box_by_hand(outputs: GFLOutputs, image: int, cell: tuple[int, int, int]) -> tuple[Box, list[list[float]]]:
-    """A cell's box in pixels, the mean of its four distributions, and these."""
+    """Return a cell's box in pixels, which is the mean of its four distributions, and the distributions."""
     level, y, x = cell
     distributions = []
     for side in range(4):
@@ -174,20 +174,20 @@ def test_detections_are_the_distributions_means_scored_by_quality() -> None:
 
 
 def mmdet_state(detector: GFL) -> dict[str, Tensor]:
-    """The tensors of ``detector``, whose backbone is a ResNet-18, as mmdet's gfl_r50_fpn names them."""
+    """Return the tensors of ``detector``, whose backbone is a ResNet-18, under the names of mmdet's gfl_r50_fpn."""
     state: dict[str, Tensor] = {"bbox_head.integral.project": torch.linspace(0, 16, 17)}
     for name, tensor in detector.state_dict().items():
-        room, _, rest = name.partition(".")
+        part, _, rest = name.partition(".")
         parts = rest.split(".")
-        if room == "backbone":
+        if part == "backbone":
             rest = rest.removeprefix("body.")
             state[f"backbone.{rest}"] = tensor
-        elif room == "neck":
+        elif part == "neck":
             number = int(parts[1]) + (3 if parts[0] == "extra" else 0)
             state[f"neck.{'lateral' if parts[0] == 'lateral' else 'fpn'}_convs.{number}.conv.{parts[2]}"] = tensor
         elif parts[0] in ("cls_tower", "box_tower"):
             place, kind = divmod(int(parts[1]), 3)
-            if (kind, parts[2]) != (0, "bias"):  # mmdet's convs before a norm have none
+            if (kind, parts[2]) != (0, "bias"):  # mmdet's convs before a norm have no bias
                 layer = ("conv", "gn")[kind]
                 state[f"bbox_head.{'cls' if parts[0] == 'cls_tower' else 'reg'}_convs.{place}.{layer}.{parts[2]}"] = tensor
         elif parts[0] == "scales":

@@ -12,7 +12,7 @@ from headkd_ray.detectors.ops.losses import (
 
 
 def focal_by_definition(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
-    """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t), entry by entry with one-hot targets, in float64."""
+    """Compute FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t) entry by entry with one-hot targets, in float64."""
     probability = logits.double().sigmoid()
     target = torch.zeros_like(probability)
     for row in (labels >= 0).nonzero().tolist():

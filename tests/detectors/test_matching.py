@@ -7,11 +7,11 @@ from headkd_ray.detectors.ops.boxes import pairwise_iou
 from headkd_ray.detectors.ops.matching import IGNORED, NEGATIVE, gather_rows, match
 
 SIZES = torch.tensor([[64, 96], [64, 96]])
-"""Matching does not read them."""
+"""Image sizes, which matching does not read."""
 
 
 def one_by_one(iou: torch.Tensor, positive: float, negative: float, low_quality: float | None, valid: list[bool]) -> list[int]:
-    """The assigner's rules, a box and a ground-truth box at a time; ``iou`` (N, G), G may be 0."""
+    """Apply the assigner's rules to one box and one ground-truth box at a time; ``iou`` is (N, G), and G may be 0."""
     boxes, truths = iou.shape
     result = [IGNORED] * boxes
     for n in range(boxes):

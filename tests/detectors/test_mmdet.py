@@ -1,4 +1,4 @@
-"""mmdet files as they are in the wild: 2.x, 3.x with logging objects inside, HEAD's own; and what must be refused."""
+"""Real-world mmdet files load: 2.x, 3.x with logging objects inside, HEAD's own; misfits are refused."""
 
 import argparse
 import pickle
@@ -24,14 +24,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "official_head_r18.npz"
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
-def golden_state(who: str) -> dict[str, Tensor]:
-    """A state dict that the official code wrote."""
+def golden_state(model: str) -> dict[str, Tensor]:
+    """Return a state dict that the official code wrote."""
     with np.load(GOLDEN) as file:
-        return {key.removeprefix(f"{who}/"): torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{who}/")}
+        return {key.removeprefix(f"{model}/"): torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{model}/")}
 
 
 def plain_retinanet() -> dict[str, Tensor]:
-    """The golden student as plain mmdet names it: the head is ``bbox_head``, and there is no assistant."""
+    """Return the golden student as plain mmdet names it: the head is ``bbox_head``, and there is no assistant."""
     state = golden_state("student")
     kept = {key: value for key, value in state.items() if not key.startswith(("roi_head.", "_distiller."))}
     return {key.replace("rpn_head.", "bbox_head."): value for key, value in kept.items()}
@@ -88,7 +88,7 @@ def test_a_full_size_r50_is_recognised_without_kwargs() -> None:
 
 
 def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
-    """mmengine's class as its pickles show it: numpy arrays, and its own methods, which pickle writes as ``getattr``."""
+    """Install a class like mmengine's in its pickles: numpy arrays, and its own methods, which pickle writes as ``getattr``."""
     module = types.ModuleType("mmengine.logging.history_buffer")
 
     class HistoryBuffer:
@@ -184,21 +184,21 @@ def test_which_of_several_models_is_meant_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"epoch": 3, "args": {}}, "holds no tensors; its keys are epoch, args"),
         ({"run": {"nets": [{"weight": torch.zeros(2)}]}}, r"holds no state dict; its tensors are under run\.nets\.0\.weight"),
         ({"model": {"conv.weight": np.zeros(2)}}, r"holds NumPy arrays \(model\.conv\.weight, \.\.\.\), not tensors"),
     ],
 )
-def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer .* run git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", r"a web page \(HTML\), .*; download the file itself"),
@@ -209,9 +209,9 @@ def test_no_tensors_is_said_where_it_is_true(content: dict[str, Any], told: str,
     ],
 )
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-def test_what_a_download_put_in_the_files_place(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+def test_what_a_download_put_in_the_files_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}: not a readable weight file: (it is )?{told}") as caught:
+    with pytest.raises(CheckpointError, match=rf"{name}: not a readable weight file: (it is )?{message}") as caught:
         load_checkpoint(tmp_path / name)
     assert "could run code" not in str(caught.value)
 
@@ -255,7 +255,7 @@ def test_a_training_state_is_not_the_student(tmp_path: Path) -> None:
 
 
 class Evil:
-    """A file that would run code on unpickling."""
+    """An object that would run code when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("/nonexistent-folder/ran"),))

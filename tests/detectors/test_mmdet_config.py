@@ -1,4 +1,4 @@
-"""Reading mmdet's training configs: their text without running it, and what of it matters."""
+"""mmdet's training configs are read as text, without running them, for what matters here."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ import os
 
 
 def test_windows_paths_are_no_escapes() -> None:
-    # mmcv writes strings without escaping: \\U is a mistake in Python, \\d a warning.
+    # mmcv writes strings without escaping: \\U is an error in Python, \\d a warning.
     values = read_config("model = dict(type='FCOS')\nwork_dir = 'C:\\Users\\data'\n")
     assert values == {"model": {"type": "FCOS"}, "work_dir": "C:\\Users\\data"}
 
@@ -69,7 +69,7 @@ NORM, OTHER = "mean=[1, 2, 3], std=[4, 5, 6]", "mean=[7, 7, 7], std=[7, 7, 7]"
         (f"model = dict(data_preprocessor=dict({NORM}))\ntest_pipeline = [dict(type='Normalize', {OTHER})]", True),
         (f"model = dict(a=1)\nimg_norm_cfg = dict({NORM})", False),
         (f"model = dict(a=1)\nimg_norm_cfg = dict({NORM}, to_rgb=False)", True),
-        # What the test pipeline does counts, not a variable that it may have come from.
+        # The test pipeline decides, not a variable that its values may have come from.
         (f"model = dict(a=1)\ntest_pipeline = [dict(type='Normalize', {NORM})]\nimg_norm_cfg = dict({OTHER})", False),
         (
             f"model = dict(a=1)\nimg_norm_cfg = dict({NORM}, to_rgb=False)\ntest_pipeline = [dict(t=[dict(**img_norm_cfg)])]",

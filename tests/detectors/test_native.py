@@ -65,7 +65,7 @@ def test_tensors_that_do_not_fit_the_spec_are_all_listed(tmp_path: Path) -> None
 
 
 def test_changed_bytes_are_not_used(tmp_path: Path) -> None:
-    """Such as a disk or a copy that broke off and was filled up leaves behind: the tensors' shapes still fit."""
+    """This happens when a disk or a copy fails and the rest is filled up: the tensors' shapes still fit."""
     save_detector(tmp_path, build_detector(retinanet_spec(), 3), CLASSES)
     weights = tmp_path / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -74,7 +74,7 @@ def test_changed_bytes_are_not_used(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is not the file that was saved with model\.json"):
         load_detector(tmp_path)
     card = json.loads((tmp_path / "model.json").read_text())
-    del card["sha256"]  # as headkd_ray wrote it before it kept the sum
+    del card["sha256"]  # as headkd_ray wrote it before it recorded the checksum
     (tmp_path / "model.json").write_text(json.dumps(card))
     load_detector(tmp_path)
 
@@ -101,11 +101,11 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer"),
     "bytes": (b"\xff\xfe{", "not JSON"),
 }
-"""What is changed in model.json, or all of it, and what is said of it."""
+"""Change to model.json, or its whole replacement, and the message."""
 
 
 def merged(old: Any, new: Any) -> Any:
-    """``old`` with the values of ``new``, key by key."""
+    """Return ``old`` with the values of ``new``, key by key."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return {key: merged(old.get(key), new[key]) if key in new else old[key] for key in {**old, **new}}
@@ -113,14 +113,14 @@ def merged(old: Any, new: Any) -> Any:
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_card_is_refused_before_anything_of_its_size_is_made(case: str, tmp_path: Path) -> None:
-    change, told = HOSTILE[case]
+    change, expected = HOSTILE[case]
     save_detector(tmp_path, build_detector(retinanet_spec(), 3), CLASSES)
     card = tmp_path / "model.json"
     if isinstance(change, dict):
         change = json.dumps(merged(json.loads(card.read_text()), change))
     card.write_bytes(change if isinstance(change, bytes) else change.encode())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match=told) as caught:
+    with pytest.raises(CheckpointError, match=expected) as caught:
         load_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024, "KiB; the network of 'wide' takes GiB"

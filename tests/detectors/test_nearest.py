@@ -1,4 +1,4 @@
-"""Which anchor or point would have proposed a box: the closed form beside a search of the whole pyramid."""
+"""The closed form for the anchor or point that would have proposed a box agrees with a search of the whole pyramid."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ANCHORS = {
     "lopsided": Anchors(AnchorSpec(octave_scales=2, ratios=(0.3, 0.8)), STRIDES, offset=0.25),
 }
 SIDES = {"320x480": (320, 480), "416x544": (416, 544)}
-"""Height and width, pixels. The coarse levels of the second do not divide it, where torchvision's strides are not the nominal
-ones."""
+"""Height and width in pixels. The coarse levels of the second do not divide it, so torchvision's strides differ from the
+nominal."""
 
 
 def shapes_of(sides: tuple[int, int]) -> list[tuple[int, int]]:
@@ -37,7 +37,7 @@ def maps(sides: tuple[int, int], channels: int = 1) -> list[Tensor]:
 
 
 def drawn(sides: tuple[int, int], count: int, seed: int = 0) -> Tensor:
-    """Boxes inside the image: square roots of areas from 16 to 400 pixels and ratios from 1/3 to 3, both log-uniform."""
+    """Return boxes inside the image; square roots of areas (16 to 400 pixels) and ratios (1/3 to 3) are log-uniform."""
     generator = torch.Generator().manual_seed(seed)
     size = 16 * torch.exp(math.log(400 / 16) * torch.rand(count, generator=generator))
     ratio = torch.exp(math.log(3) * (2 * torch.rand(count, generator=generator) - 1)).sqrt()
@@ -48,7 +48,7 @@ def drawn(sides: tuple[int, int], count: int, seed: int = 0) -> Tensor:
 
 
 def row_of(anchors: Anchors, cells: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Position in ``anchors.grid`` of each of ``cells`` (N, 4), which must lie inside it."""
+    """Return the position in ``anchors.grid`` of each of ``cells`` (N, 4), which must lie inside it."""
     shapes = torch.tensor(shapes_of(sides))
     level, y, x, anchor = cells.unbind(1)
     assert ((y >= 0) & (y < shapes[level, 0]) & (x >= 0) & (x < shapes[level, 1])).all()
@@ -68,8 +68,10 @@ def test_an_anchor_is_nearest_to_itself(kind: str, sides: tuple[int, int]) -> No
 @pytest.mark.parametrize("kind", ANCHORS)
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
 def test_first_the_shape_and_then_the_cell(kind: str, sides: tuple[int, int]) -> None:
-    """The closed form's promise, exactly, with ties let go: no shape overlaps a concentric box more, and no cell of that level
-    holds a nearer anchor of that shape."""
+    """The closed form keeps its promise exactly, ties aside.
+
+    No shape overlaps a concentric box more, and no cell of that level holds a nearer anchor of that shape.
+    """
     anchors = ANCHORS[kind]
     boxes, grid = drawn(sides, 300), anchors.grid(maps(sides)).boxes
     cells = anchors.nearest(boxes, shapes_of(sides))
@@ -92,10 +94,11 @@ def test_first_the_shape_and_then_the_cell(kind: str, sides: tuple[int, int]) ->
 
 @pytest.mark.parametrize(("kind", "size"), [("retinanet", "320x480"), ("centred cells", "320x480"), ("torchvision", "416x544")])
 def test_the_anchor_of_greatest_iou(kind: str, size: str) -> None:
-    """Beside a search for the greatest IoU over all anchors and cells: measured on these boxes, 81 to 83 % of the closed form's
-    anchors attain it (most are that very anchor, the others overlap as much: a small box lies inside several), 85 to 87 % miss
-    it by less than .01, 95 % by less than .05; the mean miss is .007, the worst .16 to .19. The level holds an anchor of
-    greatest IoU for 95 to 97 %.
+    """Compare with a search for the greatest IoU over all anchors and cells.
+
+    Measured on these boxes, 81 to 83 % of the closed form's anchors attain it (most are that very anchor, the others overlap as
+    much: a small box lies inside several), 85 to 87 % miss it by less than .01, 95 % by less than .05; the mean miss is .007,
+    the worst .16 to .19. The level holds an anchor of greatest IoU for 95 to 97 %.
 
     The rest are boxes with no cell near their centre, up to half a stride away along both axes: there another shape of the same
     level (three in four) or one of a finer level (one in five) overlaps more than the shape that fits best.
@@ -115,7 +118,7 @@ def test_the_anchor_of_greatest_iou(kind: str, size: str) -> None:
 
 
 def test_boxes_that_no_image_holds_still_have_a_cell() -> None:
-    """Padding, and boxes that reach beyond every side."""
+    """This holds for padding and for boxes that reach beyond every side."""
     boxes = torch.tensor([[0.0, 0, 0, 0], [-900, -900, -800, -800], [900, 900, 1000, 1000], [-2000, -2000, 2000, 2000]])
     sides = SIDES["320x480"]
     for anchors in ANCHORS.values():
@@ -126,9 +129,9 @@ def test_boxes_that_no_image_holds_still_have_a_cell() -> None:
 
 
 def points(kind: str, sides: tuple[int, int], level: int) -> list[list[float]]:
-    """y of the rows and x of the columns of a level's points."""
+    """Return y of the rows and x of the columns of a level's points."""
     shape, stride = shapes_of(sides)[level], STRIDES[level]
-    if kind == "torchvision":  # image size // feature size, of the image as padded for the finest level
+    if kind == "torchvision":  # image size // feature size, for the image as padded for the finest level
         padded = [n * STRIDES[0] for n in shapes_of(sides)[0]]
         return [[float(i * (side // n)) for i in range(n)] for n, side in zip(shape, padded, strict=True)]
     return [[(i + (0.5 if kind == "fcos" else 0.0)) * stride for i in range(n)] for n in shape]

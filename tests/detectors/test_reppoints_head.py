@@ -21,7 +21,7 @@ CLASSES = 3
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
 SIZES = torch.tensor([[64, 96], [30, 60]])
 EXTENTS = ((64, 96), (32, 64))
-"""How far cells count in each image: its size, rounded up to a multiple of 32."""
+"""Region of each image in which cells count: its size, rounded up to a multiple of 32."""
 BOXES = torch.tensor(
     [
         [[4.0, 4, 40, 36], [50, 10, 90, 60], [6, 8, 14, 18], [0, 0, 96, 64], [7, 9, 13, 17]],
@@ -34,7 +34,7 @@ TRUTH = GroundTruth.of(BOXES, LABELS, SIZES)
 Cell = tuple[int, int, int]
 Box = list[float]
 BASE = 1.0
-"""Less than mmdet's 4, so that the boxes above spread over several levels."""
+"""Base scale, less than mmdet's 4, so that the boxes above spread over several levels."""
 
 
 def head(**keys: Any) -> RepPointsHead:
@@ -53,7 +53,7 @@ def pyramid() -> list[Tensor]:
 
 
 def drawn_outputs(seed: int) -> RepPointsOutputs:
-    """Points of moderate shift and spread, so that cells overlap the boxes more or less; refined ones near them."""
+    """Return points of moderate shift and spread, so that cells overlap the boxes more or less, and refined ones nearby."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(channels: int, h: int, w: int) -> Tensor:
@@ -67,12 +67,12 @@ def drawn_outputs(seed: int) -> RepPointsOutputs:
 
 
 def cells() -> list[Cell]:
-    """(level, y, x) in the order of the head's tables."""
+    """Return (level, y, x) in the order of the head's tables."""
     return [(level, y, x) for level, (h, w) in enumerate(SHAPES) for y in range(h) for x in range(w)]
 
 
 def box_at(points: list[Tensor], image: int, cell: Cell, factors: tuple[float, float]) -> Box:
-    """The box of a cell in pixels, from its nine points."""
+    """Return the box of a cell in pixels, from its nine points."""
     level, y, x = cell
     pairs = points[level][image, :, y, x].detach().double().tolist()
     ys, xs = ([p * STRIDES[level] + origin * STRIDES[level] for p in pairs[i::2]] for i, origin in ((0, y), (1, x)))
@@ -82,13 +82,13 @@ def box_at(points: list[Tensor], image: int, cell: Cell, factors: tuple[float, f
 
 
 def counts(image: int, cell: Cell) -> bool:
-    """mmdet's valid flags."""
+    """Whether a cell is valid by mmdet's flags."""
     level, y, x = cell
     return all(i < math.ceil(extent / STRIDES[level]) for i, extent in zip((y, x), EXTENTS[image], strict=True))
 
 
 def nearest_by_mmdet(boxes: list[Box], labels: list[int], allowed: list[bool], base: float) -> list[int]:
-    """PointAssigner, one box after the other; of equally near points the first."""
+    """Assign like PointAssigner, one box after the other; of equally near points the first wins."""
     owner, least = [-1] * len(allowed), [math.inf] * len(allowed)
     for index, (x1, y1, x2, y2) in enumerate(boxes):
         if labels[index] < 0:
@@ -112,7 +112,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def refined_by_mmdet(candidates: list[Box], boxes: list[Box], allowed: list[bool]) -> list[int]:
-    """MaxIoUAssigner at 0.5, 0.4 and low quality from 0: index of the box, -1 = negative, -2 = left out."""
+    """Assign like MaxIoUAssigner at 0.5, 0.4 and low quality from 0: index of the box, -1 = negative, -2 = ignored."""
     owner = [-2] * len(candidates)
     table = [[iou(candidate, box) for box in boxes] for candidate in candidates]
     for place, row in enumerate(table):
@@ -137,7 +137,7 @@ def sigmoid(value: float) -> float:
 @given(st.integers(0, 10**6), st.integers(0, 6))
 def test_the_nearest_cells_are_mmdets(seed: int, truths: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    # Powers of 2 for sides: all distances are exact, so that ties are ties.
+    # Sides are powers of 2, so that all distances are exact and ties are ties.
     sides = 2.0 ** torch.randint(1, 8, (2, truths, 2), generator=generator)
     centres = torch.randint(0, 25, (2, truths, 2), generator=generator) * 4.0
     boxes = torch.cat([centres - sides / 2, centres + sides / 2], dim=-1)
@@ -213,7 +213,7 @@ def test_a_batch_without_any_object_trains_the_classes_alone(truths: int) -> Non
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # Where classes are read moves with the initial points, so these learn from classes too.
+        # The initial points decide where classes are read, so they learn from classes too.
         assert (parameter.grad != 0).any() == (not name.startswith(("refine_", "moment_"))), name
 
 
@@ -260,7 +260,7 @@ def test_only_a_share_of_the_gradient_reaches_the_initial_points_and_the_factors
 
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (1, 0), (0, 2), (-1, 1)])
 def test_the_deformable_convs_read_at_the_initial_points(down: int, right: int) -> None:
-    """Points that lie where a plain conv reads make it one; moved by whole cells they read the map moved the other way."""
+    """At the positions of a plain conv's taps they act like one; shifted by whole cells they read the shifted map."""
     module, features = head(), pyramid()
     steps = [(y + down, x + right) for y in (-1.0, 0.0, 1.0) for x in (-1.0, 0.0, 1.0)]
     with torch.no_grad():

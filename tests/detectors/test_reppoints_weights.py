@@ -1,4 +1,4 @@
-"""RepPoints from mmdet: files with and without GroupNorm, against mmdet's own way through the tensors."""
+"""RepPoints from mmdet, with and without GroupNorm, agrees with mmdet's own computation."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ BACKBONE = {"name": "resnet18", "kwargs": {"stem_width": 8, "channels": [8, 16, 
 WIDTH, POINT_WIDTH, CLASSES = 32, 24, 5
 
 
-def drawn_mmdet(normed: bool, room: str = "bbox_head", convs: int = 3) -> dict[str, Tensor]:
-    """A state dict as mmdet writes it: ConvModules have a bias, or a GroupNorm and no bias."""
+def drawn_mmdet(normed: bool, prefix: str = "bbox_head", convs: int = 3) -> dict[str, Tensor]:
+    """Return a state dict as mmdet writes it: ConvModules have a bias, or a GroupNorm and no bias."""
     torch.manual_seed(0)
     neck = {"kind": "reppoints", "backbone": BACKBONE, "neck": {"channels": WIDTH}, "head": {"channels": WIDTH}}
     backbone = build_detector(RepPointsSpec.model_validate(neck), 1).state_dict()
@@ -39,7 +39,7 @@ def drawn_mmdet(normed: bool, room: str = "bbox_head", convs: int = 3) -> dict[s
         module(f"neck.fpn_convs.{number}", 48 if number == 3 else WIDTH, WIDTH, 3)
     for tower in ("cls_convs", "reg_convs"):
         for number in range(convs):
-            module(f"{room}.{tower}.{number}", WIDTH, WIDTH, 3)
+            module(f"{prefix}.{tower}.{number}", WIDTH, WIDTH, 3)
     for layer, into, out, kernel, biased in (
         ("cls_conv", WIDTH, POINT_WIDTH, 3, False),
         ("cls_out", POINT_WIDTH, CLASSES, 1, True),
@@ -48,10 +48,10 @@ def drawn_mmdet(normed: bool, room: str = "bbox_head", convs: int = 3) -> dict[s
         ("pts_refine_conv", WIDTH, POINT_WIDTH, 3, False),
         ("pts_refine_out", POINT_WIDTH, 18, 1, True),
     ):
-        state[f"{room}.reppoints_{layer}.weight"] = torch.randn(out, into, kernel, kernel) * (into * kernel * kernel) ** -0.5
+        state[f"{prefix}.reppoints_{layer}.weight"] = torch.randn(out, into, kernel, kernel) * (into * kernel * kernel) ** -0.5
         if biased:
-            state[f"{room}.reppoints_{layer}.bias"] = torch.randn(out) * 0.3
-    state[f"{room}.moment_transfer"] = torch.tensor([0.4, -0.3])
+            state[f"{prefix}.reppoints_{layer}.bias"] = torch.randn(out) * 0.3
+    state[f"{prefix}.moment_transfer"] = torch.tensor([0.4, -0.3])
     return state
 
 
@@ -63,7 +63,7 @@ def conv_module(state: dict[str, Tensor], name: str, x: Tensor, **keys: Any) -> 
 
 
 def pyramid(state: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
-    """mmdet's FPN with ``add_extra_convs='on_input'`` on C3 to C5."""
+    """Apply mmdet's FPN with ``add_extra_convs='on_input'`` to C3 to C5."""
     laterals = [conv_module(state, f"neck.lateral_convs.{i}", m) for i, m in enumerate(maps)]
     for i in (1, 0):
         laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], size=laterals[i].shape[-2:], mode="nearest")
@@ -73,9 +73,9 @@ def pyramid(state: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
     return levels
 
 
-def on_level(state: dict[str, Tensor], x: Tensor, room: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, initial and refined points of mmdet's head on one level."""
-    w = {key.removeprefix(f"{room}."): value for key, value in state.items()}
+def on_level(state: dict[str, Tensor], x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, initial and refined points of mmdet's head on one level."""
+    w = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
     cls_feat = pts_feat = x
     for number in range(3):
         cls_feat = conv_module(w, f"cls_convs.{number}", cls_feat, padding=1).relu()
@@ -91,11 +91,11 @@ def on_level(state: dict[str, Tensor], x: Tensor, room: str) -> tuple[Tensor, Te
     return logits, initial, refined
 
 
-@pytest.mark.parametrize("room", ["bbox_head", "rpn_head"])
+@pytest.mark.parametrize("prefix", ["bbox_head", "rpn_head"])
 @pytest.mark.parametrize("normed", [True, False])
 @torch.no_grad()
-def test_an_mmdet_file_gives_mmdets_outputs(normed: bool, room: str) -> None:
-    state = drawn_mmdet(normed, room)
+def test_an_mmdet_file_gives_mmdets_outputs(normed: bool, prefix: str) -> None:
+    state = drawn_mmdet(normed, prefix)
     loaded = load_mmdet(state, {"CLASSES": tuple("abcde")})
     assert (loaded.source, loaded.classes) == ("mmdet", tuple("abcde"))
     detector = loaded.detector.eval()
@@ -109,7 +109,7 @@ def test_an_mmdet_file_gives_mmdets_outputs(normed: bool, room: str) -> None:
     levels = pyramid(state, detector.backbone(x)[1:])
     outputs = detector.head(detector.features(x))
     for level, features in enumerate(levels):
-        logits, initial, refined = on_level(state, features, room)
+        logits, initial, refined = on_level(state, features, prefix)
         torch.testing.assert_close(outputs.logits[level], logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(outputs.initial[level], initial, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(outputs.refined[level], refined, rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_an_mmdet_file_gives_mmdets_outputs(normed: bool, room: str) -> None:
 
 
 def test_the_published_models_are_recognised_without_kwargs() -> None:
-    """mmdet's R50 with GroupNorm is what ``kind: reppoints`` says by itself."""
+    """mmdet's R50 with GroupNorm has the default values of ``kind: reppoints``."""
     ours = build_detector(RepPointsSpec(), 80).state_dict()
     back = {"init_conv": "pts_init_conv", "init_out": "pts_init_out", "refine_conv": "pts_refine_conv"}
     back |= {"refine_out": "pts_refine_out", "cls_conv": "cls_conv", "cls_out": "cls_out"}

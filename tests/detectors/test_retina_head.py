@@ -34,7 +34,7 @@ def pyramid() -> list[Tensor]:
 
 
 def by_cell(outputs: RetinaOutputs) -> list[dict[str, Any]]:
-    """Each image's anchors read straight from the maps, cell by cell: logits (C,), deltas (4,), (level, y, x, anchor)."""
+    """Read each image's anchors straight from the maps, cell by cell: logits (C,), deltas (4,), (level, y, x, anchor)."""
     images = []
     for image in range(2):
         rows = []

@@ -24,7 +24,7 @@ def spec(**keys: Any) -> RoIHeadSpec:
 
 
 def scene(count: int = 40) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Pyramid of two 256 x 256 images, and boxes of all sizes."""
+    """Return the pyramid of two 256 x 256 images, and boxes of all sizes."""
     torch.manual_seed(0)
     features = [torch.randn(2, 4, 256 // s, 256 // s) for s in STRIDES]
     corner = torch.rand(count, 2) * 128
@@ -36,7 +36,7 @@ def scene(count: int = 40) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tens
     ("side", "level"), [(1, 0), (55.9, 0), (111.9, 0), (112, 1), (223.9, 1), (224, 2), (448, 3), (2000, 3)]
 )
 def test_level_map(side: float, level: int) -> None:
-    # k = floor(log2(sqrt(area) / 56)): a side of 112 pixels starts level 1, whatever the strides are.
+    # k = floor(log2(sqrt(area) / 56)): level 1 starts at a side of 112 pixels, whatever the strides are.
     assert roi_levels(torch.tensor([[0.0, 0, side, side]]), 4, 56.0).tolist() == [level]
 
 

@@ -1,4 +1,4 @@
-"""torchvision's own models on random weights: same boxes, scores and labels through our detectors."""
+"""torchvision's own models on random weights give the same boxes, scores and labels through our detectors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +21,19 @@ from headkd_ray.detectors.weights import load_checkpoint, load_torchvision
 from headkd_ray.errors import CheckpointError
 
 CLASSES = 7
-"""torchvision's count, background included."""
+"""Number of classes as torchvision counts them, background included."""
 SHAPE = (64, 96)
 
 
 def images() -> list[Tensor]:
-    """Blobs rather than noise, so that neighbouring cells differ and NMS has work to do."""
+    """Return blobs rather than noise, so that neighbouring cells differ and NMS has work to do."""
     torch.manual_seed(5)
     return list(nn.functional.interpolate(torch.rand(2, 3, 4, 6), size=SHAPE, mode="bicubic").clamp(0, 1))
 
 
 @torch.no_grad()
 def spread(layer: nn.Module, inputs: Tensor, std: float) -> None:
-    """Random weights for an output layer: each of its outputs varies over ``inputs`` with this deviation, around 0."""
+    """Give an output layer random weights such that each output varies over ``inputs`` with this deviation, around 0."""
     assert isinstance(layer.weight, Tensor)
     assert isinstance(layer.bias, Tensor)
     layer.weight.normal_()
@@ -46,14 +46,14 @@ def spread(layer: nn.Module, inputs: Tensor, std: float) -> None:
 
 @torch.no_grad()
 def random_model(build: Callable[..., Any]) -> Any:
-    """A torchvision model with random weights whose detections are many, distinct and above the threshold.
+    """Build a torchvision model with random weights whose detections are many, distinct and above the threshold.
 
-    BatchNorm statistics are taken from the images, so that activations keep a sane scale, and the output layers are scaled
-    to it; otherwise scores saturate at 0 or 1, tie, and any order of them would be right.
+    BatchNorm statistics are taken from the images, so that activations keep a sane scale, and the output layers are scaled to
+    it; otherwise scores would saturate at 0 or 1 and tie, and any order of them would be right.
     """
     torch.manual_seed(0)
     model = build(weights=None, weights_backbone=None, num_classes=CLASSES)
-    model.transform.min_size, model.transform.max_size = (SHAPE[0],), SHAPE[1]  # feed the images as they are
+    model.transform.min_size, model.transform.max_size = (SHAPE[0],), SHAPE[1]  # pass the images through unresized
     x = model.transform(images())[0].tensors
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -73,7 +73,7 @@ def random_model(build: Callable[..., Any]) -> Any:
         spread(cls_head.cls_logits, cls_head.conv(finest), 1.0)
         spread(box_head.bbox_reg, box_head.conv(finest), 0.3)
         cls_head.cls_logits.bias.sub_(3.0)
-        cls_head.cls_logits.bias.view(9, CLASSES)[:, 0] = -30.0  # background never scores: no label ever trains it
+        cls_head.cls_logits.bias.view(9, CLASSES)[:, 0] = -30.0  # background never scores, because no label trains it
     else:
         hidden = model.rpn.head.conv(finest)
         spread(model.rpn.head.cls_logits, hidden, 1.0)
@@ -95,7 +95,7 @@ def test_detections_equal_torchvisions_own(build: Callable[..., Any], count: int
     if isinstance(loaded.detector, OurFasterRCNN):
         rules = loaded.detector.rpn.spec.test_proposals
         assert (rules.pre_nms, rules.post_nms) == (model.rpn._pre_nms_top_n["testing"], model.rpn._post_nms_top_n["testing"])
-        # Fewer RoIs in both, to be quick.
+        # Fewer RoIs in both, for speed.
         model.rpn._pre_nms_top_n["testing"] = 100
         fewer = {"test_proposals": rules.replace({"pre_nms": 100})}
         loaded.detector.rpn.spec = loaded.detector.rpn.spec.replace(fewer)

@@ -1,4 +1,4 @@
-"""RoIs and answers that a teacher gave beforehand: the same AKD and CKD, and no teacher in the step."""
+"""AKD and CKD are the same with RoIs and soft targets computed beforehand, and no teacher is in the step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def model_of(
 
 
 def targets_for(data: dict[str, Tensor]) -> SoftTargets:
-    """Nine RoIs, four, and none: the ground truth, boxes close to it, and boxes anywhere; noise for the teacher's features."""
+    """Return targets with nine RoIs, four, and none: ground truth, boxes near it and anywhere; noise as teacher's features."""
     generator = torch.Generator().manual_seed(5)
     targets = SoftTargets.empty(3, BUDGET, 2, WIDTH)
     for i, count in enumerate((9, 4, 0)):
@@ -77,7 +77,7 @@ def distances(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_hand(model: TrainingModel, data: dict[str, Tensor], targets: SoftTargets) -> dict[str, float]:
-    """The terms of the loss that hang on RoIs, RoI by RoI, in float64 from the features on."""
+    """Compute the loss terms that depend on RoIs, RoI by RoI, from the features on in float64."""
     student, head = model.student, model.assistants.assist.head
     features = student.features(student.normalise(data["images"], data["sizes"]))
     outputs = student.head(features)  # type: ignore[operator, union-attr]
@@ -114,7 +114,7 @@ def test_the_formula(student: str) -> None:
     assert expected.keys() == distances(losses).keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-5), name
-    with torch.no_grad():  # half of the way up, AKD and CKD weigh half
+    with torch.no_grad():  # halfway through the warm-up AKD and CKD have half their weight
         half = step(model, data, targets, at=1000)
     for name in losses:
         factor = 0.5 if name in expected else 1.0
@@ -135,12 +135,12 @@ def test_padding_of_the_targets_and_of_the_truth_is_never_read() -> None:
         first, same, padded = (step(model, data, targets), step(model, data, spoilt), step(model, wider, targets))
     for name, loss in first.items():
         assert torch.equal(loss, same[name]), name
-        # The assistant's own RoIs are drawn from what the padding makes longer.
+        # The assistant samples its own RoIs, and the padding adds to the candidates.
         assert name.startswith("loss_assist") or torch.equal(loss, padded[name]), name
 
 
 def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
-    """Given the RoIs that ``SoftTeacher`` chose, a teacher in the step says the same about them, and about those alone."""
+    """Given the RoIs that ``SoftTeacher`` chose, a teacher in the step gives the same features for them, and for no others."""
     teacher, data = teacher_of(), batch() | {"sizes": torch.tensor([[64, 96], [50, 90], [64, 90]])}  # padded alike
     assert isinstance(teacher, FasterRCNN)
     targets = SoftTeacher(teacher, BUDGET, seed=0, pad=32)(whole(data))
@@ -163,7 +163,7 @@ def test_the_losses_are_those_of_a_teacher_asked_in_the_step() -> None:
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_assistant_learns_from_labels_where_the_student_looks(student: str) -> None:
-    """As it does beside a teacher in the step: what was chosen beforehand is for comparison alone."""
+    """It does the same beside a teacher in the step: RoIs chosen beforehand serve only the comparison."""
     given, data = model_of(student).eval(), batch()
     inline = model_of(student, rois="student").eval()
     inline.load_state_dict(given.state_dict())
@@ -188,7 +188,7 @@ def test_no_teacher_is_in_the_model() -> None:
 @pytest.mark.parametrize("method", ["akd", "head"])
 @pytest.mark.parametrize("rois", ["all", "truth", "none"])
 def test_every_parameter_gets_a_gradient(student: str, method: str, rois: str) -> None:
-    """Also where the batch has no RoI at all, or none but ground truth, which CKD leaves out."""
+    """This holds even if the batch has no RoI at all, or none but ground truth, which CKD leaves out."""
     model, data = model_of(student, method).train(), batch()
     targets = targets_for(data)
     if rois != "all":

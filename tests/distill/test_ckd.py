@@ -15,7 +15,7 @@ def maps() -> list[torch.Tensor]:
 
 
 def all_cells() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every cell of both images with two of its anchors, shuffled: (image (R,), cells (R, 4))."""
+    """Return every cell of both images with two of its anchors, shuffled: (image (R,), cells (R, 4))."""
     rows = [
         (image, level, y, x, anchor)
         for image in range(2)
@@ -67,7 +67,7 @@ def test_ckd_drops_ground_truth_rows_from_both_sides() -> None:
 
 
 def test_ckd_of_a_roi_student_reads_a_dense_target_at_half_the_cell() -> None:
-    """The RPN's P2 to P6 have cells half as wide as P3 to P7; ground-truth rows are dropped."""
+    """The RPN's P2 to P6 have cells half as wide as those of P3 to P7; ground-truth rows are dropped."""
     cells = torch.tensor([[-1, -1, -1, 0], [0, 11, 4, 2], [1, 5, 9, 0], [4, 1, 0, 1]])
     image = torch.tensor([0, 0, 1, 1])
     own, target, ckd = torch.randn(4, 6), maps(), CKD(nn.Linear(6, CHANNELS))

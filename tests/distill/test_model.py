@@ -1,4 +1,4 @@
-"""What each method trains, what it costs, and what it must never touch."""
+"""What each method trains, which losses it has, and what it must never change."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +88,7 @@ def test_gradients_reach_exactly_what_the_method_trains(method: str) -> None:
 
 
 def reached(loss: Tensor, model: TrainingModel) -> set[str]:
-    """The parts of the model that a loss has a gradient for."""
+    """Return the parts of the model that a loss has a gradient for."""
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
     touched = {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().sum() > 0}
@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_a_job_error(method: str, distill: dict[str, Any], 
 
 @pytest.mark.parametrize("method", ["assist", "copy_only", "akd", "head"])
 def test_an_fcos_student_learns_from_a_faster_rcnn(method: str) -> None:
-    """FCOS as RPN: class score without centerness, cells with one point each, a plain Linear for CKD."""
+    """FCOS serves as RPN: class scores without centerness, cells with one point each, a plain Linear for CKD."""
     sound = job(method)
     torch.manual_seed(0)
     fcos = Job.model_validate({**sound.model_dump(), "student": fcos_spec().model_dump()})
@@ -325,7 +325,7 @@ def test_ckd_of_head_stops_at_its_epoch() -> None:
 
 
 def test_torchvision_s_strong_teacher_needs_no_special_case() -> None:
-    """fasterrcnn_resnet50_fpn_v2: two convs in the RPN, four convs with BatchNorm and one fc in the RoI head."""
+    """fasterrcnn_resnet50_fpn_v2 has two convs in the RPN, and four convs with BatchNorm and one fc in the RoI head."""
     theirs = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES + 1)
     teacher = load_torchvision(theirs.state_dict(), "random").detector
     wide = retinanet_spec().model_dump() | {"neck": {"channels": 256}}

@@ -1,4 +1,4 @@
-"""Every student with every teacher: all parts learn, the teacher does not, and each sort of pair keeps to its formula."""
+"""Every student works with every teacher: all parts learn, the teacher does not, and each kind of pair keeps to its formula."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ TEACHERS = {
     "gfl": gfl_spec(channels=8),
 }
 TAPS = {"faster_rcnn": 2, "cascade_rcnn": 6, "retinanet": 2, "fcos": 2, "reppoints": 5, "gfl": 2}
-"""AKD terms of a teacher."""
+"""Number of AKD terms by kind of teacher."""
 PAIRS = [
     (student, teacher)
     for student in STUDENTS
     for teacher in TEACHERS
     if "gfl" not in (student, teacher) or {student, teacher} <= {"gfl", "retinanet", "faster_rcnn"}
 ]
-"""Every student with every teacher; GFL, whose head is much like RetinaNet's to all others, with one of each family."""
+"""Every student with every teacher; GFL, whose head looks like RetinaNet's from outside, with one of each family."""
 
 
 def teacher_of(kind: str) -> Detector:
@@ -176,7 +176,7 @@ def test_dense_pairs_are_the_formula(student: str, teacher: str) -> None:
 
 @pytest.mark.parametrize("teacher", ["retinanet", "fcos"])
 def test_a_two_stage_student_shows_a_dense_assistant_levels_of_the_teacher_s_size(teacher: str) -> None:
-    """P3 to P7: its own P3 to P6 and a pooled P7. AKD compares them with the teacher's cell by cell."""
+    """P3 to P7 are the student's own P3 to P6 and a pooled P7. AKD compares them with the teacher's cell by cell."""
     model, data = model_of("faster_rcnn", teacher), batch()
     forward = model.run(whole(data), torch.Generator().manual_seed(0))
     for level, (mine, theirs) in enumerate(zip(forward.student.levels, forward.comparison.teacher.taps[0], strict=True)):

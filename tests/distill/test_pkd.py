@@ -1,4 +1,4 @@
-"""PKD against numpy's correlation coefficients; which levels it compares; what of a job does not fit it."""
+"""PKD agrees with NumPy's correlation coefficients, compares the right levels, and refuses jobs that do not fit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def step(model: TrainingModel) -> dict[str, Tensor]:
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
-    """Mean over channels of (n - 1) / n (1 - r)."""
+    """Return the mean over channels of (n - 1) / n (1 - r)."""
     rows = [m.detach().double().transpose(0, 1).flatten(1).numpy() for m in (one, other)]
     each = [1 - np.corrcoef(a, b)[0, 1] for a, b in zip(*rows, strict=True)]
     return float(np.mean(each)) * (rows[0].shape[1] - 1) / rows[0].shape[1]
@@ -58,7 +58,7 @@ def test_the_distance_is_one_minus_pearson_s_correlation() -> None:
     assert own.grad is not None and theirs.grad is None
     assert pearson_distance(3 * theirs + 7, theirs).item() == pytest.approx(0, abs=1e-6)
     assert pearson_distance(-theirs, theirs).item() == pytest.approx(2 * 55 / 56, rel=1e-4)
-    one = torch.ones(1, 2, 1, 1, requires_grad=True)  # a small image alone has a P7 of one value a channel
+    one = torch.ones(1, 2, 1, 1, requires_grad=True)  # a batch of one small image has a P7 of one value per channel
     loss = pearson_distance(one, torch.zeros(1, 2, 1, 1))
     loss.backward()
     assert loss == 0 and one.grad is not None and (one.grad == 0).all()

@@ -1,4 +1,4 @@
-"""TF-HEAD against its formula, written out here with loops; what its gradients reach; its schedule."""
+"""TF-HEAD agrees with its formula, written here with loops; its gradients and schedule are as they should be."""
 
 from collections.abc import Iterable
 from itertools import chain, combinations
@@ -27,7 +27,7 @@ STUDENTS = {"retinanet": retinanet_spec(), "fcos": fcos_spec(), "faster_rcnn": f
 def model_of(
     names: Iterable[str], student: DetectorSpec | None = None, keys: dict[str, Any] | None = None, **distill: Any
 ) -> TrainingModel:
-    """A TF-HEAD model with the named assistants; ``keys`` go to each of them."""
+    """Return a TF-HEAD model with the named assistants; ``keys`` go to each of them."""
     job = Job.model_validate(
         {
             "run": {"name": "test"},
@@ -66,7 +66,7 @@ def test_every_subset_of_assistants_trains_all_its_parts(names: tuple[str, ...],
 
 @pytest.mark.parametrize("decouple", [True, False])
 def test_ckd_of_the_rcnn_assistant_is_the_formula(decouple: bool) -> None:
-    """MSE(D_a(S), A2): S the student's last cls conv at the proposal's cell, a its anchor, GT rows dropped."""
+    """CKD is MSE(D_a(S), A2): S the student's last cls conv at the proposal's cell, a its anchor, ground-truth rows dropped."""
     model = model_of(["rcnn"], keys={"decouple": decouple})
     losses = step(model)
     data = batch()
@@ -99,7 +99,7 @@ def test_ckd_of_the_rcnn_assistant_is_the_formula(decouple: bool) -> None:
 
 @pytest.mark.parametrize("name", ["fcos", "retinanet"])
 def test_ckd_of_a_dense_assistant_is_the_formula(name: str) -> None:
-    """Sum over five levels of MSE(1x1 conv(student's last cls conv), the assistant's)."""
+    """CKD is the sum over five levels of MSE(1x1 conv(student's last cls conv), the assistant's)."""
     model = model_of([name])
     losses = step(model)
     data = batch()
@@ -160,7 +160,7 @@ def test_a_batch_without_objects_is_finite() -> None:
 
 
 def test_the_research_branch_weights_are_the_defaults() -> None:
-    """method.md section 4: FCOS 0.5 and 1.0, R-CNN 1 and 1.3."""
+    """The research branch has FCOS 0.5 and 1.0, R-CNN 1 and 1.3 (weights of ground truth and CKD)."""
     model = model_of(HEADS)
     assert [term.weight for term in model.terms] == [0.5, 1.0, 1.0, 1.3, 1.0, 1.0]
     assert ckd_of(model, "rcnn").anchors == 9

@@ -8,7 +8,7 @@ from headkd_ray.data.batch import Batch
 
 @pytest.fixture
 def batch_of() -> Callable[[int], Batch]:
-    """Blank batches of a given number of images."""
+    """Return a function that makes blank batches of a given number of images."""
 
     def make(count: int) -> Batch:
         return Batch(

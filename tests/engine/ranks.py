@@ -1,4 +1,4 @@
-"""Several ranks on this machine: real processes that speak gloo."""
+"""Run a function on several ranks on this machine: real processes that communicate over gloo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headkd_ray.engine.distributed import Distributed
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(distributed, *arguments)``, a function of a module, returns on each of ``size`` ranks, in rank order."""
+    """Return the results of ``work(distributed, *arguments)``, a module-level function, on ``size`` ranks, in rank order."""
     with tempfile.TemporaryDirectory() as scratch:
         mp.spawn(_rank, (size, scratch, work, arguments), nprocs=size)
         return [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(size)]
@@ -24,7 +24,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 def _rank(rank: int, size: int, scratch: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    # A limit, so that a collective that only some ranks reach fails the test and does not hang it.
+    # With a timeout, so that a collective that only some ranks reach fails the test instead of hanging it.
     dist.init_process_group(
         "gloo", init_method=f"file://{scratch}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )

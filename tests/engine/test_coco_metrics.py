@@ -29,7 +29,7 @@ def test_perfect_detections_score_100_and_absent_classes_nan() -> None:
 
 
 def test_iou_thresholds_by_hand() -> None:
-    """IoU 0.8 is a match at 0.50, 0.55, ..., 0.80: 7 of 10 thresholds."""
+    """An IoU of 0.8 is a match at 0.50, 0.55, ..., 0.80: 7 of 10 thresholds."""
     metrics = coco_metrics(truth([(1, 7, [0, 0, 100, 100])]), [found(1, 7, [0, 0, 100, 80.0001], 0.9)], [1])
     assert metrics.AP == pytest.approx(70) and metrics.AP50 == pytest.approx(100) and metrics.AP75 == pytest.approx(100)
 
@@ -45,7 +45,7 @@ def test_images_that_were_not_evaluated_do_not_count() -> None:
 
 
 def test_any_integer_is_an_annotation_id() -> None:
-    """pycocotools takes a match with annotation 0, the first of every Roboflow export, for none."""
+    """pycocotools treats a match with annotation 0, the first of every Roboflow export, as no match."""
     box = [9, 9, 30, 30]
     gt = {
         "images": [{"id": 1, "file_name": "a", "width": 99, "height": 99}],

@@ -1,4 +1,4 @@
-"""Evaluation: boxes back in the stored image's pixels, each image once. Shared over processes: see test_ranks.py."""
+"""Evaluation returns boxes in the stored image's pixels and each image once. test_ranks.py covers several processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CATEGORY_IDS = (3, 90)
 
 
 def blank(original: list[tuple[int, int]], shown: list[tuple[int, int]], first_id: int = 1) -> Batch:
-    """Black images of given stored and shown (h, w)."""
+    """Return black images of given stored and shown sizes (h, w)."""
     height, width = (max(side) for side in zip(*shown, strict=True))
     return Batch(
         images=torch.zeros(len(shown), 3, height, width, dtype=torch.uint8),
@@ -40,7 +40,8 @@ def blank(original: list[tuple[int, int]], shown: list[tuple[int, int]], first_i
 
 
 def test_boxes_go_back_to_the_stored_image() -> None:
-    """Each axis has its own scale (sides are rounded), boxes end at the border, padding rows vanish, ids are the data's."""
+    """Each axis has its own scale because sides are rounded; boxes end at the border, padding rows vanish, ids are the
+    data's."""
     batch = blank(original=[(100, 400), (60, 30)], shown=[(50, 100), (120, 90)])
     found = Detections(
         boxes=torch.tensor([[[10.0, 20, 30, 40], [-5, -5, 101, 51]], [[9, 12, 18, 24], [0, 0, 0, 0]]]),
@@ -58,7 +59,7 @@ def test_boxes_go_back_to_the_stored_image() -> None:
 
 
 def micro_detector(classes: int) -> Detector:
-    """A random detector that finds something everywhere."""
+    """Return a random detector that finds something everywhere."""
     head = {**MICRO_STUDENT["head"], "prior": 0.3, "tower_std": None, "postprocess": {"score": 0.0, "max_detections": 10}}
     job = micro_job(Path("unused"), {"train": "unused", "val": "unused"}, student={**MICRO_STUDENT, "head": head})
     torch.manual_seed(3)
@@ -85,7 +86,7 @@ def test_a_missing_image_is_an_error() -> None:
 
 
 def test_outputs_of_unused_classes_are_left_out(drawn_splits: dict[str, str], tmp_path: Path) -> None:
-    """torchvision's COCO models name ten outputs "N/A": nobody wants them in a COCO table, or drawn."""
+    """torchvision's COCO models name ten outputs "N/A", which belong neither in a COCO table nor in a picture."""
     classes = ShardSet.open(drawn_splits["val"]).meta.classes
     detector = micro_detector(len(classes) + 2)
     save_detector(tmp_path, detector, ("N/A", *classes, "N/A"))

@@ -1,4 +1,4 @@
-"""The training program: what must not show in its result."""
+"""The training loop: details of a run that must not affect its result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONE_EPOCH = {"epochs": 1, "milestones": []}
 
 
 def test_blank_images_of_idle_steps_stay_out_of_batchnorm(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """42 images in batches of 4 are 11 batches; two a step make 12, the last one blank."""
+    """42 images in batches of 4 are 11 batches; two per step make 12, the last one blank."""
     records: list[dict] = []
     result = train(micro_job(tmp_path, drawn_splits, optim={**ONE_EPOCH, "accumulate": 2}), records.append)
     assert result["last"]["step"] == 6
@@ -25,7 +25,7 @@ def test_blank_images_of_idle_steps_stay_out_of_batchnorm(tmp_path: Path, drawn_
 
 
 def test_a_run_killed_after_its_last_checkpoint_ends_as_if_not(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """All is trained, nothing promoted yet: the next start has only that to do, and says the same."""
+    """All steps are trained and only the export is missing: the next start does just that and returns the same result."""
     job = micro_job(tmp_path, drawn_splits, optim=ONE_EPOCH)
     result = train(job, lambda record: None)
     weights = student_weights(result)

@@ -6,7 +6,7 @@ from headkd_ray.job import OptimSpec
 
 
 def test_paper_schedule() -> None:
-    """Linear warm-up over 500 steps from x0.001, x0.1 after epochs 8 and 11 (method.md section 6)."""
+    """Linear warm-up over 500 steps from x0.001, then x0.1 after epochs 8 and 11."""
     spec, epoch = OptimSpec(), 7330  # 117266 images / 16
     assert peak_lr(spec, 16) == pytest.approx(0.01)
     assert lr_factor(spec, 0, epoch) == pytest.approx(0.001)
@@ -33,7 +33,7 @@ def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
 
 
 def test_a_retuned_state_goes_on_with_the_other_job_s_values() -> None:
-    """Momentum buffers stay; the schedule goes on at the same step."""
+    """Momentum buffers stay, and the schedule continues at the same step."""
     weight = torch.nn.Parameter(torch.ones(2))
     before = OptimSpec(lr=0.02, lr_batch=None, warmup_steps=0, milestones=(2,), epochs=4)
     after = before.replace({"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01})

@@ -1,4 +1,4 @@
-"""Checks before a run: they change nothing, and know a run that was started otherwise."""
+"""The checks before a run change nothing, and recognise a run that was started with other keys."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_student_that_timm_does_not_know_is_refused(tmp_path: Path, drawn_spli
 
 
 def test_a_run_of_this_name_was_started_with_other_keys(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """What a run learns is settled when it starts; where it runs and what it tells is not. All differences are named."""
+    """What a run learns is fixed when it starts; where it runs and what it logs is not. All differences are named."""
     open_run(micro_job(tmp_path, drawn_splits))
     preflight(
         micro_job(tmp_path, drawn_splits, log={"every_steps": 7}, checkpoint={"every_steps": 3}, cluster={"data_cpus": 2})
@@ -60,7 +60,7 @@ def test_a_run_of_this_name_was_started_with_other_keys(tmp_path: Path, drawn_sp
 
 
 def test_a_run_of_an_older_version_lacks_newer_keys(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """They have their default there; a key that is no more is told."""
+    """Newer keys count with their defaults; a key that no longer exists is reported."""
     job = micro_job(tmp_path, drawn_splits)
     file = tmp_path / "run" / "job.json"
     open_run(job)
@@ -82,12 +82,12 @@ def test_another_kind_of_student_under_the_same_name(tmp_path: Path, drawn_split
 
 
 def test_without_ray_and_with_it_are_not_the_same_run(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """Each keeps its checkpoints in its own way: the other would not find them, and start over."""
+    """Each keeps its checkpoints in its own way, so the other would not find them and would start over."""
     open_run(micro_job(tmp_path, drawn_splits))
     with pytest.raises(UserError, match=r"cluster\.workers: the run .* was started with 0, now 2"):
         preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
     ended = {"best": {}, "last": {}, "student": "student"}
-    (tmp_path / "run" / "result.json").write_text(json.dumps(ended))  # nothing to resume
+    (tmp_path / "run" / "result.json").write_text(json.dumps(ended))  # nothing is left to resume
     preflight(micro_job(tmp_path, drawn_splits, cluster={"workers": 2}))
 
 
@@ -124,7 +124,7 @@ def test_splits_whose_16_bit_images_are_read_differently(tmp_path: Path, drawn_s
 def test_a_backbone_that_would_fail_in_the_first_step(
     backbone: dict[str, Any], told: str, tmp_path: Path, drawn_splits: dict[str, str]
 ) -> None:
-    """It is shown the smallest and the largest views; the remedy that is told has been tried."""
+    """The backbone is tried on the smallest and the largest views; another test tries the remedy."""
     section = {"name": "resnet10t", "frozen_stages": 0, "norm_eval": False, **backbone}
     with pytest.raises(UserError, match=told):
         preflight(micro_job(tmp_path, drawn_splits, student={**MICRO_STUDENT, "backbone": section}))

@@ -1,4 +1,4 @@
-"""Two processes that train one student together: what each rank sees alone must not show in the result."""
+"""Two processes train one student together, and what each rank sees alone does not show in the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess"
 
 
 class Nowhere:
-    """Checkpoints of the ranks that keep none."""
+    """Checkpoints for ranks that keep none."""
 
     latest = LocalCheckpoints.latest
     entries: tuple[()] = ()
@@ -38,8 +38,10 @@ class Nowhere:
 
 
 def fit_on(distributed: Distributed, job: Job, stop_at: int | None = None) -> dict[str, Any] | None:
-    """``train_here`` on several ranks; the result on rank 0. With ``stop_at`` only the last rank is asked to stop, at that
-    step; the result is None."""
+    """Run ``train_here`` on several ranks and return the result of rank 0.
+
+    With ``stop_at`` only the last rank is asked to stop, at that step, and the result is None.
+    """
     folder = run_folder(job)
     if distributed.rank == 0:
         open_run(job)
@@ -51,7 +53,7 @@ def fit_on(distributed: Distributed, job: Job, stop_at: int | None = None) -> di
         return JsonLines(Path(folder.path) / "log.jsonl", resumed_step)
 
     checkpoints: Checkpoints = LocalCheckpoints(folder) if distributed.rank == 0 else Nowhere()
-    asked = iter(range(1, 1000))
+    counter = iter(range(1, 1000))
     try:
         last = fit(
             job,
@@ -59,7 +61,7 @@ def fit_on(distributed: Distributed, job: Job, stop_at: int | None = None) -> di
             streams,
             checkpoints,
             open_sink,
-            lambda: next(asked) == stop_at and distributed.rank == distributed.size - 1,
+            lambda: next(counter) == stop_at and distributed.rank == distributed.size - 1,
         )
     except StoppedError:
         return None
@@ -75,7 +77,7 @@ def fit_twice(distributed: Distributed, first: Job, second: Job, kind: str) -> A
         out = Path(kind)
         evaluate_checkpoint(result["student"], first.data.val, batch_size=1, out=str(out / "found.json"))
         truth = ShardSet.open(first.data.val).ground_truth()
-        truth["images"] = truth["images"][:9]  # odd: the ranks' shares differ
+        truth["images"] = truth["images"][:9]  # odd, so that the ranks' shares differ
         ids = {image["id"] for image in truth["images"]}
         found = [entry for entry in json.loads((out / "found.json").read_text())[::2] if entry["image_id"] in ids]
         truth["annotations"] = [
@@ -90,8 +92,10 @@ def fit_twice(distributed: Distributed, first: Job, second: Job, kind: str) -> A
 
 
 def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """Two processes report what one finds. BatchNorm's statistics differ between ranks when an epoch ends; evaluation is shared
-    over the ranks, the export is rank 0's."""
+    """Two processes report the AP that one finds.
+
+    BatchNorm's statistics differ between ranks when an epoch ends; evaluation is shared over the ranks, the export is rank 0's.
+    """
     optim = {"epochs": 1, "milestones": [], "ema": 0.5}
     keys: dict[str, Any] = {"student": KEEN_STUDENT, "eval": {"batch_size": 1}, "cluster": {"workers": 2}}
     jobs = [
@@ -105,8 +109,10 @@ def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_s
 
 
 def test_a_run_goes_on_with_fewer_workers_in_the_same_steps(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """Three ranks, played by one process, and by two and then by one: only the order of additions differs, and BatchNorm's
-    statistics, which are those of the first process."""
+    """Three ranks are run by one process, and then first by two and later by one.
+
+    Only the order of additions differs, and BatchNorm's statistics, which are those of the first process.
+    """
     keys: dict[str, Any] = {"data": {"batch_size": 2}, "optim": {"epochs": 2, "milestones": [], "accumulate": 2}}
     whole = micro_job(tmp_path, drawn_splits, "whole", **keys, cluster={"workers": 3})
     elastic = micro_job(tmp_path, drawn_splits, "elastic", **keys, cluster={"workers": [1, 3]})

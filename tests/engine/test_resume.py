@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as the one that was not."""
+"""A run that is killed and started again ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support import assert_same_weights, micro_job, start_training, studen
 
 
 def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
-    """Start it where nothing can be shown: nobody reads the pipe, and the encoding lacks most characters."""
+    """Start it where nothing can be printed: nobody reads the pipe, and the encoding lacks most characters."""
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONIOENCODING": "ascii"}
@@ -63,7 +63,7 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path: Path, drawn_splits: dict[str, 
 
 
 def test_sigterm_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """In the middle of an epoch, with checkpoints only at the ends of epochs."""
+    """It is stopped in the middle of an epoch, with checkpoints due only at the ends of epochs."""
     optim = {"epochs": 4, "milestones": [2]}
     expected = train(micro_job(tmp_path, drawn_splits, "whole", optim=optim), lambda record: None)
     stopped = micro_job(tmp_path, drawn_splits, "stopped", optim=optim)
@@ -118,7 +118,7 @@ def test_best_and_last_checkpoint_stay(tmp_path: Path, drawn_splits: dict[str, s
 
 
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """And said so. A reader of tensors does not notice this damage. If none is intact, the run does not start over."""
+    """The log says so; a reader of tensors would not notice this damage. If none is intact, the run does not start over."""
 
     def stop(record: dict[str, Any]) -> None:
         if record["step"] == 5:
@@ -157,7 +157,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path, drawn_s
 
 
 def damage(file: Path) -> None:
-    """Change 200 bytes in the middle."""
+    """Change 200 bytes in the middle of a file."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 200] = bytes(byte ^ 1 for byte in content[middle : middle + 200])
@@ -215,7 +215,7 @@ def test_a_damaged_student_is_not_promoted(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_leaves_behind_is_deleted_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else is."""
+    """Nothing else is deleted."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}; from headkd_ray.engine.scratch import Scratch; "
     program += "s = Scratch(); (s.folder() / 'training_state.pt').write_text('big'); print('there', flush=True); input()"
@@ -239,10 +239,10 @@ def test_what_a_killed_process_leaves_behind_is_deleted_by_the_next(tmp_path: Pa
 
 def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_at_once() -> None:
     def twice() -> None:
-        with stop_signals() as asked:
-            assert not asked()
+        with stop_signals() as requested:
+            assert not requested()
             os.kill(os.getpid(), signal.SIGINT)
-            assert asked()
+            assert requested()
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)

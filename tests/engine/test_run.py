@@ -1,4 +1,4 @@
-"""What may change between a run and its resumption."""
+"""Which keys may change between a run and its resumption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A split is scored by class names, and what its metrics leave out is told."""
+"""A split is scored by class names, and whatever its metrics leave out is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.data.coco_files import make_coco
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Categories 7 ant, 31 moth, 90 zebra; one image has 130 boxes."""
+    """Return a split with categories 7 ant, 31 moth, 90 zebra; one image has 130 boxes."""
     files = make_coco(tmp_path_factory.mktemp("scoring"))
     extra = {**files.data["annotations"][-1], "iscrowd": 0}
     files.data["annotations"] += [{**extra, "id": 5000 + k} for k in range(128)]

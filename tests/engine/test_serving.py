@@ -1,4 +1,4 @@
-"""Images as predict reads them: upright, and 16-bit values as in training."""
+"""Images as predict reads them: upright, and with 16-bit values as in training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoint(folder: Path, **meta: Any) -> str:
 
 
 def found(student: str, photo: bytes, folder: Path) -> tuple[list[int], list[list[float]]]:
-    """Width and height of the photo, and the boxes."""
+    """Return width and height of the photo, and the boxes."""
     folder.mkdir()
     (folder / "photo.png").write_bytes(photo)
     assert predict.main([student, str(folder / "photo.png"), "--out", str(folder / "out")]) == 0

@@ -1,4 +1,4 @@
-"""A TF-HEAD run: CKD stops at its epoch, also after a resume, and only the student is exported."""
+"""In a TF-HEAD run CKD stops at its epoch, even after a resume, and only the student is exported."""
 
 from __future__ import annotations
 

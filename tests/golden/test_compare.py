@@ -1,4 +1,4 @@
-"""Which differences between two runs are rounding, and which are mistakes."""
+"""Which differences between two runs are rounding and which are errors."""
 
 import math
 
@@ -13,7 +13,7 @@ from headkd_ray.job import ProposalSpec
 
 
 def shifted(iou: float) -> list[float]:
-    """A 10 x 10 box whose IoU with the one at the origin is ``iou``."""
+    """Return a 10 x 10 box whose IoU with the one at the origin is ``iou``."""
     x = 10 * (1 - iou) / (1 + iou)
     return [x, 0.0, x + 10, 10.0]
 
@@ -23,7 +23,7 @@ FIRST = ([0.0, 0.0, 10.0, 10.0], 0.9, [0, 0, 0, 0])
 
 
 def passes(ours: Rows, golden: Rows, post_nms: int = 100) -> tuple[bool, str]:
-    """Compare proposals of one image on two levels of 4 x 4 cells with one anchor, where every cell says what the rows say."""
+    """Compare proposals of one image on two levels of 4 x 4 cells with one anchor, where every cell agrees with the rows."""
     boxes, scores = torch.zeros(1, 32, 4), torch.zeros(1, 32)
     for box, score, (level, y, x, _) in golden + ours:
         boxes[0, level * 16 + y * 4 + x], scores[0, level * 16 + y * 4 + x] = torch.tensor(box), score
@@ -49,7 +49,7 @@ def test_only_within_a_level() -> None:
 
 
 def test_what_nms_does_next_follows_from_what_it_did_before() -> None:
-    # B is at the threshold to A; C overlaps B but not A, so C stays exactly if B goes.
+    # B's IoU with A is at the threshold; C overlaps B but not A, so C stays exactly if B goes.
     b = (shifted(0.70001), 0.8, [0, 0, 1, 0])
     x = b[0][0] + 1.0
     assert passes([FIRST, b], [FIRST, ([x, 0.0, x + 10, 10.0], 0.7, [0, 0, 2, 0])])[0]

@@ -1,6 +1,6 @@
 """Tests for a GPU: ``pytest -m gpu tests/gpu``.
 
-``HEADKD_TEST_DEVICE=cpu`` before it rehearses them on the CPU, except for those that ask for the fixture ``cuda``.
+With ``HEADKD_TEST_DEVICE=cpu`` set they are rehearsed on the CPU, except for those that use the fixture ``cuda``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The device under test."""
+    """Return the device under test."""
     chosen = torch.device(os.environ.get("HEADKD_TEST_DEVICE", "cuda"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no GPU; HEADKD_TEST_DEVICE=cpu rehearses on the CPU")
@@ -23,7 +23,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The device, where it is a GPU."""
+    """Return the device if it is a GPU; otherwise skip the test."""
     if device.type != "cuda":
         pytest.skip("only a GPU can show this")
     return device
@@ -31,7 +31,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """No TF32, so that a GPU's float32 can be compared with the CPU's."""
+    """Switch TF32 off, so that a GPU's float32 can be compared with the CPU's."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield

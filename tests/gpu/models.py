@@ -1,4 +1,4 @@
-"""Every method with every kind of detector that it trains, at micro size, and one step of it."""
+"""Every method with every kind of detector that it trains, at micro size, and one step of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.detectors.micro import (
 
 CLASSES = 3
 EVERYTHING = {"size": 1 << 16, "positive_fraction": 1.0}
-"""A sampler that takes all candidates: what it draws would differ between devices, whose random numbers do."""
+"""A sampler that takes all candidates, because random samples differ between devices."""
 ROI = {"sampler": EVERYTHING}
 
 
@@ -47,7 +47,7 @@ HELPERS = {
     "rcnn": {"head": faster_rcnn_spec(**ROI).roi.model_dump()},
     "retinanet": {"head": retinanet_spec(channels=12).head.model_dump()},
 }
-"""TF-HEAD's assistants."""
+"""Assistants for TF-HEAD."""
 PAIRS: list[tuple[str, str, str | None]] = [
     *(("supervised", kind, None) for kind in KINDS),
     *(("assist", kind, None) for kind in KINDS),
@@ -56,11 +56,11 @@ PAIRS: list[tuple[str, str, str | None]] = [
     ("fitnet", "retinanet", "retinanet"),
     *(("tf_head", kind, None) for kind in ("retinanet", "fcos", "faster_rcnn")),
 ]
-"""(method, student, teacher)."""
+"""(method, student, teacher), for every kind that a method trains."""
 
 
 def model_of(method: str, student: str, teacher: str | None) -> TrainingModel:
-    """On the CPU, with the same weights in every call."""
+    """Return the model on the CPU, with the same weights in every call."""
     distill: dict[str, Any] = {"warmup_steps": 0}
     if method == "assist":
         distill["assistant"] = faster_rcnn_spec(**ROI).roi.model_dump()
@@ -83,7 +83,7 @@ def _job(method: str, student: str, **sections: Any) -> Job:
 
 
 def step(model: TrainingModel, device: torch.device, precision: str = "fp32") -> dict[str, Tensor]:
-    """The losses of one forward pass on ``device``, after which every parameter has its gradient."""
+    """Return the losses of one forward pass on ``device``, after which every parameter has its gradient."""
     model.to(device).to(memory_format=torch.channels_last)
     data = {name: tensor.to(device) for name, tensor in batch().items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

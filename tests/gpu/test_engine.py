@@ -34,23 +34,23 @@ from tests.support import micro_job, micro_teacher, start_training, student_weig
 pytestmark = pytest.mark.gpu
 HERE = torch.device("cpu")
 EPOCH = 11
-"""Steps of one, in a micro job."""
+"""Steps per epoch of a micro job."""
 Losses = dict[int, dict[str, float]]
-"""By step."""
+"""Step -> losses by name."""
 
 
 def job_on(device: torch.device, storage: Path, splits: dict[str, str], name: str, **sections: Any) -> Job:
-    """A micro job of two epochs on the device, with a checkpoint every other step."""
+    """Return a micro job of two epochs on the device, with a checkpoint every other step."""
     cluster = {"gpus_per_worker": int(device.type == "cuda")}
     return micro_job(storage, splits, name, cluster=cluster, checkpoint={"every_steps": 2}, **sections)
 
 
 class InterruptedRunError(Exception):
-    """Raised out of a run."""
+    """Raised from a log callback to interrupt a run."""
 
 
 def losses_of(job: Job, until: int | None = None) -> Losses:
-    """Those of a run, which is left in the middle after step ``until``."""
+    """Return the losses of a run, which is interrupted after step ``until``."""
     losses: Losses = {}
 
     def tell(record: dict[str, Any]) -> None:
@@ -69,15 +69,17 @@ def losses_of(job: Job, until: int | None = None) -> Losses:
 
 @pytest.fixture(scope="module")
 def whole(device: torch.device, drawn_splits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that nothing interrupts: its losses and result."""
+    """Return losses and result of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     losses = losses_of(job_on(device, folder, drawn_splits, "whole", optim={"ema": 0.9}))
     return {"losses": losses, "result": json.loads((folder / "whole" / "result.json").read_text())}
 
 
 def assert_close_losses(ours: Losses, whole: Losses, first: float, later: float) -> None:
-    """``first``: largest relative difference of the first step of ``ours``; ``later`` of the others, whose weights rounding
-    has moved apart."""
+    """Compare losses by relative difference: ``first`` for the first step of ``ours``, ``later`` for the others.
+
+    The later steps' weights have been moved apart by rounding.
+    """
     begin = min(ours)
     for step, losses in ours.items():
         for name, loss in losses.items():
@@ -87,7 +89,7 @@ def assert_close_losses(ours: Losses, whole: Losses, first: float, later: float)
 
 
 def test_a_run_tells_the_gpu_memory_that_it_takes(cuda: torch.device, tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """The micro model's tens of MiB; the process's own memory would be thousands."""
+    """A micro model takes tens of MiB; the process's own memory would be thousands."""
     records: list[dict[str, Any]] = []
     torch.cuda.reset_peak_memory_stats(cuda)
     train_here(job_on(cuda, tmp_path, drawn_splits, "run", optim={"epochs": 1, "milestones": []}), records.append)
@@ -97,8 +99,10 @@ def test_a_run_tells_the_gpu_memory_that_it_takes(cuda: torch.device, tmp_path: 
 def test_checkpoints_go_from_the_gpu_to_the_cpu_and_back(
     whole: dict[str, Any], drawn_splits: dict[str, str], device: torch.device, tmp_path: Path
 ) -> None:
-    """One run, begun on the device, gone on with on the CPU, ended on the device. Its losses are those of the run that stayed:
-    to 1e-3 in the first step after each move (other kernels, the same weights), to 5 % later."""
+    """One run starts on the device, continues on the CPU and ends on the device, with the losses of the run that stayed.
+
+    They agree to 1e-3 in the first step after each move (other kernels, the same weights), to 5 % later.
+    """
     moves = [(device, 5), (HERE, 9), (device, None)]
     for place, until in moves:
         ours = losses_of(job_on(place, tmp_path, drawn_splits, "moved", optim={"ema": 0.9}), until)
@@ -113,8 +117,11 @@ def test_checkpoints_go_from_the_gpu_to_the_cpu_and_back(
 def test_a_run_that_was_killed_goes_on(
     whole: dict[str, Any], drawn_splits: dict[str, str], device: torch.device, tmp_path: Path
 ) -> None:
-    """On the CPU the losses are the same bit for bit. On a GPU gradients are summed in no fixed order (RoIAlign, indexing), so
-    that two runs drift apart: to 1e-4 in the first step after the kill, to 5 % later."""
+    """On the CPU the losses are the same bit for bit.
+
+    On a GPU gradients are summed in no fixed order (RoIAlign, indexing), so that two runs drift apart: to 1e-4 in the first
+    step after the kill, to 5 % later.
+    """
     killed = job_on(device, tmp_path, drawn_splits, "killed", optim={"ema": 0.9})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(killed.model_dump(mode="json")))
     process = start_training(tmp_path / "job.yaml")
@@ -130,7 +137,7 @@ def test_a_run_that_was_killed_goes_on(
 
 
 def test_copies_are_pinned_and_whole(drawn_splits: dict[str, str], device: torch.device, tmp_path: Path) -> None:
-    """Every batch of an epoch, while kernels that take longer than a copy are in flight, is what the CPU has."""
+    """Every batch of an epoch equals the CPU's, even while kernels that take longer than a copy are in flight."""
     job = job_on(device, tmp_path, drawn_splits, "run")
     splits = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     streams = Streams(job, Distributed(0, 1, device), *splits, decode_here)
@@ -147,7 +154,7 @@ def test_copies_are_pinned_and_whole(drawn_splits: dict[str, str], device: torch
 
 
 def test_out_of_memory_names_the_keys_to_lower(cuda: torch.device, drawn_splits: dict[str, str], tmp_path: Path) -> None:
-    """A real one, within half a percent of the GPU's memory."""
+    """The error is a real one, within half a percent of the GPU's memory."""
     job = job_on(cuda, tmp_path, drawn_splits, "large", data={"short_side": [1500, 1500], "long_side": 2000, "batch_size": 16})
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.005, cuda)
@@ -156,14 +163,14 @@ def test_out_of_memory_names_the_keys_to_lower(cuda: torch.device, drawn_splits:
             train_here(job, lambda record: None)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)
-    told = str(caught.value)
-    assert told.startswith(f"run large, training: out of memory on {torch.cuda.get_device_name(cuda)} (")
-    assert "lower data.batch_size (16) and raise optim.accumulate (1)" in told and "data.short_side (1500)" in told
+    message = str(caught.value)
+    assert message.startswith(f"run large, training: out of memory on {torch.cuda.get_device_name(cuda)} (")
+    assert "lower data.batch_size (16) and raise optim.accumulate (1)" in message and "data.short_side (1500)" in message
 
 
 @pytest.fixture(scope="module")
 def lively(drawn_splits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A detector that finds something everywhere."""
+    """Return the address of a detector that finds something everywhere."""
     folder = tmp_path_factory.mktemp("lively")
     loaded = load_checkpoint(micro_teacher(folder / "teacher", ShardSet.open(drawn_splits["val"]).meta.classes))
     view = {"eval_short_side": 64, "long_side": 96, "pad": 32}  # as in micro_job
@@ -172,7 +179,7 @@ def lively(drawn_splits: dict[str, str], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_evaluation_is_the_cpu_s(lively: str, drawn_splits: dict[str, str], device: torch.device, tmp_path: Path) -> None:
-    """The same scores in every image, the same AP; and the command, which takes a GPU if there is one, says that AP too."""
+    """Scores in every image and AP are the same, and so is the AP of the command, which takes a GPU if there is one."""
     job = job_on(device, tmp_path, drawn_splits, "run")
     splits = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     scored, found = [], []
@@ -191,7 +198,7 @@ def test_evaluation_is_the_cpu_s(lively: str, drawn_splits: dict[str, str], devi
 
 
 def test_prediction_finds_what_the_cpu_finds(lively: str, drawn_splits: dict[str, str], tmp_path: Path) -> None:
-    """The command, which takes a GPU if there is one, beside the same on the CPU."""
+    """Compare the command, which takes a GPU if there is one, with the same on the CPU."""
     images = sorted((Path(drawn_splits["val"]).parent / "images").glob("*.jpg"))[:3]
     result = predict(lively, images, tmp_path / "found", score=0.0)
     loaded = load_checkpoint(lively)
@@ -203,7 +210,7 @@ def test_prediction_finds_what_the_cpu_finds(lively: str, drawn_splits: dict[str
 
 
 def scores(entries: list[dict[str, Any]]) -> list[float]:
-    """The highest ten, best first."""
+    """Return the ten highest scores, best first."""
     return sorted((entry["score"] for entry in entries), reverse=True)[:10]
 
 

@@ -1,4 +1,4 @@
-"""NMS, proposals, detections and RoI features on the GPU are the CPU's."""
+"""NMS, proposals, detections and RoI features on the GPU equal the CPU's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = torch.device("cpu")
 
 @pytest.mark.parametrize(("count", "groups"), [(1, 1), (500, 1), (3000, 160), (45_000, 7)])
 def test_nms_keeps_the_boxes_that_the_cpu_keeps(count: int, groups: int, device: torch.device) -> None:
-    """45,000 boxes are more than one call on a GPU takes."""
+    """45,000 boxes are more than a single call on a GPU takes."""
     generator = torch.Generator().manual_seed(count)
     corner = torch.rand(count, 2, generator=generator) * 1300
     boxes = torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 90], dim=1)

@@ -1,4 +1,4 @@
-"""The official code's own numbers, recomputed on the GPU."""
+"""The official code's own numbers are reproduced on the GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from headkd_ray.golden.replay import replay
 pytestmark = pytest.mark.gpu
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 BF16 = 3e-2
-"""Largest relative error of a loss in bfloat16, which has 8 bits of mantissa; the worst on the CPU is 1.3e-2."""
+"""Largest relative error of a loss in bfloat16, which has 8 bits of mantissa; the largest on the CPU is 1.3e-2."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_quantity_of_a_golden_file_holds(file: Path, device: torch.device) -> None:
-    """To the tolerances of the CPU: 1e-4 for values and losses, 1e-3 for gradient norms."""
+    """The tolerances are those on the CPU: 1e-4 for values and losses, 1e-3 for gradient norms."""
     golden = Golden.open(file)
     rows = list(check(golden, replay(golden, device)))
     assert len(rows) > 10

@@ -36,7 +36,7 @@ def test_a_step_is_finite_and_on_the_device(
 
 @EVERY
 def test_losses_and_gradients_are_the_cpu_s(method: str, student: str, teacher: str | None, device: torch.device) -> None:
-    """From the same weights and batch: losses to 1e-4, the whole gradient to 1e-3 of its norm."""
+    """From the same weights and batch, losses agree to 1e-4 and the whole gradient to 1e-3 of its norm."""
     ours, theirs = model_of(method, student, teacher), model_of(method, student, teacher)
     here, there = step(ours, device), step(theirs, torch.device("cpu"))
     assert here.keys() == there.keys()
@@ -47,7 +47,7 @@ def test_losses_and_gradients_are_the_cpu_s(method: str, student: str, teacher: 
 
 
 def test_ddp_over_nccl_gives_the_gradients_of_the_bare_step(device: torch.device, tmp_path: Path) -> None:
-    """With a process group of one, as Ray Train starts it: NCCL for the gradients, gloo for what ranks tell each other."""
+    """The process group has one member, as Ray Train starts it: NCCL for gradients, gloo for other messages between ranks."""
     bare, wrapped = (model_of("head", "retinanet", "faster_rcnn") for _ in range(2))
     step(bare, device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -1,4 +1,4 @@
-"""What keys get wrong together, and the shape of the schema itself."""
+"""Keys that contradict each other are reported, and the schema keeps to its own rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headkd_ray.job.module_specs import Spec
 
 
 def job(**changes: Any) -> Job:
-    """A sound job, with sections replaced."""
+    """Return a sound job, with sections replaced."""
     sound: dict[str, Any] = {
         "run": {"name": "x"},
         "method": "head",
@@ -250,7 +250,7 @@ def models(model: type[Spec]) -> Iterator[type[Spec]]:
 
 @pytest.mark.parametrize("model", sorted(set(models(Job)), key=lambda model: model.__name__), ids=lambda model: model.__name__)
 def test_every_key_is_documented_and_sections_own_their_defaults(model):
-    """A default like ``anchors: AnchorSpec = AnchorSpec(base_scale=8)`` would be lost by a job that names another key of it."""
+    """A default like ``anchors: AnchorSpec = AnchorSpec(base_scale=8)`` would be lost if a job named another key of it."""
     for name, field in model.model_fields.items():
         assert field.description, f"{model.__name__}.{name} has no docstring"
         if isinstance(field.default, Spec):

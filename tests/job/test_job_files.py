@@ -1,4 +1,4 @@
-"""The committed jobs: all load, agree with the JSON Schema, and hold the official recipe's numbers."""
+"""The committed jobs all load, agree with the JSON Schema, and have the official recipe's numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from headkd_ray.job.schema import schema_text, write_schema
 JOBS = Path(__file__).parents[2] / "jobs"
 PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_"))
 FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if not path.name.startswith("tune_"))
-"""Without the search files, which tests/search is about."""
+"""Job files without the search files, which tests/tuning covers."""
 
 
 def test_every_promised_job_is_there():
@@ -84,7 +84,7 @@ def test_commands_in_a_job_s_comments_work(file):
 
 @pytest.mark.parametrize("file", PAPER)
 def test_paper_schedule_is_the_official_one(file):
-    """Official code, configs/_base_/schedules/schedule_1x.py and datasets/coco_detection_mstrain.py."""
+    """The official files are configs/_base_/schedules/schedule_1x.py and datasets/coco_detection_mstrain.py."""
     job = load_job(JOBS / file)
     teacher = file == "teacher.yaml"
     optim = job.optim
@@ -127,7 +127,7 @@ def test_paper_student(file):
 
 
 def test_gfl_student_is_mmdet_s_with_a_smaller_backbone():
-    """mmdet, configs/gfl/gfl_r50_fpn_1x_coco.py."""
+    """The source is mmdet, configs/gfl/gfl_r50_fpn_1x_coco.py."""
     student = load_job(JOBS / "head_gfl.yaml").student
     assert student == GFLSpec(backbone=load_job(JOBS / "head.yaml").student.backbone)
     assert (student.neck.channels, student.neck.extra, student.neck.relu_before_p7) == (256, "conv_p5", False)
@@ -209,7 +209,7 @@ def test_paper_method(file: str, method: str, teacher: str | None, distill: dict
 
 @pytest.mark.parametrize("file", ["tf_head.yaml", "tf_head_fcos.yaml", "tf_head_r50.yaml", "tf_head_fcos_r50.yaml"])
 def test_tf_head_weights_are_the_research_branch_s(file):
-    """Branch dev, configs/kd/head_r18.py and fcos_retina_faster_r18_head.py."""
+    """The source is branch dev, configs/kd/head_r18.py and fcos_retina_faster_r18_head.py."""
     job = load_job(JOBS / file)
     assert (job.method, job.teacher) == ("tf_head", None)
     assert job.distill.warmup_steps == 2000
@@ -242,6 +242,6 @@ def test_small_jobs_differ_only_in_what_they_compare():
     assert jobs["head"].teacher is not None
     assert jobs["head"].teacher.checkpoint == f"{teacher.run.storage}/{teacher.run.name}/student"
     assert jobs["assist"].distill.assistant == teacher.student.roi
-    # The copy of the RoI head needs equal pyramids.
+    # Copying the RoI head needs equal pyramids.
     assert teacher.student.neck.channels == jobs["head"].student.neck.channels
     assert teacher.data == jobs["head"].data

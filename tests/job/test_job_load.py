@@ -36,7 +36,7 @@ student:
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write job.yaml into the current folder, so that messages begin with ``job.yaml``."""
+    """Return a function that writes job.yaml into the current folder, so that messages begin with ``job.yaml``."""
     monkeypatch.chdir(tmp_path)
 
     def _write(text: str | bytes) -> str:
@@ -56,7 +56,7 @@ def test_minimal_job_takes_the_paper_s_defaults(write):
     job = load_job(write(MINIMAL))
     assert isinstance(job, Job)
     assert (job.optim.lr, job.optim.milestones, job.optim.epochs) == (0.01, (8, 11), 12)
-    assert job.data.train == "data/train"  # as written: relative to the command's folder, not to the job file
+    assert job.data.train == "data/train"  # as written, relative to the command's folder and not to the job file
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_every_number_has_an_upper_bound(top):
 
 
 def numbers(node: Any) -> Iterator[dict[str, Any]]:
-    """The nodes of a JSON Schema that describe a number."""
+    """Yield the nodes of a JSON Schema that describe a number."""
     if isinstance(node, dict):
         if node.get("type") in ("integer", "number"):
             yield node
@@ -361,7 +361,7 @@ def test_a_replaced_key_is_checked_as_a_file_s_is(write):
 
 
 def test_override_creates_a_section(write):
-    path = write(MINIMAL.replace("supervised", "head") + "teacher:\n")  # an empty section: null
+    path = write(MINIMAL.replace("supervised", "head") + "teacher:\n")  # an empty section is null
     job = load_job(path, ["teacher.checkpoint=t.pth", "distill.assistant.fcs=1"])
     assert job.teacher is not None
     assert job.teacher.checkpoint == "t.pth"

@@ -1,4 +1,4 @@
-"""--print-config: every key with its meaning, and the same job when read back."""
+"""--print-config prints every key with its meaning, and reads back as the same job."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_printed_config_loads_back_to_an_equal_job(tmp_path, job):
 def test_printed_config_has_every_key_with_its_comment():
     job = Job.model_validate({"run": {"name": "x"}, "method": "supervised", "data": {"train": "a", "val": "b"}})
     text = render_job(job)
-    assert yaml.safe_load(text) == job.model_dump(mode="json")  # plain YAML 1.1 readers agree
+    assert yaml.safe_load(text) == job.model_dump(mode="json")  # readers of plain YAML 1.1 agree
     lines = text.splitlines()
     for number, line in enumerate(lines):
         assert len(line) <= 120

@@ -1,4 +1,4 @@
-"""The plan's arithmetic: by hand, and what must hold whatever is measured."""
+"""The plan's arithmetic agrees with calculations by hand and with laws that hold whatever is measured."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ WORK = Work(
     views=12,
 )
 GBIT10 = 1.25e9
-"""Bytes a second."""
+"""10 Gbit/s in bytes per second."""
 OWN = Machine(cpus=64, workers=1)
-"""A machine for each worker, with CPUs to spare."""
+"""Machines with one worker each and CPUs to spare."""
 
 
 def test_one_worker_by_hand() -> None:
@@ -60,7 +60,7 @@ def test_one_worker_by_hand() -> None:
 
 
 def test_four_workers_by_hand() -> None:
-    """Each has 250 images, 125 steps an epoch, and sends 2 x 3/4 of 80 MB a step: 0.096 s at 10 Gbit/s."""
+    """Each has 250 images, 125 steps per epoch, and sends 2 x 3/4 of 80 MB per step: 0.096 s at 10 Gbit/s."""
     four = plan(WORK, COSTS, Prices(), workers=4, bandwidth=GBIT10, machine=OWN)
     assert four.steps == 125 * 12 and four.reduce_bytes == 120e6 and four.money == 0
     assert four.step_seconds == pytest.approx(0.41 + 0.096)
@@ -85,7 +85,7 @@ def test_a_pool_works_beside_the_student() -> None:
 
 
 def test_a_cache_is_built_first_and_costs_no_step() -> None:
-    """1000 images x 3 views, 0.05 s each, by 2 processes."""
+    """1000 images x 3 views take 0.05 s each, on 2 processes."""
     work = replace(WORK, placement="cache", views=3, teachers=2, teacher_gpus=1, teacher_cpus=1)
     found = plan(work, COSTS, Prices(), workers=4, bandwidth=GBIT10, machine=OWN)
     assert found.step_seconds == pytest.approx(0.31 + 0.096) and found.pool_bytes == 0
@@ -112,7 +112,7 @@ def test_traffic_to_the_pool_can_be_the_bottleneck() -> None:
 
 
 def test_workers_share_the_cpus_of_their_machine() -> None:
-    """A step of each takes 2 x 0.02 of data, 0.4 of passes and 0.01 of update; Ray 0.2 CPUs for each."""
+    """A step of each takes 2 x 0.02 s of data, 0.4 of passes and 0.01 of update; Ray takes 0.2 CPUs for each."""
     found = plan(WORK, COSTS, Prices(), workers=2, bandwidth=1e12, machine=Machine(cpus=2, workers=2))
     assert found.step_seconds == pytest.approx(2 * 0.45 / 1.6) and found.bottleneck == "CPUs"
     apart = plan(WORK, COSTS, Prices(), workers=2, bandwidth=1e15, machine=Machine(cpus=2, workers=1))

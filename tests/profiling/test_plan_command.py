@@ -1,4 +1,4 @@
-"""``python -m headkd_ray.plan`` as a user meets it: real steps are timed, and nothing is started or written."""
+"""``python -m headkd_ray.plan`` as a user runs it: real steps are timed, and nothing is started or written."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_a_plan_with_prices_for_some_numbers_of_workers(
     )
     before = sorted(tmp_path.rglob("*"))
     assert plan.main([job, "--workers", "1", "2", "--price-per-cpu-hour", "0.5", "--steps", "2"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for part in ("a micro-batch: teacher", "money", "CPU-h", "bottleneck", "Model: each of k workers", "A cache of 1 views"):
-        assert part in told
+        assert part in output
     assert sorted(tmp_path.rglob("*")) == before
 
 

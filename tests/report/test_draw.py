@@ -1,4 +1,4 @@
-"""Pictures: right size, boxes where they belong."""
+"""Pictures have the right size, and boxes lie where they belong."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_captions_are_drawn() -> None:
 @pytest.mark.parametrize("ground", [0, 128, 255, "stripes"])
 @pytest.mark.parametrize("label", range(8))
 def test_captions_and_lines_are_clear_on_any_ground(ground: int | str, label: int) -> None:
-    """Of WCAG: letters have a contrast of 4.5 to what they stand on, and the line one of 3 to its edges or to the image."""
+    """As WCAG asks, letters have a contrast of 4.5 to their ground, and lines one of 3 to their edges or to the image."""
     image = torch.full((3, 100, 200), 0 if ground == "stripes" else int(ground), dtype=torch.uint8)
     if ground == "stripes":
         image[:, :, ::2] = 255

@@ -1,4 +1,4 @@
-"""Class names in any script: written where a font has the letters, else as numbers, with a note."""
+"""Class names are written in any script for which there is a font, and otherwise as numbers with a note."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from headkd_ray.report.draw import draw
 from headkd_ray.report.fonts import drawable, runs
 
 NOWHERE = "\u0378"
-"""Not assigned: in no font but Matplotlib's "last resort", which has a symbol for everything."""
+"""An unassigned character, missing from every font except Matplotlib's "last resort", which has a symbol for everything."""
 
 
 @pytest.fixture
 def no_fonts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A machine where nothing but Pillow's own font is installed."""
+    """Pretend that only Pillow's own font is installed."""
     monkeypatch.setattr(fonts, "_folders", lambda: iter([tmp_path]))
     for cached in (fonts._installed, fonts._source):
         cached.cache_clear()

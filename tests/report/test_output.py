@@ -1,4 +1,4 @@
-"""What is shown cannot end the work."""
+"""Problems with the output do not end the work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_run_goes_on_when_nobody_reads_any_more(monkeypatch: pytest.MonkeyPatc
     with RunConsole("run") as console:
         for step in range(3):
             console({"step": step, "steps": 3, "note": "–" * 10_000})
-    sys.stdout.close()  # would raise if something were left to write
+    sys.stdout.close()  # would raise if anything were left to write
 
 
 def test_rich_draws_what_the_terminal_can_show(monkeypatch: pytest.MonkeyPatch) -> None:

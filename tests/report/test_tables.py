@@ -1,4 +1,4 @@
-"""Tables and log lines, as text."""
+"""Tables and log lines as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUNS = {
 
 
 def cells(table: Table) -> list[list[str]]:
-    """Heading and rows."""
+    """Return heading and rows."""
     columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -55,7 +55,7 @@ def test_one_run_has_no_gain() -> None:
 
 
 def test_print_metrics_keeps_odd_class_names_as_they_are() -> None:
-    """Square brackets are rich's markup."""
+    """Square brackets are markup to rich."""
     out = io.StringIO()
     print_metrics({"run [bold]": metrics(1.0, None, **{"[red]cup[/]": 3.0})}, Console(file=out, width=120))
     assert "[red]cup[/]" in out.getvalue() and "run [bold]" in out.getvalue() and "–" in out.getvalue()

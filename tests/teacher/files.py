@@ -1,4 +1,4 @@
-"""Caches of drawn soft targets, for a split that holds nothing but its layout."""
+"""Caches of drawn soft targets, for a split that consists of its layout alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from headkd_ray.teacher.cache_codec import Codec
 LAYERS, WIDTH, BUDGET, LOGITS = 2, 16, 6, 3
 ROW_GROUP = 3
 IMAGES = (7, 3)
-"""Of each shard: row groups of 3, 3 and 1 images, and of 3."""
+"""Images of each shard: row groups of 3, 3 and 1 images, and one of 3."""
 RECIPE: dict[str, Any] = {"data.flip": 0.5, "data.short_side": [640, 800], "teacher.precision": "fp32"}
 
 
 def split(folder: Path) -> ShardSet:
-    """A split of which only the layout is there."""
+    """Return a split that has only its layout."""
     shards = tuple(ShardFile(f"shard-{i:05d}.parquet", images, 0, "") for i, images in enumerate(IMAGES))
     meta = Meta(("a",), (1,), sum(IMAGES), 0, 0, ROW_GROUP, shards, "fingerprint")
     nothing = np.zeros(0, dtype=np.int32)
@@ -31,13 +31,13 @@ def split(folder: Path) -> ShardSet:
 
 
 def cache_at(folder: Path, dtype: Literal["fp16", "int8"] = "fp16", views: int = 2, **recipe: Any) -> Cache:
-    """A cache in ``folder``; ``recipe`` replaces fields of its recipe, dots written as ``__``."""
+    """Return a cache in ``folder``; ``recipe`` replaces fields of its recipe, with dots written as ``__``."""
     fields = RECIPE | {key.replace("__", "."): value for key, value in recipe.items()}
     return Cache(Folder.open(folder), fields, split(folder), views, Codec(dtype, LAYERS, WIDTH, LOGITS), BUDGET)
 
 
 def drawn(rois: int, seed: int, scale: float = 3.0) -> ViewTargets:
-    """Targets of ``rois`` RoIs; half of the features are 0, and so is one channel everywhere."""
+    """Return targets of ``rois`` RoIs; half of the features are 0, and so is one channel everywhere."""
     rng = np.random.default_rng(seed)
     taps = scale * rng.standard_normal((LAYERS, rois, WIDTH)).clip(0).astype(np.float32)
     taps[:, :, 5] = 0
@@ -48,7 +48,7 @@ def drawn(rois: int, seed: int, scale: float = 3.0) -> ViewTargets:
 
 
 def groups_of(shard: int, view: int) -> list[list[tuple[int, ViewTargets]]]:
-    """(image id, targets) of a file, group by group; the second image of each shard has no RoIs."""
+    """Return (image id, targets) of a file, group by group; the second image of each shard has no RoIs."""
     rows = [
         (1000 * shard + row, drawn(0 if row == 1 else 1 + row % BUDGET, seed=row + 10 * view)) for row in range(IMAGES[shard])
     ]
@@ -56,7 +56,7 @@ def groups_of(shard: int, view: int) -> list[list[tuple[int, ViewTargets]]]:
 
 
 def filled(folder: Path, dtype: Literal["fp16", "int8"] = "fp16", **options: Any) -> Cache:
-    """A complete cache."""
+    """Return a complete cache."""
     cache = cache_at(folder, dtype, **options)
     cache.begin()
     for shard, view in cache.units():

@@ -15,7 +15,7 @@ from tests.detectors.micro import faster_rcnn_spec, liven
 BUDGET, SEED, PAD = 24, 5, 32
 LAYERS, WIDTH = 2, 24
 SHAPES = ((64, 96, 2), (50, 60, 1), (64, 90, 0), (96, 64, 3), (33, 90, 2), (60, 96, 4))
-"""Height, width and objects of the drawn views: four padded sizes, three views of one of them."""
+"""Height, width and number of objects of the drawn views: four padded sizes, three views of one of them."""
 
 
 def detector_of(**roi: Any) -> FasterRCNN:
@@ -31,7 +31,7 @@ def teacher_of(budget: int = BUDGET, seed: int = SEED, precision: str = "fp32", 
 
 
 def example(number: int, height: int, width: int, objects: int) -> Example:
-    """Noise with boxes in it; image 100 + ``number``, view ``number`` modulo 3."""
+    """Return noise with boxes in it; image 100 + ``number``, view ``number`` modulo 3."""
     rng = np.random.default_rng(number)
     corners = rng.uniform(0, 0.5, (objects, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(0.2, 0.5, (objects, 2))], axis=1) * np.array([width, height] * 2)

@@ -1,4 +1,4 @@
-"""Filling a cache: what is kept is what the teacher says of the views that training shows."""
+"""A cache holds what the teacher computes for the views that training shows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def job(drawn_splits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def built(job: Job, shards: ShardSet) -> Builder:
-    """A complete cache of two views of the drawn images."""
+    """Return a complete cache of two views of the drawn images."""
     builder = builder_for(job, shards)
     sizes = build_all(builder)
     assert sizes == [builder.cache.folder.size(builder.cache.file(*unit)) for unit in builder.cache.units()]
@@ -81,13 +81,13 @@ def built(job: Job, shards: ShardSet) -> Builder:
 
 
 def files(builder: Builder) -> dict[str, tuple[int, bytes]]:
-    """Modification time in ns and content of every file of the cache."""
+    """Return modification time (ns) and content of every file of the cache."""
     folder = Path(builder.cache.folder.path)
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir() if path.is_file()}
 
 
 def stream(job: Job, shards: ShardSet, builder: Builder | None, epochs: int = 2) -> Iterator[Batch]:
-    """Training batches as a run gets them, with what the cache holds."""
+    """Yield the training batches of a run, with soft targets from the cache."""
     rows = train_rows(shards.index, job.data.keep_empty)
     windows = train_windows(
         shards.index, rows, seed=job.run.seed, rank=0, world_size=1, batch_size=job.data.batch_size, window=16, epochs=epochs
@@ -98,7 +98,7 @@ def stream(job: Job, shards: ShardSet, builder: Builder | None, epochs: int = 2)
 
 
 def kept(builder: Builder, shards: ShardSet, view: int) -> dict[int, Any]:
-    """Targets of ``view`` by image id, read row by row."""
+    """Return the targets of ``view`` by image id, read row by row."""
     found, index, cache = {}, shards.index, builder.cache
     for image_id, shard, row in zip(index.image_id.tolist(), index.shard.tolist(), index.row.tolist(), strict=True):
         (packed,) = cache.read_group(shard, row // index.row_group, [row], view)
@@ -107,17 +107,17 @@ def kept(builder: Builder, shards: ShardSet, view: int) -> dict[int, Any]:
 
 
 def test_the_stream_carries_what_the_teacher_says_of_each_batch(job: Job, shards: ShardSet, built: Builder) -> None:
-    """Another grouping of the views than the builder's, so numbers round otherwise; the same RoIs."""
+    """Views are batched otherwise than in the builder, so numbers round differently; the RoIs are the same."""
     teacher = soft_teacher(job, detector())
     seen: dict[int, set[int]] = {0: set(), 1: set()}
     for with_targets, plain in zip(stream(job, shards, built), stream(job, shards, None), strict=True):
         assert plain.targets is None and with_targets.targets is not None
         assert torch.equal(plain.images, with_targets.images) and torch.equal(plain.boxes, with_targets.boxes)
-        asked, targets = teacher(plain), with_targets.targets
-        assert torch.equal(asked.valid, targets.valid) and torch.equal(asked.truth, targets.truth)
-        assert torch.equal(asked.boxes[asked.truth], targets.boxes[targets.truth])
-        torch.testing.assert_close(targets.boxes, asked.boxes, rtol=0, atol=1e-3)
-        torch.testing.assert_close(targets.taps, asked.taps, rtol=2e-3, atol=1e-3)
+        direct, targets = teacher(plain), with_targets.targets
+        assert torch.equal(direct.valid, targets.valid) and torch.equal(direct.truth, targets.truth)
+        assert torch.equal(direct.boxes[direct.truth], targets.boxes[targets.truth])
+        torch.testing.assert_close(targets.boxes, direct.boxes, rtol=0, atol=1e-3)
+        torch.testing.assert_close(targets.taps, direct.taps, rtol=2e-3, atol=1e-3)
         assert targets.valid.any(1).all() and (targets.truth.sum(1) > 0).all() and targets.taps.any()
         for image_id, view in zip(plain.image_ids.tolist(), plain.views.tolist(), strict=True):
             seen[view].add(image_id)
@@ -145,7 +145,7 @@ def test_eight_bits_say_nearly_the_same(job: Job, shards: ShardSet, built: Build
 
 
 def test_units_may_be_built_in_any_order_by_anyone(job: Job, shards: ShardSet, built: Builder, tmp_path: Path) -> None:
-    """Bit for bit; several threads or one. Half-written files of a killed build are in nobody's way."""
+    """Files are the same bit for bit, with several threads or one, and half-written files of a killed build do not matter."""
     other = builder_for(job_on(job.data.train, tmp_path), shards)
     half = tmp_path / (other.cache.file(1, 0) + ".0a1b2c3d.tmp")
     half.write_bytes(b"half")
@@ -190,7 +190,7 @@ def test_a_few_rows_on_request(shards: ShardSet, built: Builder) -> None:
 
 
 def test_the_greatest_logits_are_kept_with_their_classes(job: Job, shards: ShardSet, tmp_path: Path) -> None:
-    """They are what the RoI head says of the features that are kept; a teacher has no more than its classes and background."""
+    """They are the RoI head's output for the stored features; a teacher has no more than its classes and background."""
     most = len(shards.meta.classes) + 1
     builder = builder_for(job_on(job.data.train, tmp_path, logits=999, optim={"epochs": 1, "milestones": []}), shards)
     assert builder.cache.codec.logits == most and all(build_all(builder))
@@ -202,7 +202,8 @@ def test_the_greatest_logits_are_kept_with_their_classes(job: Job, shards: Shard
 
 
 def test_caches_of_other_views_are_others(job: Job, shards: ShardSet, tmp_path: Path) -> None:
-    """data.view_seed names the views, so runs of several run.seed may share a cache. The teacher's classes do not count."""
+    """data.view_seed selects the views, so runs with different run.seed may share a cache. The teacher's classes play no
+    part."""
 
     def digest(weights: float = 0.0, **sections: Any) -> str:
         teacher = detector()
@@ -226,7 +227,7 @@ def test_caches_of_other_views_are_others(job: Job, shards: ShardSet, tmp_path: 
         digest(data={"keep_empty": True}),
         digest(logits=2),
     }
-    assert len(others) == 9 and own not in others  # run.seed and data.view_seed of 8 are the same views
+    assert len(others) == 9 and own not in others  # run.seed and data.view_seed of 8 give the same views
 
 
 @pytest.mark.parametrize(("epochs", "views", "files"), [(2, None, 2), (3, 2, 2), (2, 5, 2), (4, None, 4)])
@@ -238,7 +239,7 @@ def test_as_many_views_as_the_epochs_show(job: Job, shards: ShardSet, epochs: in
 
 @pytest.mark.parametrize("keep_empty", [False, True])
 def test_images_without_objects(tmp_path: Path, keep_empty: bool) -> None:
-    """They have RoIs if they are trained on, none if not; a stream reads the others' targets from the same row groups."""
+    """They have RoIs if they are trained on, and none if not; a stream reads the others' targets from the same row groups."""
     coco = make_coco(tmp_path / "coco", images=10)
     shards = prepare_split(coco.json, coco.images, coco.out, shard_images=7, row_group=3)
     job = job_on(coco.out, tmp_path / "soft", data={"keep_empty": keep_empty}, optim={"epochs": 1, "milestones": []})

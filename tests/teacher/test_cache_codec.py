@@ -1,4 +1,4 @@
-"""Features in 16 and 8 bits: what comes back, and how far off it may be."""
+"""Features survive storage in 16 and 8 bits within the promised error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headkd_ray.soft_targets import TopLogits, ViewTargets
 from headkd_ray.teacher.cache_codec import LEVELS, Codec
 
 FEATURE = st.one_of(st.just(0.0), st.floats(2.0**-20, 6e4, width=32))
-"""What a ReLU gives, within the range of 16 bits."""
+"""A ReLU's output, within the range of 16 bits."""
 
 
 def view_of(taps: NDArray[np.float32]) -> ViewTargets:
@@ -26,7 +26,7 @@ def view_of(taps: NDArray[np.float32]) -> ViewTargets:
 
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[Codec, list[ViewTargets]]:
-    """A row group: views of 0 to 4 RoIs, with some channels that are 0 in all of them; the codec's dtype is to be chosen."""
+    """Draw a row group and a codec: views of 0 to 4 RoIs, with some channels that are 0 in all of them."""
     layers, width = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     dead = draw(hnp.arrays(bool, (layers, width)))
     views = []
@@ -56,7 +56,7 @@ def test_round_trip(group: tuple[Codec, list[ViewTargets]]) -> None:
 
 
 def test_a_channel_s_greatest_feature_takes_the_last_step() -> None:
-    """Of all views of the row group, so no feature is cut."""
+    """The maximum is taken over all views of the row group, so no feature is clipped."""
     taps = np.array([[[1.0, 0, 2], [3, 0, 0]]], dtype=np.float32)
     codec, views = Codec("int8", 1, 3), [view_of(taps), view_of(taps * 2), view_of(taps[:, :0])]
     scales = codec.scales(views)

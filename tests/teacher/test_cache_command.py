@@ -1,4 +1,4 @@
-"""``python -m headkd_ray.cache`` and ``bench teacher`` as a user meets them: build, kill, go on, verify, refuse."""
+"""``python -m headkd_ray.cache`` and ``bench teacher`` as a user runs them: build, kill, resume, verify, refuse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def teacher_in(folder: Path, splits: dict[str, str], seed: int) -> str:
 
 @pytest.fixture
 def job_file(tmp_path: Path, drawn_splits: dict[str, str]) -> Path:
-    """A HEAD job whose cache has 2 views of 3 shards."""
+    """Return a HEAD job whose cache has 2 views of 3 shards."""
     job = micro_job(
         tmp_path / "runs",
         drawn_splits,
@@ -67,9 +67,9 @@ def test_build_verify_info_and_what_a_changed_job_is_told(
     assert "class of the largest logit: the same for 100.00% of the RoIs" in capsys.readouterr().out
 
     other = teacher_in(job_file.parent, drawn_splits, 2)
-    told = refused(["verify", job, f"teacher.checkpoint={other}", "data.short_side=[64, 72]"], capsys)
-    assert "teacher.checkpoint (weights): the cache was built with" in told
-    assert "data.short_side: the cache was built with [56, 72], the job has [64, 72]" in told
+    message = refused(["verify", job, f"teacher.checkpoint={other}", "data.short_side=[64, 72]"], capsys)
+    assert "teacher.checkpoint (weights): the cache was built with" in message
+    assert "data.short_side: the cache was built with [56, 72], the job has [64, 72]" in message
 
 
 def test_a_build_that_was_killed_goes_on(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,8 +97,8 @@ def test_training_without_a_whole_cache_is_refused_before_it_starts(job_file: Pa
     (job_file.parent / "cache" / "view-00001-shard-00002.parquet").unlink()
     with pytest.raises(SystemExit):
         train.main([str(job_file), "teacher.placement=cache"])
-    told = capsys.readouterr().err
-    assert "5 of 6 files are there" in told and "view-00001-shard-00002.parquet" in told and "headkd_ray.cache build" in told
+    text = capsys.readouterr().err
+    assert "5 of 6 files are there" in text and "view-00001-shard-00002.parquet" in text and "headkd_ray.cache build" in text
     assert not (job_file.parent / "runs").exists()
 
 
@@ -107,8 +107,8 @@ def test_a_disk_without_room_is_told_early(
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    told = refused(["build", str(job_file)], capsys)
-    assert "GB are still to be written, the disk has 0.00 GB left" in told
+    message = refused(["build", str(job_file)], capsys)
+    assert "GB are still to be written, the disk has 0.00 GB left" in message
     assert len(list((job_file.parent / "cache").glob("view-*.parquet"))) == 1
 
 
@@ -121,9 +121,9 @@ def test_a_job_whose_student_chooses_the_rois_has_no_cache(job_file: Path, capsy
 def test_bench_teacher_measures_and_recommends(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments: list[Any] = ["teacher", str(job_file), "--steps", "2", "--rounds", "1"]
     assert bench.main(arguments) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("no teacher", "inline, student's RoIs", "inline, teacher's RoIs", "cache: built at", "recommended: "):
-        assert name in told
+        assert name in output
     with pytest.raises(SystemExit):
         bench.main([*arguments, "method=supervised", "teacher=null", "distill.rois=student"])
     assert "has no teacher to place" in capsys.readouterr().err

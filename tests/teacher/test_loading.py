@@ -1,4 +1,4 @@
-"""A teacher that knows more classes than the data has, or fewer, teaches; the log says what became of its outputs."""
+"""A teacher with more or fewer classes than the data can teach; the log says what became of its outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student
 
 
 def taught(tmp_path: Path, splits: dict[str, str], names: tuple[str, ...]) -> Job:
-    """A HEAD job with a fresh teacher of these classes."""
+    """Return a HEAD job with a random teacher of these classes."""
     job = micro_job(tmp_path, splits, student=MICRO_TEACHER)
     torch.manual_seed(3)
     save_detector(tmp_path / "teacher", build_detector(job.student, len(names)), names)
@@ -68,7 +68,7 @@ def test_fresh_outputs_depend_on_the_seed_alone(tmp_path: Path, drawn_splits: di
 
 
 def test_a_teacher_of_partly_other_classes(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
-    """Its features know no classes; the outputs that both name are copied, and a name in other letters is pointed at."""
+    """Its features do not depend on classes; outputs that both name are copied, and names that differ in case are reported."""
     classes = ShardSet.open(drawn_splits["train"]).meta.classes
     job = taught(tmp_path, drawn_splits, ("zebra", classes[1].upper(), *classes[2:]))
     teacher, own = load_teacher(job, classes), load_teacher(job, None)

@@ -1,4 +1,4 @@
-"""A teacher that chooses its own RoIs: its answer is a function of the view, whatever else is asked at the time."""
+"""The answer of a teacher that chooses its own RoIs depends on the view alone, not on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def row(targets: SoftTargets, number: int = 0) -> Rows:
 
 
 def assert_same(one: Rows, other: Rows) -> None:
-    """The same RoIs, and answers that differ by rounding at most; boxes are the teacher's own and round too."""
+    """Assert equal RoIs and outputs that differ only by rounding; boxes are the teacher's own and round too."""
     (boxes, truth, valid, taps), (boxes_2, truth_2, valid_2, taps_2) = one, other
     assert torch.equal(valid, valid_2) and torch.equal(truth, truth_2)
     assert torch.equal(boxes[truth], boxes_2[truth])
@@ -40,7 +40,7 @@ def assert_same(one: Rows, other: Rows) -> None:
 
 
 def common(one: SoftTargets, other: SoftTargets, pixels: float) -> float:
-    """Share of the RoIs that the other has too, to within so many pixels."""
+    """Return the share of RoIs that the other has too, to within so many pixels."""
     near = (one.boxes.unsqueeze(2) - other.boxes.unsqueeze(1)).abs().amax(-1) < pixels
     return float((near & other.valid.unsqueeze(1)).any(2)[one.valid].double().mean())
 
@@ -71,7 +71,7 @@ def test_company_order_and_padding_do_not_matter(teacher: SoftTeacher) -> None:
 
 
 def test_the_same_views_of_one_padded_size_give_the_same_bits(teacher: SoftTeacher) -> None:
-    """However large the batch's canvas is, and whatever other sizes it holds."""
+    """This holds however large the batch's canvas is, and whatever other sizes it contains."""
     views = examples()
     alike = [0, 2, 5]  # 64 x 96 when padded
     alone = teacher(batch_of(*(views[i] for i in alike)))
@@ -105,7 +105,7 @@ def test_what_is_drawn_depends_on_seed_image_and_view_alone(teacher: SoftTeacher
 
 
 def candidates_of(teacher: SoftTeacher, batch: Batch) -> Tensor:
-    """All proposals for the one view of ``batch``."""
+    """Return all proposals for the single view of ``batch``."""
     x = teacher.detector.normalise(batch.images, batch.sizes)
     with torch.no_grad():
         return flatten(teacher.detector.rpn.proposals(teacher.detector.rpn(teacher.detector.features(x)), batch.sizes))[0]
@@ -125,7 +125,7 @@ def test_budget_and_share_of_positives(budget: int, fraction: float) -> None:
         chosen = min(positives, int(budget * fraction))
         assert targets.valid.shape == (1, budget) and int(positive.sum()) == chosen
         assert int(targets.valid.sum()) == min(budget, chosen + len(offered) - positives)
-        # Every RoI is one of the candidates, none is taken twice, and those that are ground truth say so.
+        # Every RoI is a candidate, none is taken twice, and those that are ground truth are marked.
         boxes, flags = targets.boxes[targets.valid], targets.truth[targets.valid]
         assert len(boxes.unique(dim=0)) == len(boxes)
         for box, flag in zip(boxes, flags, strict=True):
@@ -136,7 +136,7 @@ def test_budget_and_share_of_positives(budget: int, fraction: float) -> None:
 
 
 def test_every_candidate_has_its_chance(teacher: SoftTeacher) -> None:
-    """Of all views of an image together, as a uniform draw would have it."""
+    """Over all views of an image, every candidate is drawn as by a uniform sample."""
     view = example(2, 64, 90, 0)
     offered = candidates_of(teacher, batch_of(view))
     seen, views = torch.zeros(len(offered)), 100
@@ -196,8 +196,10 @@ def precise(**options: Any) -> SoftTargets:
 
 
 def test_rounding_moves_rois_but_draws_no_others() -> None:
-    """bf16 reorders the proposals. Those that remain are drawn again: measured, 94 % of the RoIs are within 2 pixels of one in
-    fp32; 61 % when tickets went by a proposal's rank."""
+    """bf16 reorders the proposals, but those that remain are drawn again.
+
+    Measured, 94 % of the RoIs are within 2 pixels of one in fp32; 61 % when tickets went by a proposal's rank.
+    """
     exact, rough = precise(), precise(precision="bf16")
     assert {tensor.dtype for tensor in rough} == {torch.float32, torch.bool}
     assert rough.taps.isfinite().all() and rough.taps.any() and not torch.equal(exact.taps, rough.taps)

@@ -1,4 +1,4 @@
-"""Files of soft targets: what comes back, and that nothing else ever does."""
+"""Files of soft targets return what was written, or an error, but never anything else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def path_of(cache: Cache, shard: int = 0, view: int = 0) -> Path:
 
 
 def read(cache: Cache, shard: int, view: int) -> list[list[PackedTargets]]:
-    """A whole file, group by group."""
+    """Read a whole file, group by group."""
     starts = range(0, IMAGES[shard], ROW_GROUP)
     return [
         cache.read_group(shard, group, range(start, min(start + ROW_GROUP, IMAGES[shard])), view)
@@ -59,7 +59,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: Literal["fp16", "int8"])
                 assert own.taps.shape == (LAYERS, len(targets.boxes), WIDTH) == targets.taps.shape
                 bound = 2.0**-11 * targets.taps + 2.0**-25 if dtype == "fp16" else scales[:, None] * 0.5001
                 assert (np.abs(own.taps - targets.taps) <= bound).all()
-        with pq.ParquetFile(path_of(cache, shard, view)) as file:  # steps of 8 bits are kept once a row group
+        with pq.ParquetFile(path_of(cache, shard, view)) as file:  # step sizes of 8 bits are stored per row group
             for group in range(file.num_row_groups):
                 column = file.read_row_group(group)["scales"]
                 assert column[0].is_valid and column.null_count == len(column) - 1
@@ -85,7 +85,7 @@ def test_eight_bits_take_less_room(tmp_path: Path) -> None:
         cache.begin()
         sizes[dtype] = cache.write(1, 0, [[(row, drawn(300, seed=row)) for row in range(IMAGES[1])]])
         assert sizes[dtype] == path_of(cache, 1).stat().st_size
-    assert sizes["int8"] < 0.75 * sizes["fp16"]  # of each, a third are boxes and logits
+    assert sizes["int8"] < 0.75 * sizes["fp16"]  # a third of each are boxes and logits
 
 
 def test_targets_of_another_image_or_view(cache: Cache) -> None:
@@ -97,7 +97,7 @@ def test_targets_of_another_image_or_view(cache: Cache) -> None:
 
 
 def refused(cache: Cache, shard: int = 0, view: int = 0) -> str:
-    """The error that reading this file gives, for one that is not sound."""
+    """Return the error of reading this file, which must be refused."""
     assert not cache.sound(shard, view)
     with pytest.raises(CacheError) as caught:
         read(cache, shard, view)
@@ -106,7 +106,7 @@ def refused(cache: Cache, shard: int = 0, view: int = 0) -> str:
 
 
 def pages(path: Path) -> list[tuple[int, int]]:
-    """(first byte, end) of the compressed content of each data page, without most of its header."""
+    """Return (first byte, end) of the compressed content of each data page, without most of its header."""
     found = []
     with pq.ParquetFile(path) as file:
         for group in range(file.metadata.num_row_groups):
@@ -137,7 +137,7 @@ def test_a_flipped_bit_in_any_page(tmp_path: Path, dtype: Literal["fp16", "int8"
 
 
 def noticed(cache: Cache, content: bytes, before: list[list[PackedTargets]], position: int, xor: int) -> bool:
-    """Is it an error to read the file with this byte changed? If not, it must say what it said before."""
+    """Return whether reading the file fails with this byte changed. If it does not, the content must be as before."""
     damage(path_of(cache), position, xor)
     sound = cache.sound(0, 0)
     if sound:
@@ -149,7 +149,7 @@ def noticed(cache: Cache, content: bytes, before: list[list[PackedTargets]], pos
 
 
 def test_a_changed_byte_anywhere_is_noticed_or_does_not_matter(cache: Cache) -> None:
-    """Headers and footer have no checksum, but a file that can still be read says what it said before."""
+    """Headers and footer have no checksum, but a file that can still be read has its old content."""
     rng, content, before = random.Random(1), path_of(cache).read_bytes(), read(cache, 0, 0)
     changes = [(rng.randrange(len(content)), rng.randrange(1, 256)) for _ in range(150)]
     assert sum(noticed(cache, content, before, *change) for change in changes) > 100
@@ -159,7 +159,7 @@ def test_a_changed_byte_anywhere_is_noticed_or_does_not_matter(cache: Cache) -> 
 def test_a_column_with_another_name(cache: Cache, xor: int) -> None:
     content, before = path_of(cache).read_bytes(), read(cache, 0, 0)
     places = [match.start() for name in (b"image_id", b"scales") for match in re.finditer(name, content)]
-    assert len(places) >= 4  # in the schema, and of each row group
+    assert len(places) >= 4  # in the schema, and in each row group
     assert sum(noticed(cache, content, before, place, xor) for place in places) > 0
 
 
@@ -221,7 +221,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 7e4])
 def test_features_that_cannot_be_stored(tmp_path: Path, value: float) -> None:
-    """Not even a NaN gets into 8 bits unseen."""
+    """Not even a NaN gets into 8 bits unnoticed."""
     targets = drawn(3, seed=0)
     targets.taps[0, 1, 2] = value
     for dtype in ("fp16", "int8"):
@@ -245,7 +245,7 @@ def test_a_logit_that_cannot_be_stored(tmp_path: Path) -> None:
 
 
 def test_every_field_in_which_recipes_differ_is_named(cache: Cache) -> None:
-    cache.begin()  # once more, with the same recipe
+    cache.begin()  # again, with the same recipe
     other = cache_at(Path(cache.folder.path), data__flip=0.25, teacher__precision="bf16", new=1)
     for look in (other.check, other.begin):
         with pytest.raises(CacheError) as caught:
@@ -288,7 +288,7 @@ def attempts(cache: Cache) -> list[Callable[[], Any]]:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    """Whoever is root may write anywhere, but not below a file."""
+    """Root may write anywhere, but not below a file."""
     (tmp_path / "file").write_bytes(b"x")
     below = cache_at(tmp_path / "file" / "cache")
     for attempt in attempts(below):

@@ -1,4 +1,4 @@
-"""What a search's files show: the table, the frame, importances, figures, the page, the best job."""
+"""The table, the frame, importances, figures, the page and the best job of a search, made from its files."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ SPACE = {
 
 
 def searched(folder: SearchFolder, **sections: Any) -> tuple[Search, list[Trial]]:
-    """A search in ``folder``: 16 trials that finished, whose AP is 10 minus the distance of fcos.ckd_weight from 2, one
-    that was stopped, one that failed, one that has not ended."""
+    """Write a search into ``folder`` and return its trials.
+
+    There are 16 finished trials, whose AP is 10 minus the distance of fcos.ckd_weight from 2, one that was stopped, one that
+    failed, and one that has not ended.
+    """
     sections = {"seeds": [0, 1], "objective": {"cost": "params"}, **sections}
     search = Search(SearchSpec.model_validate({"run": {"name": "s"}, "job": "base.yaml", "space": SPACE, **sections}), JOB)
     trials = []
@@ -186,7 +189,7 @@ def test_nothing_in_a_file_becomes_html_or_a_formula(folder: SearchFolder, capsy
 
 
 def test_everything_that_is_put_into_the_page_is_escaped(folder: SearchFolder) -> None:
-    """Also what no file that is read could hold."""
+    """This includes text that no readable file could contain."""
     search, trials = searched(folder)
     odd: Any = "<img src=x>"
     text = page(search, [replace(trial, number=odd, state="failed", cause=odd) for trial in trials[:1]], {}, odd)

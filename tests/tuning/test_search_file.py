@@ -34,7 +34,7 @@ space:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with base.yaml."""
+    """Make the test's folder, with base.yaml in it, the current one."""
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text(yaml.safe_dump(JOB))
     return tmp_path

@@ -1,4 +1,4 @@
-"""Real searches on Ray Tune: what fails, is stopped, or is killed is told from what finished, and nothing is done twice."""
+"""Real searches on Ray Tune: failed, stopped and killed trials are told from finished ones, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from headkd_ray.tuning.trial_records import SearchFolder, Trial
 from tests.support import MICRO_STUDENT, micro_job
 
 STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0}}}
-"""Detects something, so that there is an AP to compare."""
+"""A student that detects something, so that there is an AP to compare."""
 
 Ask = Callable[..., Search]
 
 
 @pytest.fixture
 def ask(tmp_path: Path, drawn_splits: dict[str, str]) -> Ask:
-    """A search over a job that trains in a second; keywords are sections of its file."""
+    """Return a function that makes a search over a job that trains in a second; keywords are sections of its file."""
 
     def ask(space: dict[str, Any], job: dict[str, Any] | None = None, **sections: Any) -> Search:
         sections = {"run": {"name": "search", "storage": str(tmp_path)}, "job": str(tmp_path / "job.yaml"), **sections}
@@ -53,7 +53,7 @@ def run(search: Search, folder: SearchFolder) -> tuple[list[Trial], list[dict[st
 
 
 def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    """Trial 0 is the base job, one that explodes is recorded, halving stops a worse one; a resumed search repeats none."""
+    """Trial 0 is the base job, an exploding one is recorded, halving stops a worse one; a resumed search repeats none."""
     grid: dict[str, Any] = {
         "space": {"optim.lr": {"choice": [0.01, 1e30, 1e-6]}},
         "job": {"optim": {"epochs": 2, "milestones": [1], "clip_norm": None, "warmup_steps": 0, "lr_batch": None}},
@@ -122,7 +122,7 @@ def test_seeds_are_trained_in_turn_and_their_mean_counts(tmp_path: Path, ask: As
 
 @pytest.mark.slow
 def test_a_trial_that_no_job_can_be_made_of_fails_alone(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    """Each end is sound by itself; together they are not."""
+    """Each value is sound by itself; some combinations are not."""
     space = {
         "distill.ckd_epochs": {"choice": [None, 1]},
         "optim.epochs": {"choice": [2, 1]},
@@ -157,7 +157,7 @@ def test_a_trial_too_big_for_the_cluster_is_an_error_not_a_hang(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_a_population_copies_its_best(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
-    """The worse trial gets the other's state and goes on from there with a learning rate of its own."""
+    """The worse trial gets the other's state and continues from there with a learning rate of its own."""
     epochs = {"epochs": 6, "milestones": [], "lr": 0.02, "warmup_steps": 0, "lr_batch": None}
     search = ask(
         {"optim.lr": {"loguniform": [1e-7, 0.05]}},
@@ -208,7 +208,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: P
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -> None:
-    """kill -9 of the driver while one trial has ended and another trains."""
+    """The driver is killed with SIGKILL while one trial has ended and another trains."""
     ask(
         {"optim.lr": {"loguniform": [0.001, 0.1]}},
         {"optim": {"epochs": 12, "milestones": [8]}, "cluster": {"workers": 0, "threads_per_worker": 1, "address": "local"}},
@@ -247,6 +247,6 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
 
 
 def _epochs(tmp_path: Path, trial: Trial) -> int:
-    """Epochs that the trial's log knows."""
+    """Return the epochs that the trial's log contains."""
     log = tmp_path / f"search/runs/{trial.number:04d}-s0/log.jsonl"
     return log.read_text().count('"val"') if log.exists() else 0

@@ -27,7 +27,7 @@ SPACE: dict[str, Any] = {
 }
 
 
-def search(space: dict[str, Any] = SPACE, **sections: Any) -> Search:
+def make_search(space: dict[str, Any] = SPACE, **sections: Any) -> Search:
     spec = {"run": {"name": "s"}, "job": "base.yaml", "space": space, **sections}
     return Search(SearchSpec.model_validate(spec), JOB)
 
@@ -39,7 +39,7 @@ def ended(number: int, values: dict[str, Any], score: float) -> Trial:
 
 
 def test_trial_0_has_the_base_job_s_values() -> None:
-    values = propose(search(), [])
+    values = propose(make_search(), [])
     assert values == {
         "optim.lr": 0.01,
         "optim.optimizer": "sgd",
@@ -48,56 +48,56 @@ def test_trial_0_has_the_base_job_s_values() -> None:
         "distill.warmup_steps": 2000,
         "optim.milestones": [8, 11],
     }
-    assert search().job(values, "base", "runs", 7) == search().base
+    assert make_search().job(values, "base", "runs", 7) == make_search().base
 
 
 def test_a_key_is_varied_only_under_its_condition() -> None:
-    asked = search(searcher={"kind": "random"})
-    trials = [ended(0, base_values(asked), 1.0)]
+    search = make_search(searcher={"kind": "random"})
+    trials = [ended(0, base_values(search), 1.0)]
     for number in range(1, 30):
-        values = propose(asked, trials)
+        values = propose(search, trials)
         assert values is not None
         trials.append(ended(number, values, 1.0))
         assert ("optim.momentum" in values) == (values["optim.optimizer"] == "sgd")
-        assert all(contains(asked.spec.space[key], value) for key, value in values.items())
-        asked.job(values, "x", "runs", 0)
+        assert all(contains(search.spec.space[key], value) for key, value in values.items())
+        search.job(values, "x", "runs", 0)
     assert {trial.values["optim.optimizer"] for trial in trials} == {"sgd", "adamw"}
     assert all(trial.values.get("optim.momentum") in (None, 0.5, 0.7, 0.9) for trial in trials), "steps are round numbers"
 
 
 def test_a_condition_may_be_on_a_key_that_is_not_searched() -> None:
     space = {"optim.momentum": {"uniform": [0.5, 0.9], "when": {"optim.optimizer": ["adamw"]}}, "optim.lr": SPACE["optim.lr"]}
-    assert base_values(search(space)) == {"optim.lr": 0.01}
+    assert base_values(make_search(space)) == {"optim.lr": 0.01}
 
 
 def test_a_grid_has_each_combination_once_and_the_base_job_first() -> None:
     space = {key: SPACE[key] for key in ("optim.optimizer", "optim.momentum", "distill.ckd_epochs")}
-    asked = search(space, searcher={"kind": "grid"})
+    search = make_search(space, searcher={"kind": "grid"})
     trials: list[Trial] = []
-    while (values := propose(asked, trials)) is not None:
+    while (values := propose(search, trials)) is not None:
         trials.append(ended(len(trials), values, 1.0))
     assert len(trials) == (3 + 1) * 3  # sgd has three momenta, adamw none; three times
     assert all(one.values != other.values for one in trials for other in trials if one is not other)
     assert trials[0].values == {"optim.optimizer": "sgd", "optim.momentum": 0.9, "distill.ckd_epochs": 8}
-    assert len(list(grid(asked))) == len(trials) - 1
+    assert len(list(grid(search))) == len(trials) - 1
 
 
 def test_proposals_are_a_function_of_the_trials_so_far() -> None:
-    """So a resumed search goes on as one that was never stopped."""
-    asked = search(searcher={"kind": "tpe", "startup_trials": 2})
-    trials = [ended(number, {**base_values(asked), "optim.lr": 0.002 * (number + 1)}, number) for number in range(6)]
-    assert propose(asked, trials) == propose(asked, list(trials))
-    assert propose(asked, trials) != propose(asked, trials[:-1])
-    other = search(searcher={"kind": "tpe", "startup_trials": 2}, run={"name": "s", "seed": 1})
-    assert propose(other, trials) != propose(asked, trials)
+    """A resumed search therefore continues like one that was never stopped."""
+    search = make_search(searcher={"kind": "tpe", "startup_trials": 2})
+    trials = [ended(number, {**base_values(search), "optim.lr": 0.002 * (number + 1)}, number) for number in range(6)]
+    assert propose(search, trials) == propose(search, list(trials))
+    assert propose(search, trials) != propose(search, trials[:-1])
+    other = make_search(searcher={"kind": "tpe", "startup_trials": 2}, run={"name": "s", "seed": 1})
+    assert propose(other, trials) != propose(search, trials)
 
 
 def test_tpe_goes_where_it_is_good() -> None:
     space = {"distill.assistants.fcos.ckd_weight": {"uniform": [0, 10]}}
-    asked = search(space, searcher={"kind": "tpe", "startup_trials": 5})
+    search = make_search(space, searcher={"kind": "tpe", "startup_trials": 5})
     trials: list[Trial] = []
     for number in range(40):
-        values = propose(asked, trials)
+        values = propose(search, trials)
         assert values is not None
         trials.append(ended(number, values, -abs(values["distill.assistants.fcos.ckd_weight"] - 7)))
     late = [trial.values["distill.assistants.fcos.ckd_weight"] for trial in trials[20:]]
@@ -105,11 +105,11 @@ def test_tpe_goes_where_it_is_good() -> None:
 
 
 def test_the_study_leaves_out_what_says_nothing_and_counts_the_stopped() -> None:
-    asked = search({"optim.lr": SPACE["optim.lr"]})
-    lr = [{"optim.lr": value} for value in (0.5, 0.01, 0.02, 0.03, 0.04)]  # the first is outside of the range
+    search = make_search({"optim.lr": SPACE["optim.lr"]})
+    lr = [{"optim.lr": value} for value in (0.5, 0.01, 0.02, 0.03, 0.04)]  # the first is outside the range
     trials = [ended(0, lr[0], 1.0), ended(1, lr[1], 2.0), Trial(2, lr[2]).with_end("failed", cause="x")]
     trials += [Trial(3, lr[3]).with_end("stopped", curve=[(1, 0.5), (2, None)]), Trial(4, lr[4])]
-    study = study_of(asked, trials)
+    study = study_of(search, trials)
     assert [(trial.user_attrs["number"], trial.state.name) for trial in study.trials] == [
         (1, "COMPLETE"),
         (3, "PRUNED"),
@@ -119,15 +119,15 @@ def test_the_study_leaves_out_what_says_nothing_and_counts_the_stopped() -> None
 
 
 def test_two_objectives() -> None:
-    asked = search({"optim.lr": SPACE["optim.lr"]}, objective={"cost": "params"}, searcher={"startup_trials": 1})
+    search = make_search({"optim.lr": SPACE["optim.lr"]}, objective={"cost": "params"}, searcher={"startup_trials": 1})
     trials = [ended(number, {"optim.lr": 0.002 * (number + 1)}, number) for number in range(4)]
-    assert [direction.name for direction in study_of(asked, trials).directions] == ["MAXIMIZE", "MINIMIZE"]
-    assert propose(asked, trials) is not None
+    assert [direction.name for direction in study_of(search, trials).directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert propose(search, trials) is not None
 
 
 def test_values_that_do_not_go_together_are_a_job_error() -> None:
     with pytest.raises(JobError, match=r"distill\.ckd_epochs: 8 is not before the end of training"):
-        search().job({"optim.epochs": 6, "optim.milestones": [4]}, "x", "runs", 0)
+        make_search().job({"optim.epochs": 6, "optim.milestones": [4]}, "x", "runs", 0)
 
 
 @given(
@@ -145,22 +145,22 @@ def test_what_optuna_may_propose_the_range_contains(low: float, width: float, st
 
 
 def test_files_of_a_search_come_back_as_they_were(tmp_path: Path) -> None:
-    folder, asked = SearchFolder.open(str(tmp_path / "s")), search()
+    folder, search = SearchFolder.open(str(tmp_path / "s")), make_search()
     assert not folder.exists
-    folder.start(asked)
-    trial = ended(3, base_values(asked), 12.5)
+    folder.start(search)
+    trial = ended(3, base_values(search), 12.5)
     folder.write(trial)
     assert folder.exists
-    assert folder.search() == asked
+    assert folder.search() == search
     again = folder.trial(3)
     assert (again.values, again.state, again.mean("AP")) == (trial.values, "finished", 12.5)
-    assert [trial.number for trial in folder.trials(asked)] == [3]
+    assert [trial.number for trial in folder.trials(search)] == [3]
 
 
 def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
-    folder, asked = SearchFolder.open(str(tmp_path / "s")), search()
-    folder.start(asked)
-    good = ended(0, base_values(asked), 12.5)
+    folder, search = SearchFolder.open(str(tmp_path / "s")), make_search()
+    folder.start(search)
+    good = ended(0, base_values(search), 12.5)
     files = folder.folder / "trials"
     folder.write(good)
     content = json.loads(files.read("0000.json"))
@@ -184,15 +184,15 @@ def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
         changed = {**content, "number": number, **change} if isinstance(change, dict) else change
         files.write(f"{number:04d}.json", changed if isinstance(changed, bytes) else json.dumps(changed).encode())
     files.write("notes.json", b"")
-    told: list[str] = []
-    assert folder.trials(asked, told.append) == [good]
-    for number, ((_, message), line) in enumerate(zip(changes, told, strict=True), start=1):
+    warnings: list[str] = []
+    assert folder.trials(search, warnings.append) == [good]
+    for number, ((_, message), line) in enumerate(zip(changes, warnings, strict=True), start=1):
         assert line.startswith(f"{folder.folder.uri}/trials/{number:04d}.json: {message}"), line
         assert line.endswith(f"Trial {number} is left out; its file stays as it is")
     with pytest.raises(JobError, match=r"trials/0001\.json: "):
-        folder.trials(asked)
+        folder.trials(search)
     assert folder.numbers() == list(range(15)), "a resumed search goes on with number 15"
-    assert propose(asked, [good], number=15) != propose(asked, [good])
+    assert propose(search, [good], number=15) != propose(search, [good])
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
 )
 def test_a_damaged_search_file_is_one_error_that_names_it(tmp_path: Path, change: Any, message: str) -> None:
     folder = SearchFolder.open(str(tmp_path / "s"))
-    folder.start(search())
+    folder.start(make_search())
     content = json.loads(folder.folder.read("search.json"))
     changed = change if isinstance(change, bytes) else json.dumps({**content, **change}).encode()
     folder.folder.write("search.json", changed)
@@ -221,7 +221,7 @@ def test_a_damaged_search_file_is_one_error_that_names_it(tmp_path: Path, change
 
 
 def test_a_search_s_file_keeps_no_secret_and_resumes_nevertheless(tmp_path: Path) -> None:
-    signed = Search(search().spec, with_values(JOB, {"data.val": "https://h/val?token=hunter2"}))
+    signed = Search(make_search().spec, with_values(JOB, {"data.val": "https://h/val?token=hunter2"}))
     folder = SearchFolder.open(str(tmp_path / "s"))
     folder.start(signed)
     assert b"hunter2" not in folder.folder.read("search.json")
@@ -237,10 +237,10 @@ def test_values_next_to_a_number_are_found_without_listing_them() -> None:
 
 def test_a_search_resumes_with_more_trials_but_not_with_another_space(tmp_path: Path) -> None:
     folder = SearchFolder.open(str(tmp_path / "s"))
-    folder.start(search())
-    folder.check_same(search(budget={"trials": 99}, searcher={"kind": "random"}))
+    folder.start(make_search())
+    folder.check_same(make_search(budget={"trials": 99}, searcher={"kind": "random"}))
     with pytest.raises(JobError) as caught:
-        folder.check_same(search({"optim.lr": SPACE["optim.lr"]}, objective={"metric": "AP50"}))
+        folder.check_same(make_search({"optim.lr": SPACE["optim.lr"]}, objective={"metric": "AP50"}))
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["space", "objective"]
 
 

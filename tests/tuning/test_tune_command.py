@@ -1,4 +1,4 @@
-"""What the command tune refuses before a cluster starts; what it does is in tests/tuning/test_search_on_ray.py."""
+"""What the command tune refuses before a cluster starts; tests/tuning/test_search_on_ray.py covers what it does."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support import micro_job
 
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_splits: dict[str, str]) -> str:
-    """A search file, in the current folder."""
+    """Return the name of a search file in the current folder."""
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(yaml.safe_dump(micro_job(tmp_path, drawn_splits).model_dump(mode="json")))
-    asked = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
-    Path("search.yaml").write_text(yaml.safe_dump(asked))
+    text = {"run": {"name": "s"}, "job": "job.yaml", "space": {"optim.lr": {"uniform": [0.01, 0.02]}}, "budget": {"trials": 2}}
+    Path("search.yaml").write_text(yaml.safe_dump(text))
     return "search.yaml"
 
 
