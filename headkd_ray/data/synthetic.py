@@ -1,6 +1,6 @@
 """Draw the quickstart's synthetic data set: real JPEGs and COCO JSON, determined by the seed, in a few seconds.
 
-Images show shapes of eight classes (``shapes.py``) with log-uniform sizes, tilted, of any colour, overlapping, cut off at the
+Images show shapes of eight classes (``drawn_shapes.py``) with log-uniform sizes, tilted, of any colour, overlapping, cut off at the
 border, on textured backgrounds with distractors, and crossed by thin lines. Boxes are tight around the visible part.
 
 Category ids have gaps on purpose: code that forgets to map them gets an AP of 0 instead of a plausible one.
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from headkd_ray.data.drawn_shapes import SHAPES, Pen
 from headkd_ray.data.rng import key_bits
-from headkd_ray.data.shapes import SHAPES, Pen
 from headkd_ray.storage import Folder
 
 Colour = tuple[int, int, int]

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from headkd_ray.data.coco import read_coco
+from headkd_ray.data.drawn_shapes import SHAPES, Pen
 from headkd_ray.data.packing import prepare_split
-from headkd_ray.data.shapes import SHAPES, Pen
 from headkd_ray.data.synthetic import CATEGORY_IDS, _extent, draw_dataset, draw_scene
 
 
