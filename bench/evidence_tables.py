@@ -17,6 +17,8 @@ Rows = dict[str, dict[int, Record]]
 """Row -> seed -> record."""
 Order = Mapping[str, Mapping[str, Sequence[str]]]
 """Tier -> row, in the order in which they are shown -> rows that it is compared with, its matched baseline first."""
+README_ROWS = ("baseline", "assist", "akd", "head", "tf_head")
+"""What the README shows of each tier."""
 
 
 def read(results: Path) -> list[Record]:
@@ -64,11 +66,12 @@ def insert(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def readme_section(records: Sequence[Record], order: Order) -> str:
-    """The short table: AP and the gain over the matched baseline."""
+    """The short table: AP and the gain over the matched baseline, of README_ROWS."""
     parts = []
     for tier, rows in by_tier(records, order).items():
         lines = [f"Tier {tier}, {_machines(rows)}:", "", *_head("row", "seeds", "AP", "difference to its baseline")]
-        for row, own in rows.items():
+        for row in [row for row in README_ROWS if row in rows]:
+            own = rows[row]
             against = order.get(tier, {}).get(row, ())[:1]
             lines.append(_cells(f"`{row}`", len(own), spread(_values(own, "AP")), _differences(rows, row, against)))
         parts.append("\n".join(lines))
@@ -76,7 +79,7 @@ def readme_section(records: Sequence[Record], order: Order) -> str:
 
 
 SHORT = (
-    "AP in percent on test, mean ± sample standard deviation over seeds; differences are paired, seed by seed. All columns, "
+    "AP in percent on test, mean ± sample standard deviation over seeds; differences are paired, seed by seed. All rows, "
     "machines and revisions: [docs/results.md](docs/results.md)."
 )
 

@@ -1,8 +1,8 @@
-"""What a search found: ``python -m headkd_ray.analyze RUN``, with RUN the search's folder, ``<run.storage>/<run.name>``.
+"""Analyse a search: ``python -m headkd_ray.analyze RUN``, where RUN is the search's folder, ``<run.storage>/<run.name>``.
 
 Prints a table of the trials and writes RUN/analysis: index.html (one self-contained page), its figures as PNG, and best.yaml,
-the best trial's job. The search may be finished, running or killed, and on remote storage. In a notebook:
-``headkd_ray.analyze.load(RUN)`` is a pandas frame.
+the best trial's job. The search may be finished, running or killed, and on remote storage. In a notebook,
+``headkd_ray.analyze.load(RUN)`` returns a pandas data frame.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def load(run: str) -> pandas.DataFrame:
-    """A search's trials, a row each; the columns are those of ``tuning.analysis.frame.trial_frame``.
+    """Return a search's trials, one per row, with the columns of ``tuning.analysis.frame.trial_frame``.
 
     Args:
         run: the search's folder, local or remote.
@@ -45,7 +45,7 @@ def load(run: str) -> pandas.DataFrame:
 
 
 def analyze(run: str, out: Folder, console: Console) -> None:
-    """Print the table, write the page, the figures and the best job into ``out``."""
+    """Print the table, and write the page, the figures and the best job to ``out``."""
     folder = SearchFolder.open(run)
     search = folder.search()
     trials = read_trials(folder, search, warn)
@@ -68,12 +68,12 @@ def analyze(run: str, out: Folder, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("analyze", __doc__)
     parser.add_argument("run", help="folder of the search")
-    parser.add_argument("--out", help="folder for the page, the figures and the best job (default: analysis in the search's)")
-    parser.add_argument("--csv", help="write the trials here, as CSV")
-    parser.add_argument("--parquet", help="write the trials here, as Parquet")
+    parser.add_argument("--out", help="folder for the page, the figures and the best job (default: RUN/analysis)")
+    parser.add_argument("--csv", help="also write the trials to this CSV file")
+    parser.add_argument("--parquet", help="also write the trials to this Parquet file")
     options = parser.parse_args(arguments)
     console = Terminal(soft_wrap=True)
     with user_errors():

@@ -1,7 +1,7 @@
-"""Measure on your machine: ``python -m headkd_ray.bench teacher JOB [key.path=value ...]``.
+"""Benchmark on your machine: ``python -m headkd_ray.bench teacher JOB [key.path=value ...]``.
 
-Compares short stretches of training without a teacher, with the teacher in place (the student's RoIs, the teacher's RoIs), in a
-pool, and from a cache, taken in turns, and recommends a placement. The job must be of method head or akd.
+Compares short, alternating stretches of training without a teacher, with an inline teacher (with the student's or the teacher's
+RoIs), with a pool, and with a cache, and recommends a placement. The job's method must be head or akd.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("bench", __doc__)
     parser.add_argument("subject", choices=("teacher",))
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
-    parser.add_argument("--steps", type=positive, default=20, help="steps a stretch (default %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="steps per stretch (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="stretches of each placement (default %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     with user_errors():
         job = load_job(options.job, options.overrides)
         if "akd" not in METHODS[job.method].terms:
-            raise JobError(f"method: {job.method} has no teacher that could be placed; give a job of method head or akd")
+            raise JobError(f"method: {job.method} has no teacher to place; give a job whose method is head or akd")
         if isinstance(job.student, TwoStageDetectorSpec):
-            raise JobError(f"student.kind: a {job.student.kind} looks at RoIs of its own, so there is nothing to compare")
+            raise JobError(f"student.kind: a {job.student.kind} uses its own RoIs, so there is nothing to compare")
         measure_teacher(job, options.steps, options.rounds)
     return 0
 
 
 def measure_teacher(job: Job, steps: int, rounds: int) -> None:
-    """Measure, print the table and a recommendation."""
-    # Imported here, because torch and timm take ten seconds: what is wrong with the job file is told before.
+    """Measure the placements, and print a table and a recommendation."""
+    # Imported late, because torch and timm take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.data.shards import ShardSet
     from headkd_ray.engine.distributed import Distributed
     from headkd_ray.engine.streams import Decode, decode_here
@@ -85,7 +85,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
 
 
 def _changed(job: Job, rois: str, placement: str, cache: str) -> Job:
-    """The job with one view an image, and its teacher placed so."""
+    """Return the job with one view per image and the teacher's placement changed."""
     assert job.teacher is not None
     changes = {"teacher.placement": placement, "teacher.cache.path": cache, "distill.rois": rois, "data.views": 1}
     return job.replace(changes)
@@ -94,7 +94,7 @@ def _changed(job: Job, rois: str, placement: str, cache: str) -> Job:
 def _tell(placements: list[Placement], rates: dict[str, float], building: Building) -> None:
     bare = rates["no teacher"]
     table = Table(title="training steps of one worker")
-    for name in ("teacher", "images/s", "time a step, no teacher = 1", "data wait"):
+    for name in ("teacher", "images/s", "time per step, no teacher = 1", "data wait"):
         table.add_column(name, justify="left" if name == "teacher" else "right")
     for placement in placements:
         rate, wait = rates[placement.name], sum(placement.waited) / sum(placement.seconds)
@@ -104,14 +104,14 @@ def _tell(placements: list[Placement], rates: dict[str, float], building: Buildi
     rate = building.views / building.seconds
     console.print(
         f"cache: built at {rate:.1f} views/s, {building.asked_seconds / building.seconds:.2f} of the bare teacher's rate; "
-        f"{building.bytes / building.views / 1e3:.1f} kB a view; read and checked at "
+        f"{building.bytes / building.views / 1e3:.1f} kB per view; read and checked at "
         f"{building.bytes / building.read_seconds / 1e6:.0f} MB/s",
         highlight=False,
     )
 
 
 def _recommend(job: Job, rates: dict[str, float], building: Building, images: int) -> None:
-    """The placement that ends the whole run first, the cache's building included."""
+    """Print the predicted hours of each placement, and recommend that which ends the whole run first, building included."""
     epochs = job.optim.epochs
     views = epochs if job.data.views is None else min(job.data.views, epochs)
     hours = {name: images * epochs / rate / 3600 for name, rate in rates.items() if name not in ("no teacher",)}
@@ -119,11 +119,11 @@ def _recommend(job: Job, rates: dict[str, float], building: Building, images: in
     best = min(hours, key=lambda name: hours[name])
     size = building.bytes / building.views * images * views / 1e9
     print(
-        f"one worker, {images} images, {epochs} epochs, {views} views each; hours, a cache's building ({size:.2f} GB) included:"
+        f"one worker, {images} images, {epochs} epochs, {views} views each; hours, including building a cache ({size:.2f} GB):"
     )
     print("  " + ", ".join(f"{name} {each:.2f}" for name, each in hours.items()))
     if views > epochs / 2:
-        print("  A cache pays when views come again: try data.views=2, or share it between runs.")
+        print("  A cache pays off when views are reused: try data.views=2, or share it between runs.")
     print(f"recommended: {best}")
 
 

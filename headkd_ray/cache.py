@@ -1,11 +1,11 @@
-"""Soft targets on disk: compute them once, then train without a teacher.
+"""Cache soft targets on disk: compute them once, then train without running the teacher.
 
-    python -m headkd_ray.cache build jobs/mine.yaml     ask the teacher about every view of the job, and keep its answers
-    python -m headkd_ray.cache verify jobs/mine.yaml    ask again about a sample, and compare
-    python -m headkd_ray.cache info jobs/mine.yaml      size and coverage
+    python -m headkd_ray.cache build jobs/mine.yaml     run the teacher on every view of the job, and store its soft targets
+    python -m headkd_ray.cache verify jobs/mine.yaml    run it again on a sample, and compare
+    python -m headkd_ray.cache info jobs/mine.yaml      print size and coverage
 
-The job needs distill.rois: teacher; teacher.placement: cache makes training read the cache. A build that was interrupted goes
-on where it stopped; a damaged file is built again.
+The job needs distill.rois: teacher; teacher.placement: cache makes training read the cache. A build that was interrupted
+continues where it stopped; a damaged file is built again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from headkd_ray.teacher import Builder, Cache
 
 LEAST_COSINE = 0.99
-"""Below this, on average, the cache is another teacher's."""
+"""Minimum mean cosine at which a cache is taken to be the teacher's."""
 
 
 def build(job: Job, builder: Builder, done: Callable[[tuple[int, int], int], None]) -> None:
-    """Fill the job's cache where ``job.cluster`` says; files that are there and sound are kept.
+    """Fill the job's cache, in this process or on Ray as ``job.cluster`` says; existing intact files are kept.
 
-    ``done`` is called with each (shard, view) and its bytes, 0 if it was kept. Raises UserError.
+    ``done`` is called with each (shard, view) and its size in bytes, or 0 if it was kept. Raises UserError.
     """
     cache = builder.cache
     cache.folder.check_writable()
@@ -57,7 +57,7 @@ def build(job: Job, builder: Builder, done: Callable[[tuple[int, int], int], Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("cache", __doc__)
     parser.add_argument("action", choices=("build", "verify", "info"))
     parser.add_argument("job", help="job file (YAML)")
@@ -77,7 +77,7 @@ def _build(job: Job) -> int:
     builder = _builder(job)
     started, sizes = time.perf_counter(), list[int]()
     with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
-        task = bar.add_task("asking the teacher", total=len(builder.cache.units()))
+        task = bar.add_task("running the teacher", total=len(builder.cache.units()))
 
         def done(unit: tuple[int, int], size: int) -> None:
             sizes.append(size)
@@ -85,7 +85,7 @@ def _build(job: Job) -> int:
 
         build(job, builder, done)
     seconds, built = time.perf_counter() - started, sum(size > 0 for size in sizes)
-    print(f"built {built} files in {seconds:.1f} s; {len(sizes) - built} were there")
+    print(f"built {built} files in {seconds:.1f} s; {len(sizes) - built} already existed")
     _tell(builder.cache)
     return 0
 
@@ -97,12 +97,12 @@ def _verify(job: Job, sample: int) -> int:
     found = verify(builder, sample)
     print(f"{printable(builder.cache.folder.uri)}: {found.views} views compared with the teacher")
     print(f"  RoIs that it would choose now: the same in {found.same_rois} of {found.views} views")
-    print(f"  cosine of the features: mean {found.cosine:.6f}, least {found.least_cosine:.6f}")
-    print(f"  greatest difference: {found.worst:.2%} of the greatest feature")
+    print(f"  cosine of the features: mean {found.cosine:.6f}, minimum {found.least_cosine:.6f}")
+    print(f"  largest difference: {found.worst:.2%} of the largest feature")
     if found.same_class is not None:
-        print(f"  class of the greatest logit: the same for {found.same_class:.2%} of the RoIs")
+        print(f"  class of the largest logit: the same for {found.same_class:.2%} of the RoIs")
     if not found.cosine >= LEAST_COSINE:
-        raise CacheError(f"{builder.cache.folder.uri}: not what this teacher says; delete the folder and build it again")
+        raise CacheError(f"{builder.cache.folder.uri}: not built with this teacher; delete the folder and build it again")
     return 0
 
 
@@ -114,7 +114,7 @@ def _info(job: Job) -> int:
 
 
 def _tell(cache: Cache) -> None:
-    """Size and coverage."""
+    """Print the cache's size and coverage."""
     total, missing = len(cache.units()), len(cache.missing())
     sizes = [size or 0 for size in cache.folder.sizes([cache.file(*unit) for unit in cache.units()])]
     images = sum(cache.shards.meta.shards[shard].images for (shard, _), size in zip(cache.units(), sizes, strict=True) if size)
@@ -122,15 +122,15 @@ def _tell(cache: Cache) -> None:
         f"{printable(cache.folder.uri)}: {cache.views} views of {cache.shards.meta.images} images, "
         f"up to {cache.budget} RoIs each"
     )
-    print(f"  {total - missing} of {total} files, {sum(sizes) / 1e6:.1f} MB, {sum(sizes) / max(images, 1) / 1e3:.1f} kB a view")
+    print(f"  {total - missing} of {total} files, {sum(sizes) / 1e6:.1f} MB, {sum(sizes) / max(images, 1) / 1e3:.1f} kB/view")
 
 
 def _builder(job: Job, on_gpu: bool = False) -> Builder:
-    # Imported here, because torch and timm take ten seconds: what is wrong with the job file is told before.
+    # Imported late, because torch and timm take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.distributed import Distributed
     from headkd_ray.teacher.verify import open_builder
 
-    # On a cluster others ask the teacher, so that this process needs no GPU.
+    # On a cluster other processes run the teacher, so this one needs no GPU.
     here = on_gpu or job.cluster.workers == 0
     return open_builder(job, Distributed.here(job.cluster).device if here else "cpu")
 

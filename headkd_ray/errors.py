@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Commands print them without a traceback and exit with code 2."""
+"""Define the errors that a user can fix. Commands print them without a traceback and exit with code 2."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from headkd_ray.text import printable
 
 
 class UserError(Exception):
-    """Something the user can mend: one or more problems, all found before anything is lost.
+    """One or more problems that the user can fix, all found before anything is lost.
 
-    ``problems`` holds one line each; ``str(error)`` is the headline (if any) and the problems, one a line. Both are made
-    ``printable``: they quote names from files and addresses, and are shown, logged and written into records.
+    ``problems`` holds one line each; ``str(error)`` is the headline (if any) and the problems, one per line. Both are made
+    ``printable``, because they quote names from files and addresses, and are displayed, logged and stored.
     """
 
     def __init__(self, problems: str | Iterable[str], headline: str | None = None) -> None:
         lines = [problems] if isinstance(problems, str) else problems
         self.problems: list[str] = [printable(line) for line in lines]
         self.headline = None if headline is None else printable(headline)
-        # Exception.args stays rebuildable, so that the error survives pickling between processes (Ray, process pools).
+        # Exception.args must match __init__, so that the error survives pickling between processes (Ray, process pools).
         super().__init__(self.problems, self.headline)
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """The data set (COCO JSON, images, prepared shards) is missing, damaged or contradicts itself."""
+    """The data set (COCO JSON, images, prepared shards) is missing, damaged or inconsistent."""
 
 
 class JobError(UserError):
@@ -36,19 +36,19 @@ class JobError(UserError):
 
 
 class CacheError(UserError):
-    """A cache of soft targets is missing, incomplete, damaged or of another teacher, recipe or data set."""
+    """A cache of soft targets is missing, incomplete or damaged, or belongs to another teacher, job or data set."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or of another architecture."""
+    """A checkpoint is missing or damaged, or has another architecture."""
 
 
 class ClusterError(UserError):
-    """The cluster cannot run what was asked: too few CPUs or GPUs, no address, storage not writable."""
+    """The cluster cannot run the job: it has too few CPUs or GPUs, no address, or storage that is not writable."""
 
 
 class StorageError(UserError):
-    """A storage folder or URI that cannot be used."""
+    """A storage folder or URI cannot be used."""
 
 
 class DiskError(StorageError):
@@ -56,15 +56,15 @@ class DiskError(StorageError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot continue because the loss is not finite."""
 
 
 class DeviceMemoryError(UserError):
-    """A GPU, or the machine, has too little memory for the sizes that were asked for."""
+    """A GPU, or the machine, has too little memory for the requested sizes."""
 
 
 class StoppedError(UserError):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and did, with a checkpoint: started again, it goes on."""
+    """The run stopped on request (SIGTERM, Ctrl-C) after writing a checkpoint; if started again, it continues from there."""
 
     signal: int = signal.SIGTERM
-    """What asked."""
+    """The signal that requested the stop."""

@@ -1,4 +1,4 @@
-"""COCO metrics of a checkpoint: ``python -m headkd_ray.evaluate runs/head/student data/coco/val [--out detections.json]``."""
+"""Evaluate a checkpoint with COCO metrics: ``python -m headkd_ray.evaluate runs/head/student data/coco/val [--out FILE]``."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def evaluate_checkpoint(
     max_detections: int | None = None,
     warn: Callable[[str], object] = lambda warning: None,
 ) -> CocoMetrics:
-    """Metrics of a detector on a prepared split, in this process, on the first GPU if there is one.
+    """Evaluate a detector on a prepared split, in this process, on the first GPU if there is one.
 
     Args:
         out: where to write the detections (path or URI), as a COCO results file.
-        max_detections: detections that count in an image; None = as many as in the checkpoint's training, or COCO's 100.
-        warn: told what the user should know about the metrics.
+        max_detections: detections per image that count; None = as many as in the checkpoint's training, or COCO's 100.
+        warn: called with each warning about the metrics.
 
     Raises:
         CheckpointError, DataError: unreadable, or the split has classes that the detector does not know.
-        DeviceMemoryError: a batch needs more memory than there is.
-        StorageError: ``out`` cannot be written; raised before the work.
+        DeviceMemoryError: a batch needs more memory than is available.
+        StorageError: ``out`` cannot be written; raised before the evaluation starts.
     """
     target = None if out is None else Folder.of_file(out)
     if target is not None:
@@ -83,17 +83,17 @@ def evaluate_checkpoint(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("evaluate", (__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="student folder of a run, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
-    parser.add_argument("--batch-size", type=positive, default=2, help="images a forward pass (default %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=2, help="images per forward pass (default %(default)s)")
     parser.add_argument(
         "--max-detections",
         type=positive,
-        help="detections of a class that count in an image (default: as in the checkpoint's training, or COCO's 100)",
+        help="detections per image and class that count (default: as in the checkpoint's training, or COCO's 100)",
     )
-    parser.add_argument("--out", help="write the detections here, as a COCO results file")
+    parser.add_argument("--out", help="write the detections to this file, as COCO results")
     options = parser.parse_args(arguments)
     with user_errors():
         metrics = evaluate_checkpoint(

@@ -1,4 +1,4 @@
-"""Running out of memory, told as what it is: a size in the job or on the command line that this device cannot hold."""
+"""Report running out of memory as a user error: a size in the job or on the command line is too large for this device."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from headkd_ray.errors import DeviceMemoryError
 
 _ON_CPU = ("DefaultCPUAllocator: can't allocate", "DefaultCPUAllocator: not enough memory")
-"""How torch words it: on the CPU it raises a plain RuntimeError."""
+"""Torch's own messages, by which they are recognised: on the CPU it raises a plain RuntimeError."""
 
 
 @contextmanager
 def enough_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Turn running out of memory within the block into an error that says what to lower.
+    """Turn running out of memory within the block into an error that says which sizes to reduce.
 
     Args:
-        doing: what is being done, to start the message with.
+        doing: what is being done; the message starts with it.
         remedy: what the user can do about it, naming keys or options and their present values.
 
     Raises:
-        DeviceMemoryError: the GPU's, or this machine's, memory is too small.
+        DeviceMemoryError: the memory of the GPU, or of this machine, is too small.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def enough_memory(doing: str, remedy: str) -> Iterator[None]:
 
 
 def _gpu() -> str:
-    """The current GPU, and how much of it is taken elsewhere: if that is much, no size of ours is at fault."""
+    """Describe the current GPU and how much of its memory others use: if that is much, the job's sizes are not to blame."""
     free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info())
     elsewhere = total - free - torch.cuda.memory_reserved() / 2**30
-    return f"{torch.cuda.get_device_name()} ({total:.1f} GiB, {elsewhere:.1f} GiB of them taken by CUDA and other processes)"
+    return f"{torch.cuda.get_device_name()} ({total:.1f} GiB, {elsewhere:.1f} GiB of it used by CUDA and other processes)"

@@ -1,7 +1,7 @@
-"""Exactness against the official code: ``python -m headkd_ray.parity GOLDEN.npz``.
+"""Compare this code with the official code: ``python -m headkd_ray.parity GOLDEN.npz``.
 
-Loads the file's mmdet state dicts through the public loader, does its training step again from images to gradients, and
-prints one row a quantity. Exit code 0: all hold; 1: some do not, or are unknown; 2: the file cannot be read.
+Loads the file's mmdet state dicts with the public loader, repeats its training step from images to gradients, and prints one
+row per quantity. Exit code 0: all agree; 1: some do not, or are unknown; 2: the file cannot be read.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from headkd_ray.golden.replay import replay
 from headkd_ray.report.terminal import Terminal
 
 WIDTH = 120
-"""Columns of the table at least, also where the output is no terminal: names and notes are not cut."""
+"""Minimum width of the table in characters, even outside a terminal, so that names and notes are not cut."""
 
 
 def compare_file(path: str, device: str = "cpu") -> list[Row]:
-    """Compare every quantity of a golden file, ours computed on ``device``.
+    """Compare every quantity of a golden file with ours, computed on ``device``.
 
     Raises DataError or CheckpointError if the file cannot be read.
     """
@@ -35,7 +35,7 @@ def compare_file(path: str, device: str = "cpu") -> list[Row]:
 
 
 def render(rows: Sequence[Row]) -> Table:
-    """The comparison as a table."""
+    """Return the comparison as a table."""
     table = Table(
         Column("quantity", no_wrap=True),
         "largest error",
@@ -43,7 +43,7 @@ def render(rows: Sequence[Row]) -> Table:
         "tolerance",
         "",
         "note",
-        title="ours against the official code",
+        title="this code against the official code",
     )
     for row in rows:
         verdict = Text("pass", "green") if row.passed else Text("FAIL", "bold red")
@@ -53,6 +53,7 @@ def render(rows: Sequence[Row]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = command_parser("parity", (__doc__ or "").splitlines()[0])
     parser.add_argument("golden", help="values of the official code, an .npz file (see tests/golden)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default %(default)s)")
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = compare_file(options.golden, options.device)
     Terminal(width=max(Terminal().width, WIDTH)).print(render(rows))
     failed = [row.name for row in rows if not row.passed]
-    print(f"{len(rows) - len(failed)} of {len(rows)} quantities hold" + (f"; not: {', '.join(failed)}" if failed else ""))
+    print(f"{len(rows) - len(failed)} of {len(rows)} quantities agree" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed or not rows else 0
 
 

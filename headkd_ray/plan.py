@@ -1,7 +1,7 @@
-"""What a run will take, before money is spent: ``python -m headkd_ray.plan JOB [key.path=value ...]``.
+"""Predict what a run will cost before you start it: ``python -m headkd_ray.plan JOB [key.path=value ...]``.
 
-Times a few real steps of the job on this machine, so run it on a machine like those that you want to rent, and works out steps,
-hours, money and bytes for several numbers of workers. The model, as formulas, is in headkd_ray/profiling/cost_model.py.
+Times a few real steps of the job on this machine, which should be like those that you want to rent, and predicts steps, hours,
+money and bytes for several numbers of workers. The formulas of the model are in headkd_ray/profiling/cost_model.py.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from headkd_ray.profiling.cost_model import Plan, Work
 
 MODEL = (
-    "Model: each of k workers is as fast as the one measured here. A step takes the slowest of data, teacher (in a pool) and "
-    "student (with its teacher, if in place), which work at the same time, then the optimizer's update, then sending "
-    "2 (k - 1) / k of the gradients; or longer, where the machine's CPUs do not suffice for all that runs on it. Not in it: "
+    "Model: each of k workers is as fast as the one measured here. A step takes as long as the slowest of data, teacher (in a "
+    "pool) and student (with an inline teacher), which work at the same time, then the optimizer's update, then sending "
+    "2 (k - 1) / k of the gradients; or longer, if the machine has too few CPUs for everything that runs on it. Not included: "
     "starting machines and Ray, reading a cache, checkpoints, metrics, failures."
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_intermixed_args(arguments)
     with user_errors():
         job = load_job(options.job, options.overrides)
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 def tell(
     job: Job, steps: int, workers: list[int], hourly: tuple[float, float], gbps: float, per_machine: int | None = None
 ) -> None:
-    """Measure, and print the tables; ``hourly`` = price of a GPU, of a CPU."""
-    # Imported here, because torch and timm take ten seconds: what is wrong with the job file is told before.
+    """Measure the job, and print the tables; ``hourly`` has the prices of a GPU hour and a CPU hour."""
+    # Imported late, because torch and timm take ten seconds: mistakes in the job file are reported before that.
     import torch
 
     from headkd_ray.data.shards import ShardSet
@@ -64,23 +64,21 @@ def tell(
 
 
 def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps: float) -> list[str]:
-    """What the tables do not say."""
+    """Return sentences about what the tables do not show."""
     from headkd_ray.profiling.cost_model import cache_bytes
 
     parameters = measured.costs.parameters / 1e6
     notes = [
         f"{work.images} images, {work.epochs} epochs; {parameters:.2f} M trained parameters. MB/step: what a worker sends to "
-        f"others and gets of its teachers, at {gbps:g} Gbit/s."
+        f"others and exchanges with its teachers, at {gbps:g} Gbit/s."
     ]
     if job.teacher is not None and job.distill.rois == "teacher" and measured.codec is not None:
         size = cache_bytes(work.images, work.views, job.distill.roi_budget, measured.codec)
-        built = f", built in {plans[0].build_hours:.2g} of the hours" if work.placement == "cache" else ""
+        built = f", whose building takes {plans[0].build_hours:.2g} of the hours" if work.placement == "cache" else ""
         dtype = measured.codec.dtype
-        notes.append(
-            f"A cache of {work.views} views of each image: at most {size / 1e9:.3g} GB ({dtype}, uncompressed){built}."
-        )
+        notes.append(f"A cache of {work.views} views per image: at most {size / 1e9:.3g} GB ({dtype}, uncompressed){built}.")
     if work.gpus and measured.device.type == "cpu":
-        notes.append("warning: the job asks for GPUs and there is none here: these are a CPU's times.")
+        notes.append("warning: the job requests GPUs, but there is none here: these are a CPU's times.")
     return [*notes, MODEL]
 
 
@@ -92,15 +90,15 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=positive, nargs="+", metavar="K", help="numbers of workers (default: 1, 2, 4, 8 and the job's)"
     )
     parser.add_argument("--price-per-gpu-hour", type=_price, default=0.0, metavar="P", help="in any currency")
-    parser.add_argument("--price-per-cpu-hour", type=_price, default=0.0, metavar="P", help="in the same")
+    parser.add_argument("--price-per-cpu-hour", type=_price, default=0.0, metavar="P", help="in the same currency")
     parser.add_argument(
         "--workers-per-machine",
         type=positive,
         metavar="M",
-        help="that share the CPUs of a machine like this one (default: its number of GPUs, or 1)",
+        help="workers that share the CPUs of a machine like this one (default: its number of GPUs, or 1)",
     )
     parser.add_argument(
-        "--gbps", type=_rate, default=10.0, metavar="G", help="network of a worker, Gbit/s (default %(default)s)"
+        "--gbps", type=_rate, default=10.0, metavar="G", help="network bandwidth of a worker, Gbit/s (default %(default)s)"
     )
     parser.add_argument("--steps", type=positive, default=8, help="micro-batches to time (default %(default)s)")
     return parser

@@ -1,7 +1,7 @@
-"""Detect on own images: ``python -m headkd_ray.predict runs/head/student photos --out found``.
+"""Detect objects in images: ``python -m headkd_ray.predict runs/head/student photos --out found``.
 
-Images are files, folders with all that is in them, or ``-`` for a list of such places on standard input, one a line. Every
-place is a local path or a URI. Images that cannot be read are reported at the end, with exit code 2, and the others are done.
+Images are given as files, as folders (including subfolders), or as ``-`` for a list of these on standard input, one per line;
+each is a local path or a URI. Images that cannot be read are skipped and reported at the end, with exit code 2.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ Item = TypeVar("Item")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 RESULT = "detections.json"
 SHOWN = 20
-"""Problems that are printed."""
+"""Maximum number of problems that are printed."""
 LONGEST_STEM = 120
-"""Bytes of an image's name in its picture's name: file systems allow 255 for all of it, encrypted ones 143."""
+"""Maximum bytes of an image's name in its picture's file name; file systems allow 255 in total, encrypted ones 143."""
 
 
 class ImageFile(NamedTuple):
-    """An image to detect on."""
+    """An image file to detect objects in."""
 
     folder: Folder
     name: str
     """Path of the file within ``folder``."""
     label: str
-    """What messages and ``file_name`` in the result call it."""
+    """Name of the image in messages and as ``file_name`` in the result."""
 
 
 class Predicted(NamedTuple):
-    """What ``predict`` did."""
+    """The result of ``predict``."""
 
     content: dict[str, Any]
-    """Of ``detections.json``."""
+    """Content of ``detections.json``."""
     unwritten: list[str]
-    """Pictures that could not be drawn or written: name and reason."""
+    """Name and reason for each picture that could not be drawn or written."""
 
 
 def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: float) -> Predicted:
-    """Detect on images and write ``<out>/detections.json``, then ``<out>/<number>_<name>.jpg`` with the boxes drawn.
+    """Detect objects and write ``<out>/detections.json``, then ``<out>/<number>_<name>.jpg`` with boxes of at least ``score``.
 
-    The JSON is a COCO data set whose annotations carry a ``score`` and whose image ids are positions in ``images``, from 1;
-    ``problems`` in it lists the images that could not be read. It is written first, so that it is safe whatever becomes of the
-    pictures, which have the boxes of at least ``score``.
+    The JSON is a COCO data set whose annotations have a ``score`` and whose image ids are positions in ``images``, from 1; its
+    ``problems`` list the images that could not be read. It is written first, so that it is safe whatever happens to the
+    pictures.
 
     Raises:
         CheckpointError: unreadable, or without class names.
@@ -92,7 +92,7 @@ def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: fl
 
 
 def _class_names(checkpoint: str, loaded: LoadedDetector) -> dict[int, str]:
-    """The detector's class names by category id, in the order of its outputs."""
+    """Return the detector's class names by category id, in the order of its outputs."""
     if loaded.classes is None:
         raise CheckpointError(f"{checkpoint}: does not name its classes; a headkd_ray student or an mmdet .pth with meta does")
     category_ids = loaded.meta.get("category_ids", list(range(1, len(loaded.classes) + 1)))
@@ -100,7 +100,7 @@ def _class_names(checkpoint: str, loaded: LoadedDetector) -> dict[int, str]:
 
 
 def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[ImageFile], reading: Reading) -> dict[str, Any]:
-    """The content of ``detections.json``."""
+    """Detect objects in all images, and return the content of ``detections.json``."""
     device = Distributed.alone().device
     detector, spec = loaded.detector.to(device), view_spec(loaded.meta)
     content: dict[str, Any] = {
@@ -117,7 +117,7 @@ def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[I
             content["problems"].append({"file_name": file.label, "problem": str(error)})
             continue
         content["images"].append({"id": image_id, "file_name": file.label, "height": image.shape[1], "width": image.shape[2]})
-        with enough_memory(file.label, "one image is in the network at a time: CUDA_VISIBLE_DEVICES= runs it on the CPU"):
+        with enough_memory(file.label, "images are processed one at a time: set CUDA_VISIBLE_DEVICES= to use the CPU"):
             (found,) = detect_images(detector, [image], spec, list(names), device)
         for entry in found:
             area = entry["bbox"][2] * entry["bbox"][3]
@@ -133,7 +133,7 @@ def _draw(
     names: Mapping[int, str],
     score: float,
 ) -> Iterator[str]:
-    """Write a picture of every image; gives the name and the reason of each that could not be."""
+    """Write a picture of every image, and yield the name and the reason of each that could not be written."""
     found: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for entry in content["annotations"]:
         found[entry["image_id"]].append(entry)
@@ -151,7 +151,7 @@ def _draw(
 
 
 def _read(file: ImageFile, reading: Reading) -> Tensor:
-    """Pixels of an image: uint8 (3, H, W), RGB, turned upright as its EXIF orientation says.
+    """Read an image's pixels: uint8 (3, H, W), RGB, turned upright according to its EXIF orientation.
 
     Raises DataError, whose text does not name the file.
     """
@@ -171,19 +171,19 @@ def _reason(error: Exception) -> str:
 
 
 def _track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """``items``, with a progress bar where there is a terminal."""
+    """Yield ``items``, and show a progress bar in a terminal."""
     console = Console(stderr=True)
     yield from track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def find_images(places: Sequence[str], out: Folder) -> list[ImageFile]:
-    """The images that ``places`` name, in their order and each once; a folder stands for those in it, sorted by path.
+    """Return the images that ``places`` name, in order and without repeats; a folder stands for its images, sorted by path.
 
-    What is in ``out`` is left out: pictures that were drawn before are no images to detect on.
+    Files in ``out`` are ignored, because they are pictures that were drawn before.
 
     Raises:
-        DataError: there are none, or a folder cannot be read.
-        StorageError: a store refuses or cannot be reached.
+        DataError: there are no images, or a folder cannot be read.
+        StorageError: a store denies access or cannot be reached.
     """
     found: dict[tuple[str, str], ImageFile] = {}
     for place in places:
@@ -201,11 +201,11 @@ def find_images(places: Sequence[str], out: Folder) -> list[ImageFile]:
 
 
 def _images_in(folder: Folder, out: Folder) -> list[str]:
-    """Paths of the images in a folder and beneath; prints a note on files that are left out."""
+    """Return the paths of the images in a folder and its subfolders, and print a note on files that are ignored."""
     if (folder.fs.type_name, folder.path) == (out.fs.type_name, out.path):
         raise DataError(
-            f"{out.uri}: holds the images and is --out, too; choose another --out, or the next prediction would take the drawn "
-            "pictures for images"
+            f"{out.uri}: holds the images and is also --out; choose another --out, or the next prediction would mistake the "
+            "drawn pictures for images"
         )
     try:
         names = folder.files()
@@ -227,7 +227,7 @@ def _images_in(folder: Folder, out: Folder) -> list[str]:
 
 
 def listed(places: Sequence[str]) -> list[str]:
-    """``places``, with the lines of standard input instead of ``-``."""
+    """Return ``places`` with ``-`` replaced by the lines of standard input."""
     named: list[str] = []
     for place in places:
         lines = os.fsdecode(sys.stdin.buffer.read()).split("\n") if place == "-" else [place]
@@ -236,7 +236,7 @@ def listed(places: Sequence[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("predict", __doc__)
     parser.add_argument("checkpoint", help="student folder of a run, or an mmdet .pth file")
     parser.add_argument(
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _raise_problems(predicted: Predicted, images: int, out: Folder) -> None:
-    """Raise a UserError that tells of all that could not be read or written, if there is any."""
+    """Raise a UserError that lists the images that could not be read and the pictures that could not be written, if any."""
     unread = [f"{problem['file_name']}: {problem['problem']}" for problem in predicted.content["problems"]]
     lines = unread + predicted.unwritten
     said: list[str] = []

@@ -2,9 +2,9 @@
 
     python -m headkd_ray.prepare instances_train2017.json train2017/ --out data/coco_train
 
-All three places are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec serves). The JSON and every image are
-checked; all problems are reported together. After an interruption the same command continues; finished, it only checks that
-the shards are sound and the images still those that they were made from.
+All three locations are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec supports). The JSON and every image are
+checked, and all problems are reported together. After an interruption the same command continues; for a finished split, it only
+checks that the shards are intact and the images unchanged.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from headkd_ray.report.terminal import Terminal
 from headkd_ray.text import printable
 
 SHOWN = 20
-"""Fixes printed; meta.json lists all."""
+"""Maximum number of fixes that are printed; meta.json lists all."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     with user_errors():
         shards = prepare(
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(json_uri: str, images_uri: str, out_uri: str, **options: Any) -> ShardSet:
-    """``data.packing.prepare_split`` with a progress bar on standard error, where what it noted and fixed is told, too.
+    """Run ``data.packing.prepare_split`` with a progress bar, and print its warnings and fixes, all on standard error.
 
-    ``options`` are passed on.
+    ``options`` are passed on to it.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
@@ -73,7 +73,7 @@ def _tell(shards: ShardSet, out_uri: str) -> None:
     for line in meta.fixes[:SHOWN]:
         print(f"fixed: {printable(line)}", file=sys.stderr)
     if len(meta.fixes) > SHOWN:
-        print(f"… {len(meta.fixes)} fixes in all, listed in {printable(shards.folder.named(META))}", file=sys.stderr)
+        print(f"… {len(meta.fixes)} fixes in total, listed in {printable(shards.folder.named(META))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,14 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("json", metavar="COCO.json", help="annotations in COCO's detection format")
     parser.add_argument("images", metavar="IMAGES_DIR", help="folder that the JSON's file names are relative to")
     parser.add_argument("--out", required=True, metavar="OUT_DIR", help="folder to write")
-    parser.add_argument("--shard-images", type=_positive, default=512, metavar="N", help="images a shard file (default 512)")
+    parser.add_argument("--shard-images", type=_positive, default=512, metavar="N", help="images per shard file (default 512)")
     parser.add_argument("--row-group", type=_positive, default=16, metavar="N", help="images read together (default 16)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a CPU; remote images: more)")
-    parser.add_argument("--fix-boxes", action="store_true", help="clip or drop unusable boxes, and say which")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one per CPU; more for remote images)")
+    parser.add_argument("--fix-boxes", action="store_true", help="clip or drop unusable boxes, and list them")
     parser.add_argument(
         "--exif",
         choices=("apply", "ignore"),
-        help="turn images upright as their EXIF orientation says, or use them as stored (default: as the JSON's sizes say)",
+        help="turn images upright by their EXIF orientation, or use them as stored (default: whichever fits the JSON's sizes)",
     )
     parser.add_argument(
         "--range",

@@ -1,9 +1,9 @@
-"""The whole method in one command: ``python -m headkd_ray.quickstart`` draws a data set, trains a Faster R-CNN teacher, a
-RetinaNet student without and with HEAD, through Ray, and compares the two students.
+"""The whole method in one command: ``python -m headkd_ray.quickstart`` draws a data set, trains a Faster R-CNN teacher and a
+RetinaNet student without and with HEAD, using Ray, and compares the two students.
 
-On own photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``, with ``--val-images`` if
-those of validation are in another folder. All places but --jobs are local paths or URIs. Run it again to go on where it was
-stopped; delete the output folder to start over.
+On your photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``, with ``--val-images``
+if the validation images are in another folder. All locations except --jobs are local paths or URIs. Run it again to continue
+where it was stopped; delete the output folder to start over.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ STAGES = {
     "baseline": "RetinaNet student, supervised",
     "head": "the same student with HEAD",
 }
-"""Name of each job file and run, and what it is."""
+"""Titles of the stages, by the name of their job file and run."""
 PICTURE = "detections.png"
 SHOWN_SCORE = 0.3
-"""Detections in the picture have at least this score."""
+"""Minimum score of the detections in the picture."""
 
 
 class Split(NamedTuple):
-    """A data set split in COCO format; both are paths or URIs."""
+    """A data set split in COCO format; both fields are paths or URIs."""
 
     annotations: str
     images: str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("quickstart", (__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--train", help="own training annotations (COCO JSON); default: a drawn data set")
-    parser.add_argument("--val", help="own validation annotations (COCO JSON)")
-    parser.add_argument("--images", help="folder of the own images")
-    parser.add_argument("--val-images", help="folder of the own validation images (default: that of --images)")
+    parser.add_argument("--train", help="your training annotations (COCO JSON); default: a drawn data set")
+    parser.add_argument("--val", help="your validation annotations (COCO JSON)")
+    parser.add_argument("--images", help="folder of your images")
+    parser.add_argument("--val-images", help="folder of your validation images (default: that of --images)")
     parser.add_argument("--out", default="runs/quickstart", help="output folder (default: %(default)s)")
     parser.add_argument(
         "--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml"
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     needed = (options.train, options.val, options.images)
     if any((*needed, options.val_images)) and not all(needed):
-        parser.error("own photos need --train, --val and --images together")
+        parser.error("your own photos need --train, --val and --images together")
     own = {"train": Split(options.train, options.images), "val": Split(options.val, options.val_images or options.images)}
     started = time.perf_counter()
     with user_errors():
@@ -73,12 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides: list[str]) -> None:
-    """Every stage in order. ``own``: the splits train and val; None = the drawn data set. ``out``: a path or URI."""
+    """Run all stages in order. ``own``: the splits train and val; None = the drawn data set. ``out``: a path or URI."""
     folder = Folder.open(out)
     folder.check_writable()
     splits = {name: (folder / "data" / name).uri for name in ("train", "val")}
     common = [f"data.train={splits['train']}", f"data.val={splits['val']}", f"run.storage={folder.uri}", *overrides]
-    clusters = [_job(jobs, name, common, "unknown yet").cluster for name in STAGES]  # what is wrong with the jobs is told now
+    clusters = [_job(jobs, name, common, "unknown yet").cluster for name in STAGES]  # reports mistakes in the jobs now
     console = Terminal(soft_wrap=True)
 
     console.rule("1/5 data")
@@ -115,24 +115,24 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
 
 
 def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:
-    """The job of a stage; only HEAD has a teacher."""
+    """Load the job of a stage; only HEAD has a teacher."""
     return load_job(jobs / f"{name}.yaml", [*common, *([f"teacher.checkpoint={teacher}"] if name == "head" else [])])
 
 
 def _ray() -> AbstractContextManager[Any]:
-    """Ray on this machine, or the cluster that there is."""
-    from headkd_ray.cluster.connect import connected  # Ray takes seconds to import: not before it is needed
+    """Return a context in which Ray is connected: to an existing cluster, or started on this machine."""
+    from headkd_ray.cluster.connect import connected  # imported late, because Ray takes seconds
 
     return connected(ClusterSpec())
 
 
 def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 6) -> tuple[bytes, str | None]:
-    """A picture, as PNG: a row an image of the split, columns ground truth and what the student of each run detects.
+    """Draw images of the split, one per row, with columns for ground truth and for each run's detections.
 
     Args:
-        results: of each run, as ``train`` returns it.
+        results: result of each run, as returned by ``train``.
     Returns:
-        The picture, and a note on class names that cannot be drawn.
+        The picture as PNG, and a note on class names that cannot be drawn, if any.
     """
     from headkd_ray.detectors.weights.fetch import fetch_detector
     from headkd_ray.engine.inference import detect_images, view_spec

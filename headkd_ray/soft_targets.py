@@ -1,4 +1,4 @@
-"""Soft targets: what a teacher says about the RoIs of a view, whoever computed it and wherever it was kept."""
+"""Define soft targets: the outputs of a teacher on the RoIs of a view, wherever they were computed or stored."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 
 
 class SoftTargets(NamedTuple):
-    """Of a batch; K is the RoI budget, L the number of the teacher's fully connected layers, D their width."""
+    """The soft targets of a batch; K is the RoI budget, L the number of the teacher's fully connected layers, D their width."""
 
     boxes: Tensor
-    """(B, K, 4) float32 RoIs, pixels of the network input; zeros as padding."""
+    """RoIs: float32 (B, K, 4), x1 y1 x2 y2 in pixels of the network input; zeros as padding."""
     truth: Tensor
-    """(B, K) bool: RoIs that are ground-truth boxes."""
+    """Which RoIs are ground-truth boxes: bool (B, K)."""
     valid: Tensor
-    """(B, K) bool, False = padding."""
+    """Which RoIs are not padding: bool (B, K)."""
     taps: Tensor
-    """(B, L, K, D) float32: the teacher's post-ReLU outputs, layer by layer; zeros as padding."""
+    """The teacher's post-ReLU outputs, layer by layer: float32 (B, L, K, D); zeros as padding."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
-        """``change`` done to every tensor."""
+        """Return the targets with ``change`` applied to every tensor."""
         return SoftTargets(*(change(tensor) for tensor in self))
 
     @classmethod
     def empty(cls, batch: int, budget: int, layers: int, width: int) -> SoftTargets:
-        """Nothing but padding, on the CPU."""
+        """Return targets that are all padding, on the CPU."""
         return cls(
             boxes=torch.zeros(batch, budget, 4),
             truth=torch.zeros(batch, budget, dtype=torch.bool),
@@ -39,29 +39,29 @@ class SoftTargets(NamedTuple):
 
 
 class TopLogits(NamedTuple):
-    """What the teacher takes each of k RoIs for: its M greatest class logits, the greatest first; M may be 0."""
+    """The teacher's M largest class logits for each of k RoIs, the largest first; M may be 0."""
 
     logits: NDArray[np.float32]
-    """(k, M)."""
+    """float32 (k, M)."""
     classes: NDArray[np.int64]
-    """(k, M): contiguous classes of the data, 0..C-1; C = background."""
+    """The classes of the logits, int64 (k, M): contiguous classes of the data, 0..C-1; C = background."""
 
 
 class ViewTargets(NamedTuple):
-    """The same of one view, without padding; k RoIs, at most the budget."""
+    """The soft targets of one view, without padding; k is the number of its RoIs, at most the budget."""
 
     boxes: NDArray[np.float32]
-    """(k, 4), pixels of the view."""
+    """RoIs: float32 (k, 4), x1 y1 x2 y2 in pixels of the view."""
     truth: NDArray[np.bool_]
-    """(k,)."""
+    """Which RoIs are ground-truth boxes: bool (k,)."""
     taps: NDArray[np.float32]
-    """(L, k, D)."""
+    """The teacher's post-ReLU outputs, layer by layer: float32 (L, k, D)."""
     top: TopLogits
-    """Of the k RoIs."""
+    """The teacher's largest class logits."""
 
 
 class PackedTargets(NamedTuple):
-    """The same as a cache keeps it; its fields are those of ``headkd_ray.teacher.target_cache.SCHEMA``."""
+    """The soft targets of one view as a cache stores them, with the fields of ``headkd_ray.teacher.target_cache.SCHEMA``."""
 
     image_id: int
     view: int
@@ -75,7 +75,7 @@ class PackedTargets(NamedTuple):
 
 
 def stack(views: Sequence[ViewTargets], budget: int) -> SoftTargets:
-    """The targets of a batch's ``views`` (at least one), padded to ``budget`` RoIs each."""
+    """Combine the targets of a batch's ``views`` (at least one), padded to ``budget`` RoIs each."""
     layers, _, width = views[0].taps.shape
     targets = SoftTargets.empty(len(views), budget, layers, width)
     for i, view in enumerate(views):

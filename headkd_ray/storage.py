@@ -1,6 +1,6 @@
-"""Folders on any filesystem: a local path, or a URI that pyarrow (file, s3, gs, hdfs) or else fsspec understands.
+"""Read and write folders on any filesystem: a local path, or a URI that pyarrow (file, s3, gs, hdfs) or fsspec understands.
 
-A store that speaks S3 but is not AWS is named in the URI, of which every folder in it keeps that part:
+An S3-compatible store other than AWS is named in the URI's query, which the URIs of all folders below it keep:
 ``s3://bucket/runs?endpoint_override=minio.example:9000&scheme=http``.
 """
 
@@ -31,29 +31,29 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 LOCK_FILE = ".lock"
 OBJECT_STORES = ("s3", "gcs", "abfs")
-"""Filesystems (``type_name``) without folders, in which a file appears when the last byte of it has arrived."""
+"""Filesystems (``type_name``) without folders, in which a file appears only once all of it has been uploaded."""
 
 CREDENTIALS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for temporary ones AWS_SESSION_TOKEN, too), or AWS_PROFILE, where the "
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for temporary ones), or AWS_PROFILE, where the "
     "command runs and on the cluster's nodes"
 )
 REASONS = {
     r"INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|INVALID_CLIENT_TOKEN_ID|InvalidToken": f"unknown access key; {CREDENTIALS}",
-    r"SIGNATURE_DOES_NOT_MATCH": f"the secret key is not this access key's; {CREDENTIALS}",
-    # An answer to HEAD has no body that would name the error; status 400 is what expired credentials get there.
+    r"SIGNATURE_DOES_NOT_MATCH": f"the secret key does not belong to this access key; {CREDENTIALS}",
+    # The response to a HEAD request has no body to name the error; expired credentials get status 400 there.
     r"EXPIRED_TOKEN|ExpiredToken|TokenRefreshRequired|status 400\) No response body": "the credentials have expired; sign in "
     f"again, or {CREDENTIALS}",
-    r"ACCESS_DENIED": "access denied: there are no credentials, wrong ones, or they lack the right (cluster/iam/storage.json "
+    r"ACCESS_DENIED": "access denied: the credentials are missing, wrong or lack a permission (cluster/iam/storage.json "
     f"lists those that are needed); {CREDENTIALS}",
-    r"NO_SUCH_BUCKET": "there is no such bucket; make it, or correct the URI",
-    r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|status 5\d\d": "the storage has trouble; try again later",
+    r"NO_SUCH_BUCKET": "there is no such bucket; create it, or correct the URI",
+    r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|status 5\d\d": "the storage service has a problem; try again later",
     r"NETWORK_CONNECTION": "cannot be reached; check the network and, if it is not AWS, the URI's endpoint_override and scheme",
 }
-"""What a store's error means and what to do, by the error's code as the AWS SDK or the store spells it."""
+"""Explanation and remedy of a store's error, keyed by a pattern of the error's code as the AWS SDK or the store spells it."""
 
 
 def _plainly(method: Method) -> Method:
-    """Let a Folder's method raise StorageError where the storage refuses a request or cannot be reached."""
+    """Make a Folder's method raise StorageError when the storage refuses a request or cannot be reached."""
 
     @functools.wraps(method)
     def wrapped(self: Folder, *args: Any) -> Any:
@@ -76,13 +76,13 @@ def _plainly(method: Method) -> Method:
 
 
 def _in_words(error: Exception) -> str:
-    """An error of a filesystem that is not S3's, on one line."""
+    """Describe an error of a filesystem other than S3 on one line."""
     said = " ".join(str(error).split()) or "no reason given"
     return f"cannot be used ({type(error).__name__}: {said}); check the address, the network and the credentials"
 
 
 def _reason(error: OSError) -> str | None:
-    """What an S3 store's error means and what to do, without the SDK's prose; None if it is another error."""
+    """Explain an S3 store's error and its remedy, without the SDK's prose; return None for any other error."""
     found = re.search(r"AWS Error (.*?) during \w+ operation: (.*)", str(error), re.DOTALL)
     if found is None:
         return None
@@ -95,21 +95,21 @@ def _reason(error: OSError) -> str | None:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on some filesystem. Picklable, so it may travel to another machine if the filesystem is reachable there.
+    """A folder on some filesystem. It is picklable, so it can be sent to any machine that can reach the filesystem.
 
-    ``folder / "name"`` is a folder in it; the methods that take a name are about the file of that name in it. Besides what each
-    says, all that look at the storage raise StorageError where an S3 store refuses or cannot be reached.
+    ``folder / "name"`` is a subfolder; methods that take a name refer to the file of that name in the folder. Every method that
+    accesses the storage may raise StorageError, when an S3 store refuses a request or cannot be reached.
     """
 
     fs: pafs.FileSystem
     path: str
     """Path within ``fs``, without a trailing slash; absolute if ``fs`` is this machine's."""
     uri: str
-    """What the user wrote: error messages name this."""
+    """The URI or path as the user wrote it, for error messages."""
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str], error: type[UserError] = StorageError) -> Folder:
-        """The folder that ``uri`` names; it need not exist. Raises ``error`` if no filesystem serves the URI."""
+        """Return the folder that ``uri`` names; it need not exist. Raises ``error`` if no filesystem serves the URI."""
         uri = os.fspath(uri)
         fs, path = _resolve(uri, error)
         head, query = _split(uri)
@@ -117,7 +117,7 @@ class Folder:
 
     @classmethod
     def of_file(cls, uri: str | os.PathLike[str], error: type[UserError] = StorageError) -> tuple[Folder, str]:
-        """The folder that holds the file ``uri``, and the file's name in it. Raises ``error`` as ``open`` does."""
+        """Return the folder that holds the file ``uri``, and the file's name in it. Raises ``error`` as ``open`` does."""
         uri = os.fspath(uri)
         fs, path = _resolve(uri, error)
         parent, name = posixpath.split(path.rstrip("/"))
@@ -129,61 +129,61 @@ class Folder:
 
     @property
     def remote(self) -> bool:
-        """Not this machine's file system: requests are slow, so few and large ones are better."""
+        """Whether the folder is not on this machine: requests are then slow, so few large ones are better."""
         return not isinstance(self.fs, pafs.LocalFileSystem)
 
     @property
     def address(self) -> str:
-        """Where to find the folder from anywhere: its URI, or its absolute path."""
+        """The folder's URI, or its absolute path, which does not depend on the current folder."""
         return self.uri if self.remote else self.path
 
     def at(self, name: str) -> str:
-        """Path of ``name`` within the filesystem."""
+        """Return the path of ``name`` within the filesystem."""
         return posixpath.join(self.path, name)
 
     def named(self, name: str) -> str:
-        """How to call ``name`` in a message to the user."""
+        """Return the path or URI of ``name`` for a message to the user."""
         head, query = _split(self.uri)
         return f"{head.rstrip('/')}/{name}{query}"
 
     def has(self, name: str) -> bool:
-        """Is there a file ``name``?"""
+        """Return whether there is a file ``name``."""
         return self.size(name) is not None
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file ``name``; None if there is no such file."""
+        """Return the size of the file ``name`` in bytes, or None if there is no such file."""
         return self.sizes([name])[0]
 
     @_plainly
     def sizes(self, names: list[str]) -> list[int | None]:
-        """Bytes of each file; None where there is no such file."""
+        """Return the size of each file in bytes, or None where there is no such file."""
         infos = self.fs.get_file_info([self.at(name) for name in names]) if names else []
         return [info.size if info.type == pafs.FileType.File else None for info in infos]
 
     def room(self) -> int | None:
-        """Bytes left on this machine's disk that holds the folder, which must exist; None for a remote one."""
+        """Return the free bytes of the local disk that holds the folder, which must exist; None for a remote folder."""
         return None if self.remote else shutil.disk_usage(self.path).free
 
     @_plainly
     def names(self) -> list[str]:
-        """Names of the files directly in the folder, sorted; empty if there is no folder."""
+        """Return the sorted names of the files directly in the folder; empty if there is no folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
     @property
     @_plainly
     def exists(self) -> bool:
-        """Is there such a folder?"""
-        if not self.remote:  # asked of Python, which knows names that are not UTF-8, too
+        """Whether the folder exists."""
+        if not self.remote:  # Python, unlike pyarrow, accepts names that are not UTF-8
             return os.path.isdir(self.path)
         return bool(self.fs.get_file_info(self.path).type == pafs.FileType.Directory)
 
     @_plainly
     def files(self) -> list[str]:
-        """Paths, relative to the folder, of the files in it and in all folders beneath, sorted.
+        """Return the sorted paths, relative to the folder, of the files in it and in all folders below it.
 
-        What is hidden (its name starts with a dot) is left out; links to folders are followed, into each folder once. Raises
-        OSError (FileNotFoundError if there is no folder).
+        Hidden files and folders (whose names start with a dot) are left out; links to folders are followed, but each folder is
+        visited once. Raises OSError (FileNotFoundError if there is no folder).
         """
         if self.remote:
             selector = pafs.FileSelector(self.path, recursive=True)
@@ -195,41 +195,41 @@ class Folder:
 
     @_plainly
     def tree(self) -> list[str]:
-        """Paths, relative to the folder, of the files in it and in its folders, sorted; empty if there is no folder."""
+        """Return the sorted paths, relative to the folder, of all files below it; empty if there is no folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
         files = [info.path for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
         return sorted(posixpath.relpath(path, self.path) for path in files)
 
     @_plainly
     def versions(self, names: list[str]) -> list[tuple[int, int | None] | None]:
-        """Bytes and time of modification of each file, by which a replaced one is noticed; None where there is no such file.
+        """Return the size in bytes and the modification time of each file, which change if the file is replaced.
 
-        The time is in nanoseconds, None where the storage does not tell it.
+        The entry is None where there is no such file. The time is in nanoseconds; None where the storage does not report it.
         """
         if not self.remote:
             return [_version(self.at(name)) for name in names]
-        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)  # one listing, not a request a file
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)  # one listing, not a request per file
         files = [info for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.File]
         there = {info.path.lstrip("/"): (info.size, info.mtime_ns) for info in files}
         return [there.get(self.at(name).lstrip("/")) for name in names]
 
     @_plainly
     def read(self, name: str) -> bytes:
-        """The file's bytes. Raises OSError (FileNotFoundError if missing)."""
-        if not self.remote:  # by Python: as above, and its errors say what the matter is
+        """Return the file's bytes. Raises OSError (FileNotFoundError if it is missing)."""
+        if not self.remote:  # Python, as in ``exists``; its errors are also clearer
             return Path(self.at(name)).read_bytes()
-        # A file, and not a stream, which would ask for 256 KiB at a time.
+        # Not open_input_stream, which would request 256 KiB at a time.
         with self.fs.open_input_file(self.at(name)) as file:
             return file.read()
 
     @_plainly
     def create(self) -> None:
-        """Make the folder and its parents."""
+        """Create the folder and its parents."""
         self.fs.create_dir(self.path, recursive=True)
 
     @_plainly
     def write(self, name: str, content: bytes) -> None:
-        """Write a whole file, atomically; the folder must exist."""
+        """Write a whole file atomically; the folder must exist."""
         draft = name if self.fs.type_name in OBJECT_STORES else name + ".tmp"
         try:
             with self.fs.open_output_stream(self.at(draft)) as stream:
@@ -237,13 +237,13 @@ class Folder:
             if draft != name:
                 self.publish(name)
         except OSError:
-            if draft != name:  # on a full disk, half a file would take the room of others
+            if draft != name:  # on a full disk, a partial file would take up space
                 self.delete(draft)
             raise
 
     @_plainly
     def publish(self, name: str) -> None:
-        """Rename ``name``.tmp to ``name``: a reader sees the whole file or none."""
+        """Rename ``name``.tmp to ``name``, so that a reader sees either the whole file or none."""
         self.fs.move(self.at(name + ".tmp"), self.at(name))
 
     @_plainly
@@ -254,7 +254,7 @@ class Folder:
 
     @_plainly
     def copy_from(self, source: Folder) -> None:
-        """Copy another folder's content here, over what is there; makes the folder."""
+        """Copy another folder's content here, overwriting what is there; the folder is created if needed."""
         self.create()
         pafs.copy_files(source.path, self.path, source_filesystem=source.fs, destination_filesystem=self.fs)
 
@@ -265,7 +265,7 @@ class Folder:
             self.fs.delete_dir(self.path)
 
     def check_writable(self) -> None:
-        """Write and delete a probe file, and the folders that this made. (An S3 store keeps an empty marker of the folder.)
+        """Write and delete a probe file, and any folders created for it. (An S3 store keeps an empty marker of the folder.)
 
         Raises:
             StorageError: the folder cannot be created or written.
@@ -285,15 +285,15 @@ class Folder:
             raise StorageError(f"{self.uri}: not writable ({error}); choose another folder") from error
         finally:
             for folder in missing:
-                with contextlib.suppress(OSError):  # somebody else uses it by now, or it could not be made
+                with contextlib.suppress(OSError):  # another process uses it by now, or it could not be created
                     folder.rmdir()
 
 
 @contextlib.contextmanager
 def locked(folder: Folder, busy: UserError) -> Iterator[None]:
-    """Keep other processes from locking the folder, which must exist; the lock ends with this process, however it ends.
+    """Lock the folder, which must exist, against other processes; the lock ends with this process, however it ends.
 
-    Object stores have no locks, and some network file systems none either: there nothing is kept from anybody.
+    Object stores and some network file systems have no locks; nothing is locked there.
 
     Raises:
         UserError: ``busy``, if another process has locked it.
@@ -321,7 +321,7 @@ def _version(path: str) -> tuple[int, int] | None:
 
 
 def _local_files(path: str) -> Iterator[str]:
-    """Paths of the files beneath a folder, not in hidden folders; each folder once, whatever links there are to it."""
+    """Yield the paths of the files below a folder, except in hidden folders; each folder is visited once, despite links."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -336,7 +336,7 @@ def _local_files(path: str) -> Iterator[str]:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """A URI without its query, and the query, its question mark included; a path has none."""
+    """Split a URI into the part before its query and the query with its question mark; a path has no query."""
     head, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return head, mark + query
 
@@ -347,11 +347,11 @@ def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
     scheme = uri.partition("://")[0]
     if (shown := without_password(uri)) is not None:
         raise error(
-            f"{shown}: has a password in it, which would be written into job.json and logs; take it out, and {CREDENTIALS}"
+            f"{shown}: has a password in it, which would be written into job.json and logs; remove it, and {CREDENTIALS}"
         )
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
-        # A copy, as another process gets one, asks a silent server three times (seconds); this one would for minutes.
+        # A copy, like those that other processes get, retries a silent server three times (seconds); the original, for minutes.
         return copy.copy(fs), path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown_to_arrow:
         if scheme == "s3":
@@ -360,7 +360,7 @@ def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
             import fsspec  # A dependency of torch and of Ray; imported only for the schemes pyarrow does not know.
 
             fs, path = fsspec.core.url_to_fs(uri)
-        except OSError as unreachable:  # some log in at once
+        except OSError as unreachable:  # some filesystems log in when they are created
             raise error(f"{uri}: {_in_words(unreachable)}") from unreachable
         except (ImportError, ValueError) as unknown_to_fsspec:
             raise error(
@@ -368,5 +368,5 @@ def _resolve(uri: str, error: type[UserError]) -> tuple[pafs.FileSystem, str]:
                 "check the scheme, or install the fsspec package that serves it (for example adlfs, s3fs)"
             ) from unknown_to_fsspec
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
-    except OSError as unreachable:  # pyarrow asks AWS in which region a bucket is
+    except OSError as unreachable:  # pyarrow asks AWS for the bucket's region
         raise error(f"{uri}: {_reason(unreachable) or unreachable}") from unreachable

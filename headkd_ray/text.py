@@ -1,4 +1,4 @@
-"""Text for people: what comes from files and addresses, without what a terminal obeys and without secrets."""
+"""Make text from files and addresses safe to display: without terminal control characters and without secrets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from urllib.parse import unquote
 
 MASK = "***"
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Control characters but for tab and newline, and those that turn the direction of writing."""
+"""Control characters except tab and newline, and those that change the writing direction."""
 _HALVES = re.compile("[\ud800-\udfff]")
-"""Surrogates, which stand for bytes that are no text and cannot be printed."""
+"""Surrogates, which stand for undecodable bytes and cannot be printed."""
 _PASSWORD = r"(?P<head>\b[\w+.-]+://[^\s/:@?#\"]*)(?::|%3[aA])(?!\d+(?:/|$)){secret}(?P<at>@|%40)"
 _PASSWORD_IN_TEXT = re.compile(_PASSWORD.format(secret=r"[^\s\"]*"))
 _PASSWORD_IN_ADDRESS = re.compile(_PASSWORD.format(secret=r".*"), re.DOTALL)
@@ -19,11 +19,11 @@ _PARAMETER = re.compile(r"(?P<name>[?&#][\w%.-]+)=(?P<value>[^&#\s'\"<>(){},;]*?
 _SECRET = re.compile(
     r"sig$|signature|token|secret|passw|pwd|credential|policy|api[_-]?key|access[_-]?key|^(?:key|auth|code|sas)$"
 )
-"""Parameters of signed addresses: X-Amz-Signature, X-Goog-Credential, sig (Azure), AWSAccessKeyId, access_token, ..."""
+"""Secret parameters of signed addresses: X-Amz-Signature, X-Goog-Credential, sig (Azure), AWSAccessKeyId, access_token, ..."""
 
 
 def printable(text: str) -> str:
-    """The text as a terminal shows it and does not obey it, each such character escaped, and ``masked``."""
+    """Return the text ``masked``, with every character that would control the terminal escaped."""
     escaped = _OBEYED.sub(_escape, text)
     return masked(_HALVES.sub(_escape, escaped))
 
@@ -34,12 +34,12 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def warn(text: str) -> None:
-    """A warning on standard error."""
+    """Print a warning on standard error."""
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def masked(text: str) -> str:
-    """The text with every password, signature and token of an address in it replaced by ``***``."""
+    """Return the text with every password, signature and token in its addresses replaced by ``***``."""
     if "://" not in text:
         return text
     text = _PASSWORD_IN_TEXT.sub(rf"\g<head>:{MASK}\g<at>", text)
@@ -52,6 +52,6 @@ def _masked_parameter(found: re.Match[str]) -> str:
 
 
 def without_password(address: str) -> str | None:
-    """An address whose user part has a password, with the password replaced; None if it has none."""
+    """Return the address with its password replaced by ``***``, or None if it has no password."""
     found = _PASSWORD_IN_ADDRESS.match(address)
     return None if found is None else masked(f"{found['head']}:{MASK}{found['at']}{address[found.end() :]}")

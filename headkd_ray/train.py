@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None) -> Record:
-    """Check everything, then train where ``job.cluster`` says; the result of the run, also if it had ended before.
+    """Check everything, train where ``job.cluster`` says, and return the result; a run that has ended is not trained again.
 
     Args:
-        tell: takes the log records.
-        note: takes a sentence about the run, if it had ended and nothing is trained.
+        tell: receives the log records.
+        note: receives a sentence about the run if it has already ended.
     """
-    # Imported here, because torch, timm and Ray take ten seconds: what is wrong with the job file is told before.
+    # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.engine.run import finished, only_one, run_folder
 
@@ -36,8 +36,8 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
     result = finished(run)
     if result is not None:
         note(
-            f"the run {run.uri} had ended at step {result['last'].get('step')}: nothing was trained now, this is its result; "
-            "to train again, choose another run.name"
+            f"the run {run.uri} has already ended, at step {result['last'].get('step')}: this is its result, and nothing was "
+            "trained now; to train again, choose another run.name"
         )
         return result
     with only_one(run):
@@ -51,10 +51,11 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = command_parser("train", (__doc__ or "").splitlines()[0])
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
-    parser.add_argument("--print-config", action="store_true", help="print the complete resolved job and exit")
+    parser.add_argument("--print-config", action="store_true", help="print the complete job with all defaults, and exit")
     options = parser.parse_intermixed_args(arguments)
     with user_errors():
         job = load_job(options.job, options.overrides)

@@ -1,7 +1,7 @@
 """Search hyper-parameters: ``python -m headkd_ray.tune jobs/tune_tf_head.yaml [key.path=value ...]``.
 
-The search file names a base job, the job keys to search and how. ``--resume`` goes on with a search that was stopped or killed,
-or lets it try more (``budget.trials=40``). Look at it at any time with ``python -m headkd_ray.analyze RUN``.
+The search file names a base job, the job keys to search, and how to search them. ``--resume`` continues a search that was
+stopped or killed, or extends it (``budget.trials=40``). Inspect it at any time with ``python -m headkd_ray.analyze RUN``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from headkd_ray.tuning.trial_records import SearchFolder, Trial
 
 
 def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[Trial]:
-    """Check everything, then search where the base job's cluster section says; all trials. Raises UserError."""
-    # Imported here, because torch, timm and Ray take ten seconds: what is wrong with the files is told before.
+    """Check everything, run the search as the base job's cluster section says, and return all trials. Raises UserError."""
+    # Imported late, because torch, timm and Ray take ten seconds: mistakes in the files are reported before that.
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.train import train
     from headkd_ray.tuning.on_ray.tuner import search_on_ray
@@ -32,18 +32,18 @@ def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[T
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = command_parser("tune", __doc__)
     parser.add_argument("search", help="search file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the search file")
-    parser.add_argument("--resume", action="store_true", help="go on with the search of this name")
+    parser.add_argument("--resume", action="store_true", help="continue the search of this name")
     options = parser.parse_intermixed_args(arguments)
     with user_errors():
         search = load_search(options.search, options.overrides)
         check_optuna(search)
         folder = SearchFolder(Folder.open(search.spec.run.storage) / search.spec.run.name)
         if folder.exists and not options.resume:
-            raise JobError(f"{folder.folder.uri} is a search already: go on with it (--resume), or choose another run.name")
+            raise JobError(f"{folder.folder.uri} is already a search: continue it (--resume), or choose another run.name")
         if folder.exists:
             folder.check_same(search)
         elif options.resume:

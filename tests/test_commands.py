@@ -482,7 +482,7 @@ def test_predict_refuses(
         capsys, predict.main, [student, str(tmp_path / "empty"), "--out", out]
     )
     message = refused(capsys, predict.main, [student, str(tmp_path), "--out", str(tmp_path)])
-    assert f"{tmp_path}: holds the images and is --out, too" in message
+    assert f"{tmp_path}: holds the images and is also --out" in message
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     assert "standard input: no .jpeg, .jpg" in refused(capsys, predict.main, [student, "-", "--out", out])
     message = refused(capsys, predict.main, [student, str(tmp_path / "gone.jpg"), "--out", out])

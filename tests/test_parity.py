@@ -70,7 +70,7 @@ def test_the_official_values_hold(capsys: pytest.CaptureFixture[str], monkeypatc
     assert len(compared) == 28
     for name in (*compared, "roi_ids", "loss loss_cross", "loss total", "gradient norms (95)", "teacher_detections/1"):
         assert name in printed
-    assert "41 of 41 quantities hold" in printed
+    assert "41 of 41 quantities agree" in printed
     assert "FAIL" not in printed
 
 

@@ -85,4 +85,4 @@ def test_what_is_wrong_with_a_job_is_told_before_the_data_is_prepared(
 def test_validation_images_alone_are_no_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quickstart.main(["--val-images", "photos"])
-    assert "own photos need --train, --val and --images together" in capsys.readouterr().err
+    assert "your own photos need --train, --val and --images together" in capsys.readouterr().err

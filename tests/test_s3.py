@@ -158,7 +158,7 @@ def test_a_search_on_s3_is_found_and_analyzed_there(
     Path("search.yaml").write_text(yaml.safe_dump(text))
     with pytest.raises(SystemExit):
         tune.main(["search.yaml", f"run.storage={uri('bucket', s3, 'searches')}"])
-    assert f"{folder.folder.uri} is a search already" in capsys.readouterr().err
+    assert f"{folder.folder.uri} is already a search" in capsys.readouterr().err
 
 
 def test_the_log_is_not_uploaded_with_every_record(proxy: Proxy, splits: dict[str, str]) -> None:
@@ -206,7 +206,7 @@ def test_wrong_credentials_are_one_clear_error_before_anything_starts(
         job = write(job_on(proxy.netloc, drawn_splits, "refused"), tmp_path)
         cases = {
             ("nobody", "nothing"): "unknown access key; set AWS_ACCESS_KEY_ID",
-            (key["AccessKeyId"], "nothing"): "the secret key is not this access key's; set",
+            (key["AccessKeyId"], "nothing"): "the secret key does not belong to this access key; set",
             (key["AccessKeyId"], key["SecretAccessKey"]): "access denied: ",
         }
         for (access, secret), expected in cases.items():

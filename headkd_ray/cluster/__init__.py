@@ -1,1 +1,1 @@
-"""Ray: the only room that imports it. Train workers, data tasks, resources."""
+"""Running on Ray: train workers, data tasks, teacher actors and resource checks."""

@@ -1,7 +1,7 @@
-"""What the tasks of a rank's stream run: ``ReadWindow``, ``DecodeChunk``.
+"""The functions that run in the Ray tasks of a rank's batch stream: ``ReadWindow`` and ``DecodeChunk``.
 
-In a file of its own because a task's process imports it: with what the stream's other end needs, detectors and teachers, each
-such process would take five times as long to start (``python -X importtime -c "import headkd_ray.cluster.decoding"``).
+They have a module of their own because every task process imports it: with the detectors and teachers that ``ray_stream``
+needs, such a process would take five times as long to start (``python -X importtime -c "import headkd_ray.cluster.decoding"``).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from headkd_ray.soft_targets import SoftTargets
 Row = dict[str, Any]
 
 CHUNK_BYTES = 32 << 20
-"""Decoded pixels a chunk aims at: at least one batch."""
+"""Target size of a chunk's decoded pixels; a chunk has at least one batch."""
 CHUNK_IMAGES = 64
-"""Most images a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""
+"""Maximum number of images in a chunk, however small: about 0.1 s of decoding, ten times a Ray task's overhead."""
 
 
 @dataclass(frozen=True)
 class ReadWindow:
-    """Window -> chunks of encoded images."""
+    """A Ray Data function that reads a window and yields chunks of encoded images."""
 
     shards: ShardSet
     maker: BatchMaker
@@ -63,12 +63,12 @@ def _chunk_row(chunk: list[PendingBatch]) -> Row:
 
 @dataclass(frozen=True)
 class DecodeChunk:
-    """Chunk -> batches."""
+    """A Ray Data function that decodes a chunk into batches."""
 
     maker: BatchMaker
 
     def __call__(self, row: Row) -> Row:
-        torch.set_num_threads(1)  # the task has one CPU
+        torch.set_num_threads(1)  # a task has one CPU
         if row["error"]:
             return {"head": b"", "pixels": b"", "error": row["error"]}
         try:
@@ -78,7 +78,7 @@ class DecodeChunk:
 
 
 def encode(batches: list[Batch]) -> Row:
-    """Batches as one row: ``head`` bytes (pickled, all but pixels), ``pixels`` bytes (images of all batches, end to end)."""
+    """Encode batches as one row: ``head`` (pickled, all but pixels) and ``pixels`` (bytes of all images, end to end)."""
     small = [name for name in TENSORS if name != "images"]
     heads = [
         (
@@ -93,8 +93,8 @@ def encode(batches: list[Batch]) -> Row:
 
 
 def decoded(head: bytes, pixels: pa.Buffer | bytes) -> Iterator[Batch]:
-    """The batches of one encoded row; ``images`` are views of ``pixels`` and keep it alive."""
-    # Shared memory is read-only and torch warns of it; a Batch is read-only by contract, and a copy would cost bandwidth.
+    """Yield the batches of an encoded row; their ``images`` are views of ``pixels`` and keep it alive."""
+    # torch warns that shared memory is read-only. A Batch is read-only by contract, and a copy would cost memory bandwidth.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
     whole = np.frombuffer(pixels, dtype=np.uint8)
     end = 0

@@ -1,7 +1,7 @@
-"""What the driver and its workers tell each other while a run goes: log records up, the wish to stop down, and why a restart
-would not help.
+"""Communication between the driver and its workers: log records go to the driver, requests to stop go to the workers, and
+workers report errors that a restart would not cure.
 
-Through actors on the driver's node: one that died with a worker's node would take every restart of the run with it.
+It uses actors on the driver's node: an actor that died with a worker's node would break every restart of the run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headkd_ray.errors import UserError
 
-# Nothing heavy is imported here: the stop sign's process imports this module.
+# Import nothing heavy here, because the process of the stop sign imports this module.
 
 
 @contextmanager
 def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
-    """A queue whose records are passed to ``tell`` by a thread of this process; on leaving, the rest is passed first."""
+    """Yield a queue whose records a thread of this process passes to ``tell``; on leaving, it is emptied first."""
     queue = Queue(actor_options=_here())
     done = threading.Event()
 
@@ -45,7 +45,7 @@ def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
 
 
 class _StopSign:
-    """An actor by which the driver tells the workers to stop, and a worker those after it that going on is of no use."""
+    """An actor with which the driver tells the workers to stop, and a worker tells restarted ones that retrying is useless."""
 
     def __init__(self) -> None:
         self.up = asyncio.Event()
@@ -66,7 +66,7 @@ class _StopSign:
 
 @contextmanager
 def stop_sign(asked: Callable[[], bool]) -> Iterator[Any]:
-    """A sign whose ``wait`` returns in the workers soon after ``asked()`` is True in this process."""
+    """Yield an actor whose ``wait`` returns in the workers soon after ``asked()`` becomes True in this process."""
     sign = ray.remote(_StopSign).options(**_here()).remote()
     done = threading.Event()
 
@@ -87,6 +87,6 @@ def stop_sign(asked: Callable[[], bool]) -> Iterator[Any]:
 
 
 def _here() -> dict[str, Any]:
-    """Options of an actor on this node."""
+    """Return Ray options that place an actor on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": here}

@@ -1,4 +1,4 @@
-"""Ray Train's listing of a run's checkpoints, checked before Ray reads it, which would not start if one is gone."""
+"""Check Ray Train's listing of a run's checkpoints before Ray reads it, since Ray does not start if a checkpoint is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def drop_unusable(run: Folder) -> list[str]:
-    """Take checkpoints that are gone or damaged off the listing; a sentence about each.
+    """Remove missing or damaged checkpoints from the listing, and return a sentence about each.
 
     Raises:
         CheckpointError: the listing is damaged, or no checkpoint is left.
@@ -40,13 +40,13 @@ def drop_unusable(run: Folder) -> list[str]:
     snapshot["latest_checkpoint_result"] = latest
     with writing(run.named(SNAPSHOT), "run.storage"):
         run.write(SNAPSHOT, json.dumps(snapshot).encode())
-    return [*problems.values(), f"going on from the checkpoint before, {latest['checkpoint_dir_name']}"]
+    return [*problems.values(), f"resuming from the previous checkpoint, {latest['checkpoint_dir_name']}"]
 
 
 def _problem(run: Folder, name: str) -> str | None:
     folder = run / name
     if not folder.has(STATE_FILE):
-        return f"{folder.uri}: is gone"
+        return f"{folder.uri}: is missing"
     try:
         check(folder)
     except CheckpointError as error:

@@ -1,19 +1,19 @@
-"""A rank's batches through Ray Data: same windows, same two functions and same batches as ``data.batch_stream.local_stream``.
+"""A rank's batches through Ray Data, with the same windows, functions and batches as ``data.batch_stream.local_stream``.
 
-One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once a run. It has two
-stages, or three, each in the order of the windows (``preserve_order``):
+One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once per run. It has two or
+three stages, each in the order of the windows (``preserve_order``):
 
-1. *read*: one task at a time reads windows and emits chunks of a few batches, images still encoded. It needs no CPU of its own.
-2. *decode*: tasks, in parallel, turn a chunk into batches: pixels in one buffer, the rest pickled.
+1. *read*: one task at a time reads windows and emits chunks of a few batches, whose images are still encoded. It reserves no
+   CPU.
+2. *decode*: parallel tasks turn a chunk into batches: pixels in one buffer, the rest pickled.
+3. *teach*, with teacher.placement pool: teacher processes add soft targets to a chunk's batches. Ray restarts a lost process
+   and gives it its chunks again; nothing else is repeated.
 
-3. *teach*, with teacher.placement pool: teacher processes add soft targets to a chunk's batches. Ray starts a process that was
-   lost again and gives it the chunks that it had; nothing else is repeated.
+Decoding by chunk instead of by window lets tasks run in parallel although batches leave in order: a whole window is too large
+to hold while it waits for its turn. A chunk is one Ray block of about CHUNK_BYTES; a rank holds a few at a time.
 
-Decoding by chunk instead of by window is what makes the tasks run in parallel although batches leave in order: a whole window
-is too much to hold while waiting for its turn. A chunk is one Ray block of about CHUNK_BYTES; a rank holds a few at a time.
-
-A UserError (a damaged shard) travels as a value in its chunk's place, and is raised at the batch it belongs to, as in the local
-stream: Ray does not carry an exception's cause from a task to the driver.
+A UserError (a damaged shard) travels as a value in place of its chunk and is raised at the batch that it belongs to, as in the
+local stream, because Ray does not carry an exception's cause from a task to the driver.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from headkd_ray.teacher import soft_teacher
 from headkd_ray.teacher.loading import teacher_of
 
 STORE_BYTES = 512 << 20
-"""Shared memory that one rank's Dataset may plan with; less where the cluster has less."""
+"""Limit on the object store memory of one rank's Dataset; lower if the cluster has less."""
 STEP_SECONDS = 0.02
-"""Least time from one step of Ray's scheduling loop to the next."""
+"""Minimum time between steps of Ray's scheduling loop, in seconds."""
 WINDOWS_PER_BLOCK = 16
-"""Windows one read task goes through: what is read again if its node is lost."""
+"""Windows per read task: if its node is lost, this many are read again."""
 
 
 def decode_on_ray(cluster: ClusterSpec, teacher_job: Job | None = None) -> Decode:
-    """A stream maker that decodes in Ray tasks which take at most ``cluster.data_cpus`` CPUs a rank. Needs ``ray.init``.
+    """Return a ``Decode`` function that uses Ray tasks with at most ``cluster.data_cpus`` CPUs per rank. Needs ``ray.init``.
 
-    With ``teacher_job`` the training batches come with the soft targets of that job's teacher, which runs in processes beside
-    the tasks; or, if the student chooses the RoIs, with a handle that asks the teacher about them.
+    With ``teacher_job`` the training batches have the soft targets of that job's teacher, which runs in separate processes; or,
+    if the student chooses the RoIs, a ``TeacherHandle``, which computes the teacher's features of them.
     """
 
     @contextmanager
@@ -87,7 +87,7 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # every row, that is every chunk, is a block of its own: decoded by its own task
+    context.target_max_block_size = 1  # every row, that is every chunk, becomes its own block and is decoded by its own task
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Unhurried]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
@@ -97,11 +97,11 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
     )
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
-        # num_cpus differ, so that Ray does not fuse the stages: fused, a window would be one task.
+        # Different num_cpus keep Ray from fusing the stages, which would make each window a single task.
         chunks = dataset.flat_map(ReadWindow(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
         if pool is None or teacher_job is None:
             return chunks.map(DecodeChunk(maker), num_cpus=min(1.0, cpus))
-        # A thousandth less than a CPU, or than the teacher's share: stages that ask for the same Ray would fuse.
+        # A thousandth less, so that it differs from the teacher's CPUs: Ray would fuse stages that ask for the same.
         decoded = chunks.map(DecodeChunk(maker), num_cpus=min(1.0, cpus) - 0.001)
         return decoded.map(
             Teaching,
@@ -114,10 +114,10 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
 
 
 class _Unhurried(ExecutionCallback):
-    """Paces Ray's scheduling loop, a thread of the train worker.
+    """A callback that slows down Ray's scheduling loop, which is a thread of the train worker.
 
-    While it waits for training to take batches it spins (Ray 2.60): a core, and worse, the interpreter lock that every torch
-    call of the training thread then has to wait for. ``bench/stream_wait.py`` measures the first.
+    While the loop waits for training to take batches it spins (Ray 2.60). That occupies a core and, worse, the GIL, for which
+    every torch call of the training thread must then wait. ``bench/stream_wait.py`` measures the former.
     """
 
     def __init__(self) -> None:
@@ -129,9 +129,9 @@ class _Unhurried(ExecutionCallback):
 
 
 class Teaching:
-    """Batches -> the same with soft targets. Ray Data makes actors of it.
+    """A Ray Data actor that adds soft targets to batches.
 
-    It asks about one training batch at a time, as a teacher in place does: other views beside would round other bits.
+    It runs the teacher on one training batch at a time, as an inline teacher does: a larger batch would round differently.
     """
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
@@ -155,10 +155,10 @@ class Teaching:
 
 
 def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
-    """Run the dataset; closing the generator ends its tasks and threads.
+    """Run the dataset and yield its batches; closing the generator ends its tasks and threads.
 
-    Blocks are taken as references, not with ``iter_batches``: its helper threads outlive it, and one that still fetches while
-    the process leaves Ray makes Ray end the whole process.
+    Blocks are taken as references instead of with ``iter_batches``, whose helper threads outlive it: if one still fetches while
+    the process disconnects from Ray, Ray ends the whole process.
     """
     blocks = (block for bundle in dataset.iter_internal_ref_bundles() for block in bundle.block_refs)
     lost: set[str] = set()

@@ -1,4 +1,4 @@
-"""Check, before anything is started, that the cluster can hold the job: Ray itself would wait for ever."""
+"""Check that a job fits the cluster before anything is started, since Ray itself would wait forever."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job, PoolSpec
 
 GROWS = "HEADKD_RAY_NODES"
-"""Environment variable by which a cluster file tells what its autoscaler may start, the head aside, as JSON, for example
-[{"count": 2, "CPU": 48, "GPU": 4}]. Ray does not tell, and on a cluster that is only its head as yet no job would fit.
-Unset: the cluster is what it is."""
+"""Environment variable with which a cluster file lists the nodes that its autoscaler may add to the head, as JSON, for example
+[{"count": 2, "CPU": 48, "GPU": 4}]. Ray does not report them, and no job would fit while only the head is running. If it is
+unset, only the nodes that are running count."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job's workers take, as checked against the cluster."""
+    """The resources of a job's workers, as checked against the cluster."""
 
     workers: int | tuple[int, int]
-    """Their number, or the fewest and the most."""
+    """Number of workers, or the minimum and the maximum."""
     cpus_per_worker: float
     gpus_per_worker: float
 
 
 def check_resources(job: Job) -> Resources:
-    """Raises ClusterError, saying what was asked and what exists, if workers, data tasks and teacher processes do not fit.
+    """Check that workers, data tasks and teacher processes fit the cluster, and return the workers' resources.
 
-    Of a range of workers the fewest must fit; and as many as Ray would start here must leave room for their data tasks.
+    The minimum of a range of workers must fit, and as many workers as Ray would start must leave room for their data tasks.
+    Raises ClusterError, which says what was requested and what exists.
     """
     spec, workers = job.cluster, job.cluster.fewest_workers
     nodes, has = _nodes()
@@ -44,32 +45,32 @@ def check_resources(job: Job) -> Resources:
     if gpus_per_worker and gpus < workers * gpus_per_worker:
         problems.append(
             f"cluster.workers {workers} x cluster.gpus_per_worker {gpus_per_worker:g} = "
-            f"{workers * gpus_per_worker:g} GPUs asked, the cluster {has} {gpus:g}; lower one of them, or set "
+            f"{workers * gpus_per_worker:g} GPUs requested, the cluster {has} {gpus:g}; lower one of them, or set "
             "cluster.gpus_per_worker to 0 to train on CPUs"
         )
     each = spec.cpus_per_worker + spec.data_cpus
     if cpus < workers * each:
         problems.append(
             f"cluster.workers {workers} x (cluster.cpus_per_worker {spec.cpus_per_worker:g} + cluster.data_cpus "
-            f"{spec.data_cpus:g}) = {workers * each:g} CPUs asked, the cluster {has} {cpus:g}; lower cluster.workers, or give "
-            "each less (fractions are allowed)"
+            f"{spec.data_cpus:g}) = {workers * each:g} CPUs requested, the cluster {has} {cpus:g}; lower cluster.workers, or "
+            "give each less (fractions are allowed)"
         )
     places = sum(_places(node, spec.cpus_per_worker, gpus_per_worker) for node in nodes)
     if not problems and places < workers:
         problems.append(
-            f"cluster.workers {workers}: only {places} find a node with {spec.cpus_per_worker:g} CPUs and "
+            f"cluster.workers {workers}: only {places} fit on nodes with {spec.cpus_per_worker:g} CPUs and "
             f"{gpus_per_worker:g} GPUs (nodes: {[{k: node.get(k, 0.0) for k in ('CPU', 'GPU')} for node in nodes]}); "
-            "ask for less per worker"
+            "request less per worker"
         )
     grown = max(workers, min(spec.most_workers, places))
     if not problems and cpus < grown * each:
         problems.append(
-            f"cluster.workers {[workers, spec.most_workers]}: the {grown} that find room would leave {cpus:g} - {grown} x "
-            f"cluster.cpus_per_worker {spec.cpus_per_worker:g} CPUs to data tasks, which ask for {grown} x cluster.data_cpus "
-            f"{spec.data_cpus:g}; lower the most, or raise cpus_per_worker so that fewer workers fit a node"
+            f"cluster.workers {[workers, spec.most_workers]}: the {grown} that fit would leave {cpus:g} - {grown} x "
+            f"cluster.cpus_per_worker {spec.cpus_per_worker:g} CPUs to data tasks, which need {grown} x cluster.data_cpus "
+            f"{spec.data_cpus:g}; lower the maximum, or raise cpus_per_worker so that fewer workers fit on a node"
         )
     if job.teacher is not None and job.teacher.placement == "pool":
-        count = grown * job.teacher.pool.actors[0]  # the fewest, for each worker
+        count = grown * job.teacher.pool.actors[0]  # the minimum for each worker
         beside = {"CPU": grown * each, "GPU": grown * gpus_per_worker}
         problems += _pool_problems(job.teacher.pool, nodes, count, beside)
     if problems:
@@ -78,7 +79,7 @@ def check_resources(job: Job) -> Resources:
 
 
 def room_for(job: Job) -> int:
-    """How many trainings of this job fit the cluster at a time: each one process (cluster.workers 0), or all of its workers.
+    """Return how many trainings of this job fit the cluster at once; each takes one process (cluster.workers 0) or its workers.
 
     Raises ClusterError as ``check_resources`` does.
     """
@@ -92,14 +93,14 @@ def room_for(job: Job) -> int:
 
 
 def gpus_of_process(job: Job) -> float:
-    """GPUs of a training in one process: cluster.gpus_per_worker; by default one if the cluster has any."""
+    """Return the GPUs of a training in one process: cluster.gpus_per_worker, or by default one if the cluster has any."""
     nodes, _ = _nodes()
     wants = job.cluster.gpus_per_worker
     return wants if wants is not None else float(any(node.get("GPU", 0.0) for node in nodes))
 
 
 def check_pool(job: Job) -> None:
-    """Raises ClusterError if the teacher processes that build a cache do not all fit."""
+    """Raise ClusterError if the teacher processes that build a cache do not all fit the cluster."""
     assert job.teacher is not None
     nodes, _ = _nodes()
     problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside={})
@@ -108,7 +109,7 @@ def check_pool(job: Job) -> None:
 
 
 def _nodes() -> tuple[list[dict[str, float]], str]:
-    """Resources of each node, those included that an autoscaler may start; and the verb that goes with them."""
+    """Return each node's resources, including nodes that an autoscaler may start, and the verb for messages about them."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not os.environ.get(GROWS):
         return alive, "has"
@@ -121,28 +122,30 @@ def _nodes() -> tuple[list[dict[str, float]], str]:
 
 
 def _pool_problems(pool: PoolSpec, nodes: list[dict[str, float]], count: int, beside: dict[str, float]) -> list[str]:
-    """What keeps ``count`` teacher processes from starting where train workers take what ``beside`` says."""
+    """Return why ``count`` teacher processes cannot start while train workers take ``beside``; empty if they can."""
     each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
     asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
     able = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
     if not able:
         has = [{name: node.get(name, 0.0) for name in each} for node in nodes]
-        return [f"teacher.pool: no node has what a process asks ({asked}); nodes: {has}; ask for less, or start such a node"]
+        return [
+            f"teacher.pool: no node has what a process requests ({asked}); nodes: {has}; request less, or start such a node"
+        ]
     fits = [min(node[name] / amount for name, amount in each.items()) if each else math.inf for node in able]
     places = sum(math.floor(min(number, count) + 1e-9) for number in fits)
     if places < count:
-        return [f"teacher.pool.actors: {count} processes of {asked} asked, the nodes have room for {places}; ask for less"]
-    for name, taken in beside.items():  # train workers take theirs on these nodes or on others
+        return [f"teacher.pool.actors: {count} processes of {asked} requested, the nodes have room for {places}; request less"]
+    for name, taken in beside.items():  # train workers may take theirs from any node
         there = sum(node.get(name, 0.0) for node in nodes)
         if name in each and there < count * each[name] + taken:
             return [
-                f"teacher.pool.actors: {count} processes of {each[name]:g} {name} each asked, beside {taken:g} for the train "
-                f"workers, the nodes have {there:g}; ask for less"
+                f"teacher.pool.actors: {count} processes of {each[name]:g} {name} each requested, besides {taken:g} for the "
+                f"train workers, the nodes have {there:g}; request less"
             ]
     return []
 
 
 def _places(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """Workers that fit one node."""
+    """Return the number of workers that fit on one node."""
     fits = [node.get(name, 0.0) / each for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
     return math.floor(min(fits) + 1e-9)

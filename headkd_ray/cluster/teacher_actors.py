@@ -1,8 +1,8 @@
-"""Teachers that hold the features of the batches in flight and answer about RoIs that the student proposes.
+"""Teacher actors that hold the feature pyramids of the batches in flight and run the teacher's head on the student's RoIs.
 
-The student's RoIs are known in the train worker alone, in the middle of a step. So the costly part, the teacher's pyramid, is
-computed ahead, in a process of its own, while the student trains on earlier batches; what is left for the step is to send the
-RoIs and to get the answers.
+Only the train worker knows the student's RoIs, in the middle of a step. So the expensive part, the teacher's pyramid, is
+computed ahead in a separate process while the student trains on earlier batches; what remains within the step is to send the
+RoIs and to receive the head's features.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from headkd_ray.job import Job, PoolSpec
 from headkd_ray.teacher.loading import teacher_of
 
 AHEAD = 2
-"""Batches whose features are computed ahead: what a train worker and its teachers hold."""
+"""Number of batches whose features are computed ahead and held by a train worker and its teachers."""
 
 Arrays = list[NDArray[Any]]
 
 
 class TeacherActor:
-    """One teacher process."""
+    """A Ray actor that holds the frozen teacher and the feature pyramids of batches."""
 
     def __init__(self, job: dict[str, Any], classes: tuple[str, ...]) -> None:
         self.job = whole = Job.model_validate(job)
@@ -45,15 +45,15 @@ class TeacherActor:
         self.held: dict[int, list[torch.Tensor]] = {}
 
     def look(self, number: int, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
-        """Keep the features of a batch, (B, 3, H, W) RGB with unpadded (h, w) in ``sizes``, until it is asked about."""
+        """Compute and hold the features of a batch, (B, 3, H, W) RGB with unpadded (h, w) in ``sizes``, until ``answer``."""
         with within_memory(self.job), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.teacher.detector.normalise(*(torch.tensor(array, device=self.device) for array in (images, sizes)))
             self.held[number] = self.teacher.pyramid(x)
 
     def answer(self, number: int, rois: Sequence[tuple[Arrays, ...]]) -> tuple[str, list[Any] | None]:
-        """Who this is, and the taps of the batch's ``rois``, stage by stage, as arrays; None if it is not held.
+        """Return this process's id and the taps of the batch's ``rois``, stage by stage, as arrays; None if it is not held.
 
-        The batch is forgotten then.
+        The batch's features are then released.
         """
         features = self.held.pop(number, None)
         if features is None:
@@ -67,7 +67,7 @@ class TeacherActor:
 
 @contextmanager
 def teacher_actors(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
-    """The fewest teacher processes of the job's pool; they end with the context. One that dies is started again."""
+    """Start the minimum number of teachers in the job's pool; they end with the context. One that dies is restarted."""
     assert job.teacher is not None
     pool = job.teacher.pool
     actors = actors_of(TeacherActor, pool, pool.actors[0], job.model_dump(mode="json"), classes)
@@ -79,7 +79,7 @@ def teacher_actors(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
 
 
 def with_teachers(batches: Iterator[Batch], actors: Sequence[Any], pool: PoolSpec) -> Iterator[Batch]:
-    """``batches``, each with the teacher to ask about it, which has been shown it AHEAD batches before."""
+    """Yield the batches, each with a ``TeacherHandle`` whose actor began to compute its features AHEAD batches before."""
     born: dict[int, set[str]] = {number: set() for number in range(len(actors))}
     coming: deque[tuple[Batch, TeacherHandle]] = deque()
 
@@ -99,25 +99,28 @@ def with_teachers(batches: Iterator[Batch], actors: Sequence[Any], pool: PoolSpe
 
 
 class TeacherHandle:
-    """Asks a teacher about one batch, which is on the CPU. ``born`` collects who answered: one process after another."""
+    """A handle for asking a teacher actor about one batch, which is on the CPU.
+
+    ``born`` collects the ids of the processes that answered; a restarted actor has a new one.
+    """
 
     def __init__(self, actor: Any, number: int, batch: Batch, pool: PoolSpec, born: set[str]) -> None:
         self.actor, self.number, self.batch, self.pool, self.born = actor, number, batch, pool, born
         self.shown: Any = None
 
     def show(self) -> None:
-        """Start computing the features."""
+        """Start computing the batch's features in the actor."""
         self.shown = self.actor.look.remote(self.number, self.batch.images.numpy(), self.batch.sizes.numpy())
 
     def __call__(self, rois: Sequence[RoIs], device: torch.device) -> HeadFeatures:
-        """What the teacher makes of ``rois``, stage by stage, on ``device``. Raises ClusterError if no teacher answers."""
+        """Return the teacher's features of ``rois``, stage by stage, on ``device``. Raises ClusterError if none answers."""
         arrays = [tuple(tensor.cpu().numpy() for tensor in stage) for stage in rois]
         found = None
         while found is None:
-            answer_of(self.shown, self.pool)  # what went wrong there, if anything did
+            answer_of(self.shown, self.pool)  # raises what went wrong there
             who, found = answer_of(self.actor.answer.remote(self.number, arrays), self.pool)
             self.born.add(who)
-            if found is None:  # it has died since, and with it what it held
+            if found is None:  # the actor has died since, and its features with it
                 self.show()
         taps = [
             _tensor(tap, device) if isinstance(tap, np.ndarray) else [_tensor(level, device) for level in tap] for tap in found
@@ -130,4 +133,4 @@ def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
 
 
 def _tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
-    return torch.tensor(array, device=device)  # a copy: what Ray hands out is read-only
+    return torch.tensor(array, device=device)  # a copy, because arrays from Ray are read-only

@@ -1,4 +1,4 @@
-"""A job on Ray Train: one worker process a rank around ``engine.loop.fit``."""
+"""Run a job on Ray Train, with one worker process per rank around ``engine.loop.fit``."""
 
 from __future__ import annotations
 
@@ -48,14 +48,13 @@ from headkd_ray.storage import Folder
 
 
 def train_on_ray(job: Job, tell: Sink) -> Record:
-    """Run the job on the cluster; its result record. ``tell`` takes the log records, in this process.
+    """Run the job on the cluster and return its result record; ``tell`` receives the log records in this process.
 
     Raises:
-        ClusterError: the cluster is not there or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError, DiskError: as ``fit``
-            raises them.
+        ClusterError: the cluster is missing or too small, or the workers failed more than cluster.max_failures times.
+        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError, DiskError: raised by ``fit``.
     """
-    # Also how long a report may wait until it is taken: 2 s by default.
+    # This interval (2 s by default) also limits how soon a report is taken.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job)
@@ -78,7 +77,7 @@ def train_on_ray(job: Job, tell: Sink) -> Record:
 
 
 class Notes:
-    """Passes log records on, and tells sentences of the driver's own at the place where the log is."""
+    """A sink that passes log records on, and adds notes of the driver at the log's current step."""
 
     def __init__(self, tell: Sink) -> None:
         self.tell = tell
@@ -93,10 +92,10 @@ class Notes:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train's, but for Ctrl-C: it means what SIGTERM means, and Ray would put a handler of its own in place of ours."""
+    """A TorchTrainer that leaves our handler of Ctrl-C in place, which treats it like SIGTERM."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Nothing."""
+        """Do nothing, where Ray would install its own handler."""
 
 
 def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTrainer:
@@ -104,7 +103,7 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
     return _Trainer(
         _worker,
         train_loop_config={"job": with_absolute_paths(job).model_dump(mode="json"), **driver},
-        # What ranks say to each other beside the gradients is on the CPU.
+        # Collectives other than those on gradients use CPU tensors.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -120,16 +119,16 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # with_restarts counts
-            # The two best by AP; Ray keeps the latest besides, always. Two, for one may be damaged.
+            # Keep the two best by AP, as one may be damaged; Ray always keeps the latest too.
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
     )
 
 
 def with_absolute_paths(job: Job, start: str = "") -> Job:
-    """The job as a worker must read it: workers run in a folder of Ray's, where the driver's relative paths mean nothing.
+    """Make the job's paths absolute, because workers run in a folder of Ray's, where the driver's relative paths are invalid.
 
-    ``start``: the driver's folder, if this process is not the driver.
+    ``start``: the driver's current folder, if this process is not the driver.
     """
 
     def absolute(path: str) -> str:
@@ -146,8 +145,11 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One rank. Errors that a restart would meet again are returned instead of raised: at once if every rank meets them alike,
-    after the restart that ends the other ranks if one alone does."""
+    """Run one rank.
+
+    Errors that a restart would only meet again are returned instead of raised: at once if all ranks meet them alike, otherwise
+    after the restart that ends the other ranks.
+    """
     stop = config["stop"]
     if (error := ray.get(stop.given_up.remote())) is not None:
         return {"error": error}
@@ -183,12 +185,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class RayCheckpoints:
-    """Checkpoints through ``ray.train.report``: uploaded in the background, listed by Ray only when complete."""
+    """A checkpoint store that uses ``ray.train.report``: uploads run in the background, and Ray lists only complete ones."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.scratch = Scratch()
-        atexit.register(self.scratch.close)  # not before the last upload
+        atexit.register(self.scratch.close)  # only after the last upload
 
     def draft(self) -> Path:
         return self.scratch.folder()
@@ -203,9 +205,7 @@ class RayCheckpoints:
             try:
                 check(Folder.open(folder), called=checkpoint.path)
             except CheckpointError as error:
-                raise CheckpointError(
-                    [f"{line}; the same command, started again, passes it over" for line in error.problems]
-                ) from error
+                raise CheckpointError([f"{line}; run the same command again to skip it" for line in error.problems]) from error
             yield Path(folder)
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
@@ -218,7 +218,7 @@ class RayCheckpoints:
 
 
 def _cause(error: TrainingFailedError | RayActorError) -> str:
-    """A user's mistake whole, if a worker met one; else the last line of the first worker's error."""
+    """Return a worker's UserError in full if there is one, else the last line of the first worker's error."""
     failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
     raised = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps what the worker raised
     mistake = next((failure for failure in raised if isinstance(failure, UserError)), None)

@@ -1,1 +1,1 @@
-"""Data: COCO JSON -> checked Parquet shards -> a reproducible order -> reproducible views -> batches."""
+"""Turn COCO JSON into checked Parquet shards, and these into batches of reproducible order and augmentation."""

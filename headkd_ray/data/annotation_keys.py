@@ -1,7 +1,7 @@
-"""What annotations say beyond COCO's own keys: which are to be ignored, and what would be lost without a word.
+"""Interpret the keys of annotations beyond COCO's own: which annotations to ignore, and which meanings would be lost silently.
 
-Every exporter has keys of its own, directly in the annotation or in its ``attributes`` (CVAT, Datumaro) or ``extra``
-(CrowdHuman). A few change what the box means for training.
+Every exporter has its own keys, directly in the annotation or in its ``attributes`` (CVAT, Datumaro) or ``extra``
+(CrowdHuman). A few of them change what the box means for training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CROWD = "crowd"
 LEAVE_OUT = "(mark them 'ignore': 1 to leave them out)"
 SCORE = f"they are trained on as if they were certain, whatever their score {LEAVE_OUT}"
 ORDINARY = f"they are trained on as ordinary boxes {LEAVE_OUT}"
-UPRIGHT = "'bbox' is used as it is, upright"
+UPRIGHT = "'bbox' is used as it is, without rotation"
 
 MEANINGS = {
     **dict.fromkeys(("ignore", "ignored", "isignore", "isignored"), IGNORE),
@@ -28,11 +28,11 @@ MEANINGS = {
     **dict.fromkeys(("rotation", "angle", "theta", "rotationangle", "rbbox", "rbox", "rotatedbbox", "obb"), UPRIGHT),
     **dict.fromkeys(("score", "confidence"), SCORE),
 }
-"""Meaning of a key, spelled in small letters without ``_``, ``-`` and spaces."""
+"""Meaning of a key, which is spelled in lower case without ``_``, ``-`` and spaces."""
 
 
 class FlagError(Exception):
-    """The value of a key that is yes or no is neither."""
+    """The value of a yes-or-no key is neither yes nor no."""
 
     def __init__(self, key: str, value: Any) -> None:
         super().__init__(key, value)
@@ -41,17 +41,17 @@ class FlagError(Exception):
 
 @dataclass
 class Flags:
-    """Reads the keys of annotations one by one, and counts what is worth telling."""
+    """Reads the keys of annotations one by one, and counts what the user should know about."""
 
     annotations: int = 0
     ignored: int = 0
     _meanings: dict[str, str | None] = field(default_factory=dict)
-    """Of the keys met so far, as they are spelled."""
+    """Meanings of the keys met so far, by their spelling in the file."""
     _told: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Annotations by key and meaning."""
+    """Numbers of annotations by key and meaning, for the warnings."""
 
     def crowd(self, record: dict[str, Any]) -> bool:
-        """Whether the annotation is a crowd, or to be ignored, which for training and evaluation is the same.
+        """Return whether the annotation is a crowd or to be ignored, which training and evaluation treat alike.
 
         Raises:
             FlagError: a flag is neither set nor unset.
@@ -69,18 +69,18 @@ class Flags:
         return ignored or crowd
 
     def warnings(self) -> list[str]:
-        """A line for each key whose meaning is lost, and one for the ignored annotations."""
+        """Return a line for each key whose meaning is lost, and one for the ignored annotations."""
         of = f"of {self.annotations} annotations"
         ignored = [
             f"{self.ignored} {of} are marked to be ignored: they are left out of training, and in evaluation a detection there "
-            "is neither right nor wrong, as with a crowd"
+            "counts as neither right nor wrong, as for a crowd"
         ]
         return (ignored if self.ignored else []) + [
             f"{name!r} is set in {count} {of}; {meaning}" for (name, meaning), count in self._told.items()
         ]
 
     def _meaningful(self, record: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-        """(key as the user sees it, value, meaning) of the keys with a meaning."""
+        """Yield (key as the user sees it, value, meaning) of the keys with a known meaning."""
         for key, value in record.items():
             if (meaning := self._meaning(key)) is not None:
                 yield key, value, meaning
@@ -99,7 +99,7 @@ _PLAIN = {ord(mark): None for mark in "_- "}
 
 
 def _flag(name: str, value: Any) -> bool:
-    """Raises FlagError for what is neither yes nor no."""
+    """Return a yes-or-no value as bool. Raises FlagError for any other value."""
     word = value.strip().lower() if isinstance(value, str) else value
     if word is None or (isinstance(word, (str, bool, int, float)) and word in ("", "0", "false", "no", 0)):
         return False
@@ -109,7 +109,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _says_something(value: Any) -> bool:
-    """Whether it is set, and to more than nothing: a rotation by 0 degrees is none."""
+    """Return whether the value is set and has an effect: a rotation by 0 degrees has none."""
     if isinstance(value, (bool, int, float)):
         return not -1e-3 < value < 1e-3
     return bool(value) and str(value).strip().lower() not in ("", "0", "0.0", "false", "no", "none")

@@ -1,4 +1,4 @@
-"""The batch: what the data room hands to the engine."""
+"""Define the batch that data streams pass to the training engine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 from headkd_ray.soft_targets import SoftTargets, ViewTargets, stack
 
 TENSORS = ("images", "sizes", "boxes", "labels", "image_ids", "original_sizes", "views")
-"""Fields of a Batch that are tensors."""
+"""Names of a Batch's tensor fields."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B images, padded on the right and bottom to one (H, W), and their boxes. Treat the tensors as read-only: they may be
-    views of a shared-memory block."""
+    """B images, padded on the right and bottom to the same (H, W), and their boxes. Treat the tensors as read-only: they may
+    be views of a shared-memory block."""
 
     images: Tensor
     """uint8 (B, 3, H, W), RGB, zero-padded."""
     sizes: Tensor
-    """int64 (B, 2): height and width of each image without the padding, pixels of the network input."""
+    """int64 (B, 2): height and width of each image without padding, in pixels of the network input."""
     boxes: Tensor
     """float32 (B, G, 4): x1 y1 x2 y2 in pixels of the network input; rows of zeros as padding. No crowd boxes. G >= 1."""
     labels: Tensor
@@ -33,30 +33,30 @@ class Batch:
     image_ids: Tensor
     """int64 (B,): COCO image ids; -1 in an idle batch."""
     original_sizes: Tensor
-    """int64 (B, 2): height and width of the stored image, pixels."""
+    """int64 (B, 2): height and width of each stored image in pixels."""
     views: Tensor
-    """int64 (B,): number of each image's view; -1 in an idle batch and at evaluation."""
+    """int64 (B,): view number of each image; -1 in an idle batch and at evaluation."""
     step: int
     """Global micro-batch number, counted over all epochs; the same on every rank."""
     targets: SoftTargets | None = None
-    """What a teacher said about the views, if it was asked before the batch came here."""
+    """The teacher's outputs for the views, if they were computed before the batch arrived here."""
     ask: Any = None
-    """A teacher elsewhere, to be asked about RoIs in this batch (``headkd_ray.distill.step_forward.AskTeacher``)."""
+    """A remote teacher to query for RoIs of this batch (``headkd_ray.distill.step_forward.AskTeacher``)."""
     teacher_restarts: int = 0
-    """Teacher processes that this stream has lost and seen started again, up to this batch."""
+    """Number of this stream's teacher processes that were lost and restarted up to this batch."""
     idle: bool = False
-    """This rank has no image left for the step: one blank image, to run with a loss of 0 so that DDP stays in step."""
+    """Whether this rank has no image left for the step: it runs one blank image with a loss of 0 to keep DDP in step."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``; asynchronous when the batch is pinned."""
+        """Copy the batch to ``device``, asynchronously if the batch is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The batch in page-locked memory (needs CUDA)."""
+        """Copy the batch to page-locked memory (needs CUDA)."""
         return self._map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that ``stream`` uses the tensors, so that their memory is not reused before it has."""
+        """Tell the allocator that ``stream`` uses the tensors, so that their memory is not reused too early."""
         for tensor in [*self._tensors().values(), *(self.targets or ())]:
             tensor.record_stream(stream)
 
@@ -80,18 +80,18 @@ class Example:
     """int64 (n,)."""
     image_id: int
     original_size: tuple[int, int]
-    """Height and width of the stored image."""
+    """Height and width of the stored image in pixels."""
     view: int = -1
-    """Number of the view."""
+    """Number of the view; -1 at evaluation and in an idle batch."""
     targets: ViewTargets | None = None
-    """From a cache; None without one."""
+    """Soft targets from a cache; None without a cache."""
 
 
 def collate(examples: Sequence[Example], step: int, pad: int, budget: int = 0) -> Batch:
-    """Pad ``examples`` (at least one) to one size, a multiple of ``pad`` pixels, and their targets, if all have any, to
+    """Pad ``examples`` (at least one) to a common size, a multiple of ``pad`` pixels, and their targets, if all have any, to
     ``budget`` RoIs.
 
-    Written with NumPy: in a prefetch thread each torch copy would start an OpenMP team of its own beside the training's.
+    It uses NumPy because in a prefetch thread each torch copy would start its own OpenMP team next to the training's.
     """
     count = len(examples)
     sizes = np.array([example.image.shape[1:] for example in examples], dtype=np.int64)
@@ -119,7 +119,7 @@ def collate(examples: Sequence[Example], step: int, pad: int, budget: int = 0) -
 
 
 def idle_batch(step: int, side: int, pad: int) -> Batch:
-    """A blank square image of about ``side`` pixels, without boxes, for a rank that has nothing left to do in ``step``."""
+    """Make a batch of one blank square image of about ``side`` pixels, for a rank that has no image left in ``step``."""
     side = -(-side // pad) * pad
     nothing = Example(
         image=np.zeros((3, side, side), dtype=np.uint8),

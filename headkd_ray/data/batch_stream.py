@@ -1,7 +1,7 @@
-"""From windows to batches: the two steps every stream runs, and the stream of this process.
+"""Turn windows into batches: the two steps that every stream runs, and the stream that runs in this process.
 
-``load_window`` reads a window's row groups, each once; ``BatchMaker`` decodes, shows and pads the images of one batch. The Ray
-stream (``headkd_ray.cluster.ray_stream``) runs the same two functions, so both give the same batches bit for bit.
+``load_window`` reads a window's row groups, each once; ``BatchMaker`` decodes, augments and pads the images of one batch. The
+Ray stream (``headkd_ray.cluster.ray_stream``) runs the same two functions, so both yield the same batches bit for bit.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
 from headkd_ray.soft_targets import PackedTargets, ViewTargets, stack
 
-READERS = 8  # row groups read at once: hides a remote filesystem's latency, costs nothing on a local one
+READERS = 8  # row groups read in parallel: hides a remote filesystem's latency, costs nothing on a local one
 
 
 class TargetReader(Protocol):
-    """A cache of soft targets, laid out as the shards are."""
+    """A reader of a soft-target cache that has the same layout as the shards."""
 
     @property
     def budget(self) -> int:
-        """RoIs a view."""
+        """RoIs per view."""
 
     def read_group(self, shard: int, group: int, rows: Sequence[int], view: int) -> list[PackedTargets]:
-        """The targets of ``view`` of the images at ``rows`` of a shard, all within one row group."""
+        """Return the packed targets of ``view`` for the images at ``rows`` of a shard, all within one row group."""
 
     def unpack(self, packed: PackedTargets, image_id: int, view: int) -> ViewTargets:
-        """The targets, of this very view."""
+        """Decode the targets, which must be those of the given image and view."""
 
     def nothing(self) -> ViewTargets:
-        """The targets of an image that is not there."""
+        """Return the targets of the blank image in an idle batch."""
 
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """One batch's undecoded images."""
+    """The images of one batch before decoding."""
 
     epoch: int
     step: int
     samples: tuple[Sample, ...]
-    """Empty = idle."""
+    """The images; empty = the rank is idle in this step."""
 
 
 def load_window(shards: ShardSet, window: Window, maker: BatchMaker) -> list[PendingBatch]:
@@ -78,17 +78,17 @@ def load_window(shards: ShardSet, window: Window, maker: BatchMaker) -> list[Pen
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Decodes and augments: a function of (image, epoch, seed) alone."""
+    """Decodes and augments images, as a function of (image, epoch, seed) alone."""
 
     spec: DataSpec
     seed: int
     train: bool
-    """True: random views of the epoch. False: the evaluation view."""
+    """True = random views of the epoch; False = the evaluation view."""
     cache: TargetReader | None = None
-    """Soft targets to go with the views."""
+    """Cache with the soft targets of the views."""
 
     def __call__(self, pending: PendingBatch) -> Batch:
-        """One batch. Raises DataError naming the image."""
+        """Make one batch. Raises DataError naming the image."""
         if not pending.samples:
             idle = idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
             return idle if self.cache is None else replace(idle, targets=stack([self.cache.nothing()], self.cache.budget))
@@ -96,17 +96,17 @@ class BatchMaker:
         return collate(examples, pending.step, self.spec.pad, self.cache.budget if self.cache else 0)
 
     def view(self, image_id: int, number: int) -> View:
-        """View ``number`` of the image."""
+        """Return the parameters of view ``number`` of the image."""
         return train_view(image_id, number, self.seed, self.spec) if self.train else eval_view(self.spec)
 
     def pixels(self, pending: PendingBatch) -> int:
-        """Bytes of the batch's images, before padding: known without decoding them."""
+        """Return the bytes of the batch's images before padding, without decoding them."""
         number = view_number(pending.epoch, self.spec)
         sizes = (view_size(*sample.size, self.view(sample.image_id, number)) for sample in pending.samples)
         return 3 * sum(height * width for height, width in sizes)
 
     def example(self, sample: Sample, number: int) -> Example:
-        """View ``number`` of an image. Raises DataError, CacheError."""
+        """Decode view ``number`` of an image. Raises DataError, CacheError."""
         try:
             image, boxes = apply_view(sample.pixels(), sample.boxes, self.view(sample.image_id, number))
         except ValueError as error:
@@ -120,14 +120,14 @@ class BatchMaker:
 def local_stream(
     shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, *, threads: int = 2, ahead: int | None = None
 ) -> Generator[Batch, None, None]:
-    """Batches of ``windows`` in order, read and decoded ahead by threads of this process.
+    """Yield the batches of ``windows`` in order, read and decoded ahead by threads of this process.
 
     Decoding and resizing release the GIL, so threads scale. Close the generator (or exhaust it) to end the threads; a thread's
     exception is raised at the batch it belongs to.
 
     Args:
         threads: decoding threads.
-        ahead: batches decoded ahead; None = twice ``threads``. Memory: these batches, and the encoded images of two windows.
+        ahead: batches decoded ahead; None = twice ``threads``. Memory holds these and the encoded images of two windows.
     """
     limit = ahead or 2 * threads
     reader = ThreadPoolExecutor(1, thread_name_prefix="headkd-window")
@@ -148,7 +148,7 @@ def local_stream(
 def _read_ahead(
     shards: ShardSet, windows: Iterable[Window], maker: BatchMaker, reader: ThreadPoolExecutor
 ) -> Iterator[PendingBatch]:
-    """Undecoded batches in order, one window read ahead."""
+    """Yield undecoded batches in order, reading one window ahead."""
     coming: deque[Future[list[PendingBatch]]] = deque()
     for window in windows:
         coming.append(reader.submit(load_window, shards, window, maker))

@@ -1,6 +1,6 @@
-"""Do all boxes of a split together look as if they were written in another form than COCO's, or for other images?
+"""Detect whether the boxes of a split, taken together, are in a format other than COCO's, or belong to other images.
 
-One such box is a mistake of one annotation. Nearly all of them are a mistake of the file, which clipping would make worse.
+One such box is a mistake in one annotation. If nearly all are wrong, the file is, and clipping would make it worse.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 FRACTION_SLACK = 0.05
-"""By how much a box in fractions may leave its image."""
+"""Part of the image's side by which a box in fractions may leave its image."""
 LARGER = 1.15
-"""How far, in sides of the image, boxes reach that are of larger ones; less may be small objects, drawn carelessly."""
+"""Reach, in sides of the image, from which boxes belong to larger images; less may be carelessly drawn small objects."""
 FEW_BOXES, FEW_IMAGES = 50, 10
-"""Below these a split says nothing about what its boxes do not reach."""
+"""Numbers below which the reach of a split's boxes says nothing."""
 
 
 class Reading(NamedTuple):
-    """A way in which four numbers can be meant."""
+    """A box format: what four numbers may mean."""
 
     name: str
     corners: Callable[[Array], Array]
-    """Boxes (n, 4) to x1 y1 x2 y2."""
+    """Converts boxes (n, 4) to x1 y1 x2 y2."""
     mend: str
     least: int
-    """Boxes that have to contradict COCO's form before this one is believed."""
+    """Number of boxes that must contradict COCO's format before this one is assumed."""
 
 
 COCO = Reading("[x, y, width, height]", lambda b: np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1), "", 0)
 CENTRES = Reading(
-    "[centre x, centre y, width, height] (YOLO's form)",
+    "[centre x, centre y, width, height] (YOLO's format)",
     lambda b: np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], axis=1),
     "x = centre x - width / 2 and y = centre y - height / 2",
     3,
@@ -53,7 +53,7 @@ OTHERS = (
 
 
 def misread(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
-    """What the boxes look like and how to write them, and the number of one that shows it; None if they look like COCO's.
+    """Return what the boxes look like and how to write them, and the number of an example; None if they look like COCO's.
 
     Args:
         boxes: float64 (n, 4), the four numbers as they are in the JSON; finite.
@@ -62,16 +62,16 @@ def misread(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
     """
     if not len(boxes):
         return None
-    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest that there are
+    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the limit of float64
         return _fractions(boxes, sizes) or _other_form(boxes, sizes, slack) or _larger_images(boxes, sizes)
 
 
 def unreached(boxes: Array, sizes: Array, images: int) -> str | None:
-    """A doubt that is worth telling: in no image does a box reach beyond a part of it.
+    """Return a warning if no box of any image reaches beyond a part of its image; None otherwise.
 
     Args:
         boxes, sizes: as for :func:`misread`.
-        images: that have boxes.
+        images: number of images that have boxes.
     """
     if len(boxes) < FEW_BOXES or images < FEW_IMAGES:
         return None
@@ -80,8 +80,8 @@ def unreached(boxes: Array, sizes: Array, images: int) -> str | None:
     if not reach <= 0.6:
         return None
     return (
-        f"no box of {len(boxes)} reaches beyond {reach:.0%} of its image's width or height; if that is not how the photos are, "
-        "the boxes are in percent, or those of smaller photos"
+        f"no box of {len(boxes)} reaches beyond {reach:.0%} of its image's width or height; if the photos are not like that, "
+        "the boxes are in percent, or belong to smaller photos"
     )
 
 
@@ -122,19 +122,19 @@ def _larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
         return None
     message = (
         f"the middle of {outside.sum()} of {len(boxes)} boxes is outside its image, and boxes reach to {across:.3g} times the "
-        f"images' width and {down:.3g} times their height: they look like those of larger images; scale them to these, or take "
+        f"images' width and {down:.3g} times their height: they look like those of larger images; scale them to these, or use "
         "the images that the boxes were drawn on"
     )
     return message, int(outside.argmax())
 
 
 def _fitting(boxes: Array, sizes: Array, slack: float) -> Reading | None:
-    """The form that the boxes fit far better than COCO's, if they fit that badly."""
+    """Return the format that the boxes fit far better than COCO's, or None if they fit COCO's well enough."""
     wrong = _misfits(COCO, boxes, sizes, slack).sum()
     if wrong < 0.4 * len(boxes) and (wrong < 5 or wrong < 0.05 * len(boxes)):
         return None
-    # In COCO's form some boxes lie nearer to the left or top border than half their size, which no centre does. If few such
-    # boxes are to be expected, that there is none says nothing.
+    # In COCO's format some boxes start nearer to the left or top border than half their size, which no centre does. Where few
+    # such boxes are to be expected, their absence proves nothing.
     near_border = (boxes[:, 2:] / (2 * sizes)).sum()
     likely = [other for other in OTHERS if wrong >= other.least and (other is not CENTRES or near_border >= 4)]
     others = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in likely]
@@ -143,7 +143,7 @@ def _fitting(boxes: Array, sizes: Array, slack: float) -> Reading | None:
 
 
 def _misfits(reading: Reading, boxes: Array, sizes: Array, slack: float) -> NDArray[np.bool_]:
-    """Which boxes have no area or leave their image if they are read so."""
+    """Return which boxes, in this format, have no area or leave their image: bool (n,)."""
     corners = reading.corners(boxes)
     flat = (corners[:, 2:] <= corners[:, :2]).any(1)
     outside = (corners[:, :2] < -slack).any(1) | (corners[:, 2:] > sizes + slack).any(1)

@@ -1,4 +1,4 @@
-"""Do the splits, and whoever detects, speak of the same classes?"""
+"""Check that the splits and the detectors have the same classes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from headkd_ray.errors import DataError
 
 
 def ids_of_known(reference: str, known: Sequence[str], who: str, ids: Mapping[str, int]) -> tuple[int | None, ...]:
-    """Category id of each of the ``known`` classes by its name, whatever the order; None where ``ids`` has no such name.
+    """Return the category id of each ``known`` class, matched by name in any order; None where ``ids`` has no such name.
 
     Args:
-        reference: how messages call whoever knows the classes.
-        who: how they call the split whose class names and ids ``ids`` are.
+        reference: name in messages of what has the ``known`` classes.
+        who: name in messages of the split whose class names and ids are in ``ids``.
 
     Raises:
-        DataError: the split has other classes, too.
+        DataError: the split has classes that are not among the ``known``.
     """
     if not set(ids) <= set(known):
         raise DataError(
@@ -26,7 +26,7 @@ def ids_of_known(reference: str, known: Sequence[str], who: str, ids: Mapping[st
 
 
 def left_out(reference: str, known: Sequence[str], who: str, names: Sequence[str]) -> list[str]:
-    """A warning if ``names`` lacks some of the ``known`` classes."""
+    """Return a warning if ``names`` lacks some of the ``known`` classes."""
     missing = [name for name in known if name not in names]
     if not missing:
         return []
@@ -37,7 +37,7 @@ def left_out(reference: str, known: Sequence[str], who: str, names: Sequence[str
 
 
 def difference(reference: str, expected: Sequence[str], who: str, names: Sequence[str]) -> str:
-    """Which class names only ``reference`` and only ``who`` has, in words."""
+    """Describe which class names only ``reference`` and only ``who`` has."""
     only_reference = [name for name in expected if name not in names]
     only_other = [name for name in names if name not in expected]
     parts = ((reference, only_reference), (who, only_other))
@@ -45,6 +45,6 @@ def difference(reference: str, expected: Sequence[str], who: str, names: Sequenc
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
-    """The first ``limit`` names, quoted."""
+    """Return the first ``limit`` names, quoted, and how many more there are."""
     more = f" … and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(name) for name in names[:limit]) + more

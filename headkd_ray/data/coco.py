@@ -1,4 +1,4 @@
-"""Reading a COCO detection JSON, and refusing what would spoil a training run hours later."""
+"""Read a COCO detection JSON, and refuse what would spoil a training run hours later."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from headkd_ray.data.records import CocoImage, Records, used_categories
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """A checked split: images by ascending id, annotations by image, then by annotation id; categories by ascending id.
+    """A checked split: images by ascending id, annotations by image, then by annotation id, categories by ascending id.
 
-    Annotations are columns (NumPy), so that a million of them take tens of megabytes.
+    Annotations are stored as NumPy columns, so that a million of them take tens of megabytes.
     """
 
     images: tuple[CocoImage, ...]
@@ -31,26 +31,26 @@ class CocoSplit:
     """int64 (images + 1,): annotations of image i are first[i] : first[i + 1]."""
     annotation_id: NDArray[np.int64]
     label: NDArray[np.int64]
-    """Contiguous."""
+    """Contiguous label of each annotation, int64 (n,)."""
     bbox: NDArray[np.float64]
-    """float64 (n, 4): x, y, width, height as in the JSON (or as mended by --fix-boxes), pixels."""
+    """float64 (n, 4): x, y, width, height as in the JSON (or as repaired by --fix-boxes), pixels."""
     area: NDArray[np.float64]
     crowd: NDArray[np.bool_]
-    """Crowds, and what is to be ignored: not trained on; in evaluation a detection there is neither right nor wrong."""
+    """Crowds and ignored annotations: not trained on; in evaluation a detection there is neither right nor wrong."""
     fixes: tuple[str, ...]
-    """What --fix-boxes changed."""
+    """What --fix-boxes changed, one line each."""
     warnings: tuple[str, ...]
-    """What was understood in a way that the user should know of, one sentence each."""
+    """Interpretations of the file that the user should know about, one sentence each."""
 
     def boxes(self, image: int) -> NDArray[np.float32]:
-        """float32 (n, 4): x1 y1 x2 y2 of the image's annotations, clipped to the image."""
+        """Return the image's boxes, clipped to the image: float32 (n, 4), x1 y1 x2 y2 in pixels."""
         bbox = self.bbox[self.first[image] : self.first[image + 1]]
         record = self.images[image]
         corners = np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
         return np.clip(corners, 0, [record.width, record.height] * 2).astype(np.float32)
 
     def digest(self) -> str:
-        """SHA-256 over everything that enters the shards but the images' bytes."""
+        """Return the SHA-256 of everything that enters the shards except the images' bytes."""
         digest = hashlib.sha256()
         digest.update(repr((self.images, self.category_ids, self.classes)).encode())
         for column in (self.first, self.annotation_id, self.label, self.bbox, self.area, self.crowd):
@@ -58,7 +58,7 @@ class CocoSplit:
         return digest.hexdigest()
 
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO dictionary for evaluation: original ids, no segmentation."""
+        """Return the COCO dictionary for evaluation, with original ids and without segmentations."""
         image_of = np.repeat(np.arange(len(self.images)), np.diff(self.first))
         return {
             "images": [{"id": i.id, "file_name": i.file_name, "width": i.width, "height": i.height} for i in self.images],
@@ -82,10 +82,10 @@ def read_coco(uri: str, *, fix_boxes: bool = False, names: FileNames | None = No
 
     Args:
         fix_boxes: clip boxes that leave the image and drop those without area, listing what was done, instead of refusing them.
-        names: the images' folder, in which files may be called a little otherwise than in the JSON; None = not looked at.
+        names: the images' folder, where file names may be spelled differently from the JSON; None = not looked at.
 
     Raises:
-        DataError: with every problem found.
+        DataError: the JSON has problems; all of them are listed.
     """
     data = load_coco_json(uri)
     problems = Problems()
@@ -96,7 +96,7 @@ def read_coco(uri: str, *, fix_boxes: bool = False, names: FileNames | None = No
     if not images:
         problems.add("the split has no images; check that this is the right JSON", uri)
     elif all(annotation.crowd for annotation in kept) and not problems:
-        none = "no usable boxes: no annotation that is not a crowd or ignored; there is nothing to learn or evaluate"
+        none = "no usable boxes: there are no annotations but crowds and ignored ones; there is nothing to learn or evaluate"
         problems.add(none, uri)
     problems.check(f"{uri} cannot be used:")
     ids, labels = sorted(images), {id_: label for label, id_ in enumerate(sorted(categories))}

@@ -1,4 +1,4 @@
-"""A COCO JSON as plain Python values, or one sentence that says why it is none."""
+"""Read a COCO JSON as plain Python values, or say in one sentence why it is not a COCO JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LFS = b"version https://git-lfs"
 
 
 def load_coco_json(uri: str) -> dict[str, list[Any]]:
-    """The JSON at ``uri`` (path or URI) with its three lists; what is in the lists is unchecked, and has no segmentations.
+    """Load the JSON at ``uri`` (path or URI) with its three lists, whose items are unchecked and have no segmentations.
 
     Raises:
         DataError: it cannot be read, or is not a COCO file.
@@ -36,8 +36,8 @@ def load_coco_json(uri: str) -> dict[str, list[Any]]:
         if content.startswith(LFS):
             raise DataError(f"{uri}: is a pointer to a file in git LFS; fetch the file itself with git lfs pull") from error
         raise DataError(f"{uri}: not JSON ({error}); give a COCO annotation file such as instances_train2017.json") from error
-    except ValueError as error:  # Python converts no integer of more than 4300 digits
-        raise DataError(f"{uri}: has a number of thousands of digits; correct it") from error
+    except ValueError as error:  # Python refuses to convert integers of more than 4300 digits
+        raise DataError(f"{uri}: contains a number with thousands of digits; correct it") from error
     if not isinstance(data, dict):
         raise DataError(f"{uri}: not a COCO file: holds a {type(data).__name__}, not an object with {', '.join(LISTS)}")
     wrong = [key for key in LISTS if not isinstance(data.get(key), list)]
@@ -48,7 +48,7 @@ def load_coco_json(uri: str) -> dict[str, list[Any]]:
 
 
 class _TwiceError(Exception):
-    """An object has a key twice, of which Python would keep the last alone."""
+    """An object has the same key twice; Python would keep only the last."""
 
 
 def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

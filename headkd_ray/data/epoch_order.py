@@ -1,11 +1,11 @@
-"""In which order a split is read: pure functions of (index, seed, epoch, batch size, world size).
+"""Compute the order in which a split is read, with pure functions of (index, seed, epoch, batch size, world size).
 
 An epoch's order is made in four steps, each a function of its key alone, so that any rank, any restart and any machine agree:
 
 1. The row groups of the shards are shuffled with (seed, epoch) and laid end to end. (Prepare has mixed the images over the row
    groups once, so a row group is already a random handful of images.)
 2. The sequence of N images is cut into ``world_size`` ranges, as equal as possible: each image is on exactly one rank.
-3. A rank's range is cut into windows of about ``data.shuffle_window`` images. A window is read as a whole, its row groups once,
+3. A rank's range is cut into windows of about ``data.shuffle_window`` images. A window is read as a whole, each row group once,
    and its images are shuffled among themselves.
 4. Within a window, images are batched by aspect (landscape or square; portrait). A window holds a multiple of the batch size,
    so the images left over in the two groups fill at most one batch of mixed aspect, and no image is carried to another window.
@@ -13,10 +13,10 @@ An epoch's order is made in four steps, each a function of its key alone, so tha
 The number of batches on a rank is therefore ceil(images of the rank / batch size) in *every* epoch, whatever the shuffle. Ranks
 whose range gives one batch less than the longest get one idle step; with gradient accumulation all ranks get up to
 ``accumulate - 1`` more, so that an epoch is a whole number of optimizer steps. Without accumulation there is thus at most one
-idle step a rank and epoch, and none for one rank.
+idle step per rank and epoch, and none for one rank.
 
-Ranks here are those of the job, of which a process may play several (``interleaved``): how many processes there are changes
-neither the order nor the steps.
+Ranks here are those of the job, of which one process may run several (``interleaved``): the number of processes changes neither
+the order nor the steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """Which images make up one batch."""
+    """The images that make up one batch."""
 
     step: int
     """Global micro-batch number, counted over all epochs; the same on every rank."""
@@ -46,24 +46,24 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class Window:
-    """Batches whose images are read together."""
+    """A group of batches whose images are read together."""
 
     epoch: int
     batches: tuple[PlannedBatch, ...]
 
     @property
     def rows(self) -> Rows:
-        """Index rows of all its images, int64, ascending."""
+        """Index rows of all images in the window, int64, ascending."""
         return np.unique(np.array([row for batch in self.batches for row in batch.rows], dtype=np.int64))
 
 
 def train_rows(index: ShardIndex, keep_empty: bool) -> Rows:
-    """Index rows to train on, int64: all, or those with at least one non-crowd box."""
+    """Return the index rows to train on, int64: all, or those with at least one non-crowd box."""
     return np.arange(len(index)) if keep_empty else np.flatnonzero(index.boxes > 0)
 
 
 def steps_per_epoch(images: int, batch_size: int, world_size: int, accumulate: int = 1) -> int:
-    """Micro-batches a rank and epoch, idle ones included: the same for all ranks and epochs; a multiple of ``accumulate``."""
+    """Return the micro-batches per rank and epoch, including idle ones: equal everywhere, and a multiple of ``accumulate``."""
     longest_rank = _ceil(images, world_size)
     return _ceil(_ceil(longest_rank, batch_size), accumulate) * accumulate
 
@@ -81,14 +81,14 @@ def train_windows(
     accumulate: int = 1,
     start_step: int = 0,
 ) -> Iterator[Window]:
-    """Windows of ``rank`` from micro-batch ``start_step`` of all epochs to the end of epoch ``epochs - 1``.
+    """Yield the windows of ``rank`` from micro-batch ``start_step``, counted over all epochs, to the end of training.
 
     Args:
         index: the split's index.
         rows: index rows to train on, from ``train_rows``.
-        window: images a window, rounded up to a multiple of ``batch_size``.
-        start_step: a resumed run's next micro-batch: windows wholly before it are left out, a window that it falls into keeps
-            only the batches that remain.
+        window: images per window, rounded up to a multiple of ``batch_size``.
+        start_step: a resumed run's next micro-batch: windows that end before it are left out, and the window that contains it
+            keeps only the remaining batches.
     """
     steps = steps_per_epoch(len(rows), batch_size, world_size, accumulate)
     for epoch in range(start_step // steps, epochs):
@@ -120,9 +120,9 @@ def epoch_windows(
     window: int,
     steps: int,
 ) -> Iterator[Window]:
-    """Windows of one rank in one epoch: together ``steps`` batches, the last ones idle if its images do not suffice.
+    """Yield the windows of one rank in one epoch: ``steps`` batches in all, the last ones idle if there are too few images.
 
-    All ranks have windows of the same steps.
+    The windows of all ranks cover the same steps.
     """
     order = _shuffled_groups(index.group[rows], rows, seed, epoch)
     first, last = (len(order) * r // world_size for r in (rank, rank + 1))
@@ -137,14 +137,14 @@ def epoch_windows(
 
 
 def interleaved(ranks: Sequence[Iterable[Window]]) -> Iterator[Window]:
-    """The windows of a process that plays several ranks: step by step the batch of each rank, in their order."""
+    """Yield the windows of a process that runs several ranks: for each step, the batch of each rank in order."""
     for windows in zip(*ranks, strict=True):
         steps = zip(*(window.batches for window in windows), strict=True)
         yield Window(windows[0].epoch, tuple(chain.from_iterable(steps)))
 
 
 def eval_windows(index: ShardIndex, *, rank: int, world_size: int, batch_size: int, window: int = 256) -> Iterator[Window]:
-    """Every image of the split once, in the order of the shards, each rank a contiguous range; no idle steps.
+    """Yield every image of the split once, in the order of the shards; each rank has a contiguous range and no idle steps.
 
     Batches are grouped by aspect within a window, as in training.
     """
@@ -159,14 +159,14 @@ def eval_windows(index: ShardIndex, *, rank: int, world_size: int, batch_size: i
 
 
 def _shuffled_groups(groups: NDArray[np.int64], rows: Rows, seed: int, epoch: int) -> Rows:
-    """``rows`` with their row groups in the order of (seed, epoch)."""
+    """Return ``rows`` with their row groups in the random order of (seed, epoch)."""
     _, group = np.unique(groups, return_inverse=True)  # row groups without a training image do not count
     position = np.argsort(key_permutation(int(group.max(initial=-1)) + 1, "epoch", seed, epoch))
     return rows[np.argsort(position[group], kind="stable")]
 
 
 def _by_aspect(rows: Rows, portrait: NDArray[np.bool_], batch_size: int) -> Iterator[tuple[int, ...]]:
-    """Batches of one aspect, in the order in which they fill; what is left over is merged if it fits one batch."""
+    """Yield batches of one aspect in the order in which they fill up; the remainders are merged if they fit one batch."""
     buckets: tuple[list[int], list[int]] = ([], [])
     for row in rows.tolist():
         bucket = buckets[int(portrait[row])]

@@ -1,8 +1,8 @@
-"""The files that a JSON's names mean, where the JSON was written for another machine, folder or file system.
+"""Find the files that a JSON's names refer to, even if the JSON was written for another machine, folder or file system.
 
-A name is taken for a file that is called a little otherwise only if the two differ in spelling (backslashes, ``%20``, letter
-case, Unicode form) or in leading folders (an absolute path, a drive, a URL, a folder too many or too few), and if that is the
-only such file.
+A name is matched with a file of another name only if the two differ in spelling (backslashes, ``%20``, letter case, Unicode
+form) or in leading folders (an absolute path, a drive, a URL, a folder too many or too few), and if there is only one such
+file.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ Key = TypeVar("Key")
 
 HINTS = 3
 Parts = tuple[str, ...]
-"""Folders and name of a file, in a spelling that is the same for all that are likely to mean the same."""
+"""The folders and name of a file, normalised so that spellings that probably mean the same file are equal."""
 
 
 def leaves(name: str) -> bool:
-    """Whether the path ``name`` would lead out of the folder that it starts in. (Links in the folder may: who made it, made
+    """Return whether the path ``name`` leads out of the folder that it is relative to. (Links in the folder may: its owner made
     them.)"""
     return name.startswith("/") or posixpath.normpath(name).split("/")[0] == ".."
 
 
 class FileNames:
-    """Looks a JSON's file names up in the folder of the images. The folder is listed only if some are not there."""
+    """Looks up a JSON's file names in the folder of the images, which is listed only if some are not there."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
     def near(self, names: Sequence[str]) -> dict[str, str]:
-        """name -> path in the folder, of those of ``names`` that are not there, but one near file is.
+        """Return name -> path in the folder for those ``names`` that are not there but match exactly one other file.
 
-        A file that two names could mean is nobody's.
+        A file that matches two names is given to neither.
         """
         missing = set(names) - self._there(names)
         found = {name: path for name in names if name in missing and (path := self._only_one(name)) is not None}
@@ -50,19 +50,19 @@ class FileNames:
         return {name: path for name, path in found.items() if claims[path] == 1}
 
     def hint(self, name: str) -> str:
-        """``; did you mean …?`` for a name that is not there; nothing if no file has a similar name."""
+        """Return ``; did you mean …?`` for a name that is not there; an empty string if no file has a similar name."""
         last = _parts(name)[-1:]
         alike = self._by_end.get(last, []) or self._by_stem.get(_stem(last), [])
         return f"; did you mean {' or '.join(map(repr, alike[:HINTS]))}?" if alike else ""
 
     def _there(self, names: Sequence[str]) -> set[str]:
         inside = [name for name in names if not leaves(name)]
-        if self._folder.remote:  # one listing instead of a request for each
+        if self._folder.remote:  # one listing instead of one request per file
             return set(inside) & set(self._files)
         return {name for name in inside if os.path.isfile(self._folder.at(name))}
 
     def _only_one(self, name: str) -> str | None:
-        """The file of the same folders, or of the last of them, the more the better; or that has more folders before them."""
+        """Return the only file that matches with the fewest leading folders dropped from the name, or else added to it."""
         wanted = _parts(name)
         shorter = (self._whole.get(wanted[dropped:], []) for dropped in range(len(wanted)))
         best = next(filter(None, shorter), []) or self._by_end.get(wanted, [])
@@ -72,12 +72,12 @@ class FileNames:
     def _files(self) -> list[str]:
         try:
             return self._folder.tree()
-        except Exception:  # of many kinds; whoever reads the images is told why, and some folders cannot be listed but read
+        except Exception:  # of many kinds; reading an image reports the reason, and some folders can be read but not listed
             return []
 
     @cached_property
     def _whole(self) -> dict[Parts, list[str]]:
-        """Files by their folders and name."""
+        """Files by their normalised folders and name."""
         return _grouped((_parts(path), path) for path in self._files)
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Encoded image bytes -> pixels. The one place that decodes, so that prepare checks exactly what training will see.
+"""Decode image bytes to pixels. This is the only decoder, so that prepare checks exactly what training will see.
 
-Pillow, although torchvision decodes too (and gives the same pixels): its decoders are deprecated since 0.29, and importing it
-takes several seconds, which every data process would pay, while Pillow costs 0.1 s and decodes a photo 0.3 ms slower. Pillow
-releases the GIL while it decodes JPEG and PNG, but not WebP: there, threads do not help; Ray's processes do.
+It uses Pillow, although torchvision gives the same pixels: torchvision's decoders are deprecated since 0.29, and its import
+takes several seconds in every data process, while Pillow's takes 0.1 s and it decodes a photo only 0.3 ms slower. Pillow
+releases the GIL while it decodes JPEG and PNG, but not WebP; there, Ray's processes help and threads do not.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ OTHERS = {
     b"<": "an HTML, XML or SVG text",
 }
 MAX_PIXELS = 178_956_970
-"""The largest image that is read unless another limit is given, as Pillow's own: beyond it may be a decompression bomb."""
-# Pillow's own limit is a setting of the whole process, and warns at half of it. Every image here meets ``max_pixels`` instead.
+"""Default limit of an image's pixels, which is Pillow's own: larger images may be decompression bombs."""
+# Pillow's own limit applies to the whole process, and warns at half of it. ``max_pixels`` is checked for every image instead.
 Image.MAX_IMAGE_PIXELS = None
 FULL_RANGE = (0, 65535)
 TURNS: dict[int, Image.Transpose] = {
@@ -41,11 +41,11 @@ TURNS: dict[int, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright. 5 to 8 exchange height and width."""
+"""EXIF orientation -> transpose that makes the image upright. 5 to 8 swap height and width."""
 
 
 class OtherFormatError(ValueError):
-    """The bytes are not a JPEG, PNG or WebP."""
+    """The bytes are not a JPEG, PNG or WebP image."""
 
 
 class TooLargeError(ValueError):
@@ -54,47 +54,47 @@ class TooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How the images of a split become pixels, where the files leave it open."""
+    """How the images of a split become pixels, where the files themselves do not determine it."""
 
     upright: bool = True
-    """Apply EXIF orientation. Where height and width tell whether the boxes were drawn on the upright image, they decide."""
+    """Apply EXIF orientation, unless height and width show whether the boxes were drawn on the upright image."""
     value_range: tuple[int, int] = FULL_RANGE
-    """Values of 16-bit images that become 0 and 255; those outside are clipped."""
+    """The values of 16-bit images that become 0 and 255; values outside are clipped."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an image file says about itself."""
+    """The properties of an image file that matter for reading it."""
 
     size: tuple[int, int]
-    """Height and width as stored, pixels."""
+    """Height and width as stored, in pixels."""
     orientation: int
     """EXIF orientation, 1 to 8; 1 if there is none."""
     values: tuple[int, int] | None
-    """Between which values 99.8 % of a 16-bit image's lie; None for other images."""
+    """The range that holds 99.8 % of a 16-bit image's values; None for other images."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """Height and width of the upright image."""
+        """Height and width of the upright image, in pixels."""
         return self.size if self.orientation < 5 else self.size[::-1]
 
 
 def decode(
     data: bytes, reading: Reading | None = None, size: tuple[int, int] | None = None, max_pixels: int | None = MAX_PIXELS
 ) -> Tensor:
-    """Pixels of a JPEG, PNG or WebP: uint8 (3, H, W), RGB, a view of interleaved memory (H, W, 3).
+    """Decode a JPEG, PNG or WebP to uint8 (3, H, W), RGB, a view of interleaved memory (H, W, 3).
 
-    Grey, palette and CMYK images become RGB, alpha is dropped, an animation gives its first frame.
+    Grey, palette and CMYK images become RGB, alpha is dropped, and only the first frame of an animation is read.
 
     Args:
-        reading: what to do about EXIF orientation and 16-bit values; None = apply it, and keep their high byte.
-        size: height and width that the image must have; decides whether it is turned where the two differ.
+        reading: how to treat EXIF orientation and 16-bit values; None = apply the orientation and keep the high byte.
+        size: height and width that the image must have; if they differ, they decide whether it is turned upright.
         max_pixels: the largest image that is read; None = any.
 
     Raises:
         OtherFormatError: the bytes are not such an image.
-        TooLargeError: more than ``max_pixels``.
-        ValueError: damaged or cut off, or not of ``size``.
+        TooLargeError: the image has more than ``max_pixels``.
+        ValueError: the image is damaged or truncated, or does not have ``size``.
     """
     reading, image = reading or Reading(), _open(data, max_pixels)
     try:
@@ -103,8 +103,8 @@ def decode(
         rgb, stored = rgb.convert("RGB"), (image.height, image.width)
         if reading.upright or (size is not None and size != stored):
             rgb = _turned(rgb, _orientation(image, data), size, reading.upright)
-        pixels = np.array(rgb)  # a copy: torch wants writable memory
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:  # SyntaxError: Pillow's for a broken PNG
+        pixels = np.array(rgb)  # a copy, because torch needs writable memory
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:  # SyntaxError: raised by Pillow for a broken PNG
         raise ValueError(f"cannot be decoded ({error})") from error
     if size is not None and pixels.shape[:2] != size:
         raise ValueError(f"has {stored[1]} x {stored[0]} pixels, should have {size[1]} x {size[0]}")
@@ -112,7 +112,7 @@ def decode(
 
 
 def inspect(data: bytes, max_pixels: int | None = MAX_PIXELS) -> ImageFacts:
-    """What the file says about itself; only 16-bit images are decoded for it. Raises as ``decode`` does."""
+    """Return the properties of an image file; only 16-bit images are decoded for them. Raises the same errors as ``decode``."""
     image = _open(data, max_pixels)
     try:
         orientation, values = _orientation(image, data), _deep_values(image, data)
@@ -143,12 +143,12 @@ def _other(data: bytes) -> str:
 
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
-    # To look for EXIF behind a PNG's pixels, Pillow decodes them, which almost no PNG is worth.
+    # Pillow decodes a whole PNG to look for EXIF after its pixels, but almost no PNG has any.
     if image.format == "PNG" and not any(name in data for name in (b"eXIf", b"Raw profile type", b"Orientation")):
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF, for which Pillow has errors of many kinds; the pixels may be sound
+    except Exception:  # damaged EXIF, for which Pillow raises many kinds of errors; the pixels may be intact
         return 1
     return value if isinstance(value, int) and value in TURNS else 1
 
@@ -160,11 +160,11 @@ def _turned(image: Image.Image, orientation: int, size: tuple[int, int] | None, 
 
 
 def _deep_values(image: ImageFile.ImageFile, data: bytes) -> NDArray[Any] | None:
-    """Values of a 16-bit image, (H, W) grey or (H, W, 3) RGB; None if it has fewer bits. Decodes only 16-bit images."""
+    """Return the values of a 16-bit image, (H, W) grey or (H, W, 3) RGB; None, without decoding, if it has fewer bits."""
     if image.mode.startswith("I"):
         return np.asarray(image, dtype=np.uint32)
     kind = image.tile[0][3] if image.tile else None
-    if kind in ("RGB;16B", "RGBA;16B"):  # Pillow gives one byte of each value: the other one if told that it comes first
+    if kind in ("RGB;16B", "RGBA;16B"):  # Pillow keeps one byte of each value: the high one as 16B, the low one as 16L
         high, low = (_as_stored(data, kind.replace("16B", which))[..., :3] for which in ("16B", "16L"))
     elif kind == "LA;16B":  # grey and alpha, two bytes each
         both = _as_stored(data, "RGBA")
@@ -175,14 +175,14 @@ def _deep_values(image: ImageFile.ImageFile, data: bytes) -> NDArray[Any] | None
 
 
 def _as_stored(data: bytes, kind: str) -> NDArray[np.uint8]:
-    """The pixels, unpacked as if they were stored as ``kind``, one of Pillow's raw modes."""
+    """Return the pixels unpacked as if they were stored as ``kind``, one of Pillow's raw modes."""
     image = cast(Any, _open(data, None))
     image.tile = [(*image.tile[0][:3], kind)]
     return np.asarray(image)
 
 
 def _to_bytes(values: NDArray[Any], value_range: tuple[int, int]) -> NDArray[np.uint8]:
-    """The range in 256 equal steps: of the full range, the high byte."""
+    """Map the range to 0..255 in 256 equal steps; for the full range this is the high byte."""
     low, high = value_range
     scaled = (values.astype(np.int64) - low) * 256 // (high - low + 1)
     return scaled.clip(0, 255).astype(np.uint8)

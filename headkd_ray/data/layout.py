@@ -1,4 +1,4 @@
-"""Which image goes into which shard, and the content of each file of a prepared split."""
+"""Decide which image goes into which shard, and make the content of each file of a prepared split."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from headkd_ray.data.rng import key_permutation
 from headkd_ray.data.shards import INDEX_SCHEMA, SHARD_SCHEMA
 
 LAYOUT = 1
-"""Counts changes of what a shard holds."""
+"""Version of the shards' content, which invalidates older shards."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What goes where."""
+    """The assignment of a split's images to shards, and the content of its files."""
 
     split: CocoSplit
     shard_images: int
-    """Images a shard file."""
+    """Images per shard file."""
     row_group: int
-    """Images a row group, the smallest unit that is read."""
+    """Images per row group, the smallest unit that is read."""
     options: PhotoOptions
-    """What is asked of the images."""
+    """How the images are checked and read."""
 
     @cached_property
     def recipe(self) -> str:
-        """SHA-256 of the annotations, the layout and the options: shards of the same recipe may stand side by side."""
+        """SHA-256 of the annotations, the layout and the options; only shards with the same value belong together."""
         parts = [LAYOUT, self.shard_images, self.row_group, self.split.digest()]
         asked = {"exif": self.options.exif, "range": self.options.value_range}
         parts += [f"{name}={value}" for name, value in asked.items() if value is not None]
         return _sha256("/".join(map(str, parts)))
 
     def fingerprint(self, upright: bool) -> str:
-        """SHA-256 of the recipe and of what the images themselves decided, ``Reading.upright``."""
+        """Return the SHA-256 of the recipe and of ``Reading.upright``, which the images themselves decide."""
         return _sha256(f"{self.recipe}/upright") if upright else self.recipe
 
     def shards(self) -> list[tuple[str, list[int]]]:
-        """Name and images of each shard."""
-        # Mixed once, here, so that a row group is a random handful of images.
+        """Return the name and the images of each shard."""
+        # Shuffled once, here, so that each row group is a random handful of images.
         order = key_permutation(len(self.split.images), "prepare").tolist()
         starts = range(0, len(order), self.shard_images)
         parts = [order[start : start + self.shard_images] for start in starts]
         return [(f"shard-{number:05d}.parquet", part) for number, part in enumerate(parts)]
 
     def rows(self, images: Iterable[int], encoded: Iterable[bytes]) -> pa.Table:
-        """Rows of a shard."""
+        """Return the shard's rows for ``images``, with their ``encoded`` bytes."""
         split, rows = self.split, []
         for image, data in zip(images, encoded, strict=True):
             record, where = split.images[image], slice(split.first[image], split.first[image + 1])
@@ -76,7 +76,7 @@ class Layout:
         return pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
 
     def index(self) -> bytes:
-        """index.parquet."""
+        """Return the content of index.parquet."""
         split, rows = self.split, []
         for number, (_, members) in enumerate(self.shards()):
             for row, image in enumerate(members):
@@ -91,11 +91,11 @@ class Layout:
         return buffer.getvalue()
 
     def annotations(self) -> bytes:
-        """annotations.json."""
+        """Return the content of annotations.json."""
         return json.dumps(self.split.ground_truth(), separators=(",", ":")).encode()
 
     def meta(self, shards: list[ShardFile], tally: Tally, photos: str) -> Meta:
-        """meta.json; ``photos`` as ``Photos.version`` says."""
+        """Return the content of meta.json; ``photos`` is ``Photos.version``."""
         crowds, reading = int(self.split.crowd.sum()), tally.reading(self.options)
         return Meta(
             classes=self.split.classes,

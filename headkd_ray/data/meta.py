@@ -1,4 +1,4 @@
-"""meta.json of a prepared split: what the split is, and which files it consists of."""
+"""Read and write meta.json, which describes a prepared split and lists its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
 
 from headkd_ray.data.images import FULL_RANGE, Reading
 from headkd_ray.errors import DataError
@@ -18,7 +17,7 @@ VERSION = 2
 FORMAT = "headkd_ray shards"
 AGAIN = "prepare the split again, with --overwrite"
 SHOWN = 5
-"""Most problems that one message lists."""
+"""Limit of the problems that one message lists."""
 SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\.parquet")
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -29,7 +28,7 @@ Name = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard, as meta.json lists it."""
+    """A shard file, as meta.json lists it."""
 
     name: str
     images: Positive
@@ -39,31 +38,31 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Meta:
-    """meta.json."""
+    """The content of meta.json."""
 
     classes: tuple[Name, ...]
     """Class names; the position is the contiguous label."""
     category_ids: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...]
-    """COCO category id of each label: sparse, as in the source."""
+    """COCO category id of each label: as in the source, with gaps."""
     images: Positive
     boxes: Count
-    """Boxes that are not crowds."""
+    """Number of boxes that are not crowds."""
     crowds: Count
     row_group: Positive
-    """Images a row group (fewer at the end of a shard)."""
+    """Images per row group (fewer at the end of a shard)."""
     shards: tuple[ShardFile, ...]
     fingerprint: str
     """SHA-256 of the annotations, of how they were laid out and of how the images are read."""
     fixes: tuple[str, ...] = ()
     """What --fix-boxes changed, one line each."""
     upright: bool = False
-    """EXIF orientation is applied where the images' sizes do not tell whether it should be."""
+    """Apply EXIF orientation where the images' sizes do not show whether it should be."""
     value_range: tuple[Value, Value] | None = None
-    """Values of 16-bit images that become 0 and 255; None if there is no such image."""
+    """The values of 16-bit images that become 0 and 255; None if there are no such images."""
     warnings: tuple[str, ...] = ()
-    """What was noticed about the images, one line each."""
+    """What the user should know about the annotations and images, one line each."""
     photos: str = field(default="", compare=False)
-    """SHA-256 of the image files' sizes and times of modification, by which a replaced file is noticed."""
+    """SHA-256 of the image files' sizes and modification times, which reveals a replaced file."""
 
     @property
     def reading(self) -> Reading:
@@ -71,16 +70,16 @@ class Meta:
         return Reading(self.upright, self.value_range or FULL_RANGE)
 
     def to_json(self) -> bytes:
-        """The file's content."""
+        """Return the file's content."""
         return (json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes, name: str) -> Meta:
-        """Read it back; ``name`` is how errors call the file. Raises DataError naming every key that is wrong."""
+        """Parse the file's content; errors call the file ``name``. Raises DataError naming every key that is wrong."""
         try:
-            fields = from_json(content)
+            fields = json.loads(content)
             kind, version = fields["format"], fields["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{name}: not written by headkd_ray.prepare ({error!r}); {AGAIN}") from error
         if kind != FORMAT or not isinstance(version, int) or version > VERSION:
             raise DataError(f"{name}: format {kind!r} version {version!r}; this headkd_ray reads up to {VERSION}, upgrade it")
@@ -96,10 +95,10 @@ class Meta:
 
 
 def check_same_range(ranges: Mapping[str, tuple[int, int] | None]) -> None:
-    """Raise DataError if 16-bit images were made brighter or darker in one place than in another.
+    """Raise DataError if the 16-bit images of different splits are read with different value ranges.
 
     Args:
-        ranges: ``Meta.value_range`` of each place; None, which goes with any, where there are no such images.
+        ranges: ``Meta.value_range`` by split; None, for a split without such images, is compatible with any.
     """
     told = {place: found for place, found in ranges.items() if found is not None}
     if len(set(told.values())) > 1:
@@ -111,7 +110,7 @@ _META = TypeAdapter(Meta)
 
 
 def sentences(error: ValidationError) -> list[str]:
-    """What pydantic found in a file, one ``key.of.the.value: what is wrong`` each."""
+    """Return pydantic's errors about a file, each as ``key.of.the.value: what is wrong``."""
     found = [(problem["loc"], problem["msg"]) for problem in error.errors(include_url=False, include_input=False)]
     return [": ".join(filter(None, (".".join(map(str, loc)), text[:1].lower() + text[1:]))) for loc, text in found]
 
@@ -121,18 +120,18 @@ def _contradictions(meta: Meta) -> Iterator[str]:
         yield "shards: empty"
     for number, shard in enumerate(meta.shards):
         if not SHARD_NAME.fullmatch(shard.name):
-            yield f"shards.{number}.name: {shard.name!r} is no shard's"
+            yield f"shards.{number}.name: {shard.name!r} is not a shard's name"
     for key, values in {
         "shards": [shard.name for shard in meta.shards],
         "classes": meta.classes,
         "category_ids": meta.category_ids,
     }.items():
         if len(set(values)) != len(values):
-            yield f"{key}: something is there twice"
+            yield f"{key}: has duplicates"
     if not meta.classes or len(meta.classes) != len(meta.category_ids):
         yield f"{len(meta.classes)} classes, {len(meta.category_ids)} category_ids"
     inside = sum(shard.images for shard in meta.shards)
     if inside != meta.images:
-        yield f"images: {meta.images}, the shards hold {inside}"
+        yield f"images: {meta.images}, but the shards hold {inside}"
     if meta.value_range is not None and meta.value_range[0] >= meta.value_range[1]:
         yield "value_range: must ascend"

@@ -1,8 +1,8 @@
-"""COCO JSON + image folder -> prepared split.
+"""Prepare a split: pack a COCO JSON and its image folder into shards.
 
 Images are read, decoded and checked by threads (decoding releases the GIL) and written by one thread in a fixed order, so the
-files are the same bytes whatever the number of workers. A shard gets its final name when it is complete, meta.json comes last:
-after a kill, the same command keeps the finished shards that still hold the image files' bytes, and makes the rest.
+files have the same bytes for any number of workers. A shard gets its final name when it is complete, and meta.json is written
+last: after a kill, the same command keeps the finished shards whose image files are unchanged, and makes the rest.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder, locked
 
 Progress = Callable[[int, int], None]
-"""Called with (images done, images in all), in the calling thread."""
+"""Called with (images done, images in total) in the calling thread."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is made of which images, where, and by whom."""
+    """The inputs, the destination and the workers of one preparation."""
 
     layout: Layout
     photos: Photos
     out: Folder
     pool: ThreadPoolExecutor
     ahead: int
-    """Images that are read ahead."""
+    """Number of images that are read ahead."""
     progress: Progress
 
 
@@ -64,24 +64,24 @@ def prepare_split(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ShardSet:
-    """Prepare a split; all three places are paths or URIs.
+    """Prepare a split; the JSON, the image folder and the output folder are paths or URIs.
 
     Args:
-        shard_images: images a shard file.
-        row_group: images a row group, the smallest unit that is read.
-        workers: threads that read and check images; None = one a CPU.
+        shard_images: images per shard file.
+        row_group: images per row group, the smallest unit that is read.
+        workers: threads that read and check images; None = one per CPU.
         fix_boxes: clip or drop unusable boxes instead of refusing the split.
-        exif: apply or ignore EXIF orientation; None = as the JSON's sizes say.
+        exif: apply or ignore EXIF orientation; None = as the JSON's sizes imply.
         value_range: values of 16-bit images that become 0 and 255; None = keep the high byte.
         max_pixels: the largest image that is accepted.
-        overwrite: replace another split, or this one, that is complete in the folder.
+        overwrite: replace a complete split in the folder, whether it is this one or another.
 
     Returns:
-        The split, opened. If the folder holds this very split already, it is only checked, and a damaged file made again.
+        The opened split. If the folder already holds this very split, it is only checked, and damaged files are made again.
 
     Raises:
-        DataError: every problem of the JSON at once; or every problem of the images at once; or the folder holds another split,
-            or this one with other images, or somebody else is preparing there.
+        DataError: the JSON or the images have problems, all of which are listed; or the folder holds another split, or this one
+            with other images, or another process is preparing a split there.
     """
     low, high = value_range or FULL_RANGE
     if not FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
@@ -109,7 +109,7 @@ def prepare_split(
 
 
 def _complete(out: Folder, layout: Layout) -> Meta | None:
-    """meta.json of this split in the folder, if it is complete there. Raises DataError if another one is."""
+    """Return meta.json if this split is complete in the folder, else None. Raises DataError if it holds another split."""
     if out.size(META) is None:
         return None
     meta = Meta.from_json(out.read(META), out.named(META))
@@ -122,7 +122,7 @@ def _complete(out: Folder, layout: Layout) -> Meta | None:
 
 
 def _write(work: Preparation, version: str, overwrite: bool) -> None:
-    """Make the files that are not there or not as they should be."""
+    """Make the files that are missing or out of date."""
     out, layout = work.out, work.layout
     busy = DataError(f"{out.uri}: another process is preparing a split there; wait for it, end it, or choose another --out")
     try:
@@ -136,32 +136,32 @@ def _write(work: Preparation, version: str, overwrite: bool) -> None:
                 )
             _check_unchanged(stored, before, out)
             kept = [shard if shard and (before or not shard.missing) and not shard.changed else None for shard in stored]
-            out.delete(META)  # From here on the folder is incomplete, and says so.
+            out.delete(META)  # From here on the folder counts as incomplete.
             _delete_shards(out, keep={shard.file.name for shard in kept if shard})
             shards, tally = _write_shards(work, kept)
             out.write(INDEX, layout.index())
             out.write(ANNOTATIONS, layout.annotations())
             whole = not any(shard and shard.missing for shard in kept)
             out.write(META, layout.meta(shards, tally, version if whole else "").to_json())
-    except OSError as error:  # of the output: reading the images raises none
-        raise DataError(f"{out.uri}: cannot be written ({error}); choose another --out, or mend it and run again") from error
+    except OSError as error:  # from the output; reading the images raises none
+        raise DataError(f"{out.uri}: cannot be written ({error}); choose another --out, or fix it and run again") from error
 
 
 def _check_unchanged(stored: list[StoredShard | None], before: Meta | None, out: Folder) -> None:
-    """Raise DataError if a complete split was prepared from other image files than those that are there now."""
+    """Raise DataError if the image files have changed since a complete split was prepared from them."""
     changed = [name for shard in stored if shard for name in shard.changed]
     if before is None or not changed:
         return
     problems = Problems()
     for name in changed:
-        problems.add("other bytes than when the split was prepared", name)
+        problems.add("has changed since the split was prepared", name)
     raise DataError(
         problems.lines(), f"{out.uri}: image files have changed; replace the split with --overwrite, or choose another --out:"
     )
 
 
 def _delete_shards(out: Folder, keep: set[str]) -> None:
-    """Delete what an earlier run left behind, but for ``keep``."""
+    """Delete the shards that an earlier run left behind, except ``keep``."""
     for name in out.names():
         if name.startswith("shard-") and name not in keep:
             out.delete(name)
@@ -229,7 +229,7 @@ def _write_shard(
 
 
 def _checked(work: Preparation, members: list[int]) -> Iterator[Photo | Fault]:
-    """Each image in order; at most ``work.ahead`` are held."""
+    """Yield each checked image in order, holding at most ``work.ahead`` of them."""
     coming: deque[Future[Photo | Fault]] = deque()
     for image in members:
         coming.append(work.pool.submit(work.photos.check, image))
@@ -240,7 +240,7 @@ def _checked(work: Preparation, members: list[int]) -> Iterator[Photo | Fault]:
 
 
 class _Hashing(io.RawIOBase):
-    """Counts and hashes what is written through it."""
+    """A sink that counts and hashes the bytes written through it."""
 
     def __init__(self, sink: pa.NativeFile) -> None:
         self._sink = sink

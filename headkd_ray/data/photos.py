@@ -1,4 +1,4 @@
-"""The image files that a split is prepared from: reading them, checking them, and what is noticed about all of them."""
+"""Read and check the image files that a split is prepared from, and summarise their properties."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ DAMAGED = "damaged; replace the file, or remove the image from the JSON"
 OTHER_FORMAT = "convert or replace the file, or remove the image from the JSON"
 TOO_LARGE = "too large; scale it down, remove it from the JSON, or allow it with --max-megapixels"
 WRONG_SIZE = "stored size differs from the JSON; correct the JSON or the file"
-NOT_AS_STORED = "the JSON has the upright size, which contradicts --exif ignore; leave the option away, or correct the JSON"
-NOT_UPRIGHT = "the JSON has the stored size, which contradicts --exif apply; leave the option away, or correct the JSON"
+NOT_AS_STORED = "the JSON has the upright size, which contradicts --exif ignore; leave out the option, or correct the JSON"
+NOT_UPRIGHT = "the JSON has the stored size, which contradicts --exif apply; leave out the option, or correct the JSON"
 
 
 @dataclass(frozen=True)
 class PhotoOptions:
-    """What is asked of the images."""
+    """How the images are checked and read."""
 
     exif: Exif | None = None
-    """Apply EXIF orientation or ignore it; None = as the JSON's sizes say."""
+    """Apply EXIF orientation or ignore it; None = as the JSON's sizes imply."""
     value_range: tuple[int, int] | None = None
-    """Values of 16-bit images that become 0 and 255; None = keep the high byte."""
+    """The values of 16-bit images that become 0 and 255; None = keep the high byte."""
     max_pixels: int = MAX_PIXELS
-    """The largest image that is accepted."""
+    """Largest number of pixels that an image may have."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an image cannot be used."""
+    """The reason why an image cannot be used."""
 
     kind: str
     where: str
@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Photo:
-    """A sound image file."""
+    """An image file that can be used."""
 
     data: bytes
     facts: ImageFacts
@@ -54,7 +54,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Photos:
-    """A split's image files."""
+    """The image files of a split."""
 
     split: CocoSplit
     folder: Folder
@@ -62,15 +62,15 @@ class Photos:
     options: PhotoOptions
 
     def version(self) -> str:
-        """SHA-256 of all files' sizes and times of modification, as far as the storage tells; empty if it lists none."""
+        """Return the SHA-256 of all files' sizes and, where reported, modification times; empty if they cannot be listed."""
         try:
             versions = self.folder.versions([record.file_name for record in self.split.images])
-        except (OSError, StorageError):  # only reading needs to be allowed
+        except (OSError, StorageError):  # listing may be forbidden where reading is allowed
             return ""
         return hashlib.sha256(repr(versions).encode()).hexdigest()
 
     def read(self, image: int) -> bytes | Fault:
-        """The file's bytes."""
+        """Return the file's bytes, or why it cannot be read."""
         record = self.split.images[image]
         try:
             return self.folder.read(record.file_name)
@@ -118,19 +118,20 @@ def _sizes(facts: ImageFacts, record: CocoImage) -> str:
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts over images."""
+    """Counts of image properties over a set of images."""
 
     upright: int = 0
-    """Images whose EXIF orientation exchanges height and width, where the JSON has the upright size."""
+    """Images whose EXIF orientation swaps height and width, and whose size in the JSON is the upright one."""
     stored: int = 0
-    """Those where the JSON has the stored size."""
+    """Images whose EXIF orientation swaps height and width, and whose size in the JSON is the stored one."""
     unclear: int = 0
-    """Images whose EXIF orientation is not 1 but leaves the size as it is."""
+    """Images whose EXIF orientation is not 1 but does not change the size."""
     deep: int = 0
-    """16-bit images."""
+    """Number of 16-bit images."""
     low: int = FULL_RANGE[1]
-    """Between ``low`` and ``high`` lie their values."""
+    """Lower end of the values of 16-bit images."""
     high: int = FULL_RANGE[0]
+    """Upper end of the values of 16-bit images."""
 
     def __add__(self, other: Tally) -> Tally:
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("upright", "stored", "unclear", "deep")}
@@ -138,7 +139,7 @@ class Tally:
 
     @classmethod
     def of(cls, facts: ImageFacts, record: CocoImage) -> Tally:
-        """Of one image whose size has been checked."""
+        """Return the tally of one image whose size has been checked."""
         tally = cls()
         if facts.orientation > 1:
             tells = facts.size != facts.upright_size
@@ -149,12 +150,12 @@ class Tally:
         return tally
 
     def reading(self, options: PhotoOptions) -> Reading:
-        """How the images become pixels: what was asked, else what the JSON's sizes say of those images that tell."""
+        """Return how the images become pixels: as the options say, or else as the JSON's sizes imply."""
         upright = options.exif == "apply" or (options.exif is None and self.upright > 0 and self.stored == 0)
         return Reading(upright, options.value_range or FULL_RANGE)
 
     def warnings(self, options: PhotoOptions) -> tuple[str, ...]:
-        """What the user should know about the images, one line each."""
+        """Return what the user should know about the images, one line each."""
         return tuple(self._exif_warnings(options) + self._depth_warnings(options))
 
     def _exif_warnings(self, options: PhotoOptions) -> list[str]:
@@ -185,7 +186,7 @@ class Tally:
             return [f"{lie}, which is {levels} of 256 grey levels; prepare with --range {low} {high} to use all of them"]
         low, high = options.value_range
         if not self.deep:
-            return ["16-bit images: there is none, so --range is not used"]
+            return ["16-bit images: there are none, so --range is not used"]
         if self.low < low or self.high > high:
             return [f"{lie}; what is outside --range is clipped"]
         return []

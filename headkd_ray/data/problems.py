@@ -1,4 +1,4 @@
-"""Collecting problems, so that all of them are reported at once and a thousand of a kind still fit a screen."""
+"""Collect problems, so that all are reported at once and a thousand of the same kind still fit on a screen."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ SHOWN = 20
 
 
 class Problems:
-    """Problems by kind, in the order in which they were found."""
+    """A collection of problems by kind, in the order in which they were found."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, kind: str, where: str) -> None:
-        """Note one problem.
+        """Record one problem.
 
         Args:
-            kind: what is wrong and how to mend it; the same text for all problems of the kind.
+            kind: what is wrong and how to fix it; the same text for all problems of the kind.
             where: file and record, and the offending value.
         """
         self._counts[kind] = self._counts.get(kind, 0) + 1
@@ -30,7 +30,7 @@ class Problems:
         return bool(self._kinds)
 
     def lines(self) -> list[str]:
-        """One line a problem, at most SHOWN of a kind, then how many more there are."""
+        """Return one line per problem, at most SHOWN of a kind, then how many more there are."""
         lines = []
         for kind, listed in self._kinds.items():
             lines += [f"{where}: {kind}" for where in listed]
@@ -39,6 +39,6 @@ class Problems:
         return lines
 
     def check(self, headline: str) -> None:
-        """Raise DataError if there is any problem."""
+        """Raise DataError if there are any problems."""
         if self:
             raise DataError(self.lines(), headline=headline)

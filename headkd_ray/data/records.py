@@ -1,4 +1,4 @@
-"""The records of a COCO JSON, checked one by one: images, categories, annotations."""
+"""Check the records of a COCO JSON one by one: images, categories and annotations."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from headkd_ray.data.file_names import FileNames, leaves
 from headkd_ray.data.problems import Problems
 
 IGNORED_CLASSES = {"ignore", "ignored", "ignoredregion", "ignoredregions", "ignoreregion", "ignoreregions", "dontcare"}
-"""Names, in small letters and without other signs, of categories that mark what is not to be looked at."""
+"""Names, in lower case and letters only, of categories that mark regions to be ignored."""
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image record."""
+    """An image record."""
 
     id: int
     file_name: str
-    """Relative to the images folder, and inside it."""
+    """Path relative to the images folder, and inside it."""
     width: int
-    """Pixels, as stored (EXIF orientation ignored)."""
+    """Width in pixels, as stored (EXIF orientation ignored)."""
     height: int
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """One annotation with a usable box."""
+    """An annotation with a usable box."""
 
     id: int
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
-    """x, y, width, height, pixels."""
+    """x, y, width, height in pixels."""
     area: float
     crowd: bool
-    """A crowd, or to be ignored."""
+    """Whether the annotation is a crowd or to be ignored."""
 
 
 class Records:
-    """Reads the records of one JSON, noting problems; what it returns is of use only if there are none."""
+    """Reads the records of one JSON and records problems; its results are valid only if there are none."""
 
     def __init__(self, uri: str, problems: Problems) -> None:
         self.uri, self.problems = uri, problems
         self.fixes: list[str] = []
-        """What --fix-boxes changed."""
+        """What --fix-boxes changed, one line each."""
         self.warnings: list[str] = []
-        """What was understood in a way that the user should know of."""
+        """Interpretations of the file that the user should know about."""
 
     def images(self, records: Iterable[Any], names: FileNames | None) -> tuple[dict[int, CocoImage], set[int]]:
-        """Sound images by id, and the ids of all, so that annotations of an unsound one do not count as faulty.
+        """Return the valid images by id, and the ids of all images, so that annotations of an invalid one are not errors too.
 
         Args:
-            names: the images' folder, to find files that are called a little otherwise there; None = it is not looked at.
+            names: the images' folder, where file names may be spelled differently; None = not looked at.
         """
         images: dict[int, CocoImage] = {}
         named: set[int] = set()
@@ -87,15 +87,15 @@ class Records:
         shared = sum(count for count in Counter(image.file_name for image in images.values()).values() if count > 1)
         if shared:
             self.warnings.append(
-                f"{shared} of {len(images)} images share their file with another one, and each has its own annotations alone; "
+                f"{shared} of {len(images)} images share their file with another one, and each has only its own annotations; "
                 "if they are the same photo, merge them"
             )
         taken = names.near([image.file_name for image in images.values()]) if names is not None else {}
         if taken:
             example = next(f"{given!r} -> {path!r}" for given, path in taken.items())
             self.warnings.append(
-                f"{len(taken)} of {len(images)} file names are written otherwise in the images folder and were found there, "
-                f"for example {example}"
+                f"{len(taken)} of {len(images)} file names are spelled differently in the images folder, where their files "
+                f"were found, for example {example}"
             )
         for id_, image in images.items():
             if image.file_name in taken:
@@ -106,12 +106,12 @@ class Records:
         return images, named
 
     def categories(self, records: list[Any], used: Collection[int]) -> tuple[dict[int, str], set[int]]:
-        """Names of the classes by category id, and the ids of all categories, as of the images.
+        """Return the class names by category id, and the ids of all categories, including invalid ones.
 
-        A category that only stands above others, as the first of every Roboflow export, is left out.
+        A category that is only a parent of others, like the first one of every Roboflow export, is left out.
 
         Args:
-            used: the category ids that annotations have.
+            used: the category ids that annotations use.
         """
         is_root = _root_test(records, used)
         names: set[str] = set()
@@ -123,7 +123,7 @@ class Records:
             if id_ is None or not _is_text(name):
                 self.problems.add("a category needs an integer 'id' and a 'name', in valid Unicode", where)
             elif is_root(record):
-                self.warnings.append(f"category {id_} ({name!r}) is no class: no annotation uses it, and others are under it")
+                self.warnings.append(f"category {id_} ({name!r}) is not a class: no annotation uses it and others are below it")
             elif id_ in categories:
                 both = f"{where} ({categories[id_]!r} and {name!r})"
                 self.problems.add("duplicate category id; give every category its own", both)
@@ -137,7 +137,7 @@ class Records:
         markers = [name for name in categories.values() if "".join(filter(str.isalpha, name.lower())) in IGNORED_CLASSES]
         if markers:
             self.warnings.append(
-                f"{listed(markers)} will be learnt as any other class; if it marks what is not to be looked at, give its "
+                f"{listed(markers)} will be learnt like any other class; if it marks regions to be ignored, give its "
                 "annotations the real class and 'ignore': 1, and remove the category"
             )
         return categories, named
@@ -150,7 +150,7 @@ class Records:
         category_ids: set[int],
         fix_boxes: bool,
     ) -> list[Annotation]:
-        """Annotations with usable boxes of ``images``. The ids are those of all records, sound or not."""
+        """Return the annotations of ``images`` with usable boxes. The ids are those of all records, valid or not."""
         flags, seen = Flags(), set[int]()
         candidates: list[tuple[str, int, CocoImage, int, bool, dict[str, Any]]] = []
         for where, record in self._each("annotation", records):
@@ -190,12 +190,12 @@ class Records:
         if flat:
             self.warnings.append(
                 f"{flat} of {len(kept)} annotations have area 0, so that they count as small objects in evaluation; leave "
-                "'area' out to use width x height"
+                "out 'area' to use width x height"
             )
         return kept
 
     def _misread(self, boxes: list[tuple[Any, CocoImage, str]]) -> bool:
-        """Note a problem if all boxes together look as if they were written in another form than COCO's."""
+        """Return whether the boxes, taken together, look like another format than COCO's, and record that as a problem."""
         sound = [entry for entry in boxes if is_box(entry[0])]
         numbers = np.array([bbox for bbox, _, _ in sound], dtype=np.float64).reshape(-1, 4)
         sizes = np.array([(image.width, image.height) for _, image, _ in sound], dtype=np.float64).reshape(-1, 2)
@@ -211,7 +211,7 @@ class Records:
         return False
 
     def _each(self, kind: str, records: Iterable[Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-        """(how messages call it, record); what is no record is an empty one."""
+        """Yield (name in messages, record) for each record; anything else is replaced by an empty record."""
         for position, record in enumerate(records):
             id_ = record.get("id") if isinstance(record, dict) else None
             where = f"{self.uri}: {kind} at position {position}" if id_ is None else f"{self.uri}: {kind} {shortly(id_)}"
@@ -219,13 +219,13 @@ class Records:
 
 
 def used_categories(annotations: Iterable[Any]) -> set[int]:
-    """Category ids that annotations have."""
+    """Return the category ids that annotations use."""
     ids = {_integer(record.get("category_id")) for record in annotations if isinstance(record, dict)}
     return {id_ for id_ in ids if id_ is not None}
 
 
 def _root_test(records: Iterable[Any], used: Collection[int]) -> Callable[[dict[str, Any]], bool]:
-    """A test for categories that no annotation has, and that another one names as its supercategory."""
+    """Return a test for categories that no annotation uses and that another category names as its supercategory."""
     above = Counter(
         record["supercategory"]
         for record in records
@@ -240,14 +240,14 @@ def _root_test(records: Iterable[Any], used: Collection[int]) -> Callable[[dict[
 
 
 def _integer(value: Any) -> int | None:
-    """An integer of 64 bits, which spreadsheets and data frames may have written as 1.0; None for anything else."""
+    """Return a 64-bit integer, which spreadsheets and data frames may have written as 1.0; None for anything else."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63 else None
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """Text that is not empty, and that can be written: half of a surrogate pair cannot."""
+    """Return whether the value is text that is not empty and can be encoded: half of a surrogate pair cannot."""
     if not isinstance(value, str) or not value:
         return False
     try:

@@ -1,7 +1,7 @@
-"""Randomness that is a function of a key: the same key gives the same numbers in any process, on any machine.
+"""Generate random numbers as a function of a key: the same key gives the same numbers in any process, on any machine.
 
-Python's ``hash`` differs between processes and torch's global generator depends on what ran before, so neither can name a view
-or an epoch's order. Only BLAKE2 and Philox's raw stream are used: both are fixed by their specifications, while the
+Python's ``hash`` differs between processes and torch's global generator depends on what ran before, so neither can determine a
+view or an epoch's order. Only BLAKE2 and Philox's raw stream are used: both are fixed by their specifications, while the
 higher-level methods of ``numpy.random.Generator`` may change between NumPy versions.
 """
 
@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 
 
 def key_bits(*key: int | str) -> int:
-    """128 uniform bits that belong to ``key``."""
+    """Return 128 uniform bits determined by ``key``."""
     text = "/".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
 def key_integers(count: int, bound: int, *key: int | str) -> list[int]:
-    """``count`` integers in [0, bound), uniform to within 2^-64 of each other, that belong to ``key``."""
+    """Return ``count`` integers in [0, bound), uniform to within 2^-64 of each other, determined by ``key``."""
     raw = np.random.Philox(key=key_bits(*key)).random_raw(count)
     return [(int(value) * bound) >> 64 for value in raw]
 
 
 def key_permutation(count: int, *key: int | str) -> NDArray[np.int64]:
-    """A uniform permutation of range(count), int64 (count,), that belongs to ``key``."""
+    """Return a uniform permutation of range(count), int64 (count,), determined by ``key``."""
     raw = np.random.Philox(key=key_bits(*key)).random_raw(count)
     return np.argsort(raw, kind="stable").astype(np.int64)

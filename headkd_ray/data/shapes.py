@@ -1,5 +1,5 @@
-"""The eight shapes of the drawn data set. Each function draws one, white on black, into the unit disk:
-``pen`` paints in coordinates x, y in [-1, 1].
+"""Draw the eight shapes of the synthetic data set. Each function draws one, white on black, into the unit disk with a ``pen``
+whose coordinates x, y are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Point = tuple[float, float]
 
 
 class Pen:
-    """Paints a square mask in unit coordinates, turned by ``angle`` (radians)."""
+    """A pen that paints a square mask in unit coordinates, rotated by ``angle`` (radians)."""
 
     def __init__(self, side: int, angle: float) -> None:
         self.mask = Image.new("L", (side, side))
@@ -22,11 +22,11 @@ class Pen:
         self._cos, self._sin = math.cos(angle), math.sin(angle)
 
     def polygon(self, points: Sequence[Point], fill: int = 255) -> None:
-        """A filled polygon; ``fill`` 0 cuts it out."""
+        """Paint a filled polygon; ``fill`` 0 cuts it out."""
         self._draw.polygon([self._place(point) for point in points], fill=fill)
 
     def disk(self, centre: Point, radius: float, fill: int = 255) -> None:
-        """A filled disk; ``fill`` 0 cuts it out."""
+        """Paint a filled disk; ``fill`` 0 cuts it out."""
         x, y = self._place(centre)
         r = radius * self._half
         self._draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -41,7 +41,7 @@ def _rectangle(x1: float, y1: float, x2: float, y2: float) -> list[Point]:
 
 
 def _circle_points(count: int, radii: Sequence[float], start: float = 0.0) -> list[Point]:
-    """``count`` points around the origin, their radii taken from ``radii`` in turn."""
+    """Return ``count`` points around the origin, whose radii are taken from ``radii`` in turn."""
     angles = [start + 2 * math.pi * i / count for i in range(count)]
     return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
 
@@ -98,4 +98,4 @@ SHAPES: dict[str, Callable[[Pen], None]] = {
     "arrow": _arrow,
     "crescent": _crescent,
 }
-"""Class name -> its drawing."""
+"""Class name -> function that draws the shape."""

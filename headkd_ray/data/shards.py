@@ -1,9 +1,9 @@
-"""A prepared split on disk, and its reader.
+"""Read a prepared split from disk.
 
 Layout of the folder::
 
-    shard-00000.parquet ...   images in a fixed random order: encoded bytes untouched, boxes, labels (SHARD_SCHEMA)
-    index.parquet             one small row an image, in the order of the shards (INDEX_SCHEMA)
+    shard-00000.parquet ...   images in a fixed random order: original encoded bytes, boxes, labels (SHARD_SCHEMA)
+    index.parquet             one small row per image, in the order of the shards (INDEX_SCHEMA)
     annotations.json          the COCO ground truth without segmentations, for evaluation
     meta.json                 classes, counts, list of shards; written last: a folder without it is not complete
 """
@@ -61,61 +61,61 @@ PREPARE = "python -m headkd_ray.prepare COCO.json IMAGES_DIR --out"
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One entry an image, in the order of the shards; NumPy arrays of one length."""
+    """The index of a split: NumPy arrays with one entry per image, in the order of the shards."""
 
     image_id: NDArray[np.int64]
     width: NDArray[np.int32]
-    """Pixels."""
+    """Width in pixels, as ``Sample.size`` has it."""
     height: NDArray[np.int32]
     shard: NDArray[np.int32]
-    """Number of the shard in ``Meta.shards``."""
+    """Position of the shard in ``Meta.shards``."""
     row: NDArray[np.int32]
     """Row within the shard."""
     boxes: NDArray[np.int32]
-    """Boxes that are not crowds."""
+    """Number of boxes that are not crowds."""
     row_group: int
-    """Images a row group."""
+    """Images per row group."""
 
     def __len__(self) -> int:
         return len(self.image_id)
 
     @cached_property
     def portrait(self) -> NDArray[np.bool_]:
-        """Taller than wide."""
+        """Which images are taller than wide, bool."""
         return self.height > self.width
 
     @cached_property
     def group(self) -> NDArray[np.int64]:
-        """Number of the row group over all shards: ascending, with gaps."""
+        """Number of each image's row group, counted over all shards: ascending, with gaps."""
         return self.shard.astype(np.int64) * (int(self.row.max(initial=0)) // self.row_group + 1) + self.row // self.row_group
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored image and its boxes."""
+    """A stored image and its boxes."""
 
     image_id: int
     image: bytes
-    """Encoded."""
+    """Encoded bytes of the image file."""
     boxes: NDArray[np.float32]
-    """float32 (n, 4): x1 y1 x2 y2, pixels. No crowds."""
+    """float32 (n, 4): x1 y1 x2 y2 in pixels, without crowds."""
     labels: NDArray[np.int64]
     """int64 (n,), contiguous."""
     size: tuple[int, int]
-    """Height and width, pixels; of the upright image, if EXIF orientation is applied."""
+    """Height and width in pixels, of the upright image if EXIF orientation is applied."""
     reading: Reading
     """How the image becomes pixels."""
     targets: PackedTargets | None = None
-    """Soft targets of the view that is wanted, from a cache."""
+    """Soft targets of the requested view, from a cache."""
 
     def pixels(self) -> Tensor:
-        """uint8 (3, H, W), RGB. Raises ValueError if the bytes are not an image of this size."""
-        return decode(self.image, self.reading, self.size, max_pixels=None)  # prepare has looked whether it is too large
+        """Decode the image to uint8 (3, H, W), RGB. Raises ValueError if the bytes are not an image of this size."""
+        return decode(self.image, self.reading, self.size, max_pixels=None)  # prepare has checked the size
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A prepared split, opened."""
+    """An opened prepared split."""
 
     folder: Folder
     meta: Meta
@@ -126,7 +126,7 @@ class ShardSet:
         """Open the split at ``uri`` (path or URI).
 
         Raises:
-            DataError: it is missing, not completely prepared, damaged or of a newer format.
+            DataError: the split is missing, not completely prepared, damaged or in a newer format.
         """
         folder = Folder.open(uri, DataError)
         mend = f"run: {PREPARE} {uri}"
@@ -148,21 +148,21 @@ class ShardSet:
         return cls(folder, meta, index)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``.
+        """Return the COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``.
 
-        Raises DataError if it is damaged or not that of this split.
+        Raises DataError if it is damaged or belongs to another split.
         """
         return read_truth(self.folder, ANNOTATIONS, self.meta, self.index.image_id.tolist())
 
     def read_group(self, shard: int, group: int, rows: Sequence[int]) -> list[Sample]:
-        """Samples of one row group of one shard.
+        """Return samples from one row group of one shard.
 
         Args:
             shard: number of the shard.
             group: number of the row group within it.
-            rows: wanted rows of the shard, all within the group.
+            rows: requested rows of the shard, all within the group.
 
-        Raises DataError if the file is not there or not as it was written: JPEG decoders make an image of damaged bytes, too.
+        Raises DataError if the file is missing or has changed; checksums show it, because JPEG decoders accept damaged bytes.
         """
         columns = ["image_id", "image", "boxes", "labels", "crowd", "height", "width"]
         name = self.meta.shards[shard].name
@@ -176,7 +176,7 @@ class ShardSet:
             raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
 
     def _sample(self, table: pa.Table, shard: int, row: int) -> Sample:
-        """One row of a row group's table. Raises ValueError, TypeError or IndexError if it is not what the index says of it."""
+        """Return one row of a row group's table. Raises ValueError, TypeError or IndexError if it contradicts the index."""
         cell = {name: table[name][row % self.meta.row_group].as_py() for name in table.column_names}
         crowd = np.array(cell["crowd"], dtype=bool)
         boxes = np.array(cell["boxes"], dtype=np.float32).reshape(-1, 4)
@@ -188,7 +188,7 @@ class ShardSet:
         return Sample(cell["image_id"], cell["image"], boxes[~crowd], labels[~crowd], size, self.meta.reading)
 
     def _position(self, shard: int, row: int) -> int:
-        """The index entry of a shard's row."""
+        """Return the position in the index of a shard's row."""
         return int(np.searchsorted(self.index.shard, shard)) + row
 
     def _wrong(
@@ -199,11 +199,11 @@ class ShardSet:
         labels: NDArray[np.int64],
         crowd: NDArray[np.bool_],
     ) -> str | None:
-        """What does not fit in a row. A shard that was made otherwise than by prepare has sound checksums, too."""
+        """Return what is wrong with a row, or None. Checksums do not reveal a shard that another program wrote."""
         index = self.index
         expected = (index.image_id[position], index.height[position], index.width[position])
         if (cell["image_id"], cell["height"], cell["width"]) != expected:
-            return "other id or size than in the index"
+            return "id or size differs from the index"
         if not len(boxes) == len(labels) == len(crowd) or (~crowd).sum() != index.boxes[position]:
             return (
                 f"{len(boxes)} boxes, {len(labels)} labels, {len(crowd)} crowd flags; the index counts {index.boxes[position]}"
@@ -217,7 +217,7 @@ class ShardSet:
 
 
 def _unprepared(folder: Folder, uri: str) -> str:
-    """What is at ``uri``, if no prepared split, and what to do, which leaves alone what is there."""
+    """Describe what is at ``uri`` instead of a prepared split, and suggest a command that overwrites nothing."""
     command = PREPARE
     parent, name = Folder.of_file(uri, DataError)
     if parent.has(name):
@@ -233,7 +233,7 @@ def _unprepared(folder: Folder, uri: str) -> str:
 
 
 def _read_index(folder: Folder, row_group: int) -> ShardIndex:
-    # No Arrow threads: beside torch's, its CPU pool can abort the process at exit (apache/arrow#34314).
+    # No Arrow threads: next to torch's, its CPU pool can abort the process at exit (apache/arrow#34314).
     file = pq.ParquetFile(pa.BufferReader(folder.read(INDEX)), page_checksum_verification=True)
     check_columns(file, INDEX_SCHEMA)
     table = file.read(use_threads=False)
@@ -246,20 +246,23 @@ def _read_index(folder: Folder, row_group: int) -> ShardIndex:
 
 def _check_index(index: ShardIndex, meta: Meta) -> Iterator[str]:
     if len(index) != meta.images:
-        yield f"{len(index)} rows, {META} counts {meta.images} images"
+        yield f"{len(index)} rows, but {META} counts {meta.images} images"
         return
     images = [shard.images for shard in meta.shards]
     shard, row = np.repeat(np.arange(len(images)), images), np.concatenate([np.arange(count) for count in images])
     if not (np.array_equal(index.shard, shard) and np.array_equal(index.row, row)):
         yield f"its rows are not in the order of the shards that {META} lists"
     if len(np.unique(index.image_id)) != len(index):
-        yield "an image is there twice"
+        yield "an image is listed twice"
     if min(index.width.min(), index.height.min()) < 1 or index.boxes.min() < 0 or index.boxes.sum(dtype=np.int64) != meta.boxes:
         yield f"sizes below 1, or not the {meta.boxes} boxes that {META} counts"
 
 
 def check_columns(file: pq.ParquetFile, schema: pa.Schema) -> None:
-    """Raises ArrowInvalid for other columns. Not for a clear error alone: where Ray Data is imported, a column of its type for
-    Python objects is unpickled when it is read, and a pickle may run any code."""
+    """Raise ArrowInvalid if the file has other columns than ``schema``.
+
+    This is also a security check: where Ray Data is imported, reading a column of its type for Python objects unpickles it, and
+    a pickle may run any code.
+    """
     if not file.schema_arrow.equals(schema):
         raise pa.ArrowInvalid("it has other columns than python -m headkd_ray.prepare writes")

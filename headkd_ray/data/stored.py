@@ -1,4 +1,4 @@
-"""Shards that an earlier run of prepare left: are they still what a new run would write?"""
+"""Check whether the shards that an earlier run of prepare left are still what a new run would write."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from headkd_ray.storage import Folder
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A sound shard, and what there is to know about its images."""
+    """A valid shard of an earlier run, and the state of its image files."""
 
     file: ShardFile
     tally: Tally
     changed: tuple[str, ...] = ()
-    """Image files that hold other bytes than the shard."""
+    """Image files whose bytes differ from those in the shard."""
     missing: tuple[str, ...] = ()
-    """Image files that cannot be read any more."""
+    """Image files that can no longer be read."""
 
 
 def is_sound(out: Folder, layout: Layout, meta: Meta, pool: Executor) -> bool:
-    """Are all files of a complete split as they were written?"""
+    """Return whether all files of a complete split are as they were written."""
     found = pool.map(lambda shard: _sha256(out, shard.name), meta.shards)
     expected = [shard.sha256 for shard in meta.shards]
     try:
@@ -48,7 +48,7 @@ def _sha256(out: Folder, name: str) -> str | None:
 
 
 def read_stored(out: Folder, layout: Layout, photos: Photos, name: str, members: list[int]) -> StoredShard | None:
-    """The shard, if it is there and a new run would write the same but for the image files' bytes."""
+    """Return the shard if it exists and a new run would write the same, apart from the bytes of changed image files."""
     if out.size(name) is None:
         return None
     content = out.read(name)

@@ -1,9 +1,9 @@
-"""The quickstart's data set, drawn: real JPEGs and COCO JSON, the same for the same seed, in a few seconds.
+"""Draw the quickstart's synthetic data set: real JPEGs and COCO JSON, determined by the seed, in a few seconds.
 
-Shapes in eight classes (``shapes.py``) at log-uniform sizes, tilted, of any colour, overlapping, cut by the border, on textured
-backgrounds among distractors, and crossed by thin lines. Boxes are tight around what is visible.
+Images show shapes of eight classes (``shapes.py``) with log-uniform sizes, tilted, of any colour, overlapping, cut off at the
+border, on textured backgrounds with distractors, and crossed by thin lines. Boxes are tight around the visible part.
 
-Category ids are sparse on purpose: whoever drops the id map gets an AP of 0 and not a lucky one.
+Category ids have gaps on purpose: code that forgets to map them gets an AP of 0 instead of a plausible one.
 """
 
 from __future__ import annotations
@@ -29,41 +29,42 @@ Colour = tuple[int, int, int]
 
 CATEGORY_IDS = tuple(7 * label + 3 for label in range(len(SHAPES)))
 SIDES = (120, 152)
-"""Range of the sides of an image, pixels."""
+"""Range of an image's sides, in pixels."""
 OBJECTS = (3, 6)
-"""Range of the objects an image."""
+"""Range of the number of objects per image."""
 DIAMETERS = (32.0, 120.0)
-"""Range of an object's diameter, pixels."""
+"""Range of an object's diameter, in pixels."""
 VISIBLE = 0.75
-"""Least share of an object that stays visible."""
+"""Smallest share of an object that stays visible."""
 TILT = math.pi / 12
-"""Most that an object is turned, either way, radians."""
+"""Largest rotation of an object in either direction, in radians."""
 OVERSAMPLE = 4
 """Masks are drawn this many times larger and averaged down."""
 CONTRAST = 90
-"""Least difference, in one of R, G, B, between an object's colour and what is beneath it."""
+"""Smallest difference, in at least one of R, G, B, between an object's colour and the background beneath it."""
 NOISE = 7
 """Amplitude of the pixel noise."""
 HAZE = 0.35
-"""Share of one shade of grey in the background, so that objects stand out."""
+"""Share of a uniform grey in the background, so that objects stand out."""
 QUALITY = 90
-"""Of the JPEGs."""
+"""JPEG quality."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Where the data set is."""
+    """The paths of a data set."""
 
     images: Path
     train: Path
-    """COCO JSON."""
+    """COCO JSON of the training split."""
     val: Path
+    """COCO JSON of the validation split."""
 
 
 def draw_dataset(folder: str | Path, *, train: int = 800, val: int = 200, seed: int = 0) -> Drawn:
     """Draw ``train`` + ``val`` images into ``folder``/images, with ``folder``/train.json and val.json.
 
-    A finished data set in the folder with the same arguments is kept.
+    A data set that is already complete in the folder, with the same arguments, is kept.
     """
     draw_splits(Folder.open(folder), train=train, val=val, seed=seed)
     folder = Path(folder)
@@ -71,7 +72,7 @@ def draw_dataset(folder: str | Path, *, train: int = 800, val: int = 200, seed: 
 
 
 def draw_splits(folder: Folder, *, train: int = 800, val: int = 200, seed: int = 0) -> None:
-    """``draw_dataset`` into a folder on any filesystem."""
+    """Draw the same data set as ``draw_dataset`` into a folder on any filesystem."""
     for name, count, first_id in (("train", train, 1), ("val", val, 1_000_001)):
         info = {"description": f"drawn by headkd_ray.data.synthetic, split {name}, {count} images, seed {seed}, version 2"}
         if _info(folder, f"{name}.json") != info:
@@ -79,7 +80,7 @@ def draw_splits(folder: Folder, *, train: int = 800, val: int = 200, seed: int =
 
 
 def _info(folder: Folder, file: str) -> Any:
-    """What a COCO JSON says about itself; None if it is missing or damaged."""
+    """Return the ``info`` of a COCO JSON; None if the file is missing or damaged."""
     try:
         content = json.loads(folder.read(file))
     except (FileNotFoundError, ValueError):
@@ -120,26 +121,26 @@ def _draw_split(folder: Folder, name: str, count: int, first_id: int, seed: int,
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and what is on it."""
+    """A drawn image and its objects."""
 
     jpeg: bytes
     width: int
     height: int
     objects: tuple[tuple[int, tuple[int, int, int, int]], ...]
-    """(label, (x, y, width, height)) of each object."""
+    """(label, (x, y, width, height)) of each object, in pixels."""
 
 
 def draw_scene(seed: int, split: str, index: int) -> Scene:
-    """Image ``index`` of a split: a function of its arguments (and of the versions of NumPy and Pillow)."""
+    """Draw image ``index`` of a split, as a function of the arguments (and of the versions of NumPy and Pillow)."""
     rng = np.random.Generator(np.random.Philox(key=key_bits("scene", seed, split, index)))
     width, height = (int(rng.integers(SIDES[0], SIDES[1] + 1)) for _ in range(2))
     canvas = _background(rng, width, height)
     _distractors(rng, canvas)
-    owner = np.full((height, width), -1, dtype=np.int64)  # which object each pixel shows
-    pixels: list[int] = []  # of each object, before anything covered it
+    owner = np.full((height, width), -1, dtype=np.int64)  # number of the object that each pixel shows
+    pixels: list[int] = []  # area of each object before anything covered it
     labels: list[int] = []
     for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))):
-        for _ in range(8):  # tries to find a place where enough of everything stays visible
+        for _ in range(8):  # attempts to find a place where enough of every object stays visible
             label = int(rng.integers(len(SHAPES)))
             mask = _mask(rng, label)
             left, top = (int(rng.integers(-mask.width // 3, side - 2 * mask.width // 3)) for side in (width, height))
@@ -162,7 +163,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _mask(rng: np.random.Generator, label: int) -> Image.Image:
-    """The shape at a random size and angle, slightly squeezed: 8-bit coverage."""
+    """Draw a shape at a random size and angle, slightly squeezed, as a mask of 8-bit coverage."""
     low, high = DIAMETERS
     diameter = low * (high / low) ** rng.random()
     pen = Pen(int(OVERSAMPLE * diameter), rng.uniform(-TILT, TILT))
@@ -172,7 +173,7 @@ def _mask(rng: np.random.Generator, label: int) -> Image.Image:
 
 
 def _cover(owner: NDArray[np.int64], inside: NDArray[np.bool_], left: int, top: int, number: int) -> NDArray[np.int64]:
-    """``owner`` after object ``number`` is laid on top."""
+    """Return ``owner`` after object ``number`` has been placed on top."""
     result = owner.copy()
     height, width = owner.shape
     y, x = max(top, 0), max(left, 0)
@@ -182,7 +183,7 @@ def _cover(owner: NDArray[np.int64], inside: NDArray[np.bool_], left: int, top: 
 
 
 def _extent(shown: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Tight (x, y, width, height) of the true pixels."""
+    """Return the tight (x, y, width, height) around the true pixels."""
     columns, rows = np.flatnonzero(shown.any(axis=0)), np.flatnonzero(shown.any(axis=1))
     x, y = int(columns[0]), int(rows[0])
     return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
@@ -194,13 +195,13 @@ def _colour(rng: np.random.Generator) -> Colour:
 
 
 def _texture(rng: np.random.Generator, width: int, height: int, cells: int) -> Image.Image:
-    """Smooth random colours: ``cells`` x ``cells`` of them, interpolated."""
+    """Draw a smooth texture by interpolating ``cells`` x ``cells`` random colours."""
     small = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Blotches at two scales, often stripes, in a haze."""
+    """Draw a hazy background with blotches at two scales and often stripes."""
     coarse = _texture(rng, width, height, int(rng.integers(2, 5)))
     fine = _texture(rng, width, height, int(rng.integers(8, 40)))
     canvas = Image.blend(coarse, fine, rng.uniform(0.15, 0.5))
@@ -215,7 +216,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 
 def _distractors(rng: np.random.Generator, canvas: Image.Image) -> None:
-    """Irregular polygons, bars and arcs of no class, beneath the objects."""
+    """Draw irregular polygons, bars and arcs that belong to no class, beneath the objects."""
     draw = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(1, 4))):
         x, y = rng.uniform(0, canvas.width), rng.uniform(0, canvas.height)
@@ -236,7 +237,7 @@ def _distractors(rng: np.random.Generator, canvas: Image.Image) -> None:
 
 
 def _paint(rng: np.random.Generator, canvas: Image.Image, mask: Image.Image, left: int, top: int) -> None:
-    """Fill the mask with a texture of one main colour that differs from what is beneath."""
+    """Fill the mask with a texture whose main colour differs from the background beneath it."""
     box = (left, top, left + mask.width, top + mask.height)
     beneath = np.asarray(canvas.crop(box)).reshape(-1, 3).mean(axis=0)
     colour = _colour(rng)
@@ -249,7 +250,7 @@ def _paint(rng: np.random.Generator, canvas: Image.Image, mask: Image.Image, lef
 
 
 def _wires(rng: np.random.Generator, canvas: Image.Image) -> None:
-    """Thin lines over everything."""
+    """Draw thin lines over everything."""
     draw = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(0, 4))):
         ends = [(rng.uniform(0, canvas.width), rng.uniform(0, canvas.height)) for _ in range(2)]

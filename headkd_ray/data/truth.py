@@ -1,4 +1,4 @@
-"""annotations.json of a prepared split, the COCO ground truth that detections are compared with."""
+"""Read annotations.json of a prepared split, the COCO ground truth that detections are compared with."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _TRUTH = TypeAdapter(_Truth)
 
 
 def read_truth(folder: Folder, name: str, meta: Meta, image_ids: Sequence[int]) -> dict[str, Any]:
-    """The COCO dictionary in the file ``name``.
+    """Return the COCO dictionary in the file ``name``.
 
     Args:
-        image_ids: the split's images.
+        image_ids: ids of the split's images.
 
     Raises:
-        DataError: it cannot be read, or is not the ground truth of this split.
+        DataError: the file cannot be read, or is not the ground truth of this split.
     """
     try:
         content = folder.read(name)
@@ -72,13 +72,13 @@ def read_truth(folder: Folder, name: str, meta: Meta, image_ids: Sequence[int]) 
 
 def _contradictions(truth: _Truth, meta: Meta, image_ids: Sequence[int]) -> Iterator[str]:
     if sorted(image.id for image in truth.images) != sorted(image_ids):
-        yield "other images than in the shards"
+        yield "its images are not those of the shards"
     categories = [(category.id, category.name) for category in truth.categories]
     if sorted(categories) != sorted(zip(meta.category_ids, meta.classes, strict=True)):
-        yield "other categories than in meta.json"
+        yield "its categories are not those of meta.json"
     known, ids = set(image_ids), set(meta.category_ids)
     strangers = [a.id for a in truth.annotations if a.image_id not in known or a.category_id not in ids]
     if strangers:
-        yield f"annotation {strangers[0]}: image or category unknown"
+        yield f"annotation {strangers[0]}: unknown image or category"
     if len({annotation.id for annotation in truth.annotations}) != len(truth.annotations):
-        yield "an annotation id is there twice"
+        yield "an annotation id is used twice"

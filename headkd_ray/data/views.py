@@ -1,6 +1,6 @@
-"""Reproducible views: (image id, view number, seed) -> the same pixels and boxes anywhere.
+"""Augment images reproducibly: (image id, view number, seed) determine the pixels and boxes on any machine.
 
-A view is a short side and a flip. Resizing follows the paper's pipeline: the image is scaled by
+A view consists of a short side and a flip. Resizing follows the paper's pipeline: the image is scaled by
 min(short / shorter side, long / longer side) and sides are rounded to whole pixels (mmdet's ``Resize(keep_ratio=True)``); boxes
 scale with the *rounded* sides. Interpolation is antialiased bilinear on uint8 (mmdet: OpenCV bilinear without antialiasing).
 """
@@ -21,18 +21,18 @@ from headkd_ray.job import DataSpec
 
 @dataclass(frozen=True)
 class View:
-    """How one image is shown."""
+    """The augmentation of one image."""
 
     short_side: int
-    """Wanted shorter side, pixels."""
+    """Requested length of the shorter side in pixels."""
     long_side: int
-    """Limit of the longer side, pixels; the shorter one gives way."""
+    """Limit of the longer side in pixels, which takes precedence over ``short_side``."""
     flip: bool = False
-    """Mirrored left-right."""
+    """Whether the image is mirrored left to right."""
 
 
 def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
-    """View ``number`` of an image: short side uniform in ``spec.short_side``, flipped with probability ``spec.flip``."""
+    """Return view ``number`` of an image: short side uniform in ``spec.short_side``, flipped with probability ``spec.flip``."""
     low, high = spec.short_side
     resolution = 1 << 32
     size, coin = key_integers(2, resolution, "view", seed, image_id, number)
@@ -40,26 +40,26 @@ def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
 
 
 def view_number(epoch: int, spec: DataSpec) -> int:
-    """Which view of every image ``epoch`` shows."""
+    """Return the number of the view that ``epoch`` uses for every image."""
     return epoch if spec.views is None else epoch % spec.views
 
 
 def eval_view(spec: DataSpec) -> View:
-    """The one view used at evaluation."""
+    """Return the view that is used at evaluation."""
     return View(spec.eval_short_side, spec.long_side)
 
 
 def view_size(height: int, width: int, view: View) -> tuple[int, int]:
-    """Height and width in pixels of an image of (height, width) under ``view``."""
+    """Return the height and width in pixels of an image of (height, width) under ``view``."""
     scale = min(view.short_side / min(height, width), view.long_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def extreme_sizes(spec: DataSpec, heights: NDArray[np.int32], widths: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """The lowest, narrowest, tallest and widest views of images of these sizes, as (height, width) with the padding.
+    """Return the lowest, narrowest, tallest and widest views of images of these sizes, as (height, width) with padding.
 
     Args:
-        heights, widths: of the images, in pixels; views in training and at evaluation count.
+        heights, widths: sizes of the images in pixels; both training and evaluation views count.
     """
     images = np.unique(np.stack([heights, widths], axis=1), axis=0).tolist()
     views = [View(short_side, spec.long_side) for short_side in sorted({*spec.short_side, spec.eval_short_side})]
@@ -69,7 +69,7 @@ def extreme_sizes(spec: DataSpec, heights: NDArray[np.int32], widths: NDArray[np
 
 
 def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Show ``image`` and its boxes under ``view``.
+    """Apply ``view`` to ``image`` and its boxes.
 
     Args:
         image: uint8 (3, H, W).
@@ -79,7 +79,7 @@ def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[N
         uint8 (3, h, w) and float32 (n, 4) in pixels of the view, inside [0, w] x [0, h].
 
     Raises:
-        ValueError: a box has no area in the view (prepare refuses boxes so small that this could happen).
+        ValueError: a box has no area in the view (prepare refuses boxes that are small enough for this).
     """
     height, width = image.shape[1:]
     new_height, new_width = view_size(height, width, view)

@@ -1,4 +1,4 @@
-"""Detectors in plain PyTorch, dense (RetinaNet, FCOS, GFL, RepPoints) and two-stage (Faster, Cascade R-CNN); their weights."""
+"""Detectors in plain PyTorch (dense: RetinaNet, FCOS, GFL, RepPoints; two-stage: Faster, Cascade R-CNN) and their weights."""
 
 from headkd_ray.detectors.base import DenseHead, Detector, RoIHead, StageOutput
 from headkd_ray.detectors.build import build_detector

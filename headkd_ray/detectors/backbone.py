@@ -1,4 +1,4 @@
-"""timm backbones, tapped at strides 4, 8, 16 and 32 (C2 to C5)."""
+"""timm backbones that return the feature maps at strides 4, 8, 16 and 32 (C2 to C5)."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ from headkd_ray.errors import JobError
 from headkd_ray.job import BackboneSpec
 
 STRIDES = (4, 8, 16, 32)
-"""Pixels a cell of C2 to C5."""
+"""Strides of C2 to C5 in pixels."""
 
 
 class Backbone(nn.Module):
-    """``body`` is timm's own feature extractor with timm's parameter names; this adds taps, freezing and BatchNorm modes."""
+    """A timm feature extractor with a choice of its maps, frozen stages and control over its BatchNorms.
+
+    ``body`` keeps timm's own parameter names.
+    """
 
     body: Any
-    """timm builds a dozen classes of feature extractors; what they share is ``feature_info``."""
+    """timm's feature extractor, which may be of a dozen classes; what they share is ``feature_info``."""
 
     def __init__(self, spec: BackboneSpec) -> None:
-        """Raises JobError if timm does not know the model, it has no maps at strides 4 to 32 or not the blocks for a key."""
+        """Raise JobError if timm does not know the model, or it lacks maps at strides 4 to 32 or blocks that a key needs."""
         super().__init__()
         self.spec = spec
         self.body = _body(spec)
         if spec.stride_in_1x1:
             _stride_in_1x1(self.body, spec.name)
-        info: Any = self.body.feature_info  # of a whole model (final_conv) it is a plain list, of an extractor a FeatureInfo
+        info: Any = self.body.feature_info  # a plain list for a whole model (final_conv), a FeatureInfo for an extractor
         taps: list[dict[str, Any]] = info if isinstance(info, list) else info.get_dicts()
         last = {tap["reduction"]: i for i, tap in enumerate(taps)}
         missing = [s for s in STRIDES if s not in last]
@@ -56,7 +59,7 @@ class Backbone(nn.Module):
         self.train()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """C2, C3, C4, C5 of normalised images ``x`` (B, 3, H, W): maps (B, channels, H/s, W/s)."""
+        """Return C2, C3, C4, C5 of normalised images ``x`` (B, 3, H, W): maps (B, channels, H/s, W/s)."""
         if self.spec.final_conv:
             final, maps = self.body.forward_intermediates(x)
             maps[-1] = final
@@ -68,7 +71,7 @@ class Backbone(nn.Module):
         return maps
 
     def train(self, mode: bool = True) -> Backbone:
-        """As usual, but frozen stages, and with ``norm_eval`` every BatchNorm, stay in eval mode."""
+        """Set the mode as usual, but keep frozen stages, and with ``norm_eval`` every BatchNorm, in eval mode."""
         super().train(mode)
         if mode:
             for module in self._frozen:
@@ -93,7 +96,7 @@ def _body(spec: BackboneSpec) -> nn.Module:
 
 
 def _created(spec: BackboneSpec, kwargs: Mapping[str, Any]) -> nn.Module:
-    """timm's feature extractor with ``kwargs`` in the place of the spec's. Raises whatever timm raises."""
+    """Create timm's feature extractor with ``kwargs`` in place of the spec's. Raises whatever timm raises."""
     arguments: dict[str, Any] = dict(kwargs)
     if spec.leaky_slope is not None:
         arguments["act_layer"] = partial(nn.LeakyReLU, negative_slope=spec.leaky_slope)
@@ -109,19 +112,22 @@ def _created(spec: BackboneSpec, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def shapes_of(spec: BackboneSpec, kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the parameters of timm's model with ``kwargs``, without memory for them; None if timm cannot build it."""
+    """Return the parameter shapes of timm's model with ``kwargs``, or None if timm cannot build it. Allocates no memory."""
     try:
         with torch.device("meta"):
             body = _created(spec.replace({"weights": "none"}), kwargs)
-    except Exception:  # as above
+    except Exception:  # timm's models raise anything for arguments that they cannot take
         return None
     return {name: tuple(parameter.shape) for name, parameter in body.named_parameters()}
 
 
 def _culprit(spec: BackboneSpec) -> tuple[str, str]:
-    """The key without which timm builds the model, and its value for a message; the section's if it is no single key."""
+    """Return the key that keeps timm from building the model, and its value for the message.
+
+    If no single key is to blame, it is the section's.
+    """
     if shapes_of(spec, spec.kwargs) is not None:
-        return "backbone.weights", ""  # it is the weights that timm cannot get
+        return "backbone.weights", ""  # timm builds the model, so it must be the weights that it cannot get
     for name, value in spec.kwargs.items():
         if shapes_of(spec, {other: spec.kwargs[other] for other in spec.kwargs if other != name}) is not None:
             return f"backbone.kwargs.{name}", f" with {value!r}"
@@ -129,7 +135,7 @@ def _culprit(spec: BackboneSpec) -> tuple[str, str]:
 
 
 def _stride_in_1x1(body: nn.Module, name: str) -> None:
-    """Move the stride of every bottleneck of ``body`` from its 3x3 conv to its first 1x1 conv, as caffe's ResNets have it."""
+    """Move the stride of every bottleneck of ``body`` from its 3x3 conv to its first 1x1 conv, as in Caffe's ResNets."""
     strided = [block for block in body.modules() if isinstance(block, Bottleneck) and max(block.conv2.stride) > 1]
     if not strided:
         raise JobError(f"backbone.stride_in_1x1: {name} has no ResNet bottlenecks whose 3x3 conv has a stride; use false")
@@ -138,7 +144,7 @@ def _stride_in_1x1(body: nn.Module, name: str) -> None:
 
 
 def _up_to(body: nn.Module, stage: str) -> list[nn.Module]:
-    """Modules of ``body`` up to the end of ``stage``; timm registers modules in the order in which they run."""
+    """Return the modules of ``body`` up to the end of ``stage``; timm registers modules in the order in which they run."""
     names = [name for name, _ in body.named_modules()]
     spelled = (stage, stage.replace(".", "_"))  # some extractors flatten stages.0 to stages_0
     start = next((n for n in names if n in spelled or n.endswith(tuple(f".{s}" for s in spelled))), None)

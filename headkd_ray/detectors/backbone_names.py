@@ -1,4 +1,4 @@
-"""Other libraries' names for the tensors of a backbone, turned into timm's."""
+"""Translation of other libraries' names of backbone tensors into timm's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOBILENET_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
 
 
 def mmdet_name(key: str) -> str:
-    """timm's name of mmdet's or mmcls's backbone tensor ``key`` (without ``backbone.``); ResNet names are the same.
+    """Return timm's name for mmdet's or mmcls's backbone tensor ``key`` (without ``backbone.``); ResNet names are the same.
 
     MobileNetV2: conv1/conv2 and layerN.M.{expand,depthwise,linear}_conv, each a ConvModule with .conv and .bn.
     """
@@ -33,7 +33,10 @@ def mmdet_name(key: str) -> str:
 
 
 def torchvision_name(key: str) -> str:
-    """timm's name of torchvision's backbone tensor ``key``; ResNet names are the same, MobileNetV2's are ``features.*``."""
+    """Return timm's name for torchvision's backbone tensor ``key``.
+
+    ResNet names are the same; MobileNetV2's are ``features.*``.
+    """
     if match := re.fullmatch(r"features\.(0|18)\.([01])\.(\w+)", key):
         names = {"0": ("conv_stem", "bn1"), "18": ("conv_head", "bn2")}[match[1]]
         return f"{names[int(match[2])]}.{match[3]}"
@@ -48,12 +51,15 @@ def torchvision_name(key: str) -> str:
 
 
 def classifier_names(names: Iterable[str]) -> set[str]:
-    """Those of a classification net's ``names`` that belong to its classifier and not to the backbone."""
+    """Return those of a classification network's ``names`` that belong to its classifier, not to the backbone."""
     return {n for n in names if re.match(r"(fc|classifier|head|head\.fc)\.", n)}
 
 
 def backbone_names(state: Mapping[str, object]) -> dict[str, str]:
-    """{key: timm name} for a classification net's state dict from timm, torchvision, mmcls or mmdet, classifier left out."""
+    """Map the keys of a classification network's state dict (timm, torchvision, mmcls or mmdet) to timm's names.
+
+    The classifier is left out.
+    """
     names = {}
     for key in state:
         bare = key.removeprefix("backbone.")

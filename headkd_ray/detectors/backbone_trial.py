@@ -1,6 +1,6 @@
-"""What only a trial tells about a backbone: sizes of views that it cannot take, and values that timm never reads.
+"""Problems of a backbone that only a trial run finds: view sizes that it cannot take, and values that timm never reads.
 
-Trials run on torch's meta device, which knows shapes and computes nothing: milliseconds, and no memory.
+Trials run on torch's meta device, which tracks shapes without computing anything: they take milliseconds and no memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Size = tuple[int, int]
 
 
 def backbone_problems(spec: BackboneSpec, sizes: Sequence[Size], changeable: bool = True) -> list[str]:
-    """Problems of a backbone that timm can build, each with the key to mend (``backbone....``) or ``data.pad``.
+    """List the problems of a backbone that timm can build, each with the key to mend (``backbone....`` or ``data.pad``).
 
     Args:
-        sizes: views of these sizes are tried.
-        changeable: whether the backbone's own keys can be changed (not those of a trained detector).
+        sizes: sizes of the views to try.
+        changeable: whether the backbone's own keys can be changed; those of a trained detector cannot.
     """
     problems = _unread(spec)
     if problems:
@@ -37,7 +37,7 @@ def backbone_problems(spec: BackboneSpec, sizes: Sequence[Size], changeable: boo
 
 
 def _unread(spec: BackboneSpec) -> list[str]:
-    """Lists among the arguments of which timm reads the first values alone: the rest would be lost without a word."""
+    """List the problems of list arguments of which timm reads only the first values and silently ignores the rest."""
     problems = []
     lists = {name: value for name, value in spec.kwargs.items() if isinstance(value, list | tuple)}
     whole = shapes_of(spec, spec.kwargs) if lists else None
@@ -51,7 +51,7 @@ def _unread(spec: BackboneSpec) -> list[str]:
 
 
 def _failure(spec: BackboneSpec, extra: Mapping[str, Any], sizes: Iterable[Size]) -> tuple[Size, str] | None:
-    """The first of ``sizes`` that the backbone with the ``extra`` arguments cannot take, and why."""
+    """Return the first of ``sizes`` that the backbone with the ``extra`` arguments cannot take, and why."""
     plain = spec.replace({"weights": "none", "kwargs": {**spec.kwargs, **extra}})
     try:
         with torch.device("meta"):
@@ -68,7 +68,7 @@ def _failure(spec: BackboneSpec, extra: Mapping[str, Any], sizes: Iterable[Size]
 
 
 def _remedy(spec: BackboneSpec, sizes: Sequence[Size], changeable: bool) -> tuple[str, str]:
-    """The key to blame, and what to do; every remedy has been tried."""
+    """Return the key to blame and what to do about it; remedies that name a value have been tried."""
     for extra, pad in _changes(max(map(max, sizes))):
         if (changeable or not extra) and _failure(spec, extra, _padded(sizes, pad)) is None:
             keys = [f"student.backbone.kwargs.{name}: {json.dumps(value)}" for name, value in extra.items()]
@@ -83,7 +83,7 @@ def _remedy(spec: BackboneSpec, sizes: Sequence[Size], changeable: bool) -> tupl
 
 
 def _changes(longest: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """(arguments, padding) that may help, the cheapest to train with first; the last ones bring all views to one size."""
+    """Yield (arguments, padding) that may help, the cheapest in training first; the last ones give all views one size."""
     yield {"strict_img_size": False}, 1
     yield from (({}, pad) for pad in (64, 128, 256))
     for side in (-(-longest // window) * window for window in (32, 224, 256)):

@@ -1,4 +1,4 @@
-"""Backbones at widths that timm's factories do not offer: micro models, and checkpoints of reduced nets."""
+"""Backbones at widths that timm's factories do not offer, for micro models and checkpoints of reduced networks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MOBILENET_V2 = ("ds_s1", "ir_s2_e6", "ir_s2_e6", "ir_s2_e6", "ir_s1_e6", "ir_s2
 
 
 def set_plain_stem(net: ResNet, width: int, act_layer: Any = nn.ReLU) -> FeatureListNet:
-    """timm's feature extractor over ``net`` with a 7x7 stem of ``width`` channels.
+    """Return timm's feature extractor over ``net`` with a 7x7 stem of ``width`` channels.
 
-    timm fixes a plain (not deep) stem at 64 channels. Only three modules depend on it, and they are built anew with timm's
-    own blocks: conv1, bn1 and layer1. A deep stem already has the width that ``stem_width`` gave it.
+    timm fixes a plain (not deep) stem at 64 channels. Only three modules depend on it (conv1, bn1 and layer1), and they are
+    rebuilt with timm's own blocks. A deep stem already has the width that ``stem_width`` gave it.
     """
     stem: nn.Module = net.conv1
     if isinstance(stem, nn.Conv2d) and stem.out_channels != width:
@@ -42,8 +42,10 @@ def mobilenet_v2(
     head_width: int = 1280,
     act_layer: Any = nn.ReLU6,
 ) -> EfficientNet | EfficientNetFeatures:
-    """timm's MobileNetV2 with seven stages of ``channels`` and ``layers``, a stem of ``stem_width`` and, unless
-    ``features_only``, a final 1x1 conv to ``head_width``. Expansion is 6, in the first stage 1."""
+    """Build timm's MobileNetV2 with seven stages of ``channels`` and ``layers`` and a stem of ``stem_width`` channels.
+
+    Unless ``features_only``, a final 1x1 conv to ``head_width`` follows. The expansion is 6, in the first stage 1.
+    """
     plan = [[f"{stage}_k3_r{n}_c{c}"] for stage, c, n in zip(_MOBILENET_V2, channels, layers, strict=True)]
     common: dict[str, Any] = {
         "block_args": decode_arch_def(plan),

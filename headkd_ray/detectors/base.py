@@ -1,8 +1,7 @@
-"""The contracts of detectors: what a detector, a dense head and a RoI head owe to everything outside this folder.
+"""Abstract base classes: what a detector, a dense head and a RoI head must provide to everything outside this folder.
 
-Whoever adds a kind of detector subclasses these, adds its spec to ``headkd_ray.job.detector_spec`` and a line to
-``registry.py``. It is then a student, a teacher and an assistant beside every other kind, and
-``tests/detectors/test_contract.py`` checks it.
+To add a kind of detector, subclass these, add its spec to ``headkd_ray.job.detector_spec`` and a line to ``registry.py``. It
+can then be a student, a teacher and an assistant beside every other kind, and ``tests/detectors/test_contract.py`` checks it.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
     from headkd_ray.detectors.roi_head import BoxHead, BoxOutputs
 
 Losses = dict[str, Tensor]
-"""Float32 scalars by name; their plain sum is what is minimised."""
+"""Losses as float32 scalars by name; training minimises their plain sum."""
 
 
 class Detector(nn.Module, ABC):
-    """A backbone, a pyramid and the heads that a subclass adds; the module tree is exactly what a checkpoint holds."""
+    """A backbone, a feature pyramid and the heads that a subclass adds; a checkpoint holds exactly this module tree."""
 
     spec: DenseDetectorSpec | TwoStageDetectorSpec
     strides: ClassVar[tuple[int, ...]]
-    """Pixels a cell of each pyramid level, finest first."""
+    """Stride of each pyramid level in pixels, finest first."""
     _mean: Tensor
     _std: Tensor
 
@@ -50,7 +49,10 @@ class Detector(nn.Module, ABC):
         self.register_buffer("_std", torch.tensor(spec.pixels.std).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """``images`` (B, 3, H, W) uint8 RGB to float32 (pixel - mean) / std, zero outside each image's (h, w) in ``sizes``."""
+        """Return (pixel - mean) / std of ``images`` (B, 3, H, W) uint8 RGB, zero outside each image's (h, w) in ``sizes``.
+
+        The result is float32.
+        """
         x = (images.float() - self._mean) / self._std
         h, w = sizes[:, 0, None, None], sizes[:, 1, None, None]
         rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
@@ -58,58 +60,58 @@ class Detector(nn.Module, ABC):
         return x.masked_fill_(~((rows < h) & (columns < w)).unsqueeze(1), 0.0)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Pyramid levels (B, channels, H, W), finest first, of normalised images ``x`` (B, 3, H, W)."""
+        """Compute the pyramid levels (B, channels, H, W), finest first, of normalised images ``x`` (B, 3, H, W)."""
         return self.neck(self.backbone(x)[self._finest :])
 
     @property
     @abstractmethod
     def detection_head(self) -> DenseHead | RoIHead:
-        """The head that detects: distillation reads its features, and an assistant of this kind of detector is another one."""
+        """The head that detects. Distillation reads its features; an assistant of this kind is another head of its class."""
 
     @abstractmethod
     def losses(self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
-        """Supervised losses, float32 scalars by name, on one pyramid.
+        """Compute the supervised losses, float32 scalars by name, on one pyramid.
 
-        ``generator`` (on the tensors' device; None = torch's default) draws samples where the detector samples.
+        ``generator`` (on the tensors' device; None = torch's default) is used where the detector draws samples.
         """
 
     @abstractmethod
     def detect(self, x: Tensor, sizes: Tensor) -> Detections:
-        """Detections of normalised images ``x`` (B, 3, H, W); call in eval mode. Carries no gradient."""
+        """Detect objects in normalised images ``x`` (B, 3, H, W), without gradients. Call it in eval mode."""
 
     def forward(self, images: Tensor, sizes: Tensor) -> Detections:
-        """Detections of ``images`` (B, 3, H, W) uint8 RGB; ``sizes`` (B, 2) unpadded (h, w)."""
+        """Detect objects in ``images`` (B, 3, H, W) uint8 RGB; ``sizes`` (B, 2) are their unpadded (h, w)."""
         return self.detect(self.normalise(images, sizes), sizes)
 
 
 class DenseOutputs(Protocol):
-    """What a dense head says about each pyramid level; a head's own NamedTuple has more. A anchors a cell, C classes."""
+    """The outputs that all dense heads share; a head's own NamedTuple has more. A anchors per cell, C classes."""
 
     @property
     def logits(self) -> list[Tensor]:
-        """(B, A * C, H, W) a level, anchor-major."""
+        """Class logits (B, A * C, H, W) of each level, anchor-major."""
 
     @property
     def taps(self) -> list[list[Tensor]]:
-        """What distillation reads; see :meth:`DenseHead.taps`."""
+        """The features that distillation reads; see :meth:`DenseHead.taps`."""
 
 
 OutputsT = TypeVar("OutputsT", bound=DenseOutputs)
 
 
 class DenseHead(nn.Module, ABC, Generic[OutputsT]):
-    """A head that answers for every cell of every pyramid level, with ``num_classes`` sigmoid classes.
+    """A head that predicts at every cell of every pyramid level, with ``num_classes`` sigmoid classes.
 
-    It detects, and it proposes RoIs to a RoI head that helps it learn. A subclass sets ``anchors``, and names its layer of
-    class logits ``cls_out`` (anchor-major), so that a checkpoint can be carried over to other classes.
+    It detects, and it proposes RoIs to an assistant that is a RoI head. A subclass sets ``anchors``, and names its layer of
+    class logits ``cls_out`` (anchor-major), so that a checkpoint can be adapted to other classes.
     """
 
     spec: DenseHeadSpec
     anchors: Anchors
-    """The reference boxes of the cells; a head of points has one square a cell."""
+    """The reference boxes of the cells; an anchor-free head has one square per cell."""
 
     def __init__(self, spec: DenseHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
-        """``strides``: pixels a cell of each level of ``in_channels`` that :meth:`forward` takes."""
+        """``strides`` are the strides in pixels of the levels, of ``in_channels`` each, that :meth:`forward` takes."""
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes
@@ -118,50 +120,52 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
     @property
     @abstractmethod
     def tap_channels(self) -> list[int]:
-        """Width of each of :meth:`taps`."""
+        """Number of channels of each of :meth:`taps`."""
 
     @property
     def lead_channels(self) -> int:
-        """Width of the tap that CKD reads, the first."""
+        """Number of channels of the tap that CKD reads, the first."""
         return self.tap_channels[0]
 
     @abstractmethod
     def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The post-ReLU features that distillation reads, each a list of (B, tap_channels, H, W), a level of ``features`` each.
+        """Return the post-ReLU features that distillation reads; the first is the output of the last classification conv.
 
-        The first is the output of the last classification conv.
+        Each is a list with one map (B, tap_channels, H, W) per level of ``features``.
         """
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> OutputsT:
-        """The head's outputs on ``features``, (B, in_channels, H, W) a level."""
+        """Run the head on ``features``, one map (B, in_channels, H, W) per level."""
 
     @abstractmethod
     def losses(self, outputs: OutputsT, truth: GroundTruth) -> Losses:
-        """Supervised losses by name (``loss_*``), float32 scalars, normalised as the detector's paper does."""
+        """Compute the supervised losses by name (``loss_*``), float32 scalars, normalised as in the detector's paper."""
 
     @abstractmethod
     def box_maps(self, outputs: OutputsT) -> list[Tensor]:
-        """(B, A * 4, H, W) a level, anchor-major: what :meth:`decode` turns into boxes."""
+        """Return the box predictions for :meth:`decode`: a map (B, A * 4, H, W) per level, anchor-major."""
 
     @abstractmethod
     def decode(self, predicted: Tensor, reference: Tensor) -> Tensor:
-        """Boxes (..., 4) in pixels from rows of :meth:`box_maps` (..., 4) float32 and their anchors (..., 4)."""
+        """Turn rows of :meth:`box_maps` (..., 4) float32 and their anchors (..., 4) into boxes (..., 4) in pixels."""
 
     @abstractmethod
     def nearest_cells(self, outputs: OutputsT, boxes: Tensor) -> Tensor:
-        """(N, 4) int64 (level, y, x, anchor): the cell that would propose each of ``boxes`` (N, 4). Carries no gradient."""
+        """Find the cell that would propose each of ``boxes`` (N, 4): (N, 4) int64 (level, y, x, anchor), without gradients."""
 
     @torch.no_grad()
     def proposals(self, outputs: OutputsT, sizes: Tensor) -> Proposals:
-        """RoIs for a RoI head, each with the cell that it came from: the head as an RPN whose score is that of the likeliest
-        class. They carry no gradient; ``sizes`` (B, 2) unpadded (h, w)."""
+        """Propose RoIs for a RoI head, each with the cell that it came from; they carry no gradient.
+
+        The head acts as an RPN whose score is that of the most likely class. ``sizes`` (B, 2) are unpadded (h, w).
+        """
         best = [m.unflatten(1, (-1, self.num_classes)).amax(2).float().sigmoid() for m in outputs.logits]
         return propose(best, self.box_maps(outputs), self.anchors, sizes, self.spec.proposals, self.decode)
 
     @torch.no_grad()
     def detect(self, outputs: OutputsT, sizes: Tensor) -> Detections:
-        """Detections at test settings, scored by class probability; ``sizes`` (B, 2) unpadded (h, w)."""
+        """Detect at test settings, scored by class probability; ``sizes`` (B, 2) are unpadded (h, w)."""
         grid, rules = self.anchors.grid(outputs.logits), self.spec.postprocess
         logits, maps = flatten_cells(outputs.logits, self.num_classes), flatten_cells(self.box_maps(outputs), 4)
         found, offset = [], 0
@@ -173,28 +177,30 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
         return conclude(found, sizes, rules, self.num_classes)
 
     def boxes_at(self, predicted: Tensor, anchor: Tensor, reference: Tensor) -> Tensor:
-        """(B, K, 4) boxes of the anchors at ``anchor`` (B, K) of one level, from its rows of :meth:`box_maps`, ``predicted``
-        (B, N, 4), and its anchors ``reference`` (N, 4)."""
+        """Decode the boxes (B, K, 4) of the anchors at indices ``anchor`` (B, K) of one level.
+
+        ``predicted`` (B, N, 4) are the level's rows of :meth:`box_maps`, ``reference`` (N, 4) its anchors.
+        """
         rows = predicted.gather(1, anchor.unsqueeze(-1).expand(-1, -1, 4)).float()
         return self.decode(rows, reference[anchor])
 
 
 class StageOutput(NamedTuple):
-    """What one stage of a RoI head says in a training step, and about which RoIs."""
+    """The outputs of one stage of a RoI head in a training step, and the RoIs that they belong to."""
 
     rois: RoIs
     outputs: BoxOutputs
 
 
 class RoIHead(nn.Module, ABC):
-    """A head that answers for RoIs, in one stage or in several that refine them one after the other."""
+    """A head that predicts for RoIs, in one stage or in several that refine them one after the other."""
 
     spec: BoxHeadSpec
     stages: Sequence[BoxHead]
     """The box heads, first to last. Distillation reads the post-ReLU outputs of their fully connected layers."""
 
     def __init__(self, spec: BoxHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
-        """``strides``: pixels a cell of each of the levels, of ``in_channels``, that RoIs are pooled from."""
+        """``strides`` are the strides in pixels of the levels, of ``in_channels`` each, from which RoIs are pooled."""
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes
@@ -202,7 +208,7 @@ class RoIHead(nn.Module, ABC):
 
     @property
     def tap_channels(self) -> list[int]:
-        """Width of each tap: the fully connected layers of the first stage, then of the next."""
+        """Width of each tap: the fully connected layers of the first stage, then those of the next."""
         return [width for stage in self.stages for width in stage.fc_widths]
 
     @property
@@ -214,13 +220,15 @@ class RoIHead(nn.Module, ABC):
     def stage_outputs(
         self, features: Sequence[Tensor], rois: RoIs, truth: GroundTruth, generator: torch.Generator | None = None
     ) -> list[StageOutput]:
-        """What each stage says in a training step: the first about ``rois``, any other about what the one before it made of
-        them, matched with ``truth`` and sampled again by ``generator``. No gradient flows from stage to stage."""
+        """Run all stages of a training step: the first on ``rois``, each later one on those that the stage before it refined.
+
+        Refined RoIs are matched with ``truth`` and sampled again with ``generator``. No gradient flows from stage to stage.
+        """
 
     @abstractmethod
     def losses(self, outputs: Sequence[StageOutput]) -> Losses:
-        """Supervised losses by name, float32 scalars, at the RoIs of ``outputs``."""
+        """Compute the supervised losses by name, float32 scalars, at the RoIs of ``outputs``."""
 
     @abstractmethod
     def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detections at test settings from RoIs ``boxes`` (R, 4) of images ``image`` (R,); ``sizes`` (B, 2) unpadded (h, w)."""
+        """Detect at test settings from RoIs ``boxes`` (R, 4) of images ``image`` (R,); ``sizes`` (B, 2) are unpadded (h, w)."""

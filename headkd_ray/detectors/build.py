@@ -1,4 +1,4 @@
-"""A detector from its spec."""
+"""Build a detector from its spec, with backbone weights from a file or from timm."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from headkd_ray.errors import JobError
 from headkd_ray.job import DenseDetectorSpec, TwoStageDetectorSpec
 
 AnyDetector = DenseDetector | TwoStageDetector
-"""The two families."""
+"""A detector of either family."""
 
 
 def build_detector(spec: DenseDetectorSpec | TwoStageDetectorSpec, num_classes: int, section: str = "student") -> AnyDetector:
-    """A freshly initialised detector for ``num_classes`` classes, with the backbone weights that ``spec`` names.
+    """Build a freshly initialised detector for ``num_classes`` classes, with the backbone weights that ``spec`` names.
 
     Random numbers come from torch's default generator. Raises JobError for a backbone that timm cannot build (``section`` is
-    where its keys stand), CheckpointError for backbone weights that do not fit.
+    the job section of its keys), CheckpointError for backbone weights that do not fit.
     """
-    make: Any = detector_class(spec)  # which takes this very spec, as the registry says
+    make: Any = detector_class(spec)  # Any: the registry pairs each class with its spec, which mypy cannot see
     try:
         detector: AnyDetector = make(spec, num_classes)
     except JobError as error:
@@ -40,7 +40,7 @@ def build_detector(spec: DenseDetectorSpec | TwoStageDetectorSpec, num_classes: 
 
 
 def load_backbone(backbone: Backbone, path: Path) -> None:
-    """Load a classification net's file (timm, torchvision, mmcls) into ``backbone``; its classifier is left out.
+    """Load a classification network's file (timm, torchvision, mmcls) into ``backbone``; its classifier is left out.
 
     Raises CheckpointError listing every tensor that does not fit.
     """
@@ -48,7 +48,7 @@ def load_backbone(backbone: Backbone, path: Path) -> None:
 
     def names_of(state: Mapping[str, Tensor]) -> dict[str, str]:
         names = backbone_names(state)
-        if not backbone.spec.final_conv:  # the net's last 1x1 conv has no place in a backbone that stops before it
+        if not backbone.spec.final_conv:  # the network's last 1x1 conv has no place in a backbone that stops before it
             names = {key: name for key, name in names.items() if not name.startswith(("conv_head.", "bn2."))}
         flat = {key: name.replace(".", "_", 1) for key, name in names.items()}  # some extractors flatten stages.0 to stages_0
         return {key: flat[key] if name not in own and flat[key] in own else name for key, name in names.items()}

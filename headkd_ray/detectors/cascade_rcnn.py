@@ -1,4 +1,4 @@
-"""Cascade R-CNN (Cai & Vasconcelos 2018): box heads in a row, each on the boxes that the one before it refined."""
+"""Cascade R-CNN (Cai & Vasconcelos 2018): a sequence of box heads, each on the boxes that the one before it refined."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from headkd_ray.job import CascadeHeadSpec, CascadeRCNNSpec
 
 
 class CascadeHead(RoIHead):
-    """The heads of ``spec.stages``, each as a :class:`BoxHead` of its own."""
+    """A sequence of box heads, a :class:`BoxHead` for each of ``spec.stages``."""
 
     spec: CascadeHeadSpec
 
@@ -40,7 +40,7 @@ class CascadeHead(RoIHead):
         return outputs
 
     def losses(self, outputs: Sequence[StageOutput]) -> Losses:
-        """``s0_cls``, ``s0_box``, ``s1_cls``, ...: each stage's as :meth:`BoxHead.losses`, times its weight."""
+        """Return ``s0_cls``, ``s0_box``, ``s1_cls``, ...: each stage's :meth:`BoxHead.losses` times its weight."""
         stages = enumerate(zip(self.stages, outputs, self.spec.weights, strict=True))
         return {
             f"s{i}_{name}": weight * loss for i, (stage, said, weight) in stages for name, loss in stage.losses([said]).items()
@@ -48,8 +48,7 @@ class CascadeHead(RoIHead):
 
     @torch.no_grad()
     def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detections at test settings: boxes are the last stage's, scores what all stages said, each about the RoI that
-        reached it."""
+        """Detect at test settings: boxes are the last stage's, scores average all stages, each at the RoI that reached it."""
         outputs = self.stages[0](features, boxes, image)
         logits = [outputs.logits]
         for before, stage in pairwise(self.stages):
@@ -59,18 +58,18 @@ class CascadeHead(RoIHead):
         return self.stages[-1].conclude(BoxOutputs([], self._average(logits), outputs.deltas), boxes, image, sizes)
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:
-        """(R, C + 1) float32 logits whose softmax is the score, from those of the stages."""
+        """Combine the stages' logits into (R, C + 1) float32 ones whose softmax is the score."""
         each = torch.stack([stage.float() for stage in logits])
         if self.spec.average == "logits":
             return each.mean(0)
-        return each.log_softmax(-1).logsumexp(0)  # the log of the summed scores; the softmax divides by their number
+        return each.log_softmax(-1).logsumexp(0)  # the log of the summed scores; the softmax normalises the sum
 
 
 @torch.no_grad()
 def refine(head: BoxHead, said: StageOutput, sizes: Tensor) -> Proposals:
-    """The RoIs of ``said``, an output of ``head``, as it would move them, in their order, each with the cell that it came from.
+    """Move the RoIs of ``said``, an output of ``head``, by its deltas, keeping their order and the cells they came from.
 
-    Ground-truth boxes are left out: they are added again when the next stage matches. A score is 1, since RoIs have none.
+    Ground-truth boxes are left out: the next stage's matching adds them again. All scores are 1, since RoIs have none.
     """
     rois = said.rois
     kept = rois.from_proposal
@@ -84,10 +83,10 @@ def refine(head: BoxHead, said: StageOutput, sizes: Tensor) -> Proposals:
 def moved(
     head: BoxHead, outputs: BoxOutputs, rois: Tensor, image: Tensor, sizes: Tensor, labels: Tensor | None = None
 ) -> Tensor:
-    """(R, 4): ``rois`` (R, 4) of images ``image`` (R,) moved by the deltas of ``head``'s ``outputs``, clipped to ``sizes``.
+    """Move ``rois`` (R, 4) of images ``image`` (R,) by the deltas of ``head``'s ``outputs``, and clip them to ``sizes``.
 
-    A class-specific head moves a RoI as an object of its class in ``labels`` (R,), background or unlabelled ones as one of
-    the likeliest class.
+    A class-specific head uses the deltas of a RoI's class in ``labels`` (R,), or of its most likely class if it is background
+    or unlabelled.
     """
     likeliest = outputs.logits[:, :-1].argmax(1)
     labels = likeliest if labels is None else torch.where(labels < head.num_classes, labels, likeliest)
@@ -96,7 +95,10 @@ def moved(
 
 
 class CascadeRCNN(TwoStageDetector):
-    """Losses: ``loss_rpn_cls``, ``loss_rpn_box``; and ``loss_roi_s0_cls``, ``loss_roi_s0_box``, ... of each stage."""
+    """Cascade R-CNN.
+
+    Its losses are ``loss_rpn_cls``, ``loss_rpn_box`` and, for each stage, ``loss_roi_s0_cls``, ``loss_roi_s0_box``, ...
+    """
 
     spec: CascadeRCNNSpec
     roi: CascadeHead

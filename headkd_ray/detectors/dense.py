@@ -1,4 +1,4 @@
-"""What every dense detector is: one head on P3 to P7."""
+"""The base class of dense detectors: one head on P3 to P7."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headkd_ray.detectors.ops.proposals import Detections
 from headkd_ray.job import DenseDetectorSpec
 
 STRIDES = (8, 16, 32, 64, 128)
-"""Pixels a cell of P3 to P7."""
+"""Strides of P3 to P7 in pixels."""
 
 
 class DenseDetector(Detector):
@@ -32,7 +32,7 @@ class DenseDetector(Detector):
         return self.head
 
     def losses(self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
-        """The head's losses. Nothing is sampled, so ``generator`` is not used."""
+        """Compute the head's losses. Nothing is sampled, so ``generator`` is not used."""
         return self.head.losses(self.head(features), truth)
 
     @torch.no_grad()

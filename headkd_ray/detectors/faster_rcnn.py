@@ -1,4 +1,4 @@
-"""Faster R-CNN (Ren et al. 2015): RPN on P2 to P6, one box head on P2 to P5."""
+"""Faster R-CNN (Ren et al. 2015) with an FPN: an RPN on P2 to P6 and one box head on P2 to P5."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headkd_ray.job import FasterRCNNSpec
 
 
 class FasterRCNN(TwoStageDetector):
-    """Losses: ``loss_rpn_cls``, ``loss_rpn_box``, ``loss_roi_cls``, ``loss_roi_box``."""
+    """Faster R-CNN, with losses ``loss_rpn_cls``, ``loss_rpn_box``, ``loss_roi_cls`` and ``loss_roi_box``."""
 
     spec: FasterRCNNSpec
     roi: BoxHead

@@ -1,4 +1,4 @@
-"""FCOS (Tian et al. 2019): a class, a box and a centerness for the point of every cell of P3 to P7."""
+"""FCOS (Tian et al. 2019): an anchor-free head that predicts class, box and centerness at the point of every cell."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ MAX_LOG_DISTANCE = math.log(1e5)
 
 
 class FCOSOutputs(NamedTuple):
-    """What the head says about each level; C classes."""
+    """The head's outputs, one map per level; C classes."""
 
     logits: list[Tensor]
-    """(B, C, H, W)."""
+    """Class logits (B, C, H, W)."""
     distances: list[Tensor]
-    """(B, 4, H, W) float32: from the cell's point to the left, top, right and bottom of its box, in units of the stride."""
+    """Distances (B, 4, H, W) float32 from the cell's point to the left, top, right and bottom of its box, in strides."""
     centerness: list[Tensor]
-    """(B, 1, H, W) logits."""
+    """Centerness logits (B, 1, H, W)."""
     taps: list[list[Tensor]]
-    """As :meth:`FCOSHead.taps`."""
+    """The features of :meth:`FCOSHead.taps`."""
 
 
 class FCOSHead(DenseHead[FCOSOutputs]):
-    """Dense head of points on P3 to P7; init and class prior as in ``spec``."""
+    """An anchor-free dense head on P3 to P7; initial weights and class prior follow ``spec``."""
 
     spec: FCOSHeadSpec
 
     def __init__(self, spec: FCOSHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int] = STRIDES) -> None:
         super().__init__(spec, in_channels, num_classes, strides)
-        # A point is the centre of the one square anchor, of the stride's size, that its cell has.
+        # Each cell has one square anchor with a side of one stride, whose centre is the cell's point.
         corner = spec.points == "corner"
         square = AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,), rounding=corner)
         self.anchors = Anchors(square, strides, offset=0.0 if corner else 0.5)
@@ -62,7 +62,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         return [self.spec.channels] * 2
 
     def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The outputs of the last classification conv and of the last box conv, both post-ReLU."""
+        """Return the post-ReLU outputs of the last classification conv and of the last box conv."""
         return [[self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]]
 
     def forward(self, features: Sequence[Tensor]) -> FCOSOutputs:
@@ -71,16 +71,16 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         if self.spec.norm_on_bbox:
             distances = [r.relu() for r in raw]
         else:
-            # Bounded far above any box: where a point does not count, an infinite exp would still make its gradient NaN.
+            # Clamped far above any box: an infinite exp would make gradients NaN even at points that do not count.
             distances = [r.clamp(max=MAX_LOG_DISTANCE).exp() / stride for r, stride in zip(raw, self.strides, strict=True)]
         centerness = [self.centerness_out(m) for m in (box_taps if self.spec.centerness_on_reg else cls_taps)]
         return FCOSOutputs([self.cls_out(t) for t in cls_taps], distances, centerness, taps)
 
     def losses(self, outputs: FCOSOutputs, truth: GroundTruth) -> Losses:
-        """Focal loss, IoU loss weighted with the centerness targets, cross entropy of the centerness.
+        """Compute the focal loss, the IoU loss weighted by the centerness targets, and the centerness cross entropy.
 
-        The first and the last are divided by max(1, positives in the batch), the second by its weights' sum, on each worker by
-        itself (mmdet's FCOS averages these over workers). All points count, also those in the padding (mmdet).
+        The first and the last are divided by max(1, positives in the batch), the second by the sum of its weights, on each
+        worker separately (mmdet's FCOS averages these over workers). All points count, even those in the padding (mmdet).
         """
         grid = self.anchors.grid(outputs.logits)
         low, high = self._ranges(grid)
@@ -88,7 +88,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         positive = matched >= 0
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
-        # Rows without a match have their own cell for a target, so that nothing below divides by 0.
+        # Rows without a match get their own cell as target, so that nothing below divides by 0.
         target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
         target_distances = encode_distances(target_boxes, grid.boxes)
         target_centerness = _centerness(target_distances)
@@ -107,7 +107,10 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         }
 
     def _ranges(self, grid: AnchorGrid) -> tuple[Tensor, Tensor]:
-        """(N,) least and (N,) largest distance, in pixels, from each point to the farthest side of a box it may answer for."""
+        """Return, for each point, the least and largest distance to the farthest side of a box that it may predict.
+
+        Both are (N,), in pixels.
+        """
         bounds = (0.0, *self.spec.regress_ranges, torch.inf)
         low, high = (
             torch.cat([grid.boxes.new_full((count,), bound) for count, bound in zip(grid.counts, side, strict=True)])
@@ -123,15 +126,17 @@ class FCOSHead(DenseHead[FCOSOutputs]):
 
     @torch.no_grad()
     def nearest_cells(self, outputs: FCOSOutputs, boxes: Tensor) -> Tensor:
-        """(N, 4) int64 (level, y, x, 0): the point nearest to the centre of each of ``boxes`` (N, 4), on the level that
-        boxes of its size belong to by ``regress_ranges``."""
+        """Find the point nearest to the centre of each of ``boxes`` (N, 4): (N, 4) int64 (level, y, x, 0).
+
+        The level is the one that boxes of its size belong to by ``regress_ranges``.
+        """
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(1) * 0.5
         level = torch.bucketize(reach, boxes.new_tensor(self.spec.regress_ranges))
         return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
     @torch.no_grad()
     def detect(self, outputs: FCOSOutputs, sizes: Tensor) -> Detections:
-        """Detections at test settings, scored by class probability and centerness as ``spec.score`` says."""
+        """Detect at test settings, scored by class probability and centerness as ``spec.score`` says."""
         grid = self.anchors.grid(outputs.logits)
         rules, root = self.spec.postprocess, self.spec.score == "sqrt"
         found, offset = [], 0
@@ -151,7 +156,10 @@ class FCOSHead(DenseHead[FCOSOutputs]):
 
 
 def _centerness(distances: Tensor) -> Tensor:
-    """(...) geometric mean of the ratios of the nearer to the farther side, of ``distances`` (..., 4) above 0."""
+    """Return the centerness (...) of ``distances`` (..., 4) above 0.
+
+    It is the geometric mean of the ratios of the nearer to the farther side along each axis.
+    """
     left, top, right, bottom = distances.unbind(-1)
     across = torch.minimum(left, right) / torch.maximum(left, right)
     down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
@@ -159,7 +167,7 @@ def _centerness(distances: Tensor) -> Tensor:
 
 
 class FCOS(DenseDetector):
-    """Losses: ``loss_cls``, ``loss_box``, ``loss_centerness``."""
+    """FCOS, with losses ``loss_cls``, ``loss_box`` and ``loss_centerness``."""
 
     spec: FCOSSpec
     head: FCOSHead

@@ -1,4 +1,4 @@
-"""Loading tensors into a module strictly: everything that does not match is said at once."""
+"""Strict loading of tensors into a module, which reports all mismatches at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headkd_ray.errors import CheckpointError
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
-    """Load ``tensors`` into ``module`` if they fit it; raises as :func:`check_fit` does."""
+    """Load ``tensors`` into ``module``; if they do not fit, raise as :func:`check_fit` does."""
     check_fit(module, tensors, source, origin)
     module.load_state_dict({**module.state_dict(), **tensors})
 
@@ -18,9 +18,8 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: M
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
     """Raise CheckpointError listing every missing, unexpected or misshapen tensor, unless ``tensors`` fit ``module``.
 
-    Their names are those in ``module``, which may be on the meta device; ``origin`` maps a name to what it is called in the
-    file, for messages. Only BatchNorm's ``num_batches_tracked`` may be missing: frozen BatchNorms do not have it, and nothing
-    here reads it.
+    The names are those of ``module``, which may be on the meta device; ``origin`` maps them to the file's names, for messages.
+    Only BatchNorm's ``num_batches_tracked`` may be missing: frozen BatchNorms do not have it, and nothing here reads it.
     """
     origin = origin or {}
     own = module.state_dict()

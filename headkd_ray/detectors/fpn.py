@@ -1,4 +1,4 @@
-"""Feature pyramid network: C3-C5 to P3-P7 (RetinaNet, FCOS) or C2-C5 to P2-P6 (Faster and Cascade R-CNN)."""
+"""Feature pyramid network: C3-C5 to P3-P7 for dense detectors, C2-C5 to P2-P6 for two-stage ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headkd_ray.job import FPNSpec
 
 
 class FPN(nn.Module):
-    """Top-down pyramid over maps of ``in_channels``, finest first; init Xavier uniform."""
+    """A top-down pyramid over maps of ``in_channels``, finest first, with Xavier uniform initial weights."""
 
     def __init__(self, spec: FPNSpec, in_channels: Sequence[int]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class FPN(nn.Module):
         return nn.Sequential(conv, layer)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Backbone ``maps`` (B, C_i, H_i, W_i), finest first, to pyramid levels (B, channels, H, W), finest first."""
+        """Turn backbone ``maps`` (B, C_i, H_i, W_i) into pyramid levels (B, channels, H, W), both finest first."""
         merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
         for i in range(len(merged) - 1, 0, -1):
             up = F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")

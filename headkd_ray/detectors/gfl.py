@@ -1,5 +1,7 @@
-"""GFL (Li et al. 2020, Generalized Focal Loss): on P3 to P7 a class score that estimates the box's IoU too, and for each side
-of a box a distribution of its distance, of which the mean counts."""
+"""GFL (Li et al. 2020, Generalized Focal Loss): a dense head whose class scores also estimate the IoU of the box.
+
+For each side of a box it predicts a distribution over distances, the mean of which is the box's.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +24,23 @@ from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, GFLHeadSpec, GFLSpec
 
 LARGEST = 0.1
-"""Distances are learnt up to this much below ``reg_max``, so that there is always a bin above (mmdet)."""
+"""Target distances are clamped to this much below ``reg_max``, so that there is always a bin above them (mmdet)."""
 
 
 class GFLOutputs(NamedTuple):
-    """What the head says about each level; C classes, M + 1 bins."""
+    """The head's outputs, one map per level; C classes, M + 1 bins."""
 
     logits: list[Tensor]
-    """(B, C, H, W): of a score that estimates the IoU of the box with an object of the class."""
+    """Logits (B, C, H, W) of a score that estimates the IoU of the box with an object of the class."""
     bins: list[Tensor]
-    """(B, 4 * (M + 1), H, W) float32 logits, side-major: how far the left, top, right and bottom side is from the cell's point,
-    in units of the stride."""
+    """Logits (B, 4 * (M + 1), H, W) float32, side-major, of the distributions of the distance from the cell's point to the
+    left, top, right and bottom side, in strides."""
     taps: list[list[Tensor]]
-    """As :meth:`GFLHead.taps`."""
+    """The features of :meth:`GFLHead.taps`."""
 
 
 class GFLHead(DenseHead[GFLOutputs]):
-    """Dense head of one square anchor a cell on P3 to P7; init and class prior as in ``spec``."""
+    """A dense head with one square anchor per cell on P3 to P7; initial weights and class prior follow ``spec``."""
 
     spec: GFLHeadSpec
     _distances: Tensor
@@ -60,7 +62,7 @@ class GFLHead(DenseHead[GFLOutputs]):
         return [self.spec.channels] * 2
 
     def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The outputs of the last classification conv and of the last box conv, both post-ReLU."""
+        """Return the post-ReLU outputs of the last classification conv and of the last box conv."""
         return [[self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]]
 
     def forward(self, features: Sequence[Tensor]) -> GFLOutputs:
@@ -69,16 +71,16 @@ class GFLHead(DenseHead[GFLOutputs]):
         return GFLOutputs([self.cls_out(t) for t in cls_taps], bins, taps)
 
     def losses(self, outputs: GFLOutputs, truth: GroundTruth) -> Losses:
-        """Quality focal loss, generalised IoU loss and distribution focal loss (mmdet).
+        """Compute the quality focal loss, generalised IoU loss and distribution focal loss (mmdet).
 
-        The first is divided by the sum over images of max(1, positives), the others by the sum of their weights, the positives'
-        greatest class scores; both are means over the workers that train together, and at least 1.
+        The first is divided by the sum over images of max(1, positives), the others by the sum of their weights, which are the
+        positives' greatest class scores. Both divisors are averaged over the workers of the run, and at least 1.
         """
         spec, grid = self.spec, self.anchors.grid(outputs.logits)
         valid = self.anchors.valid(grid, truth.sizes)
         matched = match_adaptive(grid.boxes, grid.counts, truth, spec.topk, valid)
         positive = matched >= 0
-        # Rows without a match have their own anchor for a target, so that nothing below divides by 0.
+        # Rows without a match get their own anchor as target, so that nothing below divides by 0.
         target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
         target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
         distances = encode_distances(target_boxes, grid.boxes) * spec.base_scale
@@ -100,7 +102,7 @@ class GFLHead(DenseHead[GFLOutputs]):
         }
 
     def _mean(self, bins: Tensor) -> Tensor:
-        """Mean distances (...) of distributions whose logits are ``bins`` (..., M + 1)."""
+        """Return the mean distances (...) of the distributions with logits ``bins`` (..., M + 1)."""
         return (bins.softmax(-1) * self._distances).sum(-1)  # not a matrix product, which autocast would round
 
     def box_maps(self, outputs: GFLOutputs) -> list[Tensor]:
@@ -115,7 +117,7 @@ class GFLHead(DenseHead[GFLOutputs]):
 
 
 class GFL(DenseDetector):
-    """Losses: ``loss_cls``, ``loss_box``, ``loss_dfl``."""
+    """GFL, with losses ``loss_cls``, ``loss_box`` and ``loss_dfl``."""
 
     spec: GFLSpec
     head: GFLHead

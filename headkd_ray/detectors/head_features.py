@@ -1,4 +1,4 @@
-"""The features that distillation compares: of which layers of a head, and which of them CKD reads."""
+"""The features of a head that distillation compares, and the one of them that CKD reads."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from headkd_ray.detectors.roi_head import BoxOutputs
 
 Maps = list[Tensor]
-"""Features of a dense head: (B, C, H, W) of P3 to P7."""
+"""Feature maps (B, C, H, W) of a dense head, one for each of P3 to P7."""
 
 Tap = Maps | Tensor
-"""A post-ReLU feature that distillation reads: a dense head's maps, or a RoI head's rows (R, C), one a RoI."""
+"""A post-ReLU feature that distillation reads: a dense head's maps, or a RoI head's rows (R, C), one per RoI."""
 
 
 class HeadFeatures(NamedTuple):
-    """The features of a detection head, an assistant's or a teacher's."""
+    """The features of the detection head of an assistant or a teacher."""
 
     taps: Sequence[Tap]
-    """What AKD compares, layer by layer."""
+    """The features that AKD compares, layer by layer."""
     lead: Tap
-    """What CKD has the student imitate."""
+    """The feature that the student imitates in CKD."""
 
     @classmethod
     def of_maps(cls, taps: Sequence[Maps]) -> HeadFeatures:
-        """Features of a dense head, whose last classification conv, the first tap, leads."""
+        """Wrap the taps of a dense head; the lead is the first, the last classification conv."""
         return cls(taps, taps[0])
 
     @classmethod
     def of_stages(cls, stages: Sequence[BoxOutputs]) -> HeadFeatures:
-        """Features of a RoI head's ``stages``, of which the last fully connected layer of the first leads."""
+        """Collect the taps of a RoI head's ``stages``; the lead is the last fully connected layer of the first stage."""
         return cls([tap for stage in stages for tap in stage.taps], stages[0].taps[-1])

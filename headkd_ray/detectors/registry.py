@@ -1,4 +1,5 @@
-"""The kinds of detector that there are, each a line: its spec, the spec of its head, its class (which names its head's)."""
+"""The registry of detector kinds: one line each with its spec, the spec of its head, its class, which names its head's, and how
+other libraries' files hold its weights."""
 
 from __future__ import annotations
 
@@ -6,6 +7,16 @@ from typing import Any, NamedTuple
 
 from headkd_ray.detectors.base import DenseHead, RoIHead
 from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
+from headkd_ray.detectors.conversions import (
+    cascade_rcnn_weights,
+    faster_rcnn_weights,
+    fcos_weights,
+    gfl_weights,
+    reppoints_weights,
+    retinanet_weights,
+)
+from headkd_ray.detectors.conversions.from_mmdet import MMDetConversion
+from headkd_ray.detectors.conversions.from_torchvision import TorchvisionConversion
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.faster_rcnn import FasterRCNN
 from headkd_ray.detectors.fcos import FCOS
@@ -33,20 +44,24 @@ from headkd_ray.job import (
 
 
 class Kind(NamedTuple):
-    """A kind of detector; what a job file says of it, and what is built from that."""
+    """A kind of detector: the specs that a job file gives, the class that is built from them, and foreign weights of it."""
 
     spec: type[DenseDetectorSpec] | type[TwoStageDetectorSpec]
     head_spec: type[Spec]
     detector: type[DenseDetector] | type[TwoStageDetector]
+    mmdet: MMDetConversion | None = None
+    """How mmdet's files hold it; None = they are not read."""
+    torchvision: TorchvisionConversion | None = None
+    """How torchvision's files hold it; None = they are not read."""
 
 
 KINDS: tuple[Kind, ...] = (
-    Kind(RetinaNetSpec, RetinaHeadSpec, RetinaNet),
-    Kind(FCOSSpec, FCOSHeadSpec, FCOS),
-    Kind(GFLSpec, GFLHeadSpec, GFL),
-    Kind(RepPointsSpec, RepPointsHeadSpec, RepPoints),
-    Kind(FasterRCNNSpec, RoIHeadSpec, FasterRCNN),
-    Kind(CascadeRCNNSpec, CascadeHeadSpec, CascadeRCNN),
+    Kind(RetinaNetSpec, RetinaHeadSpec, RetinaNet, retinanet_weights.MMDET, retinanet_weights.TORCHVISION),
+    Kind(FCOSSpec, FCOSHeadSpec, FCOS, fcos_weights.MMDET, fcos_weights.TORCHVISION),
+    Kind(GFLSpec, GFLHeadSpec, GFL, gfl_weights.MMDET),
+    Kind(RepPointsSpec, RepPointsHeadSpec, RepPoints, reppoints_weights.MMDET),
+    Kind(FasterRCNNSpec, RoIHeadSpec, FasterRCNN, faster_rcnn_weights.MMDET, faster_rcnn_weights.TORCHVISION),
+    Kind(CascadeRCNNSpec, CascadeHeadSpec, CascadeRCNN, cascade_rcnn_weights.MMDET),
 )
 
 _DETECTORS: dict[type[Spec], type[Any]] = {kind.spec: kind.detector for kind in KINDS}
@@ -54,10 +69,10 @@ _HEADS: dict[type[Spec], type[Any]] = {kind.head_spec: kind.detector.head_class 
 
 
 def detector_class(spec: Spec) -> type[DenseDetector] | type[TwoStageDetector]:
-    """The class of detector that is built from ``spec``."""
+    """Return the class of detector that is built from ``spec``."""
     return _DETECTORS[type(spec)]
 
 
 def head_class(spec: Spec) -> type[DenseHead[Any]] | type[RoIHead]:
-    """The class of head that is built from ``spec``."""
+    """Return the class of head that is built from ``spec``."""
     return _HEADS[type(spec)]

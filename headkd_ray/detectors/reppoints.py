@@ -1,7 +1,7 @@
-"""RepPoints (Yang et al. 2019): nine points a cell of P3 to P7, at which deformable convs read to refine and classify them.
+"""RepPoints (Yang et al. 2019): nine points per cell, at which deformable convs read features to refine and classify them.
 
-The box of a cell is the spread of its points (the paper's moment variant). Points are (y, x) pairs, as the offsets of
-deformable convs are, from the cell's own point (x * stride, y * stride), in units of the stride.
+The box of a cell follows from the mean and spread of its points (the paper's moment variant). Points are (y, x) pairs, like
+the offsets of deformable convs, relative to the cell's own point (x * stride, y * stride), in units of the stride.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, RepPointsHeadSpec, RepPointsSpec
 
 KERNEL = 3
-"""Side of the deformable convs; each of its taps reads at one point."""
+"""Kernel size of the deformable convs; each of its weights reads at one point."""
 
 POINTS = KERNEL * KERNEL
 
 
 class RepPointsOutputs(NamedTuple):
-    """What the head says about each level; C classes."""
+    """The head's outputs, one map per level; C classes."""
 
     logits: list[Tensor]
-    """(B, C, H, W)."""
+    """Class logits (B, C, H, W)."""
     initial: list[Tensor]
-    """(B, 2 * POINTS, H, W) float32: points, y before x, in units of the stride, from the cell's own point."""
+    """Initial points (B, 2 * POINTS, H, W) float32, y before x, in strides from the cell's own point."""
     refined: list[Tensor]
-    """(B, 2 * POINTS, H, W) float32: the same after refinement; no gradient reaches ``initial`` through it."""
+    """Refined points (B, 2 * POINTS, H, W) float32; no gradient flows from them to ``initial``."""
     taps: list[list[Tensor]]
-    """As :meth:`RepPointsHead.taps`."""
+    """The features of :meth:`RepPointsHead.taps`."""
 
 
 class RepPointsHead(DenseHead[RepPointsOutputs]):
-    """Dense head of point sets on P3 to P7; init and class prior as in ``spec``."""
+    """A dense head of point sets on P3 to P7; initial weights and class prior follow ``spec``."""
 
     spec: RepPointsHeadSpec
     _rest: Tensor
 
     def __init__(self, spec: RepPointsHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int] = STRIDES) -> None:
         super().__init__(spec, in_channels, num_classes, strides)
-        # A cell's own point is the centre of the one square anchor, of the stride's size, that it has.
+        # Each cell has one square anchor with a side of one stride, whose centre is the cell's own point.
         self.anchors = Anchors(AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,)), strides)
         width = spec.point_channels
         self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
@@ -64,7 +64,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         self.refine_conv = DeformConv2d(spec.channels, width, KERNEL, padding=KERNEL // 2, bias=False)
         self.refine_out = nn.Conv2d(width, 2 * POINTS, 1)
         self.moment_transfer = nn.Parameter(torch.zeros(2))
-        """Log factor from the points' standard deviation to half the box's width, and height."""
+        """Log factors from the points' standard deviations to half the box's width and height."""
 
         init_dense_head(self, spec.tower_std)
         if spec.tower_std is None:
@@ -74,7 +74,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
             nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")
         side = torch.arange(KERNEL, dtype=torch.float32) - KERNEL // 2
         rest = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).reshape(1, 2 * POINTS, 1, 1)
-        # Where a plain conv reads; a deformable one counts its offsets from there.
+        # The points at which a plain conv reads; a deformable conv's offsets are relative to them.
         self.register_buffer("_rest", rest, persistent=False)
 
     @property
@@ -82,8 +82,8 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         return [self.spec.channels] * 2 + [self.spec.point_channels] * 3
 
     def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The outputs, post-ReLU, of the last classification conv, of the last conv of the points' tower, of the conv before
-        the initial points, and of the deformable convs that classify and refine."""
+        """Return the post-ReLU outputs of five convs: the last ones of the classification tower and of the points' tower, the
+        one before the initial points, and the deformable ones that classify and refine."""
         return self._read(features)[0]
 
     def forward(self, features: Sequence[Tensor]) -> RepPointsOutputs:
@@ -93,7 +93,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         return RepPointsOutputs([self.cls_out(t) for t in classify], initial, refined, taps)
 
     def _read(self, features: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """The taps and the initial points, (B, 2 * POINTS, H, W) float32 a level."""
+        """Compute the taps and the initial points, (B, 2 * POINTS, H, W) float32 per level."""
         cls_taps, box_taps = [self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]
         init_taps = [self.init_conv(t).relu() for t in box_taps]
         initial = [self.init_out(t).float() for t in init_taps]
@@ -103,22 +103,22 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         return [cls_taps, box_taps, init_taps, classify, refine], initial
 
     def distances(self, points: Tensor) -> Tensor:
-        """Boxes (B, 4, H, W) of ``points`` (B, 2 * POINTS, H, W): mean +- factor x standard deviation along each axis.
+        """Turn ``points`` (B, 2 * POINTS, H, W) into boxes: mean +- factor x standard deviation along each axis.
 
-        They are distances from the cell's own point to the left, top, right and bottom side, in units of the stride, so
-        negative where it lies outside.
+        Returns the distances (B, 4, H, W) from the cell's own point to the left, top, right and bottom side, in strides; they
+        are negative where the point lies outside.
         """
         y, x = points.unflatten(1, (POINTS, 2)).unbind(2)
         factor = _damp(self.moment_transfer, self.spec.moment_mul).exp()
-        half_width, half_height = x.std(1) * factor[0], y.std(1) * factor[1]  # std's gradient is 0, not NaN, at no spread
+        half_width, half_height = x.std(1) * factor[0], y.std(1) * factor[1]  # std's gradient is 0, not NaN, without spread
         x, y = x.mean(1), y.mean(1)
         return torch.stack([half_width - x, half_height - y, half_width + x, half_height + y], dim=1)
 
     def losses(self, outputs: RepPointsOutputs, truth: GroundTruth) -> Losses:
-        """Smooth L1 losses of the initial and the refined points' boxes, and the focal loss.
+        """Compute the focal loss and the smooth L1 losses of the initial and the refined points' boxes.
 
-        A ground-truth box is the initial target of the cell nearest to it; what cells refine and classify follows from the
-        IoU of their initial boxes. Each loss is divided by the sum over images of max(1, positives of its stage).
+        A ground-truth box is the initial target of the cell nearest to it; targets of refinement and classification follow from
+        the IoU of the initial boxes. Each loss is divided by the sum over images of max(1, positives of its stage).
         """
         spec = self.spec
         grid = self.anchors.grid(outputs.logits)
@@ -141,7 +141,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         }
 
     def _point_loss(self, distances: Tensor, matched: Tensor, truth: GroundTruth, grid: AnchorGrid) -> Tensor:
-        """Smooth L1 of ``distances`` (B, N, 4) to the boxes of ``truth`` that are ``matched`` (B, N)."""
+        """Return the smooth L1 loss of ``distances`` (B, N, 4) to the boxes of ``truth`` that are ``matched`` (B, N)."""
         scale = self.spec.base_scale
         target = encode_distances(gather_rows(truth.boxes, matched), grid.boxes)
         total = l1_sum(distances / scale, target / scale, matched >= 0, self.spec.smooth_l1_beta)
@@ -155,30 +155,32 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
 
     @torch.no_grad()
     def nearest_cells(self, outputs: RepPointsOutputs, boxes: Tensor) -> Tensor:
-        """(N, 4) int64 (level, y, x, 0): the point nearest to the centre of each of ``boxes`` (N, 4), on the level that
-        boxes of its size belong to; see ``match_nearest``."""
+        """Find the point nearest to the centre of each of ``boxes`` (N, 4): (N, 4) int64 (level, y, x, 0).
+
+        The level is the one that boxes of its size belong to; see ``match_nearest``.
+        """
         sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6) / (self.spec.base_scale * self.strides[0])
         level = sides.log2().mean(-1).floor().long().clamp(0, len(self.strides) - 1)
         return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
 
 def _damp(value: Tensor, share: float) -> Tensor:
-    """``value``, of whose gradient only ``share`` goes on."""
+    """Return ``value`` with its gradient scaled by ``share``."""
     return value.detach() * (1 - share) + value * share
 
 
 def _deform(conv: DeformConv2d, features: Tensor, offsets: Tensor) -> Tensor:
-    """ReLU of the deformable conv; float32 throughout, for bfloat16 would round where it reads."""
+    """Apply the deformable conv and a ReLU, in float32 because bfloat16 would round the positions at which it reads."""
     return conv(features.float(), offsets).relu()
 
 
 def _positives(matched: Tensor) -> Tensor:
-    """Sum over images of max(1, positives) of ``matched`` (B, N)."""
+    """Return the sum over images of max(1, positives) of ``matched`` (B, N)."""
     return (matched >= 0).sum(1).clamp(min=1).sum()
 
 
 class RepPoints(DenseDetector):
-    """Losses: ``loss_cls``, ``loss_init``, ``loss_refine``."""
+    """RepPoints, with losses ``loss_cls``, ``loss_init`` and ``loss_refine``."""
 
     spec: RepPointsSpec
     head: RepPointsHead

@@ -1,4 +1,4 @@
-"""RetinaNet (Lin et al. 2017): a dense head of anchors on P3 to P7, two conv towers on every level, focal loss."""
+"""RetinaNet (Lin et al. 2017): an anchor-based dense head on P3 to P7 with two conv towers, trained with the focal loss."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from headkd_ray.job import RetinaHeadSpec, RetinaNetSpec
 
 
 class RetinaOutputs(NamedTuple):
-    """What the head says about each level; A anchors a cell, C classes."""
+    """The head's outputs, one map per level; A anchors per cell, C classes."""
 
     logits: list[Tensor]
-    """(B, A * C, H, W), anchor-major."""
+    """Class logits (B, A * C, H, W), anchor-major."""
     deltas: list[Tensor]
-    """(B, A * 4, H, W), anchor-major, stds 1."""
+    """Box deltas (B, A * 4, H, W), anchor-major, with standard deviations of 1."""
     taps: list[list[Tensor]]
-    """As :meth:`RetinaHead.taps`."""
+    """The features of :meth:`RetinaHead.taps`."""
 
 
 class RetinaHead(DenseHead[RetinaOutputs]):
-    """Dense head of anchors on P3 to P7; init and class prior as in ``spec``."""
+    """An anchor-based dense head on P3 to P7; initial weights and class prior follow ``spec``."""
 
     spec: RetinaHeadSpec
 
@@ -52,7 +52,7 @@ class RetinaHead(DenseHead[RetinaOutputs]):
         return [self.spec.channels] * 2
 
     def taps(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The outputs of the last classification conv and of the last box conv, both post-ReLU."""
+        """Return the post-ReLU outputs of the last classification conv and of the last box conv."""
         return [[self.cls_tower(f) for f in features], [self.box_tower(f) for f in features]]
 
     def forward(self, features: Sequence[Tensor]) -> RetinaOutputs:
@@ -60,14 +60,14 @@ class RetinaHead(DenseHead[RetinaOutputs]):
         return RetinaOutputs([self.cls_out(t) for t in cls_taps], [self.box_out(t) for t in box_taps], taps)
 
     def losses(self, outputs: RetinaOutputs, truth: GroundTruth) -> Losses:
-        """Focal and L1 loss, each divided by the sum over images of max(1, positives)."""
+        """Compute the focal and the L1 loss, each divided by the sum over images of max(1, positives)."""
         grid = self.anchors.grid(outputs.logits)
         valid = self.anchors.valid(grid, truth.sizes)
         matched = match(grid.boxes, truth, self.spec.positive_iou, self.spec.negative_iou, low_quality_iou=0.0, valid=valid)
         positive = matched >= 0
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
-        # Rows without a match encode their own anchor, so that no log(0) arises where it would be masked anyway.
+        # Rows without a match encode their own anchor, so that not even a masked row contains log(0).
         target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
         target_deltas = encode(target_boxes, grid.boxes)
 
@@ -89,7 +89,7 @@ class RetinaHead(DenseHead[RetinaOutputs]):
 
 
 class RetinaNet(DenseDetector):
-    """Losses: ``loss_cls``, ``loss_box``."""
+    """RetinaNet, with losses ``loss_cls`` and ``loss_box``."""
 
     spec: RetinaNetSpec
     head: RetinaHead

@@ -1,4 +1,4 @@
-"""The box head of Faster R-CNN, a RoI head of one stage: RoIAlign, convs and fully connected layers, class and box."""
+"""The box head of Faster R-CNN, a single-stage RoI head: RoIAlign, convs and fully connected layers, class and box."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from headkd_ray.job import RoIHeadSpec
 
 
 class BoxOutputs(NamedTuple):
-    """What the head says about R RoIs; C classes."""
+    """The head's outputs for R RoIs; C classes."""
 
     taps: list[Tensor]
-    """(R, fc_channels) each: post-ReLU outputs of the fully connected layers, in order, which AKD and CKD read."""
+    """Post-ReLU outputs (R, fc_channels) of the fully connected layers, in order, which AKD and CKD read."""
     logits: Tensor
-    """(R, C + 1), background last."""
+    """Class logits (R, C + 1), background last."""
     deltas: Tensor
-    """(R, C, 4), or (R, 1, 4) if class-agnostic; in units of the spec's ``stds``."""
+    """Box deltas (R, C, 4), or (R, 1, 4) if class-agnostic, in units of the spec's ``stds``."""
 
 
 def roi_levels(rois: Tensor, levels: int, finest_scale: float) -> Tensor:
-    """(R,) int64 pyramid level, 0 = finest, of ``rois`` (R, 4): mmdet's rule, which torchvision's pooler does not follow."""
+    """Return the pyramid level (R,) int64, 0 = finest, of ``rois`` (R, 4) by mmdet's rule; torchvision's pooler differs."""
     scale = area(rois).clamp(min=0).sqrt()
     return (scale / finest_scale + 1e-6).log2().floor().clamp(0, levels - 1).long()
 
 
 def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, image: Tensor, spec: RoIHeadSpec) -> Tensor:
-    """(R, C, pool, pool) float32 features of ``rois`` (R, 4), each from the level that fits its size.
+    """Pool the features of ``rois`` (R, 4), each from the level that fits its size: (R, C, pool, pool) float32.
 
     The RoIs are sorted by level once, so that all levels together cost one host-device synchronisation.
     """
@@ -54,15 +54,15 @@ def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, 
 
 
 def deltas_of(outputs: BoxOutputs, labels: Tensor) -> Tensor:
-    """(R, 4): the deltas of each RoI for its class in ``labels`` (R,); any of them for background."""
+    """Select the deltas (R, 4) of each RoI for its class in ``labels`` (R,); which ones background gets is arbitrary."""
     column = labels.clamp(max=outputs.deltas.shape[1] - 1)
     return outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
 
 
 class BoxHead(RoIHead):
-    """Box head over four pyramid levels with the given ``strides`` (pixels a cell).
+    """A box head over four pyramid levels with the given ``strides`` in pixels.
 
-    Init: Xavier for the fully connected layers, N(0, .01) for classes, N(0, .001) for boxes.
+    Initial weights are Xavier in the fully connected layers, N(0, .01) for classes and N(0, .001) for boxes.
     """
 
     spec: RoIHeadSpec
@@ -92,9 +92,9 @@ class BoxHead(RoIHead):
         return layers
 
     def forward(self, features: Sequence[Tensor], rois: Tensor, image: Tensor) -> BoxOutputs:
-        """What the head says about ``rois`` (R, 4) of images ``image`` (R,).
+        """Run the head on ``rois`` (R, 4) of images ``image`` (R,).
 
-        ``features`` are pyramid levels (B, in_channels, H, W), finest first; the first ``len(strides)`` are pooled from.
+        ``features`` are pyramid levels (B, in_channels, H, W), finest first, of which the first ``len(strides)`` are pooled.
         """
         pooled = pool_rois(features[: len(self.strides)], self.strides, rois, image, self.spec)
         hidden, taps = self.convs(pooled).flatten(1), []
@@ -110,7 +110,7 @@ class BoxHead(RoIHead):
 
     @property
     def stages(self) -> tuple[BoxHead]:  # type: ignore[override]
-        """This head alone."""
+        """This head, the only stage."""
         return (self,)
 
     def stage_outputs(
@@ -119,10 +119,13 @@ class BoxHead(RoIHead):
         return [StageOutput(rois, self(features, rois.boxes, rois.image))]
 
     def losses(self, outputs: Sequence[StageOutput]) -> Losses:
-        """``cls``: cross entropy averaged over all R; ``box``: (smooth) L1 on the positives' own class, divided by R too."""
+        """Compute ``cls``, the cross entropy averaged over all R RoIs, and ``box``, the (smooth) L1 loss divided by R too.
+
+        The latter counts positives alone, with the deltas of their own class.
+        """
         ((rois, said),) = outputs
         positive = rois.labels < self.num_classes
-        # A RoI that a cascade moved off its image has no sides to encode by; it is background.
+        # A RoI that a cascade moved off its image has no area, so it cannot be encoded; it is background.
         wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
         box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
         return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
@@ -133,7 +136,7 @@ class BoxHead(RoIHead):
 
     @torch.no_grad()
     def conclude(self, outputs: BoxOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detections from what was said about ``rois``; arguments as in :meth:`detect`."""
+        """Turn ``outputs`` for ``rois`` into detections; the other arguments are those of :meth:`detect`."""
         rules = self.spec.postprocess
         scores = outputs.logits.float().softmax(-1)[:, :-1]
         row, label = (scores > rules.score).nonzero(as_tuple=True)

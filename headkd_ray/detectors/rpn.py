@@ -1,4 +1,4 @@
-"""Region proposal network of Faster R-CNN and Cascade R-CNN, on P2 to P6."""
+"""The region proposal network of Faster R-CNN and Cascade R-CNN, on P2 to P6."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import RPNSpec
 
 STRIDES = (4, 8, 16, 32, 64)
-"""Pixels a cell of P2 to P6."""
+"""Strides of P2 to P6 in pixels."""
 
 
 class RPNOutputs(NamedTuple):
-    """What the RPN says about each level; A anchors a cell."""
+    """The RPN's outputs, one map per level; A anchors per cell."""
 
     logits: list[Tensor]
-    """(B, A, H, W)."""
+    """Objectness logits (B, A, H, W)."""
     deltas: list[Tensor]
-    """(B, A * 4, H, W), anchor-major, stds 1."""
+    """Box deltas (B, A * 4, H, W), anchor-major, with standard deviations of 1."""
 
 
 class RPN(nn.Module):
-    """Objectness and box of every anchor; init as in ``spec``."""
+    """A network that predicts objectness and box of every anchor; initial weights follow ``spec``."""
 
     def __init__(self, spec: RPNSpec, channels: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class RPN(nn.Module):
         init_dense_head(self, spec.tower_std)
 
     def forward(self, features: Sequence[Tensor]) -> RPNOutputs:
-        """``features``: P2 to P6, (B, channels, H, W) each."""
+        """Run the RPN on ``features``, P2 to P6, (B, channels, H, W) each."""
         hidden = [self.tower(f) for f in features]
         return RPNOutputs([self.cls_out(h) for h in hidden], [self.box_out(h) for h in hidden])
 
@@ -55,7 +55,7 @@ class RPN(nn.Module):
         truth: GroundTruth,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Cross entropy and (smooth) L1 on sampled anchors, each divided by the number of samples in the batch (mmdet).
+        """Compute cross entropy and (smooth) L1 on sampled anchors, each divided by the batch's number of samples (mmdet).
 
         ``generator`` draws the samples.
         """
@@ -71,7 +71,7 @@ class RPN(nn.Module):
         positive = (matched >= 0) & chosen.valid
         target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), anchors)
 
-        # mmdet counts at least one positive and one negative an image.
+        # mmdet counts at least one positive and one negative per image.
         negatives = (chosen.valid & ~positive).sum(1).clamp(min=1).sum()
         samples = positive.sum(1).clamp(min=1).sum() + negatives
         return {
@@ -81,7 +81,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def proposals(self, outputs: RPNOutputs, sizes: Tensor) -> Proposals:
-        """Proposals by the training rules in train mode, by the test rules otherwise; they carry no gradient."""
+        """Propose RoIs by the training rules in train mode, else by the test rules; they carry no gradient."""
         rules = self.spec.train_proposals if self.training else self.spec.test_proposals
         scores = [logits.float().sigmoid() for logits in outputs.logits]
         to_boxes = partial(decode, clamp_shrink=self.spec.clamp_shrink)

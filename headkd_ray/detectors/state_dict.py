@@ -1,4 +1,4 @@
-"""The state dict in a weight file's content, however it is wrapped and prefixed."""
+"""Finding the state dict in a weight file's content, however it is wrapped and prefixed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from headkd_ray.errors import CheckpointError
 
 State = dict[str, Tensor]
 _USUAL = ("state_dict", "model", "")
-"""Where it stands in files of mmdet, mmcls and Lightning; of torchvision's reference scripts; in the content itself."""
+"""Its usual keys: in files of mmdet, mmcls and Lightning; of torchvision's reference scripts; empty = the content itself."""
 
 
 def find_state_dict(content: Mapping[str, Any], source: str, is_known: Callable[[Mapping[str, Tensor]], bool]) -> State:
-    """The tensors by name that ``is_known`` recognises in a file's ``content``; those in the likeliest place if it does none.
+    """Find the tensors by name that ``is_known`` recognises in a file's ``content``.
 
     They may be the content itself or one mapping in it, and all their names may share prefixes (``module.``, ``_orig_mod.``,
-    ``model.``, ``student.``, ...), which are then taken off.
+    ``model.``, ``student.``, ...), which are then removed. If nothing is recognised, the tensors in the most usual place are
+    returned.
 
     Raises CheckpointError if there are no tensors, or if several mappings are recognised and none is in a usual place.
     """
@@ -38,13 +39,13 @@ def find_state_dict(content: Mapping[str, Any], source: str, is_known: Callable[
 
 
 def meta_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """mmdet's ``meta`` beside the tensors; empty if there is none."""
+    """Return mmdet's ``meta`` beside the tensors, or an empty dict if there is none."""
     meta = content.get("meta")
     return dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def _parts(content: Mapping[str, Any]) -> dict[str, State]:
-    """What holds tensors, by its key (empty = the content itself), the usual places first."""
+    """Return all mappings that hold tensors, by key (empty = the content itself), the usual places first."""
     mappings = {"": content} | {str(key): part for key, part in content.items() if isinstance(part, Mapping)}
     tensors = {
         key: {str(name): value for name, value in part.items() if isinstance(value, Tensor)} for key, part in mappings.items()
@@ -54,7 +55,7 @@ def _parts(content: Mapping[str, Any]) -> dict[str, State]:
 
 
 def _unprefixed(state: State) -> Iterator[State]:
-    """``state``, then without the first, the first two, ... parts that all its names share."""
+    """Yield ``state``, then ``state`` without the first, the first two, ... prefixes that all its names share."""
     yield state
     while all("." in name for name in state) and len({name.partition(".")[0] for name in state}) == 1:
         state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
@@ -62,7 +63,7 @@ def _unprefixed(state: State) -> Iterator[State]:
 
 
 def _without_state(content: Mapping[str, Any]) -> str:
-    """Why ``content`` has no state dict: where its tensors are instead, or that it has none."""
+    """Explain why ``content`` has no state dict: where its tensors are instead, or that it has none."""
     places: dict[type, str] = {}
     _look(content, "", places)
     if Tensor in places:
@@ -73,7 +74,7 @@ def _without_state(content: Mapping[str, Any]) -> str:
 
 
 def _look(value: object, place: str, places: dict[type, str], depth: int = 0) -> None:
-    """Put the first place of a tensor and of an array in ``value`` into ``places``."""
+    """Record in ``places`` where in ``value`` the first tensor and the first array are."""
     for kind in (Tensor, np.ndarray):
         if isinstance(value, kind):
             places.setdefault(kind, place)

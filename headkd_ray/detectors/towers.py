@@ -1,4 +1,4 @@
-"""The towers of convs that dense heads and the RPN are made of, and their initial weights."""
+"""The conv towers of dense heads and the RPN, and their initial weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headkd_ray.detectors import init
 
 
 def tower(in_channels: int, channels: int, depth: int, norm_groups: int | None = None) -> nn.Sequential:
-    """``depth`` times 3x3 conv, GroupNorm (unless ``norm_groups`` is None) and ReLU."""
+    """Stack ``depth`` times a 3x3 conv, GroupNorm (unless ``norm_groups`` is None) and ReLU."""
     layers: list[nn.Module] = []
     for i in range(depth):
         layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1))
@@ -19,7 +19,7 @@ def tower(in_channels: int, channels: int, depth: int, norm_groups: int | None =
 
 
 def init_dense_head(head: nn.Module, tower_std: float | None) -> None:
-    """Draw output convs from N(0, 0.01); tower convs from N(0, tower_std), or by He et al. (2015) when it is None."""
+    """Draw output convs from N(0, 0.01), and tower convs from N(0, tower_std) or, if that is None, by He et al. (2015)."""
     for name, module in head.named_modules():
         if isinstance(module, nn.Conv2d):
             if "tower" not in name:

@@ -1,4 +1,4 @@
-"""What every two-stage detector is: an RPN on P2 to P6 and a RoI head on P2 to P5."""
+"""The base class of two-stage detectors: an RPN on P2 to P6 and a RoI head on P2 to P5."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headkd_ray.detectors.rpn import RPN, STRIDES
 from headkd_ray.job import TwoStageDetectorSpec
 
 ROI_LEVELS = 4
-"""A RoI head pools from the finest four levels of a pyramid: P2 to P5 here, P3 to P6 as an assistant of a dense student."""
+"""Number of levels, the finest ones, from which a RoI head pools: P2 to P5 here, P3 to P6 as a dense student's assistant."""
 
 
 class TwoStageDetector(Detector):
@@ -36,13 +36,13 @@ class TwoStageDetector(Detector):
         return self.roi
 
     def losses(self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
-        """``loss_rpn_cls``, ``loss_rpn_box`` and the RoI head's losses as ``loss_roi_*``."""
+        """Compute ``loss_rpn_cls``, ``loss_rpn_box`` and the RoI head's losses as ``loss_roi_*``."""
         return self.losses_and_stages(features, truth, generator)[0]
 
     def losses_and_stages(
         self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None
     ) -> tuple[Losses, list[StageOutput]]:
-        """The losses, and what each stage of the RoI head said for them."""
+        """Compute the losses, and return them with the outputs of each stage of the RoI head."""
         outputs = self.rpn(features)
         losses = self.rpn.losses(outputs, truth, generator)
         proposals = self.rpn.proposals(outputs, truth.sizes)
@@ -58,5 +58,5 @@ class TwoStageDetector(Detector):
 
 
 def answers_about_rois(detector: Detector) -> TypeGuard[TwoStageDetector]:
-    """Whether ``detector`` says of any RoI what depends on that RoI alone: a two-stage one whose head has one stage."""
+    """Return whether ``detector``'s outputs for a RoI depend on that RoI alone: two-stage, with a single-stage head."""
     return isinstance(detector, TwoStageDetector) and len(detector.roi.stages) == 1

@@ -1,4 +1,4 @@
-"""Distillation: a student, the terms that help it learn, and the methods that are lists of such terms."""
+"""Distillation of a student: the terms of the training loss, and the methods, which are lists of such terms."""
 
 from headkd_ray.detectors.head_features import HeadFeatures
 from headkd_ray.distill.methods import build_training_model

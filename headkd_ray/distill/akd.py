@@ -1,4 +1,4 @@
-"""Assistant knowledge distillation: the assistant's layers imitate the teacher's on the same levels or RoIs."""
+"""Assistant knowledge distillation (AKD): the assistant's layers imitate the teacher's on the same levels or RoIs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from headkd_ray.job import Job
 
 
 class AKD(Term):
-    """``loss_akd_1``, ``loss_akd_2``, ...: a layer each. An adapter is trained a layer, from the assistant's width to the
-    teacher's: a Linear on rows, a 1x1 conv on maps."""
+    """The AKD losses ``loss_akd_1``, ``loss_akd_2``, ..., one per layer.
+
+    Each layer has a trained adapter from the assistant's width to the teacher's: a Linear on rows, a 1x1 conv on maps.
+    """
 
     per_assistant = True
     reads_teacher = "head"
@@ -43,8 +45,8 @@ class AKD(Term):
         found = []
         if job.distill.rois == "teacher" and not answers_about_rois(teacher):
             found.append(
-                "distill.rois: teacher needs a faster_rcnn teacher, whose answers belong to RoIs; this one is a "
-                f"{teacher.spec.kind}: use student"
+                "distill.rois: teacher needs a faster_rcnn teacher, whose features depend on a RoI alone; this one is a "
+                f"{teacher.spec.kind}, so use student"
             )
         if job.distill.assistant is not None and answers_about_rois(teacher):
             own, theirs = job.distill.assistant.fcs, len(teacher.roi.tap_channels)
@@ -62,14 +64,15 @@ class AKD(Term):
 
 
 def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
-    """A trained layer from width ``own`` to ``theirs``: a 1x1 conv for ``maps``, a Linear for rows."""
+    """Create a trainable layer from width ``own`` to ``theirs``: a 1x1 conv for ``maps``, a Linear for rows."""
     return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
 
 
 def distance(adapt: nn.Module, own: Tap, theirs: Tap) -> Tensor:
-    """MSE of adapted rows (R, C) with rows (R, C'), or the sum over levels of that of maps (B, C, H, W) with (B, C', H, W).
+    """Return the MSE between ``own``, adapted, and ``theirs``, which gets no gradient.
 
-    ``theirs`` gets no gradient. Ground-truth rows count like any other.
+    They are rows (R, C) and (R, C'), or maps (B, C, H, W) and (B, C', H, W) whose MSEs are summed over levels. Rows of
+    ground-truth boxes count like any other.
     """
     if isinstance(own, Tensor) and isinstance(theirs, Tensor):
         return mean_squared_error(adapt(own), theirs)

@@ -1,16 +1,17 @@
-"""The ground-truth losses of an assistant, through which the student's pyramid learns what a head of another kind needs."""
+"""The ground-truth losses of an assistant, from which the student's pyramid learns what a head of another kind needs."""
 
 from __future__ import annotations
 
-from headkd_ray.detectors import BoxHead, Detector
+from headkd_ray.detectors import Detector
 from headkd_ray.detectors.base import Losses
+from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
 
 
 class AssistantLoss(Term):
-    """``loss_{assistant}_*``: the assistant's supervised losses, at the RoIs that the student proposes if it takes RoIs."""
+    """The assistant's supervised losses ``loss_{assistant}_*``; a RoI head's are at the RoIs that the student proposes."""
 
     per_assistant = True
 
@@ -25,10 +26,10 @@ class AssistantLoss(Term):
 
     @classmethod
     def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
-        if teacher is None or job.distill.assistant is None or isinstance(teacher.detection_head, BoxHead):
+        if teacher is None or job.distill.assistant is None or answers_about_rois(teacher):
             return []
         return [
-            "distill.assistant: describes an R-CNN head, but the assistant of this teacher is a head like its own, a "
+            "distill.assistant: describes an R-CNN head, but this teacher's assistant must have a head like its own, that of a "
             f"{teacher.spec.kind}; use null"
         ]
 

@@ -1,7 +1,7 @@
-"""Assistants: detection heads of other kinds on the student's pyramid. They learn from labels; their features are compared
-with a teacher's (AKD) or, without one, are what the student is to imitate (CKD).
+"""Assistants: detection heads of other kinds on the student's pyramid, which learn from labels.
 
-There are two sorts, as there are of detectors: dense heads, which take whole levels, and RoI heads.
+Their features are compared with a teacher's (AKD) or, without a teacher, are themselves the target that the student imitates
+(CKD). There are two sorts, as there are of detectors: dense heads, which take whole levels, and RoI heads.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from headkd_ray.distill.student import Sampler, StudentForward
 
 
 class AssistantOutput(NamedTuple):
-    """What an assistant makes of a batch."""
+    """The outputs of an assistant for a batch."""
 
     losses: Losses
-    """Its own ground-truth losses, by short name; unweighted."""
+    """The assistant's own ground-truth losses by short name, unweighted."""
     features: HeadFeatures
     stages: Sequence[StageOutput]
-    """Of a RoI head: each stage's RoIs and outputs; empty for a dense head."""
+    """The RoIs and outputs of each stage of a RoI head; empty for a dense head."""
 
     def rois(self, student: StudentForward) -> RoIs | None:
-        """The RoIs of the rows that the student's lead or ``features.lead`` has; None if both are maps."""
+        """Return the RoIs whose rows are the student's lead or ``features.lead``, or None if both are maps."""
         return self.stages[0].rois if self.stages else student.rois
 
 
@@ -41,7 +41,7 @@ class DenseAssistant(nn.Module):
         self.head = head
 
     def forward(self, student: StudentForward, generator: torch.Generator | None = None) -> AssistantOutput:
-        """Its losses and features; it draws nothing."""
+        """Compute the assistant's losses and features. Nothing is sampled, so ``generator`` is not used."""
         outputs = self.head(student.levels)
         losses = self.head.losses(outputs, student.truth)
         short = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
@@ -52,18 +52,18 @@ class RoIAssistant(nn.Module):
     """A RoI head on the finest four levels of the student's pyramid."""
 
     def __init__(self, head: RoIHead, sample: Sampler = sample_rois) -> None:
-        """``sample`` makes RoIs of what a dense student proposes."""
+        """``sample`` draws RoIs from the proposals of a dense student."""
         super().__init__()
         self.head = head
         self.sample = sample
 
     def forward(self, student: StudentForward, generator: torch.Generator | None = None) -> AssistantOutput:
-        """Its losses and features at the RoIs that the student proposes, drawn by ``generator``."""
+        """Compute the losses and features at the RoIs that the student proposes, sampled with ``generator``."""
         output = self.at(student, student.rois_for(self.head, self.sample, generator), generator)
         return output._replace(losses=self.head.losses(output.stages))
 
     def at(self, student: StudentForward, rois: RoIs, generator: torch.Generator | None = None) -> AssistantOutput:
-        """Its features at ``rois``, without losses."""
+        """Compute the features at ``rois``, without losses."""
         stages = self.head.stage_outputs(student.pyramid, rois, student.truth, generator)
         return AssistantOutput({}, HeadFeatures.of_stages([stage.outputs for stage in stages]), stages)
 
@@ -72,5 +72,5 @@ Assistant = DenseAssistant | RoIAssistant
 
 
 def assistant_of(head: DenseHead[Any] | RoIHead) -> Assistant:
-    """The assistant that learns through ``head``."""
+    """Wrap ``head`` as an assistant."""
     return RoIAssistant(head) if isinstance(head, RoIHead) else DenseAssistant(head)

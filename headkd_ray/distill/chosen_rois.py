@@ -1,4 +1,4 @@
-"""RoIs that a teacher chose beforehand, and what it said about them, made into what a step compares."""
+"""Conversion of a teacher's soft targets, computed beforehand, into the RoIs and features that a training step compares."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from headkd_ray.soft_targets import SoftTargets
 
 @torch.no_grad()
 def chosen_rois(targets: SoftTargets, forward: StudentForward) -> RoIs:
-    """The RoIs of ``targets``; all count as background, for nobody learns from labels at them.
+    """Return the RoIs of ``targets``, all labelled as background because no loss reads labels at them.
 
-    No anchor proposed them: their cells are those of the student's anchors that are nearest. Ground-truth boxes have none, as
+    No anchor proposed them, so their cells are those of the student's nearest anchors. Ground-truth boxes have no cell, as
     among the RoIs that a student proposes.
     """
     student = forward.student
@@ -28,7 +28,7 @@ def chosen_rois(targets: SoftTargets, forward: StudentForward) -> RoIs:
 
 
 def chosen_features(targets: SoftTargets) -> HeadFeatures:
-    """What the teacher said about :func:`chosen_rois`, row for row."""
+    """Return the teacher's features at :func:`chosen_rois`, row for row."""
     rows = targets.taps.transpose(1, 2)[targets.valid]  # (R, L, D)
     taps = list(rows.unbind(1))
     return HeadFeatures(taps, taps[-1])

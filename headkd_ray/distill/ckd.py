@@ -1,7 +1,7 @@
-"""Cross knowledge distillation: the student's own head imitates what a head of another kind sees.
+"""Cross knowledge distillation (CKD): the student's own head imitates the features of a head of another kind.
 
 student  target   compared
-maps     rows     the student's map at the anchor cell that proposed a RoI, with the RoI's row (the paper's pair)
+maps     rows     the student's map at the anchor cell that proposed a RoI, with the RoI's row (as in the paper)
 maps     maps     level by level
 rows     rows     RoI by RoI
 rows     maps     a RoI's row, with the target's map at the cell that proposed the RoI
@@ -26,10 +26,10 @@ from headkd_ray.distill.terms import Parts, Term
 
 
 def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
-    """(R, C) features of ``maps`` (B, C, H_l, W_l) at ``cells`` (R, 4: level, y, x, anchor) of the images ``image`` (R,).
+    """Read the features (R, C) of ``maps`` (B, C, H_l, W_l) at ``cells`` (R, 4: level, y, x, anchor) of ``image`` (R,).
 
-    Several RoIs may read one cell. The lookup is an embedding because its backward adds up repeated rows in a fixed order on
-    CPU and GPU, which indexing does not.
+    Several RoIs may read one cell. The lookup is an embedding because, unlike indexing, its backward pass sums repeated rows
+    in a fixed order on CPU and GPU.
     """
     rows = [m.flatten(2).transpose(1, 2) for m in maps]
     table = torch.cat(rows, dim=1)
@@ -41,11 +41,11 @@ def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
 
 
 class CKD(Term):
-    """``loss_ckd`` with a teacher as the target, ``loss_{assistant}_ckd`` with an assistant.
+    """The CKD loss: ``loss_ckd`` if a teacher is the target, ``loss_{assistant}_ckd`` if an assistant is.
 
     It trains an ``adapter`` from the width of the student's feature to the target's: a 1x1 conv between maps, else a Linear.
-    With ``anchors`` > 1 ("decouple"): one Linear for each anchor of a cell, side by side in ``adapter``, whose outputs are
-    anchors times as many. All are computed and one a row is kept, which needs no sorting of the rows by anchor.
+    With ``anchors`` > 1 ("decouple") ``adapter`` holds one Linear for each anchor of a cell, side by side, and so has that many
+    times the outputs. All are computed and one per row is kept, which avoids sorting the rows by anchor.
     """
 
     per_assistant = True
@@ -59,7 +59,7 @@ class CKD(Term):
         warmup_steps: int = 0,
         stop: int | None = None,
     ) -> None:
-        """``assistant``: the one that is the target; None = the teacher is."""
+        """``assistant`` is the name of the one that is the target; None = the teacher is."""
         super().__init__(weight, warmup_steps, stop)
         self.adapter = adapter
         self.anchors = anchors
@@ -95,10 +95,10 @@ class CKD(Term):
         return {name: self.distance(student.lead, target, output.rois(student))}
 
     def distance(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:
-        """Distance of the student's feature ``own``, adapted, from ``target``, which gets no gradient.
+        """Return the distance of the student's feature ``own``, adapted, from ``target``, which gets no gradient.
 
-        ``rois`` are those whose rows either side has; None if both are maps. Where cells are read, RoIs that came from none
-        (the ground-truth boxes) are left out on both sides.
+        ``rois`` are those whose rows either side has; None if both are maps. Where cells are read, RoIs that came from no cell
+        (ground-truth boxes) are left out on both sides.
         """
         if isinstance(own, Tensor) == isinstance(target, Tensor):
             return distance(self.adapter, own, target)
@@ -108,19 +108,19 @@ class CKD(Term):
             assert not isinstance(own, Tensor)
             return mean_squared_error(self.adapt(self.rows(own, rois), rois.cells[kept, 3]), target[kept])
         assert isinstance(own, Tensor)
-        # A cell of the RPN's level i (P2 to P6) lies in one, twice as wide, of the dense head's level i (P3 to P7), whose
-        # anchors are as large: 8 cells of the one are 4 of the other.
+        # The RPN's level i (P2 to P6) has half the stride of the dense head's level i (P3 to P7), so coordinates are halved.
+        # The anchors are equally large: 8 cells of the one are 4 of the other.
         level, y, x, anchor = rois.cells[kept].unbind(1)
         cells = torch.stack([level, y // 2, x // 2, anchor], dim=1)
         return mean_squared_error(self.adapter(own[kept]), read_cells(target, rois.image[kept], cells))
 
     def rows(self, taps: Sequence[Tensor], rois: RoIs) -> Tensor:
-        """S (R', width): the student's maps ``taps`` at the anchor cells of the ``rois`` that came from one."""
+        """Return S (R', width), the student's maps ``taps`` at the anchor cells of the ``rois`` that came from one."""
         kept = rois.from_proposal
         return read_cells(taps, rois.image[kept], rois.cells[kept])
 
     def adapt(self, rows: Tensor, anchor: Tensor) -> Tensor:
-        """(R', target_width) of ``rows`` (R', width) whose RoIs came from ``anchor`` (R',) of their cells."""
+        """Adapt ``rows`` (R', width), whose RoIs came from ``anchor`` (R',) of their cells, to (R', target_width)."""
         adapted = self.adapter(rows).unflatten(1, (self.anchors, -1))
         if self.anchors == 1:
             return adapted.squeeze(1)

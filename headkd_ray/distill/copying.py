@@ -1,4 +1,4 @@
-"""An assistant starts as a copy of the teacher's head."""
+"""Copying the teacher's head, as the start of an assistant or of the student's own head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headkd_ray.errors import JobError
 
 
 def copy_weights(source: nn.Module, target: nn.Module, key: str) -> None:
-    """Copy all tensors of ``source``; JobError naming every tensor of ``key`` that does not fit."""
+    """Copy all tensors of ``source`` to ``target``. Raises JobError naming every tensor of ``key`` that does not fit."""
     theirs, ours = source.state_dict(), target.state_dict()
     problems = [
         f"{key}: {name} is {_shape(ours.get(name))} here and {_shape(theirs.get(name))} in the teacher"

@@ -1,4 +1,4 @@
-"""FitNet baseline: the student's pyramid imitates that of a teacher of its own kind (the official README's homogeneous row)."""
+"""The FitNet baseline ("homogeneous" in the official README): the student's pyramid imitates a teacher of its own kind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from headkd_ray.job import Job
 
 
 class FitNet(Term):
-    """``loss_fitnet``: the sum over levels, finest first, of MSE(1x1 conv(P_student), P_teacher); no warm-up."""
+    """The loss ``loss_fitnet``: the sum of MSE(1x1 conv(P_student), P_teacher) over the finest levels, without warm-up."""
 
     reads_teacher = "pyramid"
 
     def __init__(self, own: int, theirs: int, levels: int, weight: float = 1.0) -> None:
-        """``own`` and ``theirs``: widths of the pyramids; ``levels``: how many are imitated."""
+        """``own`` and ``theirs`` are the widths of the pyramids; ``levels`` is how many are imitated, finest first."""
         super().__init__(weight)
         self.adapters = nn.ModuleList(nn.Conv2d(own, theirs, kernel_size=1) for _ in range(levels))
 
@@ -38,9 +38,9 @@ class FitNet(Term):
         if teacher.spec.kind == job.student.kind:
             return []
         wanted = f"method fitnet needs a {job.student.kind} teacher"
-        return [f"teacher.checkpoint: {wanted}, this one is a {teacher.spec.kind}"]
+        return [f"teacher.checkpoint: {wanted}, but this one is a {teacher.spec.kind}"]
 
     def distances(self, forward: StepForward) -> Losses:
         assert forward.teacher is not None
-        levels = zip(self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False)  # an adapter a level
+        levels = zip(self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False)  # a level per adapter
         return {"loss_fitnet": torch.stack([mean_squared_error(adapt(own), target) for adapt, own, target in levels]).sum()}

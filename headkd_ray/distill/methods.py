@@ -1,4 +1,4 @@
-"""The training model of a job: its student, its assistants, and the list of terms that its method is."""
+"""Building the training model of a job: its student, its assistants, and the list of terms that its method stands for."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from headkd_ray.job import METHODS, Job, RoIHeadSpec
 from headkd_ray.job.method_terms import terms_of
 
 TERMS: dict[str, type[Term]] = {"assistant": AssistantLoss, "akd": AKD, "ckd": CKD, "fitnet": FitNet, "pkd": PKD}
-"""The terms by the names that ``headkd_ray.job.method_terms`` has for them."""
+"""The classes of terms by their names in ``headkd_ray.job.method_terms``."""
 
 ASSIST = "assist"
-"""The name of the one assistant of all methods but tf_head, as in ``loss_assist_cls``."""
+"""Name of the single assistant of all methods but tf_head, as in ``loss_assist_cls``."""
 
 
 def build_training_model(job: Job, num_classes: int, teacher: Detector | None, steps_per_epoch: int) -> TrainingModel:
-    """The student of ``job`` with its helpers, freshly initialised from torch's default generator.
+    """Build the student of ``job`` with its assistants and terms, freshly initialised from torch's default generator.
 
-    ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` are optimizer steps. Raises JobError if
-    student, teacher and method do not fit.
+    ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` counts optimizer steps. Raises JobError
+    if student, teacher and method do not fit together.
     """
     kinds = [TERMS[name] for name in terms_of(job)]
     problems = _problems(job, num_classes, teacher, kinds)
@@ -50,8 +50,10 @@ def build_training_model(job: Job, num_classes: int, teacher: Detector | None, s
 
 
 def assistant_plans(job: Job, teacher: Detector | None) -> dict[str, AssistantPlan]:
-    """The assistants of a job by name: those that tf_head lists; else one of the teacher's kind and widths, or an R-CNN's
-    without a teacher."""
+    """Plan the assistants of a job, by name: those that tf_head lists, else a single one.
+
+    The single one has a head of the teacher's kind and widths or, without a teacher, an R-CNN head.
+    """
     distill = job.distill
     if job.method == "tf_head":
         listed = {name: getattr(distill.assistants, name) for name in type(distill.assistants).model_fields}
@@ -67,9 +69,9 @@ def assistant_plans(job: Job, teacher: Detector | None) -> dict[str, AssistantPl
 
 
 def _assistant(plan: AssistantPlan, student: Detector, teacher: Detector | None, copy: bool) -> Assistant:
-    """The planned assistant on the student's pyramid, with the teacher's weights if it has a teacher and they are copied."""
+    """Build the planned assistant on the student's pyramid, with the teacher's weights if there is a teacher and ``copy``."""
     make: Any = head_class(plan.head)
-    # A dense head is on P3 to P7 of any student; a RoI head pools from the finest levels that the student has.
+    # A dense head takes P3 to P7 of any student; a RoI head pools from the finest levels that the student has.
     strides = student.strides[:ROI_LEVELS] if issubclass(make, RoIHead) else STRIDES
     head = make(plan.head, student.spec.neck.channels, student.num_classes, strides)
     if teacher is not None and copy:
@@ -78,21 +80,21 @@ def _assistant(plan: AssistantPlan, student: Detector, teacher: Detector | None,
 
 
 def _in_the_step(job: Job, terms: list[Term]) -> bool:
-    """Whether the teacher runs in the training step; else its answers come with the batches, or no term reads any."""
+    """Return whether the teacher runs in the step; if not, its outputs come with the batches, or no term reads them."""
     reads = {term.reads_teacher for term in terms}
     here = job.distill.rois == "student" and (job.teacher is None or job.teacher.placement == "inline")
     return "pyramid" in reads or ("head" in reads and here)
 
 
 def _problems(job: Job, num_classes: int, teacher: Detector | None, kinds: list[type[Term]]) -> list[str]:
-    """Everything of the job or its teacher that does not fit the method, each with the key to mend."""
+    """List everything in the job or its teacher that does not fit the method, each with the key to mend."""
     if not METHODS[job.method].teacher:
         return [f"teacher: method {job.method} uses none"] if teacher is not None else []
     if teacher is None:
         return [f"teacher: method {job.method} needs one"]
     problems = [problem for kind in kinds for problem in kind.problems(job, teacher)]
     if teacher.num_classes != num_classes:
-        problems.append(f"teacher.checkpoint: the teacher knows {teacher.num_classes} classes, the data has {num_classes}")
+        problems.append(f"teacher.checkpoint: the teacher has {teacher.num_classes} classes, but the data has {num_classes}")
     if job.method == "copy_only" and not job.distill.copy_head:
-        problems.append("distill.copy_head: false leaves method copy_only nothing of the teacher; use method assist")
+        problems.append("distill.copy_head: all that method copy_only does is copy the head; set true, or use method assist")
     return problems

@@ -1,10 +1,10 @@
-"""The training model: a student and the distillation terms that help it learn. Only ``student`` is exported.
+"""The training model: a student and the distillation terms of its loss. Only ``student`` is exported.
 
     L = L_student + sum over terms of  weight w(t) [t < stop] distance
 
-HEAD (Wang et al., ECCV 2022, arXiv 2207.05345) is an assistant of the teacher's kind on the student's pyramid with three terms:
-its own ground-truth losses, AKD (assistant and teacher) and CKD (student and teacher). TF-HEAD is several assistants of other
-kinds, each with its ground-truth losses and a CKD of which it is itself the target. ``methods.py`` has them all as lists.
+HEAD (Wang et al., ECCV 2022, arXiv 2207.05345) has an assistant of the teacher's kind on the student's pyramid and three terms:
+the assistant's ground-truth losses, AKD (assistant and teacher) and CKD (student and teacher). TF-HEAD has several assistants
+of other kinds, each with its ground-truth losses and a CKD of which it is the target. ``methods.py`` builds these lists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from headkd_ray.teacher.frozen import FrozenTeacher, TeacherForward
 
 
 class TrainingModel(nn.Module):
-    """What a training step runs; without terms, supervised training of ``student`` alone."""
+    """The model that a training step runs; without terms it trains ``student`` alone, supervised."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class TrainingModel(nn.Module):
         terms: Iterable[Term] = (),
         teacher: Detector | None = None,
     ) -> None:
-        """``teacher`` is needed if a term reads it and its answers do not come with the batches."""
+        """``teacher`` is needed if a term reads it and its outputs do not come with the batches."""
         super().__init__()
         self.student = student
         self.assistants = nn.ModuleDict(assistants or {})
@@ -44,20 +44,20 @@ class TrainingModel(nn.Module):
 
     @property
     def teacher(self) -> Detector | None:
-        """The frozen teacher; not in ``parameters()``, ``modules()`` or ``state_dict()``."""
+        """The frozen teacher, which is not in ``parameters()``, ``modules()`` or ``state_dict()``."""
         return self._teacher.detector if self._teacher else None
 
     def forward(self, batch: Batch, step: int, generator: torch.Generator | None = None) -> Losses:
-        """Weighted losses by name, float32 scalars; the total is their plain sum.
+        """Compute the weighted losses by name, float32 scalars; the total is their plain sum.
 
         ``step`` is the optimizer step from 0, for warm-ups; ``generator`` (on the batch's device; None = torch's default) draws
-        the RoIs. AKD and CKD compare with ``batch.targets``, at their RoIs, if there are any; else ``batch.ask`` answers for
-        the teacher, if given; else the model's own does.
+        the RoIs. AKD and CKD compare with ``batch.targets``, at their RoIs, if there are any; else with the teacher behind
+        ``batch.ask``, if given; else with the model's own.
         """
         return self.losses(self.run(batch, generator), step)
 
     def run(self, batch: Batch, generator: torch.Generator | None = None) -> StepForward:
-        """The forward pass on ``batch``; assistants and teacher follow when a term reads them."""
+        """Run the student on ``batch``; assistants and teacher follow when a term reads them."""
         x = self.student.normalise(batch.images, batch.sizes)
         truth = GroundTruth.of(batch.boxes, batch.labels, batch.sizes)
         student = StudentForward.run(self.student, x, truth, generator)
@@ -67,14 +67,14 @@ class TrainingModel(nn.Module):
         return StepForward(student, self.assistants, teacher, batch.ask, batch.targets, generator)  # type: ignore[arg-type]
 
     def losses(self, forward: StepForward, step: int) -> Losses:
-        """The student's own losses and those of all terms at optimizer step ``step``, in the order of the terms."""
+        """Return the student's own losses and those of all terms, in order, at optimizer step ``step``."""
         losses = dict(forward.student.losses)
         for term in self.terms:
             losses |= term(forward, step)
         return losses
 
     def without_teacher(self) -> TrainingModel:
-        """The same student and assistants with those terms alone that read no teacher."""
+        """Return a model of the same student and assistants with only those terms that read no teacher."""
         terms = [term for term in self.terms if isinstance(term, Term) and term.reads_teacher == "nothing"]
         return TrainingModel(self.student, self.assistants, terms)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""PKD (Cao et al. 2022): the student's pyramid imitates a teacher's up to a scale and a shift of each channel."""
+"""PKD (Cao et al. 2022): the student's pyramid imitates a teacher's up to the scale and offset of each channel."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from headkd_ray.job import Job
 
 
 class PKD(Term):
-    """``loss_pkd``: the sum over the levels whose strides both pyramids have of 1 - Pearson's correlation, averaged over the
-    channels. There is no warm-up and no adapter, so both pyramids must be equally wide."""
+    """The loss ``loss_pkd``: 1 - Pearson's correlation, averaged over channels and summed over levels of equal stride.
+
+    There is no warm-up and no adapter, so both pyramids must have the same number of channels.
+    """
 
     reads_teacher = "pyramid"
 
     def __init__(self, levels: list[tuple[int, int]], weight: float = 1.0) -> None:
-        """``levels``: places in the student's and in the teacher's pyramid of levels that are compared."""
+        """``levels`` lists the compared levels by their indices in the student's and the teacher's pyramid."""
         super().__init__(weight)
         self.levels = levels
 
@@ -37,8 +39,8 @@ class PKD(Term):
         own, theirs = job.student.neck.channels, teacher.spec.neck.channels
         if own == theirs:
             return []
-        wanted = f"compares pyramids channel by channel; the student's has {own} channels, the teacher's {theirs}"
-        return [f"distill.pkd_weight: {wanted}: set student.neck.channels to {theirs}, or remove the key"]
+        wanted = f"compares pyramids channel by channel, but the student's has {own} channels, the teacher's {theirs}"
+        return [f"distill.pkd_weight: {wanted}; set student.neck.channels to {theirs}, or remove the key"]
 
     def distances(self, forward: StepForward) -> Losses:
         assert forward.teacher is not None
@@ -47,13 +49,15 @@ class PKD(Term):
 
 
 def pearson_distance(own: Tensor, theirs: Tensor) -> Tensor:
-    """Half the mean squared difference of maps (B, C, H, W) of which each channel is standardised over batch and space: with n
-    values a channel (n - 1) / n times 1 - r, averaged over channels. ``theirs`` gets no gradient."""
+    """Return half the mean squared difference of maps (B, C, H, W), each channel standardised over batch and space.
+
+    With n values per channel this is (n - 1) / n times 1 - r, averaged over channels. ``theirs`` gets no gradient.
+    """
     return F.mse_loss(standardised(own.float()), standardised(theirs.detach().float())) / 2
 
 
 def standardised(maps: Tensor) -> Tensor:
-    """Rows (C, B * H * W) of ``maps`` (B, C, H, W) with mean 0 and standard deviation 1, or all 0 where there is one value."""
+    """Standardise ``maps`` (B, C, H, W) to rows (C, B * H * W) of mean 0 and standard deviation 1; a single value becomes 0."""
     rows = maps.transpose(0, 1).flatten(1)
     deviation = rows.std(1, correction=min(1, rows.shape[1] - 1), keepdim=True)
     return (rows - rows.mean(1, keepdim=True)) / (deviation + 1e-6)

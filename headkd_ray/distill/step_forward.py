@@ -1,4 +1,4 @@
-"""One forward pass as the loss terms read it: what student, assistants and teacher make of a batch."""
+"""One forward pass as the loss terms read it: the outputs of student, assistants and teacher for a batch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ from headkd_ray.soft_targets import SoftTargets
 from headkd_ray.teacher.frozen import TeacherForward
 
 AskTeacher = Callable[[Sequence[RoIs], torch.device], HeadFeatures]
-"""A teacher elsewhere: from RoIs, stage by stage (none for a dense teacher), to its features, on a device."""
+"""A function that queries a teacher elsewhere.
+
+It takes RoIs, stage by stage (none for a dense teacher), and returns the teacher's features there, on the given device.
+"""
 
 
 class Comparison(NamedTuple):
-    """An assistant and the teacher about the same RoIs or levels."""
+    """The outputs of an assistant and the features of the teacher at the same RoIs or levels."""
 
     assistant: AssistantOutput
     teacher: HeadFeatures
 
 
 class StepForward:
-    """Student, assistants and teacher on one batch. Each is computed when a term first reads it, and once."""
+    """The outputs of student, assistants and teacher for one batch.
+
+    Those of assistants and teacher are computed when a term first reads them, and only once.
+    """
 
     def __init__(
         self,
@@ -39,8 +45,10 @@ class StepForward:
         targets: SoftTargets | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """The teacher's answers come from ``targets``, which were computed beforehand at RoIs of their own, else from ``ask``,
-        else from ``teacher``, which is in this process. ``generator`` draws the RoIs."""
+        """Take the teacher's features from ``targets``, else from ``ask``, else from ``teacher``.
+
+        ``targets`` were computed beforehand at RoIs of their own; ``teacher`` is in this process. ``generator`` draws the RoIs.
+        """
         self.student = student
         self.teacher = teacher
         self._assistants = assistants
@@ -50,25 +58,27 @@ class StepForward:
         self._outputs: dict[str, AssistantOutput] = {}
 
     def assistant(self, name: str) -> AssistantOutput:
-        """What the assistant ``name`` makes of the batch, with its losses, at the RoIs that the student proposes."""
+        """Return the outputs and losses of the assistant ``name``, at the RoIs that the student proposes."""
         if name not in self._outputs:
             self._outputs[name] = self._assistants[name](self.student, self._generator)
         return self._outputs[name]
 
     @cached_property
     def comparison(self) -> Comparison:
-        """The one assistant beside a teacher, and the teacher, where both answer: everywhere, at the RoIs that the student
-        proposes, or at those that the teacher chose beforehand."""
+        """The single assistant of a method with a teacher, and the teacher, where both have outputs.
+
+        That is everywhere, at the RoIs that the student proposes, or at those that the teacher chose beforehand.
+        """
         ((name, assistant),) = self._assistants.items()
         if self._targets is not None:
             assert isinstance(assistant, RoIAssistant)  # the job's own checks
-            # Not for the assistant's own losses: RoIs that were chosen beforehand do not follow what the student gets wrong,
-            # and cost AP there (docs/results.md).
+            # The assistant's own losses do not use these RoIs: chosen beforehand, they do not follow what the student gets
+            # wrong, which would cost AP (docs/results.md).
             rois = chosen_rois(self._targets, self.student)
             return Comparison(assistant.at(self.student, rois), chosen_features(self._targets))
         output = self.assistant(name)
-        asked = [stage.rois for stage in output.stages]
+        rois_by_stage = [stage.rois for stage in output.stages]
         if self._ask is not None:
-            return Comparison(output, self._ask(asked, self.student.truth.boxes.device))
-        assert self.teacher is not None, "nobody answers for the teacher"
-        return Comparison(output, self.teacher.head_features(asked))
+            return Comparison(output, self._ask(rois_by_stage, self.student.truth.boxes.device))
+        assert self.teacher is not None, "a term reads a teacher, but there is none"
+        return Comparison(output, self.teacher.head_features(rois_by_stage))

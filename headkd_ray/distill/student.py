@@ -1,4 +1,4 @@
-"""The student's own forward pass, as far as assistants and distillation need to know it; the same for every kind of student."""
+"""The student's forward pass, with the outputs that assistants and terms read; the same for every kind of student."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from headkd_ray.detectors.ops.rois import sample_rois
 from headkd_ray.job import RoIHeadSpec
 
 Sampler = Callable[[Proposals, GroundTruth, RoIHeadSpec, int, "torch.Generator | None"], RoIs]
-"""What makes RoIs of proposals: :func:`headkd_ray.detectors.ops.rois.sample_rois` in training."""
+"""A function that draws RoIs from proposals; in training :func:`headkd_ray.detectors.ops.rois.sample_rois`."""
 
 
 @dataclass(frozen=True)
 class StudentForward:
-    """What a student makes of a batch."""
+    """The outputs of a student for a batch."""
 
     student: Detector
     truth: GroundTruth
@@ -30,21 +30,21 @@ class StudentForward:
     pyramid: list[Tensor]
     """(B, channels, H, W): P3 to P7 of a dense student, P2 to P6 of a two-stage one."""
     levels: list[Tensor]
-    """P3 to P7, which dense heads take."""
+    """P3 to P7, the input of dense heads."""
     lead: Tap
-    """What CKD trains: the last classification conv of a dense student, the (first stage's) last fc of a two-stage one."""
+    """The feature that CKD trains: a dense student's last classification conv, a two-stage one's last fc (of stage one)."""
     outputs: DenseOutputs | None
-    """Of a dense student's head; None for a two-stage one."""
+    """The outputs of a dense student's head; None for a two-stage one."""
     rois: RoIs | None
-    """Of a two-stage student's first stage, row for row with ``lead``; None for a dense one."""
+    """The RoIs of a two-stage student's first stage, row for row with ``lead``; None for a dense one."""
 
     @classmethod
     def run(cls, student: Detector, x: Tensor, truth: GroundTruth, generator: torch.Generator | None) -> StudentForward:
-        """The forward pass on normalised images ``x`` (B, 3, H, W); ``generator`` draws a two-stage student's samples."""
+        """Run ``student`` on normalised images ``x`` (B, 3, H, W); ``generator`` draws a two-stage student's samples."""
         pyramid = student.features(x)
         if isinstance(student, TwoStageDetector):
             losses, stages = student.losses_and_stages(pyramid, truth, generator)
-            # P7 is a pool of P6, which is one of P5: a student without convs of its own there is given none for an assistant.
+            # P6 of a two-stage student is pooled from P5 and has no conv of its own, so P7 is pooled from P6 likewise.
             levels = [*pyramid[1:], F.max_pool2d(pyramid[-1], 1, stride=2)]
             return cls(student, truth, losses, pyramid, levels, stages[0].outputs.taps[-1], None, stages[0].rois)
         assert isinstance(student, DenseDetector)
@@ -53,7 +53,7 @@ class StudentForward:
         return cls(student, truth, losses, pyramid, pyramid, outputs.taps[0], outputs, None)
 
     def rois_for(self, head: RoIHead, sample: Sampler = sample_rois, generator: torch.Generator | None = None) -> RoIs:
-        """The RoIs that ``head`` learns at: a dense student's proposals, sampled; a two-stage student's are its own."""
+        """Return the RoIs that ``head`` learns at: sampled proposals of a dense student, or a two-stage student's own RoIs."""
         if self.rois is not None:
             return self.rois
         assert isinstance(self.student, DenseDetector)

@@ -1,4 +1,4 @@
-"""What a distillation term is: one addend of the training loss, with all that belongs to it."""
+"""The base class of distillation terms: one addend of the training loss, with all that belongs to it."""
 
 from __future__ import annotations
 
@@ -19,47 +19,51 @@ from headkd_ray.job.module_specs import Spec
 
 @dataclass(frozen=True)
 class AssistantPlan:
-    """An assistant as the job has it."""
+    """An assistant as the job describes it."""
 
     head: Spec
-    """Of its head."""
+    """The spec of the assistant's head."""
     gt_weight: float
-    """Weight of its ground-truth losses."""
+    """Weight of the assistant's ground-truth losses."""
     ckd_weight: float
     warm: bool
-    """Whether its ground-truth losses are warmed up too."""
+    """Whether the ground-truth losses are warmed up too."""
     decouple: bool = False
     """Whether CKD has an adapter for each anchor of a cell."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a term is built from."""
+    """Everything from which terms are built."""
 
     job: Job
     student: Detector
     teacher: Detector | None
     assistants: Mapping[str, Assistant]
     plans: Mapping[str, AssistantPlan]
-    """Of each of the assistants."""
+    """The plan of each assistant, by name."""
     steps_per_epoch: int
-    """Optimizer steps."""
+    """Optimizer steps per epoch."""
 
 
 class Term(nn.Module, ABC):
-    """One addend of the training loss. It owns its weight, warm-up and stop, its adapters and its distance; it says what it
-    reads of a teacher, and what of a job does not fit it.
+    """One addend of the training loss.
 
-    A term whose factor is 0 stays part of the graph: DDP expects every parameter to get a gradient in every step.
+    It owns its weight, warm-up and stop, its adapters and its distance; it declares what it reads of a teacher, and reports
+    what in a job does not fit it. A term whose factor is 0 stays part of the graph, because DDP expects every parameter to get
+    a gradient in every step.
     """
 
     per_assistant: ClassVar[bool] = False
-    """Whether there is one of these for each assistant, or one in all."""
+    """Whether there is one term of this class per assistant, or only one."""
     reads_teacher: Literal["nothing", "head", "pyramid"] = "nothing"
-    """head = its head's features, which may also be computed elsewhere or beforehand; pyramid = its pyramid, in the step."""
+    """What the term reads of a teacher.
+
+    head = its head's features, which may also be computed elsewhere or beforehand; pyramid = its pyramid, in the step.
+    """
 
     def __init__(self, weight: float, warmup_steps: int = 0, stop: int | None = None) -> None:
-        """The weight rises linearly from 0 at step 0 to ``weight`` at ``warmup_steps``; it is 0 from step ``stop`` on."""
+        """Let the weight rise linearly from 0 at step 0 to ``weight`` at ``warmup_steps``, and be 0 from step ``stop`` on."""
         super().__init__()
         self.weight = weight
         self.warmup_steps = warmup_steps
@@ -68,27 +72,27 @@ class Term(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def build(cls, parts: Parts, assistant: str) -> Term:
-        """The term of a job, for the ``assistant`` of that name if it is ``per_assistant``; its adapters are fresh."""
+        """Build the term of a job with fresh adapters, for the ``assistant`` of that name if it is ``per_assistant``."""
 
     @classmethod
     def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
-        """What of the job or its loaded ``teacher`` does not fit the term, each with the key to mend."""
+        """List what in the job or its loaded ``teacher`` does not fit the term, each with the key to mend."""
         return []
 
     @abstractmethod
     def distances(self, forward: StepForward) -> Losses:
-        """The term's losses by name (``loss_*``), float32 scalars, unweighted."""
+        """Compute the term's unweighted losses by name (``loss_*``), float32 scalars."""
 
     def factor(self, step: int) -> float:
-        """Share of the weight at optimizer step ``step``."""
+        """Return the factor on the weight at optimizer step ``step``, in 0..1."""
         return 0.0 if self.stop is not None and step >= self.stop else warmup(step, self.warmup_steps)
 
     def forward(self, forward: StepForward, step: int) -> Losses:
-        """The weighted losses at optimizer step ``step``."""
+        """Compute the weighted losses at optimizer step ``step``."""
         weight = self.weight * self.factor(step)
         return {name: weight * distance for name, distance in self.distances(forward).items()}
 
 
 def warmup(step: int, steps: int) -> float:
-    """w(t) = min(t / steps, 1): from 0 at step 0 to 1 from ``steps`` on; always 1 if ``steps`` is 0."""
+    """Return the warm-up factor w(t) = min(t / steps, 1); it is always 1 if ``steps`` is 0."""
     return min(step / steps, 1.0) if steps else 1.0

@@ -1,1 +1,1 @@
-"""The training engine: loop, optimizer, checkpoints, COCO evaluation, logs. Knows nothing of Ray."""
+"""The training engine: loop, optimizer, checkpoints, COCO evaluation and logs. It does not depend on Ray."""

@@ -1,4 +1,4 @@
-"""Checkpoints: training state to resume from, the student to serve, and where a run without Ray keeps them."""
+"""Checkpoints: the training state to resume from, the student to deploy, and the store for runs without Ray."""
 
 from __future__ import annotations
 
@@ -25,42 +25,43 @@ CHECKSUMS_FILE = "checksums.json"
 LISTING = "checkpoints.json"
 SCORE = "AP"
 UNSCORED = -1.0
-"""AP of a checkpoint without an evaluation: below every real one, and not NaN, which Ray's listing stores as null."""
+"""AP of a checkpoint that was not evaluated: below every real AP, and not NaN, which Ray's listing stores as null."""
 
 
 class Checkpoints(Protocol):
-    """Where the loop reports progress; every rank calls ``report`` equally often."""
+    """The checkpoint store that the training loop writes to; every rank calls ``report`` equally often."""
 
     notes: list[str]
-    """What to tell the user of the checkpoints that were found, one sentence each."""
+    """Messages for the user about the checkpoints that were found, one sentence each."""
 
     def draft(self) -> Path:
-        """An empty local folder in which rank 0 writes its next checkpoint."""
+        """Return an empty local folder for rank 0's next checkpoint."""
         ...
 
     def latest(self) -> Any:
-        """Context manager giving the latest intact checkpoint as a local folder (``Path``), or None at a fresh start.
+        """Return a context manager that yields the latest intact checkpoint as a local ``Path``, or None for a new run.
 
-        Raises CheckpointError if there are checkpoints and none of them is intact.
+        Raises CheckpointError if checkpoints exist but none of them is intact.
         """
         ...
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
-        """Keep ``folder`` (rank 0's checkpoint, moved or deleted by the callee; None on other ranks) under ``name``."""
+        """Store ``folder`` (rank 0's checkpoint, which is moved or deleted; None on other ranks) under ``name``."""
         ...
 
 
 class LocalCheckpoints:
-    """Checkpoints of a run in this process: the latest and the best by AP stay, in ``<run>/checkpoints``.
+    """Checkpoints of a run in this process: the latest and the best by AP are kept in ``<run>/checkpoints``.
 
-    If these are the same one, the one before stays, too: a run whose latest is damaged goes on from it.
+    If the latest is also the best, the one before it is kept too, so that the run can resume if the latest is damaged.
 
-    ``checkpoints.json`` lists the complete ones; it is replaced after the files are there, so that a checkpoint half written
-    when the process died is never chosen. Listed ones that are gone are left out, and damaged ones are passed over.
+    ``checkpoints.json`` lists the complete checkpoints. It is replaced only once a checkpoint's files are in place, so a
+    checkpoint that was half written when the process died is never used. Listed checkpoints that are missing or damaged are
+    skipped.
     """
 
     def __init__(self, run: Folder) -> None:
-        """Raises CheckpointError if the listing is damaged."""
+        """Read the listing of checkpoints. Raises CheckpointError if it is damaged."""
         self.folder = run / "checkpoints"
         self.scratch = Scratch()
         self.notes: list[str] = []
@@ -78,10 +79,10 @@ class LocalCheckpoints:
             copy = self.scratch.folder()
             try:
                 if not (self.folder / name).has(STATE_FILE):
-                    raise CheckpointError(f"{self.folder.named(name)}: is gone")
+                    raise CheckpointError(f"{self.folder.named(name)}: is missing")
                 Folder.open(copy).copy_from(self.folder / name)
                 check(Folder.open(copy), called=self.folder.named(name))
-                if not (copy / CHECKSUMS_FILE).exists():  # of an earlier version: that it can be read is all that can be asked
+                if not (copy / CHECKSUMS_FILE).exists():  # written by an earlier version: only readability can be checked
                     load_state(copy)
             except CheckpointError as error:
                 problems += error.problems
@@ -91,7 +92,7 @@ class LocalCheckpoints:
         if problems and copy is None:
             raise none_intact(self.folder, problems)
         if problems:
-            self.notes += [*problems, f"going on from the checkpoint before, {self.entries[-1]['name']}"]
+            self.notes += [*problems, f"resuming from the previous checkpoint, {self.entries[-1]['name']}"]
         try:
             yield copy
         finally:
@@ -99,16 +100,16 @@ class LocalCheckpoints:
                 shutil.rmtree(copy)
 
     def report(self, name: str, metrics: dict[str, Any], folder: Path | None) -> None:
-        """Raises DiskError if it cannot be written; those before stay."""
+        """Store a checkpoint. Raises DiskError if it cannot be written; earlier checkpoints are then left as they were."""
         assert folder is not None, "a single process is rank 0"
         place = self.folder / name
         try:
             with writing(place.uri, "run.storage"):
-                place.remove()  # what a killed predecessor may have left half written
+                place.remove()  # a killed process may have left a partial copy
                 try:
                     place.copy_from(Folder.open(folder))
                 except OSError:
-                    place.remove()  # half of it is of no use, and takes room
+                    place.remove()  # a partial copy is useless and takes up space
                     raise
         finally:
             shutil.rmtree(folder)
@@ -124,7 +125,7 @@ class LocalCheckpoints:
             (self.folder / old).remove()
 
     def ranking(self) -> list[str]:
-        """Names of the checkpoints, the highest AP first, the later one of equals."""
+        """Return the names of the checkpoints by decreasing AP; of equal ones, the later comes first."""
         order = sorted(range(len(self.entries)), key=lambda place: (self.entries[place]["score"], place), reverse=True)
         return [self.entries[place]["name"] for place in order]
 
@@ -141,17 +142,17 @@ def _listed(folder: Folder) -> list[dict[str, Any]]:
 
 
 def none_intact(folder: Folder, problems: list[str]) -> CheckpointError:
-    """The error of a run whose checkpoints are all gone or damaged."""
+    """Return the error for a run whose checkpoints are all missing or damaged."""
     return CheckpointError(
-        [*problems, f"none is left to go on from; restore one, or delete {folder.uri} to train the run from the start"],
+        [*problems, f"none is left to resume from; restore one, or delete {folder.uri} to train the run from the start"],
         headline=f"{folder.uri}: no checkpoint can be used:",
     )
 
 
 def seal(folder: Path) -> None:
-    """Complete a checkpoint: write the checksums of its files, by which ``check`` finds damage.
+    """Complete a checkpoint by writing the checksums with which ``check`` detects damage.
 
-    Raises DiskError if there is no room.
+    Raises DiskError if there is no space left.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
     sums = {path.relative_to(folder).as_posix(): _sha256(Folder.open(path.parent), path.name) for path in files}
@@ -163,12 +164,12 @@ def check(folder: Folder, called: str | None = None, under: str = "") -> None:
     """Compare a checkpoint's files with their checksums.
 
     Args:
-        called: what errors call the folder, if it is a copy of another.
+        called: name of the folder in error messages, if it is a copy of another.
         under: compare only files whose names start with this.
 
     Raises:
-        CheckpointError: a file is missing or is not what was written. (One of an earlier version, without checksums, is
-            accepted.)
+        CheckpointError: a file is missing or differs from what was written. (A checkpoint of an earlier version, which has no
+            checksums, is accepted.)
     """
     called = called or folder.uri
     if not folder.has(CHECKSUMS_FILE):
@@ -180,11 +181,11 @@ def check(folder: Folder, called: str | None = None, under: str = "") -> None:
         if not folder.has(name):
             raise CheckpointError(f"{called}/{name}: is missing")
         if _sha256(folder, name) != expected:
-            raise CheckpointError(f"{called}/{name}: is damaged: its content is not what was written")
+            raise CheckpointError(f"{called}/{name}: is damaged: its content differs from what was written")
 
 
 def first_intact(candidates: Iterable[Folder]) -> tuple[Folder, list[str]]:
-    """The first evaluated checkpoint whose student and metrics are intact, and a sentence about each that is passed over.
+    """Return the first evaluated checkpoint whose student and metrics are intact, and a sentence about each one skipped.
 
     Raises CheckpointError if there is none.
     """
@@ -204,12 +205,12 @@ def first_intact(candidates: Iterable[Folder]) -> tuple[Folder, list[str]]:
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write the training state (nested dicts and lists of tensors and plain values). Raises DiskError."""
     path = folder / STATE_FILE
-    with writing(str(path), "TMPDIR"), path.open("wb") as file:  # of a path that torch opens itself no cause would be told
+    with writing(str(path), "TMPDIR"), path.open("wb") as file:  # given a path, torch would hide the cause of an error
         torch.save(state, file)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote, on the CPU and without unpickling code.
+    """Read what ``save_state`` wrote, onto the CPU and without unpickling code.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -221,7 +222,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def scores_of(folder: Path) -> dict[str, Any]:
-    """A checkpoint's metrics; nothing for one that was not evaluated. Raises CheckpointError."""
+    """Return a checkpoint's metrics, which are empty if it was not evaluated. Raises CheckpointError."""
     if not (folder / METRICS_FILE).exists():
         return {}
     return read_json(Folder.open(folder), METRICS_FILE, CheckpointError, "the checkpoint is damaged")

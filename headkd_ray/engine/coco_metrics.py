@@ -1,4 +1,4 @@
-"""COCO box metrics with pycocotools; a metric that cannot be computed is NaN, never 0."""
+"""COCO box metrics, computed with pycocotools; a metric that cannot be computed is NaN, never 0."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pycocotools.cocoeval import COCOeval
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """Average precision in percent (0..100), at up to 100 detections an image and class unless more or fewer were asked for.
+    """Average precision in percent (0..100), at up to 100 detections per image and class unless another limit was given.
 
-    ``AP`` averages IoU 0.50:0.95; s, m, l are COCO's areas (under 32², to 96², above, in original pixels).
+    ``AP`` averages over IoU 0.50:0.95; s, m and l are COCO's areas (under 32², to 96², above, in original pixels).
     """
 
     AP: float
@@ -29,10 +29,10 @@ class CocoMetrics:
     per_class: dict[str, float]
     """AP by class name, in the data set's class order."""
     images: int
-    """Images evaluated."""
+    """Number of images evaluated."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON stores it: None where a metric cannot be computed, for JSON has no NaN."""
+        """Return the metrics for JSON, which has no NaN: a metric that cannot be computed is None."""
         values = asdict(self)
         values["per_class"] = {name: _known(value) for name, value in self.per_class.items()}
         return {name: _known(value) for name, value in values.items()}
@@ -41,18 +41,18 @@ class CocoMetrics:
 def coco_metrics(
     ground_truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int], max_detections: int = 100
 ) -> CocoMetrics:
-    """Evaluate detections as pycocotools does.
+    """Evaluate detections with pycocotools.
 
     Args:
         ground_truth: COCO dictionary: images, annotations (bbox, area, iscrowd, category_id), categories. Ids may be any
-            integers. It is not changed.
+            integers. It is not modified.
         detections: COCO results: image_id, category_id, bbox (xywh, pixels of the stored image), score.
-        image_ids: the images that were evaluated; ground truth of others is left out.
-        max_detections: how many of an image's best detections count, in each class.
+        image_ids: the images that were evaluated; ground truth of other images is ignored.
+        max_detections: how many of an image's best detections count in each class.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
-        # pycocotools marks what a detection matched by the annotation's id, and takes an id of 0 for "nothing".
+        # pycocotools records the id of the annotation that a detection matched, and reads an id of 0 as "no match".
         numbered = [{**annotation, "id": number} for number, annotation in enumerate(ground_truth["annotations"], start=1)]
         truth.dataset = {**ground_truth, "annotations": numbered}
         truth.createIndex()
@@ -60,7 +60,7 @@ def coco_metrics(
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.imgIds = sorted(image_ids)
         evaluation.params.maxDets = [max_detections]
-        # pycocotools leaves out objects of more than 1e10 square pixels even where it says "all".
+        # pycocotools ignores objects of more than 1e10 square pixels even in the area range "all".
         evaluation.params.areaRng = [[low, math.inf if high == 1e10 else high] for low, high in evaluation.params.areaRng]
         evaluation.evaluate()
         evaluation.accumulate()
@@ -81,7 +81,7 @@ def coco_metrics(
 
 
 def _results(truth: COCO, detections: list[dict[str, Any]]) -> COCO:
-    """``COCO.loadRes`` that also accepts an empty list: no detection is a legitimate, if poor, result."""
+    """Call ``COCO.loadRes``, but also accept an empty list: no detections are a legitimate, if poor, result."""
     if detections:
         return truth.loadRes(detections)
     empty = COCO()

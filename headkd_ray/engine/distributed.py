@@ -1,4 +1,4 @@
-"""Who else trains: this process's rank and device, and the few collectives that the loop needs."""
+"""This process's rank and device in a distributed run, and the few collectives that the training loop needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Distributed:
-    """One training process among ``size``; every method with more than one process is a collective of all ranks."""
+    """One of ``size`` training processes. With more than one, every method but ``ranks_of`` is a collective of all ranks."""
 
     rank: int
     size: int
@@ -25,22 +25,22 @@ class Distributed:
 
     @classmethod
     def alone(cls, use_gpu: bool = True) -> Distributed:
-        """A single process, on the first GPU if it may use one and there is one."""
+        """Return a single process, on the first GPU if it may use one and one is available."""
         return cls(0, 1, torch.device("cuda", 0) if use_gpu and torch.cuda.is_available() else torch.device("cpu"))
 
     @classmethod
     def here(cls, spec: ClusterSpec) -> Distributed:
-        """This process by itself, on the device that ``spec`` gives a worker, and with as many torch threads."""
+        """Return a single process with the device and the number of torch threads that ``spec`` gives a worker."""
         if spec.threads_per_worker is not None:
             torch.set_num_threads(spec.threads_per_worker)
         return cls.alone(use_gpu=spec.gpus_per_worker != 0)
 
     def ranks_of(self, count: int) -> range:
-        """Which of ``count`` ranks of a job this process plays: all are played, each by one process."""
+        """Return which of a job's ``count`` logical ranks this process runs; each is run by exactly one process."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, value: T) -> list[T] | None:
-        """All ranks' picklable values, in rank order, on rank 0; None elsewhere."""
+        """Gather all ranks' picklable values, in rank order, on rank 0; other ranks get None."""
         if self.size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
@@ -48,7 +48,7 @@ class Distributed:
         return gathered
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's picklable value, on every rank."""
+        """Return rank 0's picklable value on every rank."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -56,13 +56,13 @@ class Distributed:
         return box[0]
 
     def vote(self, yes: bool) -> Callable[[], bool]:
-        """Ask all ranks, without waiting; the function that this returns waits: did any say yes?
+        """Start a vote without waiting for it, and return a function that waits and tells whether any rank voted yes.
 
-        Between the two a step's computation hides the time that the answers take. Over gloo: no GPU is waited for.
+        The computation of a step in between hides the communication. The vote runs over gloo, so it does not wait for a GPU.
         """
         if self.size == 1:
             return lambda: yes
-        votes = torch.tensor([yes], dtype=torch.int32)  # on the CPU
+        votes = torch.tensor([yes], dtype=torch.int32)  # on the CPU, for gloo
         work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, async_op=True)
 
         def counted() -> bool:
@@ -72,13 +72,13 @@ class Distributed:
         return counted
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every rank rank 0's buffers of a module: BatchNorm gathers statistics on each rank's own images."""
+        """Copy rank 0's buffers of a module to every rank, since each rank's BatchNorm statistics are of its own images."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over ranks of a float tensor on this rank's device."""
+        """Return the mean over ranks of a float tensor, which is on this rank's device."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size

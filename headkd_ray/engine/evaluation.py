@@ -1,4 +1,4 @@
-"""Evaluation of a detector over all ranks: each image once, predictions gathered once, COCO metrics on rank 0."""
+"""Distributed evaluation of a detector: each image is evaluated once, and rank 0 computes COCO metrics of all predictions."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def predict(
     category_ids: Sequence[int | None],
     precision: str = "fp32",
 ) -> dict[int, list[dict[str, Any]]]:
-    """COCO results by image id: bbox xywh in pixels of the stored image, the data set's own category ids.
+    """Return COCO results by image id: bbox xywh in pixels of the stored image, with the data set's own category ids.
 
     Args:
-        category_ids: of each of the detector's classes; None = leave what is detected of it out.
+        category_ids: category id of each of the detector's classes; None = omit detections of this class.
 
     Raises:
-        AssertionError: an image came twice (the plan never does that; a duplicate would inflate the metrics silently).
+        AssertionError: an image came twice (which the data order rules out; a duplicate would silently inflate the metrics).
     """
     was_training = detector.training
     detector.eval()
@@ -47,7 +47,7 @@ def predict(
 
 
 def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int | None]) -> list[list[dict[str, Any]]]:
-    """One list of COCO results per image of the batch; boxes go back to the stored image's pixels and inside it.
+    """Return one list of COCO results per image of the batch, with boxes scaled to the stored image and clipped to it.
 
     Args:
         category_ids: as in :func:`predict`.
@@ -76,11 +76,11 @@ def evaluate(
     scoring: Scoring,
     precision: str = "fp32",
 ) -> CocoMetrics:
-    """COCO metrics of the detector over the ranks' shares of the images; the same on every rank. A collective call.
+    """Compute COCO metrics over all ranks' shares of the images, and return them on every rank. A collective call.
 
     Args:
         ground_truth: COCO dictionary, needed on rank 0 only.
-        scoring: as which categories, and how many, the detections count.
+        scoring: which categories the detections are counted as, and how many count.
 
     Raises:
         AssertionError: the ranks' shares overlap or miss an image of ``ground_truth``.

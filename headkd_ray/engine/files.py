@@ -1,4 +1,4 @@
-"""Files of a run: what was written is read back with care, and a disk that is full is told as what it is."""
+"""Files of a run: damaged files are reported when they are read, and a full disk is reported as such."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headkd_ray.storage import Folder
 
 @contextmanager
 def writing(path: str, key: str) -> Iterator[None]:
-    """Tell of a file at ``path`` that cannot be written within; ``key`` says what chooses its place.
+    """Convert errors of writing ``path`` within the context; ``key`` names the setting that chooses its location.
 
     Raises:
         DiskError: the disk is full or read-only, a quota is used up, or the like.
@@ -23,27 +23,27 @@ def writing(path: str, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch says "unexpected pos", while it handles the system's error.
+        # torch raises "unexpected pos" while it handles the system's error.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError | SafetensorError):
             raise
         reason = getattr(cause, "strerror", None) or str(cause)
         raise DiskError(
-            f"{path}: cannot be written ({reason}); make room there, or choose another {key}; the same command goes on from "
-            "the last checkpoint"
+            f"{path}: cannot be written ({reason}); make room there, or choose another {key}; the same command resumes "
+            "from the last checkpoint"
         ) from error
 
 
 def read_json(folder: Folder, name: str, error: type[UserError], mend: str, kind: Any = dict, called: str | None = None) -> Any:
-    """The content of a JSON file that was written by an earlier command.
+    """Read a JSON file that an earlier command wrote.
 
     Args:
-        mend: the end of the message, after a semicolon.
-        kind: the type that the whole must have.
-        called: what messages call the folder, if it is a copy of another.
+        mend: the remedy, with which error messages end after a semicolon.
+        kind: the type that the content must have.
+        called: name of the folder in messages, if it is a copy of another.
 
     Raises:
-        error: it is missing, cannot be read or is something else.
+        error: the file is missing, cannot be read or has another type of content.
     """
     place = folder.named(name) if called is None else f"{called}/{name}"
     try:

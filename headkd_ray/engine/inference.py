@@ -1,4 +1,4 @@
-"""A student on single images: the same view, normalisation and post-processing as in evaluation."""
+"""Inference on single images, with the same view, normalisation and post-processing as in evaluation."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from headkd_ray.job import DataSpec
 
 
 def view_spec(meta: Mapping[str, Any]) -> DataSpec:
-    """How a checkpoint wants its images at evaluation: what ``meta["data"]`` records, else the paper's sizes.
+    """Return how a checkpoint's images are resized and padded: as recorded in ``meta["data"]``, else the paper's sizes.
 
     Raises:
-        CheckpointError: it records something else.
+        CheckpointError: the recorded value is not valid.
     """
     try:
         return DataSpec.model_validate({"train": "none", "val": "none", **meta.get("data", {})})
     except (ValidationError, TypeError) as error:
-        raise CheckpointError(f"model.json: meta.data {meta.get('data')!r} is not how images are shown: {error}") from error
+        raise CheckpointError(f"model.json: meta.data {meta.get('data')!r} does not describe an image size: {error}") from error
 
 
 def trained_range(meta: Mapping[str, Any]) -> tuple[int, int] | None:
-    """With which range of values a checkpoint's 16-bit training images were read; None if it had none.
+    """Return the value range with which a checkpoint's 16-bit training images were read; None if it had none.
 
     Raises:
-        CheckpointError: it records something else.
+        CheckpointError: the recorded value is not such a range.
     """
     match meta.get("value_range"):
         case None:
@@ -49,10 +49,10 @@ def trained_range(meta: Mapping[str, Any]) -> tuple[int, int] | None:
 def detect_images(
     detector: Detector, images: Sequence[Tensor], spec: DataSpec, category_ids: Sequence[int], device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
-    """COCO results of each image (``image_id`` is its position), best first, boxes xywh in pixels of that image.
+    """Yield COCO results for each image (``image_id`` is its position), best first, boxes xywh in pixels of that image.
 
     Args:
-        images: uint8 (3, H, W), RGB, any sizes; one is in the network at a time.
+        images: uint8 (3, H, W), RGB, of any sizes; they pass through the network one at a time.
     """
     detector.eval()
     for position, image in enumerate(images):

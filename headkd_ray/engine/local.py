@@ -1,4 +1,4 @@
-"""``cluster.workers: 0``: the run in this process, without Ray."""
+"""Training in this process, without Ray (``cluster.workers: 0``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headkd_ray.job import Job
 
 
 def train_here(job: Job, tell: Sink) -> Record:
-    """Run the job; its result record. ``tell`` takes the log records. Raises as ``fit`` does."""
+    """Run the job and return its result record; ``tell`` receives the log records. Raises what ``fit`` raises."""
     distributed = Distributed.here(job.cluster)
     streams = Streams(job, distributed, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
     folder = open_run(job)

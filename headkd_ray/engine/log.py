@@ -1,4 +1,4 @@
-"""What a run tells: one record a step window, to any number of sinks (JSONL, TensorBoard, the terminal)."""
+"""Logging of a run: one record per window of steps, written to any number of sinks (JSONL, TensorBoard, the terminal)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sink = Callable[[Record], None]
 
 
 class StepWindow:
-    """Averages over the steps since the last record; ``record`` is a collective of all ranks.
+    """A window of training steps that are averaged into one log record; ``record`` is a collective of all ranks.
 
     Losses stay on the device until the window closes: reading them every step would stall a GPU.
     """
@@ -39,7 +39,7 @@ class StepWindow:
         self.sums: dict[str, torch.Tensor] = {}
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """``batches``, with the time spent waiting for them counted."""
+        """Yield from ``batches``, and add up the time spent waiting for them."""
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -49,7 +49,7 @@ class StepWindow:
             yield batch
 
     def add(self, values: dict[str, torch.Tensor], batch: Batch) -> None:
-        """One micro-batch: scalar tensors by name; those of an idle batch are left out of the means."""
+        """Add a micro-batch's scalar tensors, by name; those of an idle batch do not enter the means."""
         self.images += 0 if batch.idle else len(batch.images)
         self.steps += not batch.idle
         self.restarts = batch.teacher_restarts
@@ -58,8 +58,8 @@ class StepWindow:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def record(self) -> Record:
-        """Means over steps and ranks; images/s of all ranks, share of time spent waiting for data, peak memory in MiB;
-        and teacher processes lost since this worker started, if any."""
+        """Close the window and return its record: losses averaged over steps and ranks, images/s of all ranks, the share of
+        time spent waiting for data, peak memory in MiB, and teacher processes lost since this worker started, if any."""
         names = sorted(self.sums)
         seconds = time.perf_counter() - self.started
         on_gpu = self.distributed.device.type == "cuda"
@@ -80,13 +80,13 @@ class StepWindow:
 
 
 def host_peak_mib() -> float:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 class JsonLines:
-    """Appends records to a file; after a resume, those past the resumed step are dropped first, so each step is there once."""
+    """A sink that appends records to a file. On resuming, it first drops those past the resumed step, so none is repeated."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class JsonLines:
         )
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("".join(f"{line}\n" for line in kept))
-        draft.replace(path)  # at no time is a record lost
+        draft.replace(path)  # atomic: a crash loses no record
         self.file = path.open("a")
 
     def __call__(self, record: Record) -> None:
@@ -109,7 +109,7 @@ class JsonLines:
 
 
 def _step_of(line: str) -> float:
-    """Infinite for a line that is no record: cut off by a kill, or damaged."""
+    """Return a record's step, or infinity if the line is not a record: it was cut off by a kill, or is damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -118,17 +118,17 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """Writes every number of a record as a scalar at its step."""
+    """A sink that writes every number of a record as a TensorBoard scalar at the record's step."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)  # hides what a killed run told past it
+        self.writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)  # hides what a killed run wrote past it
 
     def __call__(self, record: Record) -> None:
         for name, value in _flatten(record):
             if name not in ("step", "epoch", "steps"):
-                # Names of classes come from the user's data, where there are halves of characters, too.
+                # Class names come from the user's data and may contain lone surrogates.
                 tag = name.encode("utf-8", "backslashreplace").decode("utf-8")
                 self.writer.add_scalar(tag, value, record["step"])
         self.writer.flush()

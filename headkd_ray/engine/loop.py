@@ -1,4 +1,4 @@
-"""The training program, top to bottom: one process's part of a run, with or without Ray around it."""
+"""The training loop, top to bottom: what one process of a run does, with or without Ray."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ def fit(
     open_sink: Callable[[int], Sink],
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Record:
-    """Train to the end, or from the latest checkpoint to the end; returns the last evaluation's metrics. Collective.
+    """Train to the end, resuming from the latest checkpoint if any; return the last evaluation's metrics. Collective.
 
     On the CPU a run that was killed and resumed ends with the same weights, bit for bit, as one that was not: batches are a
     function of (seed, step), and so is every random number drawn in a step.
 
     Args:
-        open_sink: called on rank 0 with the step that training resumes from (0 = fresh); takes the log records.
-        asked_to_stop: asked at every step; if it is True on any rank, that step is the last, and a checkpoint of it is kept.
+        open_sink: called on rank 0 with the step from which training resumes (0 = new run); the sink receives the log records.
+        asked_to_stop: polled at every step; if it is True on any rank, training ends with that step and a checkpoint of it.
 
     Raises:
         TrainingError: the loss is not finite.
         CheckpointError: the checkpoint or the teacher does not fit this job.
         DataError: a shard cannot be read.
         DiskError: a checkpoint or the log cannot be written.
-        DeviceMemoryError: a step or an evaluation needs more memory than there is.
-        StoppedError: it was asked to stop before the end.
+        DeviceMemoryError: a step or an evaluation needs more memory than is available.
+        StoppedError: the run was asked to stop before the end.
     """
     classes = streams.train_set.meta.classes
     accumulate = job.optim.accumulate
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
-    torch.manual_seed(job.run.seed)  # outputs for classes that the teacher does not know are drawn
+    torch.manual_seed(job.run.seed)  # the weights of classes that the teacher does not know are drawn at random
     teacher = load_teacher(job, classes)
-    torch.manual_seed(job.run.seed)  # here, so that a student starts from the same weights whoever helps it
+    torch.manual_seed(job.run.seed)  # again, so that the student's initial weights do not depend on the teacher
     model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     global_batch = job.data.batch_size * streams.ranks_in_all * accumulate
     state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
@@ -124,39 +124,39 @@ def fit(
             keep(state, job, distributed, streams, checkpoints, scored)
             if last_one and state.step < total_steps:
                 raise StoppedError(
-                    f"run {job.run.name}: stopped as asked at step {state.step} of {total_steps}, with a checkpoint; the same "
-                    "command goes on from there"
+                    f"run {job.run.name}: stopped as requested at step {state.step} of {total_steps}, with a checkpoint; the "
+                    "same command resumes from there"
                 )
-            window.reset()  # evaluation is not training time
+            window.reset()  # do not count evaluation as training time
     return last
 
 
 def save(state: Learner, folder: Path, order: dict[str, Any]) -> None:
-    """Write what a resumed run needs."""
+    """Write the training state that a resumed run needs."""
     members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema")}
     tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
     save_state(folder, {"step": state.step, "order": order, **tensors})
 
 
 def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
-    """Load what ``save`` wrote.
+    """Load the training state that ``save`` wrote.
 
     Raises:
-        CheckpointError: damaged, of an older headkd_ray, of other data, or of another number of workers (the most, of a range),
-            which would change the epoch's order and the schedule's steps.
+        CheckpointError: it is damaged, or was written by an older headkd_ray, with other data, or with another number of
+            workers (of a range: the maximum), which would change the epoch's order and the schedule's steps.
     """
     saved = load_state(folder)
     if "model" not in saved:
         raise CheckpointError(
             f"the checkpoint at step {saved['step']} was written by an older headkd_ray, whose training state this one cannot "
-            "resume (its student folder can be used); start a new run.name, or end the run with the older version"
+            "resume (its student folder can be used); choose another run.name, or finish the run with the older version"
         )
     changed = [key for key in order if saved["order"].get(key) != order[key]]
     if changed:
         raise CheckpointError(
             [
                 f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'].get(key)!r}, this run has "
-                f"{order[key]!r}; resume with what it had, or choose another run.name"
+                f"{order[key]!r}; resume with the former, or choose another run.name"
                 for key in changed
             ]
         )
@@ -169,18 +169,18 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
 
 
 def order_key(streams: Streams) -> dict[str, Any]:
-    """What the images' order and the best checkpoint depend on besides the keys that cannot change in a resumed run."""
+    """Return what, besides the keys that a resumed run cannot change, determines the images' order and the best checkpoint."""
     return {"cluster.workers": streams.ranks_in_all, **data_fingerprints(streams)}
 
 
 def data_fingerprints(streams: Streams) -> dict[str, str]:
-    """The fingerprint of each split, by its job key."""
+    """Return the fingerprint of each split, by its job key."""
     return {"data.train": streams.train_set.meta.fingerprint, "data.val": streams.val_set.meta.fingerprint}
 
 
 def validate(job: Job, distributed: Distributed, streams: Streams, student: Detector) -> CocoMetrics:
-    """COCO metrics on the validation split; the same on every rank."""
-    distributed.share_buffers(student)  # what is exported, and so evaluated, is rank 0's
+    """Compute COCO metrics on the validation split, and return them on every rank."""
+    distributed.share_buffers(student)  # rank 0's student is exported, so evaluate that one
     truth = streams.val_set.ground_truth() if distributed.rank == 0 else None
     smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
     with enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
@@ -188,7 +188,7 @@ def validate(job: Job, distributed: Distributed, streams: Streams, student: Dete
 
 
 def smaller_steps(job: Job) -> str:
-    """What makes a training step of the job need less memory, for an error message."""
+    """Return, for an error message, what would make a training step of the job need less memory."""
     data, optim = job.data, job.optim
     ways = [f"lower data.short_side ({max(data.short_side)}) and data.long_side ({data.long_side})"]
     if data.batch_size > 1:
@@ -202,10 +202,10 @@ def smaller_steps(job: Job) -> str:
 def soft_targets(
     job: Job, shards: ShardSet, teacher: Detector | None, device: torch.device
 ) -> tuple[SoftTeacher | None, Cache | None]:
-    """A teacher in this process that chooses its own RoIs, or the cache of one; neither if the student chooses them, or if the
-    answers come with the batches from a pool.
+    """Return a teacher in this process that chooses its own RoIs, or the cache of one; neither if the student chooses the RoIs
+    or if a pool adds the soft targets to the batches.
 
-    Raises CacheError if the cache is not there, incomplete, or of something else.
+    Raises CacheError if the cache is missing, incomplete or does not fit the job.
     """
     if job.teacher is None or teacher is None or job.distill.rois == "student":
         return None, None
@@ -219,20 +219,20 @@ def soft_targets(
 
 
 def check_finite(record: Record) -> None:
-    """Raises TrainingError, on all ranks alike, if the losses (means over ranks) are not finite."""
+    """Raise TrainingError, on all ranks alike, if the losses (means over ranks) are not finite."""
     losses = {name: value for name, value in record["losses"].items() if not math.isfinite(value)}
     if losses:
         raise TrainingError(
-            f"step {record['step']}: not finite: {losses}; lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps"
+            f"step {record['step']}: not finite: {losses}; lower optim.lr or optim.clip_norm, or raise optim.warmup_steps"
         )
 
 
 def keep(
     state: Learner, job: Job, distributed: Distributed, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None
 ) -> None:
-    """Write a checkpoint (rank 0) and report it (all ranks): the training state, the student alone, its metrics.
+    """Write a checkpoint (rank 0) of the training state, the student and its metrics, and report it (all ranks).
 
-    Raises DiskError if there is no room for it.
+    Raises DiskError if there is no space for it.
     """
     name = f"step_{state.step:08d}"
     metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
@@ -264,4 +264,4 @@ def keep(
 
 
 def _nowhere(record: Record) -> None:
-    """The log of the ranks that keep none."""
+    """Discard a record: only rank 0 keeps a log."""

@@ -1,4 +1,5 @@
-"""The paper's SGD and schedule (official ``schedule_1x.py``): warm-up, step decay, lr linear in the global batch; or AdamW."""
+"""Optimizer and learning-rate schedule: the paper's SGD (official ``schedule_1x.py``: linear warm-up, step decay, lr linear in
+the global batch), or AdamW."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from headkd_ray.job import OptimSpec
 
 
 def peak_lr(spec: OptimSpec, global_batch: int) -> float:
-    """Learning rate after warm-up, scaled linearly from ``lr_batch`` to ``global_batch`` images a step."""
+    """Return the learning rate after warm-up, scaled linearly from ``lr_batch`` to ``global_batch`` images per step."""
     return spec.lr if spec.lr_batch is None else spec.lr * global_batch / spec.lr_batch
 
 
 def lr_factor(spec: OptimSpec, step: int, steps_per_epoch: int) -> float:
-    """Share of the peak learning rate at optimizer step ``step`` (from 0).
+    """Return the fraction of the peak learning rate at optimizer step ``step`` (from 0).
 
     Warm-up rises linearly from ``warmup_ratio`` and multiplies the decay, as mmcv's ``StepLrUpdaterHook`` does.
     """
@@ -29,7 +30,7 @@ def lr_factor(spec: OptimSpec, step: int, steps_per_epoch: int) -> float:
 def build_optimizer(
     spec: OptimSpec, parameters: Iterable[torch.nn.Parameter], global_batch: int, steps_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer over the parameters that take gradients, and its schedule (``scheduler.step()`` once an optimizer step)."""
+    """Build the optimizer over the trainable parameters, and its schedule (``scheduler.step()`` once per optimizer step)."""
     free = [parameter for parameter in parameters if parameter.requires_grad]
     lr = peak_lr(spec, global_batch)
     optimizer: torch.optim.Optimizer
@@ -41,8 +42,8 @@ def build_optimizer(
 
 
 def retune(state: dict[str, Any], spec: OptimSpec, global_batch: int, steps_per_epoch: int) -> None:
-    """Give a saved training state (``loop.save``) the learning rate, momentum and weight decay of another job: a resumed
-    optimizer goes on with the saved ones."""
+    """Change the learning rate, momentum and weight decay in a saved training state (``loop.save``) to those of another job,
+    because a resumed optimizer keeps the saved ones."""
     peak = peak_lr(spec, global_batch)
     lr = peak * lr_factor(spec, state["step"], steps_per_epoch)
     for group in state["optimizer"]["param_groups"]:

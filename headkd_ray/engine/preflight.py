@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a job's data, teacher and storage, found before a cluster is started."""
+"""Check a job's data, teacher and storage before a cluster is started."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
 def preflight(job: Job) -> None:
-    """Open the splits, compare classes, load the teacher, build the models, probe the storage. Leaves nothing behind.
+    """Open the splits, compare classes, load the teacher, build the models and probe the storage, leaving nothing behind.
 
     Raises:
-        UserError: every problem found, at once.
+        UserError: lists all problems found.
     """
     problems: list[str] = []
     splits: dict[str, ShardSet] = {}
@@ -53,9 +53,9 @@ def preflight(job: Job) -> None:
 
 
 def _build(job: Job, shards: ShardSet | None) -> None:
-    """Try the models, and look at the cache if the job reads one; ``shards`` None = the data cannot be read."""
+    """Build the models, and check the cache if the job reads one; ``shards`` is None if the data cannot be read."""
     classes = None if shards is None else shards.meta.classes
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the run's own draw must not depend on it
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not affect those of the run
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
         build_training_model(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
@@ -66,10 +66,10 @@ def _build(job: Job, shards: ShardSet | None) -> None:
 
 
 def _check_sizes(job: Job, shards: ShardSet, teacher: Teacher | None) -> None:
-    """Try the backbones on the smallest and the largest views of the job: many of timm's take images of one size alone.
+    """Try the backbones on the job's smallest and largest views, since many timm models accept only one image size.
 
     Raises:
-        JobError: a backbone cannot take them.
+        JobError: a backbone does not accept them.
     """
     sizes = extreme_sizes(job.data, shards.index.height, shards.index.width)
     problems = [f"student.{problem}" for problem in backbone_problems(job.student.backbone, sizes)]

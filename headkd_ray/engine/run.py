@@ -1,4 +1,4 @@
-"""A run's folder, ``<run.storage>/<run.name>``: what was asked, the logs, the exported student, the result."""
+"""A run's folder, ``<run.storage>/<run.name>``: the job, the logs, the exported student and the result."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from headkd_ray.text import masked
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
-# Sections that may change when a run is resumed: they decide where and how loudly it trains, not what it learns.
-# (Some changes of cluster.workers are refused nevertheless: below, and in loop.restore.)
+# Sections that may change when a run is resumed: they decide where it trains and what it logs, not what it learns.
+# (Some changes of cluster.workers are still refused: below, and in loop.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
-# Likewise of the teacher: where it is asked, not what it says.
+# The teacher's keys that may change likewise: they decide where its outputs are computed, not what they are.
 FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
 _MEND = "restore it, or choose another run.name"
 UPLOAD_SECONDS = 60
-"""Between uploads of the log, where no checkpoint comes."""
+"""Seconds between uploads of the log while no checkpoint is due."""
 
 
 def run_folder(job: Job) -> Folder:
@@ -38,10 +38,10 @@ def run_folder(job: Job) -> Folder:
 
 
 def check_run(job: Job, data: dict[str, str] | None = None) -> None:
-    """Can the job start its run, or resume it? Leaves nothing behind.
+    """Check that the job can start its run or resume it, leaving nothing behind.
 
     Args:
-        data: fingerprint of each split by its key, data.train and data.val, as far as they could be read.
+        data: fingerprint of each split that could be read, by its key (data.train, data.val).
 
     Raises:
         StorageError: run.storage is not writable, no filesystem serves it, or the run's own files are damaged.
@@ -68,37 +68,37 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
     if result is not None:
         trained = result.get("data", {})  # missing in results of earlier versions
         differing += [
-            f"{key}: the run {folder.uri} has ended, and was trained with other data (fingerprint {str(trained[key])[:12]}) "
-            f"than this is now ({now[:12]}); choose another run.name"
+            f"{key}: the run {folder.uri} has ended, and was trained on different data (fingerprint {str(trained[key])[:12]}, "
+            f"now {now[:12]}); choose another run.name"
             for key, now in (data or {}).items()
             if trained.get(key, now) != now
         ]
     workers = before.get("cluster.workers"), job.cluster.workers
     if bool(workers[0]) != bool(workers[1]) and result is None:
         differing.append(
-            f"cluster.workers: the run {folder.uri} was started with {workers[0]}, now {workers[1]}; checkpoints of runs "
-            "without Ray (0) and with it are not the same: keep the old value to resume it, or choose another run.name"
+            f"cluster.workers: the run {folder.uri} was started with {workers[0]}, now {workers[1]}; a run without Ray (0) "
+            "cannot be resumed with it, nor the reverse: keep the old value to resume it, or choose another run.name"
         )
     if differing:
         raise JobError(differing)
 
 
 def _recorded(folder: Folder) -> dict[str, Any]:
-    """The job that the run was started with; keys that are newer than the run have their default. Raises StorageError."""
-    keys = json.loads(masked(json.dumps(read_json(folder, JOB_FILE, StorageError, _MEND))))  # an older version masked nothing
+    """Return the job that the run was started with; keys newer than the run have their defaults. Raises StorageError."""
+    keys = json.loads(masked(json.dumps(read_json(folder, JOB_FILE, StorageError, _MEND))))  # older versions did not mask
     try:
         return Job.model_validate(keys).model_dump(mode="json")
-    except ValidationError:  # it has keys that are no more, which is told key by key
+    except ValidationError:  # it has keys that no longer exist, which the caller reports one by one
         return keys
 
 
 def _as_recorded(job: Job) -> str:
-    """The job as job.json has it: without the secrets of signed addresses."""
+    """Return the job as job.json stores it: without the secrets of signed URIs."""
     return masked(json.dumps(job.model_dump(mode="json"), indent=1))
 
 
 def open_run(job: Job) -> Folder:
-    """The run's folder, made if it is new; ``check_run`` has passed."""
+    """Return the run's folder, and create it if it is new; ``check_run`` must have passed."""
     folder = run_folder(job)
     if not folder.has(JOB_FILE):
         with writing(folder.named(JOB_FILE), "run.storage"):
@@ -108,35 +108,35 @@ def open_run(job: Job) -> Folder:
 
 
 def finished(folder: Folder) -> Record | None:
-    """The result of a run that ended, else None. Raises StorageError if it is damaged."""
+    """Return the result of a run that has ended, else None. Raises StorageError if it is damaged."""
     if not folder.has(RESULT_FILE):
         return None
-    result = read_json(folder, RESULT_FILE, StorageError, f"{_MEND}; deleted, the run is resumed and writes it again")
+    result = read_json(folder, RESULT_FILE, StorageError, f"{_MEND}; if you delete it, the run resumes and writes it again")
     kinds = {"best": dict, "last": dict, "student": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]
     if wrong or not isinstance(result.get("data", {}), dict):
         raise StorageError(
             f"{folder.named(RESULT_FILE)}: {', '.join(wrong or ['data'])} is missing or damaged; delete the file, and the same "
-            "command writes it again"
+            "command will write it again"
         )
     return result
 
 
 def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, str], tell: Sink) -> Record:
-    """Promote the best checkpoint's student to ``<run>/student``; write ``result.json``, last: its presence says 'ended'.
+    """Copy the best checkpoint's student to ``<run>/student``, then write ``result.json``, which marks the run as ended.
 
     Args:
-        ranking: the run's checkpoints, the best first. One that is damaged is passed over.
+        ranking: the run's checkpoints, the best first. Damaged ones are skipped.
         data: fingerprint of each split by its key.
-        tell: takes a note about each checkpoint that is passed over.
+        tell: receives a note about each checkpoint that is skipped.
 
     Raises:
-        CheckpointError: none is intact.
-        DiskError: there is no room for the student.
+        CheckpointError: no checkpoint is intact.
+        DiskError: there is no space for the student.
     """
     best, problems = first_intact(ranking)
     for problem in problems:
-        tell({"step": last["step"], "steps": last["step"], "note": f"{problem}; its student is passed over"})
+        tell({"step": last["step"], "steps": last["step"], "note": f"{problem}; its student is skipped"})
     student = folder / STUDENT_FOLDER
     with writing(student.uri, "run.storage"):
         student.copy_from(best / STUDENT_FOLDER)
@@ -152,35 +152,35 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
 
 @contextmanager
 def only_one(run: Folder) -> Iterator[None]:
-    """Keep other processes from training the same run meanwhile; the lock ends with this process, however it ends.
+    """Keep other processes from training the same run; the lock is released when this process ends, however it ends.
 
-    Object stores have no locks, and some network file systems none either: there nothing is kept from anybody.
+    Object stores and some network file systems have no locks; there, nothing prevents it.
 
     Raises:
-        JobError: another process is training it.
+        JobError: another process is training the run.
     """
     if not run.remote:
         with writing(run.uri, "run.storage"):
             run.create()
-    busy = JobError(f"run.name: another process is training {run.uri}; wait for it, end it, or choose another run.name")
+    busy = JobError(f"run.name: another process is training {run.uri}; wait for it, stop it, or choose another run.name")
     with locked(run, busy):
         try:
             yield
         finally:
-            if not run.remote and not run.has(JOB_FILE):  # refused before it began, which leaves nothing behind
+            if not run.remote and not run.has(JOB_FILE):  # the run was refused before it began: leave nothing behind
                 run.delete(LOCK_FILE)
-                with suppress(OSError):  # there are other things in it
+                with suppress(OSError):  # the folder holds other files
                     Path(run.path).rmdir()
 
 
 class RunLog:
-    """``log.jsonl`` and ``tensorboard/`` of a run, written by rank 0; on remote storage, uploaded now and then.
+    """A sink that writes a run's ``log.jsonl`` and ``tensorboard/``, and uploads them periodically to remote storage.
 
-    A context manager: leaving it closes the files.
+    Only rank 0 has one. It is a context manager: leaving it closes the files.
     """
 
     def __init__(self, run: Folder, resumed_step: int, tensorboard: bool, checkpoint_every: int | None = None) -> None:
-        """``checkpoint_every``: optimizer steps between checkpoints within an epoch; None = there are none."""
+        """Open the files. ``checkpoint_every``: optimizer steps between checkpoints within an epoch; None = there are none."""
         self.run = run
         self.checkpoint_every = checkpoint_every
         self.due = False
@@ -198,7 +198,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(StorageError, OSError) if error is not None else nullcontext():  # the first error is the one to tell
+        with suppress(StorageError, OSError) if error is not None else nullcontext():  # do not hide the first error
             with self._writing():
                 for sink in self.sinks:
                     sink.close()
@@ -208,7 +208,7 @@ class RunLog:
             self.scratch.close()
 
     def __call__(self, record: Record) -> None:
-        """Raises DiskError if the record cannot be written: the log is the user's, and a run without one is of little use."""
+        """Write a record. Raises DiskError if that fails, because a run without a log is of little use."""
         with self._writing():
             for sink in self.sinks:
                 sink(record)
@@ -216,8 +216,8 @@ class RunLog:
         self.due = record["epoch"] == int(record["epoch"]) or (every is not None and record["step"] % every == 0)
 
     def sync(self) -> None:
-        """Upload, if the storage is remote: before each checkpoint, so that a run that resumes from it lacks no record; else at
-        most every UPLOAD_SECONDS, for each upload is of everything."""
+        """Upload the log if the storage is remote: before each checkpoint, so that a run resumed from it lacks no record, and
+        otherwise at most every UPLOAD_SECONDS, because each upload copies everything."""
         if self.scratch is not None and (self.due or time.monotonic() - self.uploaded > UPLOAD_SECONDS):
             self._upload()
 

@@ -1,4 +1,4 @@
-"""How a detector's answers on a split are scored: as which categories, how many an image, and what the user should know."""
+"""How a detector is scored on a split: category ids of its classes, detections that count per image, and warnings."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from headkd_ray.job.job import MAX_DETECTIONS
 
 @dataclass(frozen=True)
 class Scoring:
-    """What turns detections on a split into its metrics."""
+    """How a detector's outputs on a split are turned into COCO metrics."""
 
     category_ids: tuple[int | None, ...]
-    """COCO category id of each of the detector's classes in the split; None = the split does not list the class, so that
-    nothing can be said about its detections, and they are left out."""
+    """COCO category id of each of the detector's classes in the split; None = the split does not list the class, so its
+    detections cannot be judged and are left out."""
     max_detections: int
     """How many of an image's detections count."""
     warnings: tuple[str, ...]
+    """What the user should know about the metrics, one sentence each."""
 
 
 def scoring_of(shards: ShardSet, split: str, classes: Sequence[str], who: str, max_detections: int) -> Scoring:
-    """How detections of ``classes`` are scored on a split.
+    """Return how detections of ``classes`` are scored on a split.
 
     Args:
-        split: how messages call the split.
-        classes: the detector's, in the order of its outputs.
-        who: how messages call whoever has these classes.
+        split: name of the split in messages.
+        classes: the detector's classes, in the order of its outputs.
+        who: name of the detector, or of the data that it learns from, in messages.
 
     Raises:
         DataError: the split has classes that the detector does not know.
@@ -49,10 +50,10 @@ def scoring_of(shards: ShardSet, split: str, classes: Sequence[str], who: str, m
 
 
 def recorded_detections(meta: Mapping[str, Any]) -> int:
-    """How many detections of an image count where the checkpoint with this ``meta`` was trained; 100 if it does not say.
+    """Return how many detections per image counted when the checkpoint with this ``meta`` was trained; 100 if not recorded.
 
     Raises:
-        CheckpointError: it says something else.
+        CheckpointError: the recorded value is not a positive integer.
     """
     recorded = meta.get("max_detections", MAX_DETECTIONS)
     if not isinstance(recorded, int) or isinstance(recorded, bool) or recorded < 1:
@@ -61,6 +62,6 @@ def recorded_detections(meta: Mapping[str, Any]) -> int:
 
 
 def scoring_of_job(job: Job, train: ShardSet, val: ShardSet) -> Scoring:
-    """How a job's student, which learns the classes of ``train``, is scored on ``val``. Raises as :func:`scoring_of` does."""
+    """Return how a job's student, which learns the classes of ``train``, is scored on ``val``. Raises as :func:`scoring_of`."""
     split, who = f"data.val ({job.data.val})", f"data.train ({job.data.train})"
     return scoring_of(val, split, train.meta.classes, who, job.eval.max_detections)

@@ -1,4 +1,4 @@
-"""The training step: what training, calibration and the bench of placements all run."""
+"""The training step, which training, calibration and the placement benchmark share."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from headkd_ray.teacher import SoftTeacher
 
 @dataclass
 class Learner:
-    """A training model and what trains it: all that an optimizer step reads and changes."""
+    """A training model with its optimizer, schedule and moving average: all state that an optimizer step reads and changes."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps taken so far."""
     model: TrainingModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: AveragedModel | None
     """Moving average of the student's weights."""
     ddp: DistributedDataParallel | None = None
-    """Around ``model``, where other processes train it too."""
+    """Wraps ``model`` if several processes train it."""
     soft_teacher: SoftTeacher | None = None
-    """A teacher in this process that chooses its own RoIs: it adds its soft targets to every batch."""
+    """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 
     @property
     def student(self) -> Detector:
-        """What is evaluated and exported."""
+        """The student to evaluate and export: the moving average if there is one."""
         student = self.model.student if self.ema is None else self.ema.module
         assert isinstance(student, Detector)
         return student
 
 
 def build_learner(job: Job, model: TrainingModel, device: torch.device, global_batch: int, steps_per_epoch: int) -> Learner:
-    """A learner at step 0, with ``model`` moved to ``device``; ``global_batch`` images and ``steps_per_epoch`` optimizer steps
-    decide the learning rate."""
+    """Build a learner at step 0 and move ``model`` to ``device``; the learning rate depends on ``global_batch`` (images per
+    optimizer step) and ``steps_per_epoch`` (optimizer steps)."""
     model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
     optimizer, scheduler = build_optimizer(job.optim, model.parameters(), global_batch, steps_per_epoch)
     ema = None
@@ -63,18 +63,18 @@ def train_step(
     share: float = 1.0,
     note: Callable[[dict[str, Tensor], Batch], None] | None = None,
 ) -> None:
-    """One optimizer step: a forward and a backward pass for each of ``ranks``, then the update.
+    """Take one optimizer step: a forward and a backward pass for each of ``ranks``, then the update.
 
     Args:
         batches: one is taken for each pass; they are on the model's device.
-        ranks: whose batches these are. The random numbers of a pass are a function of (seed, batch, rank).
-        share: weight of each batch in the gradient, of which processes that train together take the mean.
-        note: told the losses of each pass by name, with their ``total``, after its backward pass.
+        ranks: the logical rank of each batch. The random numbers of a pass are a function of (seed, batch, rank).
+        share: weight of each batch in the gradient, which is then averaged over the processes.
+        note: called after each backward pass with the losses by name, including their ``total``, and the batch.
     """
     learner.optimizer.zero_grad(set_to_none=True)
     for turn, rank in enumerate(ranks, start=1):
         batch = next(batches)
-        if learner.ddp is not None:  # gradients meet once an optimizer step
+        if learner.ddp is not None:  # reduce gradients once per optimizer step
             learner.ddp.require_backward_grad_sync = turn == len(ranks)
         torch.manual_seed(key_bits("step", job.run.seed, batch.step, rank) % 2**63)
         losses = forward(learner, job, batch)
@@ -92,7 +92,7 @@ def train_step(
 
 
 def forward(learner: Learner, job: Job, batch: Batch) -> dict[str, Tensor]:
-    """The weighted losses of ``batch`` by name, at the job's precision."""
+    """Return the weighted losses of ``batch`` by name, computed at the job's precision."""
     if learner.soft_teacher is not None:
         batch = replace(batch, targets=learner.soft_teacher(batch))
     if batch.idle:

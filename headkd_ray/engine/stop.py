@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, which ``ray job stop``, Kubernetes and Slurm send, and Ctrl-C: finish the step, keep it."""
+"""Graceful stopping: on SIGTERM (sent by ``ray job stop``, Kubernetes and Slurm) or Ctrl-C, finish the step and save it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from types import FrameType
 from headkd_ray.errors import StoppedError
 
 SIGNALS = {signal.SIGTERM: b"SIGTERM", signal.SIGINT: b"Ctrl-C"}
-NOTICE = b": stopping after this step, with a checkpoint; once more ends the run at once\n"
+NOTICE = b": stopping after this step, with a checkpoint; repeat it to end the run at once\n"
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGTERM or Ctrl-C only makes the function that this gives return True; the next does what it did.
+    """Yield a function that returns True once SIGTERM or Ctrl-C has arrived; the next such signal acts as before.
 
-    A StoppedError that leaves the context says which signal it was. In a thread that is not the main one, which cannot take
-    signals, the function always returns False.
+    A StoppedError that leaves the context is given the signal's number. Only the main thread can handle signals; in any other
+    thread the function always returns False.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""This process's batches of a job; who decodes them (threads here, Ray Data tasks) is given as a function."""
+"""The batches of a job that this process trains and evaluates on; a function decides whether threads or Ray tasks decode."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Decode = Callable[[ShardSet, Iterable[Window], BatchMaker], AbstractContextManag
 
 
 def decode_here(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> AbstractContextManager[Iterator[Batch]]:
-    """Decode with threads of this process."""
+    """Decode the batches with threads of this process."""
     return closing(local_stream(shards, windows, maker))
 
 
 class Streams:
     """The training and validation batches of one process.
 
-    The training plan is made for the job's ranks, the most that cluster.workers allows. Where there are fewer processes each
-    plays several ranks in turn, so that order, steps and global batch do not depend on how many there are.
+    The order of training images is planned for a fixed number of ranks, the maximum of cluster.workers. If there are fewer
+    processes, each runs several ranks in turn, so that order, steps and global batch do not depend on their number.
     """
 
     def __init__(self, job: Job, distributed: Distributed, train: ShardSet, val: ShardSet, decode: Decode) -> None:
@@ -36,16 +36,16 @@ class Streams:
         self.rows = train_rows(train.index, job.data.keep_empty)
         self.ranks_in_all = max(1, job.cluster.most_workers)
         self.ranks = distributed.ranks_of(self.ranks_in_all)
-        """Whose batches these are: of each step first the first one's."""
+        """The ranks that this process runs; their batches of a step come in this order."""
         self.micro_batches_per_epoch = steps_per_epoch(
             len(self.rows), job.data.batch_size, self.ranks_in_all, job.optim.accumulate
         )
-        """The same for every epoch and rank; a multiple of optim.accumulate."""
+        """Micro-batches per epoch, the same for every epoch and rank; a multiple of optim.accumulate."""
         self.scoring = scoring_of_job(job, train, val)
-        """How what the student detects on the validation images is scored."""
+        """How the student's detections on the validation images are scored."""
 
     def train(self, first: int, cache: TargetReader | None = None) -> AbstractContextManager[Iterator[Batch]]:
-        """Batches of all epochs from micro-batch ``first`` on, with the targets of ``cache`` if there is one."""
+        """Return the batches of all epochs from micro-batch ``first`` on, with soft targets from ``cache`` if it is given."""
         windows = [
             train_windows(
                 self.train_set.index,
@@ -66,7 +66,7 @@ class Streams:
         )
 
     def val(self) -> AbstractContextManager[Iterator[Batch]]:
-        """This process's share of the validation images, each once."""
+        """Return this process's share of the validation images, each once."""
         windows = eval_windows(
             self.val_set.index,
             rank=self.distributed.rank,
@@ -77,14 +77,14 @@ class Streams:
 
 
 def in_order(batches: Iterator[Batch], first: int, ranks: int) -> Iterator[Batch]:
-    """``batches``, which must be those of micro-batch ``first`` and of each one after it, ``ranks`` of each."""
+    """Yield ``batches``, and check that they are those of micro-batch ``first`` and all after it, ``ranks`` of each."""
     for number, batch in enumerate(batches):
         assert batch.step == first + number // ranks, "the stream lost its place"
         yield batch
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on ``device``; on a GPU the next one is copied while the current one is used."""
+    """Yield the batches on ``device``; on a GPU the next one is copied while the current one is used."""
     if device.type == "cpu":
         yield from batches
         return

@@ -1,4 +1,4 @@
-"""How far two values are apart, and whether rows that one side lacks are explained by a near-tie in ordering or NMS."""
+"""Comparison of values, and the check whether a near-tie in ordering or NMS explains rows that one side lacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from headkd_ray.detectors.ops.boxes import pairwise_iou
 
 VALUES = 1e-4
-"""Largest error of tensors and losses: relative, for a tensor to its largest magnitude."""
+"""Largest relative error of tensors and losses; a tensor's is relative to its largest magnitude."""
 GRADIENTS = 1e-3
 """Largest relative error of a gradient norm."""
 IOU_TIE = 1e-4
@@ -23,7 +23,7 @@ SCORE_TIE = 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """One compared quantity."""
+    """The result of comparing one quantity."""
 
     name: str
     absolute: float
@@ -34,12 +34,12 @@ class Row:
 
 
 def failure(name: str, note: str) -> Row:
-    """A quantity that cannot be compared at all."""
+    """Return the row of a quantity that cannot be compared at all."""
     return Row(name, math.nan, math.nan, math.nan, False, note)
 
 
 def compare(name: str, ours: Tensor, golden: Tensor, tolerance: float = VALUES, note: str = "") -> Row:
-    """Largest difference of two tensors, also relative to the golden's largest magnitude."""
+    """Compare two tensors by their largest difference, absolute and relative to the golden's largest magnitude."""
     if ours.shape != golden.shape:
         return failure(name, f"shape {tuple(ours.shape)}, golden {tuple(golden.shape)}")
     if golden.numel() == 0:
@@ -51,14 +51,14 @@ def compare(name: str, ours: Tensor, golden: Tensor, tolerance: float = VALUES, 
 
 
 def compare_number(name: str, ours: float, golden: float, tolerance: float, floor: float = 0.0, note: str = "") -> Row:
-    """Two numbers; differences up to ``floor`` count as rounding around zero."""
+    """Compare two numbers; differences up to ``floor`` count as rounding around zero."""
     absolute = abs(ours - golden)
     relative = absolute / abs(golden) if golden else (0.0 if absolute <= floor else math.inf)
     return Row(name, absolute, relative, tolerance, relative <= tolerance or absolute <= floor, note)
 
 
 def merge(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Row:
-    """The worst of several rows, under one name."""
+    """Merge several rows into the worst of them, under one name."""
     worst = max(rows, key=lambda row: (not row.passed, row.relative if row.relative == row.relative else math.inf))
     texts = dict.fromkeys(note for note in (*notes, *(row.note for row in rows if not row.passed or row is worst)) if note)
     return Row(name, worst.absolute, worst.relative, worst.tolerance, all(row.passed for row in rows), "; ".join(texts))
@@ -73,14 +73,14 @@ def explained(
     cuts: Sequence[tuple[int | None, float]],
     either: bool = False,
 ) -> Tensor:
-    """Which of the ``lost`` rows (N,) bool, those that only one side kept, a near-tie explains; (N,) bool.
+    """Return which of the ``lost`` rows (N,) bool, those that only one side kept, a near-tie explains; (N,) bool.
 
     ``boxes`` (N, 4), ``scores`` and ``groups`` (N,) hold the rows of both sides together. A lost row is explained if its IoU
     with a box of its group that scores no lower is within IOU_TIE of the NMS threshold ``iou``, if its score is within
     SCORE_TIE of a cut (group or None = any, score) below which rows are dropped, or if another explained lost row of its
-    group overlaps it, since what NMS does with one decides what it does with the next. With ``either`` it is also explained
-    by a lost row that overlaps it and scores the same, of which NMS keeps either; that is for rows known to be two candidates,
-    not one with a wrong box.
+    group overlaps it, because what NMS does with one decides what it does with the next. With ``either`` it is also explained
+    by a lost row that overlaps it and scores the same, since NMS may keep either; use that only for rows known to be two
+    candidates, not one with a wrong box.
     """
     overlap = pairwise_iou(boxes.double(), boxes.double())
     same = (groups[:, None] == groups[None, :]) & ~torch.eye(len(groups), dtype=torch.bool)

@@ -1,13 +1,14 @@
-"""What a golden file leaves open (how images were padded, which RoIs were drawn), settled so that the rest can be compared."""
+"""Conventions that a golden file leaves open (image padding, sampled RoIs), settled so that the rest can be compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import GroundTruth, Proposals, RetinaHead, RoIs
+from headkd_ray.detectors import DenseHead, GroundTruth, Proposals, RoIs
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors, valid_anchors
 from headkd_ray.detectors.ops.rois import Candidates, candidates, choose
 from headkd_ray.detectors.ops.sampling import sample
@@ -21,10 +22,10 @@ ALL = SamplerSpec(size=1 << 20, positive_fraction=1.0)
 
 
 class AnchorsWithin(Anchors):
-    """Anchors that count within stated extents instead of each image's own padded size."""
+    """Anchors that are valid within given extents instead of each image's own padded size."""
 
     def __init__(self, anchors: Anchors, extents: Tensor) -> None:
-        """``extents`` (B, 2): how far anchors count in each image, (h, w)."""
+        """``extents`` (B, 2) are the (h, w) within which anchors are valid in each image."""
         super().__init__(anchors.spec, anchors.strides, anchors.offset)
         self.extents = extents
 
@@ -33,12 +34,12 @@ class AnchorsWithin(Anchors):
 
 
 def own_losses(
-    golden: Golden, x: Tensor, names: Mapping[str, str], head: RetinaHead | RPN, compute: Callable[[], dict[str, Tensor]]
+    golden: Golden, x: Tensor, names: Mapping[str, str], head: DenseHead[Any] | RPN, compute: Callable[[], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The losses of ``head``, which ``compute`` gives, and notes on how far anchors counted, if that is not the official rule.
+    """Return the losses of ``head`` from ``compute``, and notes on where anchors were valid if not by the official rule.
 
-    The optional array ``pad_sizes`` (B, 2) says how far. Without it each image counts as padded by itself (the official rule);
-    only if that misses the file's losses and padding to the batch's shape meets them, the latter holds.
+    The optional array ``pad_sizes`` (B, 2) gives the valid extents. Without it each image counts as padded by itself (the
+    official rule), unless this misses the file's losses and padding to the batch's shape reproduces them.
     """
     official = head.anchors
 
@@ -68,10 +69,11 @@ def own_losses(
 
 
 def golden_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_classes: int, positive_iou: float) -> RoIs:
-    """The candidates that the file chose, in the official order; all of ours, if it names none or one that nobody proposed.
+    """Return the candidates that the file chose, in the official order.
 
-    Where a near-tie in NMS has kept other proposals than the file's, candidates come from the file's, so that what follows
-    can be compared; the proposals themselves are compared elsewhere.
+    All of ours are returned if the file names none, or one that was not proposed. Where a near-tie in NMS has kept other
+    proposals than the file's, candidates come from the file's, so that later quantities can be compared; the proposals
+    themselves are compared elsewhere.
     """
     pool = candidates(proposals, truth, positive_iou)
     allowed = pool.valid

@@ -1,4 +1,4 @@
-"""A golden file: one training step of the official code as an .npz of named arrays, each of which must be accounted for."""
+"""Golden files: one training step of the official code as an .npz of named arrays, each of which must be accounted for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INPUTS = re.compile(r"(student|teacher)/|gt_(boxes|labels)/\d+$|(images|image_s
 
 
 class Golden:
-    """The arrays of one file; remembers which of them have been used."""
+    """The arrays of one golden file, with a record of which have been used."""
 
     def __init__(self, arrays: dict[str, np.ndarray[Any, Any]], source: str) -> None:
         self._arrays = arrays
@@ -28,7 +28,10 @@ class Golden:
 
     @classmethod
     def open(cls, path: str | Path) -> Golden:
-        """Raises DataError if the file is missing, no .npz, or lacks what a training step needs (all that lacks is listed)."""
+        """Read a golden file.
+
+        Raises DataError if it is missing, is no .npz, or lacks arrays that a training step needs (all of them are listed).
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 golden = cls({key: file[key] for key in file.files}, str(path))
@@ -70,32 +73,32 @@ class Golden:
         return key in self._arrays
 
     def keys(self, pattern: str) -> list[str]:
-        """Keys that match the whole regular expression, in the file's order."""
+        """Return the keys that match the whole regular expression, in the file's order."""
         return [key for key in self._arrays if re.fullmatch(pattern, key)]
 
     def tensor(self, key: str) -> Tensor:
-        """One array as a tensor."""
+        """Return one array as a tensor."""
         self._used.add(key)
         return torch.from_numpy(np.array(self._arrays[key]))
 
     def scalars(self, key: str) -> dict[str, float]:
-        """A JSON object of numbers; empty if the file has none."""
+        """Return a JSON object of numbers; empty if the file has none."""
         if not self.has(key):
             return {}
         self._used.add(key)
         return {str(name): float(value) for name, value in json.loads(str(self._arrays[key])).items()}
 
     def state(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors under ``prefix/``, without it."""
+        """Return all tensors under ``prefix/``, by names without it."""
         return {key.removeprefix(f"{prefix}/"): self.tensor(key) for key in self.keys(f"{prefix}/.+")}
 
     def per_image(self, prefix: str, batch: int) -> list[Tensor] | None:
-        """``prefix/0``, ``prefix/1``, ... of a batch; None unless all are there."""
+        """Return ``prefix/0``, ``prefix/1``, ... of a batch, or None unless all exist."""
         keys = [f"{prefix}/{i}" for i in range(batch)]
         return [self.tensor(key) for key in keys] if all(self.has(key) for key in keys) else None
 
     def truth(self, sizes: Tensor) -> GroundTruth:
-        """The ground truth of images of ``sizes`` (B, 2), unpadded (h, w), on their device."""
+        """Return the ground truth of images with unpadded (h, w) ``sizes`` (B, 2), on their device."""
         batch = len(self._arrays["images"])
         boxes = self.per_image("gt_boxes", batch) or []
         labels = self.per_image("gt_labels", batch) or []
@@ -106,7 +109,7 @@ class Golden:
         return GroundTruth.of(padded_boxes.to(sizes.device), padded_labels.to(sizes.device), sizes)
 
     def unused(self) -> list[str]:
-        """Keys that nothing has asked for; inputs count as asked for, since the replay answers for each."""
+        """Return the keys that have not been read; inputs count as read, because the replay checks each of them."""
         return [key for key in self._arrays if key not in self._used and not _INPUTS.match(key)]
 
     def is_text(self, key: str) -> bool:

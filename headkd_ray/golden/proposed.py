@@ -1,4 +1,4 @@
-"""The student's proposals together with what every other anchor would have proposed, to judge rows that only one side has."""
+"""The student's proposals with the boxes and scores of all anchors, to judge proposals that only one side has."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from headkd_ray.job import ProposalSpec
 
 @dataclass(frozen=True)
 class Proposed:
-    """Proposals of a batch and all that they were chosen from."""
+    """The proposals of a batch and all candidates from which they were chosen."""
 
     proposals: Proposals
     rules: ProposalSpec
     boxes: Tensor
-    """(B, N, 4): every anchor's box, decoded and clipped; N in the order (level, y, x, anchor)."""
+    """Every anchor's box (B, N, 4), decoded and clipped; N in the order (level, y, x, anchor)."""
     scores: Tensor
-    """(B, N), in 0..1."""
+    """Every anchor's score (B, N) in 0..1."""
     shapes: tuple[tuple[int, int], ...]
     """(H, W) of each level."""
     per_cell: int
@@ -39,14 +39,14 @@ class Proposed:
         anchors: Anchors,
         sizes: Tensor,
     ) -> Proposed:
-        """From a head's maps: ``scores`` (B, A, H, W) in 0..1 and ``deltas`` (B, A * 4, H, W) a level."""
+        """Build it from a head's maps: ``scores`` (B, A, H, W) in 0..1 and ``deltas`` (B, A * 4, H, W) per level."""
         grid = anchors.grid(scores)
         boxes = clip(decode(torch.cat(flatten_cells(deltas, 4), dim=1).detach(), grid.boxes), sizes)
         flat = torch.cat(flatten_cells(scores, 1), dim=1).squeeze(-1).detach()
         return cls(proposals, rules, boxes, flat, grid.shapes, anchors.per_cell)
 
     def at(self, image: int, cells: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Boxes (n, 4) and scores (n,) that the anchors at ``cells`` (n, 4) give; None if there is no such cell."""
+        """Return the boxes (n, 4) and scores (n,) of the anchors at ``cells`` (n, 4), or None if a cell does not exist."""
         sizes = torch.tensor([[h, w, self.per_cell] for h, w in self.shapes])
         level = cells[:, 0]
         if bool((cells < 0).any() or (level >= len(sizes)).any()) or bool((cells[:, 1:] >= sizes[level]).any()):
@@ -57,7 +57,7 @@ class Proposed:
         return self.boxes[image, index], self.scores[image, index]
 
     def cuts(self, image: int) -> list[tuple[int, float]]:
-        """(level, score) below which a level's anchors were dropped before NMS, for the levels that have more than enough."""
+        """Return (level, score) pairs: the score below which anchors of a level with more than ``pre_nms`` were dropped."""
         found, first = [], 0
         for level, (h, w) in enumerate(self.shapes):
             count = h * w * self.per_cell

@@ -1,4 +1,4 @@
-"""Every quantity of a golden file against its replay, one row each; nothing in the file goes unmentioned."""
+"""Comparison of every quantity of a golden file with its replay, one row each; nothing in the file goes unmentioned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headkd_ray.golden.rows import compare_detections, compare_proposals, positi
 
 
 def check(golden: Golden, run: Replay) -> Iterator[Row]:
-    """All comparisons, in the order of the computation."""
+    """Compare all quantities, in the order of the computation."""
     yield from _best(
         _pyramid(golden, "student", f, note) for note, f in [("", run.features), *((n, f) for n, f, _ in run.evaluations)]
     )
@@ -35,7 +35,7 @@ def check(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _best(attempts: Iterable[list[Row]]) -> list[Row]:
-    """The rows of the first convention under which all hold; else of the first."""
+    """Return the rows of the first convention under which all pass, or else of the first convention."""
     tried = []
     for rows in attempts:
         if all(row.passed for row in rows):
@@ -66,7 +66,7 @@ def _proposals(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _rois(golden: Golden, run: Replay) -> Iterator[Row]:
-    """RoIs and everything that has one row a RoI; ours are brought into the golden's order by their identity."""
+    """Compare the RoIs and everything with one row per RoI, after reordering ours by identity to match the golden's."""
     rois = run.rois
     if rois is None:
         return
@@ -97,7 +97,7 @@ def _rois(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _tensors(run: Replay, ids: Tensor, place: Tensor) -> dict[str, Tensor]:
-    """The official code's named tensors, with RoI rows at ``place`` of ours; ``ids`` are ours in our order."""
+    """Name our tensors as the official code does, with RoI rows taken at ``place``; ``ids`` are in our order."""
     tensors = {"bbox_ids": ids[place]}
     if run.roi_outputs is not None and run.roi_outputs.taps:
         taps = run.roi_outputs.taps
@@ -132,7 +132,7 @@ def _losses(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _accuracy(run: Replay, wanted: float) -> Row:
-    """Percentage of RoIs whose likeliest class is right; a row whose two likeliest classes tie may count either way."""
+    """Compare the percentage of RoIs whose most likely class is right; a tie of the two most likely may count either way."""
     assert run.rois is not None and run.roi_outputs is not None
     logits = run.roi_outputs.logits.detach()
     count = max(len(logits), 1)
@@ -164,13 +164,13 @@ def _gradients(golden: Golden, run: Replay) -> Iterator[Row]:
 
 
 def _rounding(golden: Golden, run: Replay) -> dict[str, float]:
-    """How far each gradient's norm may be off by rounding alone.
+    """Estimate how far each gradient's norm may be off by rounding alone.
 
-    Where a gradient cancels out (of a bias in front of a BatchNorm in train mode) its norm is nothing but rounding error, on
-    either side. Other convolution kernels round differently, and so tell how large that error is.
+    Where a gradient cancels out (as for a bias in front of a BatchNorm in train mode), its norm is nothing but rounding error
+    on both sides. Other convolution kernels round differently, which shows how large that error is.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # setting the flags mentions TF32 on GPUs that this build has no support for
+        warnings.simplefilter("ignore")  # setting the flags warns of TF32 on GPUs that this build does not support
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
             again = replay(golden, run.device).gradients
     return {key: 3 * float((again[key] - gradient).norm()) for key, gradient in run.gradients.items()}

@@ -1,8 +1,8 @@
-"""Doing a golden file's training step again: state dicts through the public mmdet loader, then images to loss and gradients."""
+"""Replay of a golden file's training step: load its state dicts with the mmdet loader, then compute losses and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headkd_ray.detectors import Detections, FasterRCNN, GroundTruth, Proposals, RetinaNet, RoIs, StageOutput
+from headkd_ray.detectors import (
+    DenseDetector,
+    Detections,
+    Detector,
+    FasterRCNN,
+    GroundTruth,
+    Proposals,
+    RetinaNet,
+    RoIs,
+    StageOutput,
+    TwoStageDetector,
+)
 from headkd_ray.detectors.head_features import Tap
-from headkd_ray.detectors.retinanet import RetinaOutputs
 from headkd_ray.detectors.roi_head import BoxOutputs
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import MMDetModel, load_mmdet_model
@@ -33,13 +43,16 @@ from headkd_ray.golden.proposed import Proposed
 from headkd_ray.job import DistillSpec, RoIHeadSpec
 from headkd_ray.teacher.frozen import FrozenTeacher, TeacherForward
 
-_RETINA_LOSSES = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
-_FASTER_LOSSES = {
-    "loss_rpn_cls": "loss_rpn_cls",
-    "loss_rpn_box": "loss_rpn_bbox",
-    "loss_roi_cls": "loss_cls",
-    "loss_roi_box": "loss_bbox",
+_OWN_LOSSES: dict[type[Detector], dict[str, str]] = {
+    RetinaNet: {"loss_cls": "loss_cls", "loss_box": "loss_bbox"},
+    FasterRCNN: {
+        "loss_rpn_cls": "loss_rpn_cls",
+        "loss_rpn_box": "loss_rpn_bbox",
+        "loss_roi_cls": "loss_cls",
+        "loss_roi_box": "loss_bbox",
+    },
 }
+"""{our name: the official one} of the losses of every kind of student that can be replayed."""
 _HEAD_LOSSES = {
     "loss_cls": "loss_cls_rpn",
     "loss_box": "loss_bbox_rpn",
@@ -53,51 +66,51 @@ _HEAD_LOSSES = {
 
 @dataclass
 class Replay:
-    """Our values of everything a golden file may hold."""
+    """Our values of everything that a golden file may hold."""
 
     student: LoadedDetector
     teacher: LoadedDetector | None
     device: torch.device
-    """Where the values were computed."""
+    """Device on which the values were computed."""
     losses: dict[str, float] = field(default_factory=dict)
-    """By the official code's names, with ``total``."""
+    """Losses by the official code's names, with ``total``."""
     notes: dict[str, str] = field(default_factory=dict)
-    """What is to be said about a loss."""
+    """Remarks on losses, by the same names."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the total, by mmdet's parameter names."""
+    """Gradients of the total, by mmdet's parameter names."""
     features: list[Tensor] = field(default_factory=list)
     proposed: Proposed | None = None
     rois: RoIs | None = None
     roi_outputs: BoxOutputs | None = None
     teacher_taps: Sequence[Tap] = ()
-    """T_1, T_2."""
+    """The teacher's features T1, T2 of docs/method.md."""
     akd_adapted: list[Tensor] = field(default_factory=list)
-    """Lin_1(A_1), Lin_2(A_2)."""
+    """The assistant's adapted features Lin1(A1), Lin2(A2) of docs/method.md."""
     ckd_rows: Tensor | None = None
-    """S."""
+    """The student's features S of docs/method.md."""
     ckd_adapted: Tensor | None = None
-    """Lin_3(S)."""
+    """The student's adapted features Lin3(S) of docs/method.md."""
     evaluations: list[tuple[str, list[Tensor], Detections]] = field(default_factory=list)
-    """Pyramid and detections in eval mode, under each convention that could apply; the first is the plain one."""
+    """A note, the pyramid and the detections in eval mode for each convention that could apply, the plain one first."""
     teacher_features: list[Tensor] = field(default_factory=list)
     teacher_detections: Detections | None = None
 
     def evaluate(self, note: str, x: Tensor, sizes: Tensor) -> None:
-        """Add an evaluation of the student as it now is."""
+        """Add an evaluation of the student in its present state."""
         detector = self.student.detector.eval()
         with torch.no_grad():
             self.evaluations.append((note, detector.features(x), detector.detect(x, sizes)))
 
 
 def replay(golden: Golden, device: torch.device | str = "cpu", precision: str = "fp32") -> Replay:
-    """Load, run, differentiate.
+    """Load the models of a golden file and compute its training step again.
 
     Args:
-        device: where it is computed, on a GPU without TF32; the values of the replay are on the CPU.
-        precision: fp32, or bf16 as ``optim.precision`` has it.
+        device: where to compute (on a GPU without TF32); the values of the replay are on the CPU.
+        precision: fp32, or bf16 as in ``optim.precision``.
 
     Raises:
-        CheckpointError, DataError: the state dicts are no model that this project has.
+        CheckpointError, DataError: the state dicts are not of a model that can be replayed.
     """
     device = torch.device(device)
     with _exact(device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -106,7 +119,7 @@ def replay(golden: Golden, device: torch.device | str = "cpu", precision: str = 
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """On a GPU, float32 that is float32: convolutions take TF32 by default."""
+    """Compute in true float32 on a GPU, where convolutions use TF32 by default."""
     if device.type != "cuda":
         yield
         return
@@ -119,7 +132,7 @@ def _exact(device: torch.device) -> Iterator[None]:
 
 
 def on_cpu(value: Any) -> Any:
-    """The same with all tensors in it on the CPU, in float32 where they were bfloat16; modules are left where they are."""
+    """Copy a nested value with all its tensors on the CPU, bfloat16 ones as float32; modules stay on their device."""
     if isinstance(value, Tensor):
         return value.cpu().float() if value.dtype == torch.bfloat16 else value.cpu()
     if isinstance(value, dict):
@@ -138,7 +151,12 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     student = load_mmdet_model(state, source=f"{golden.source}: student")
     teacher = load_mmdet_model(teacher_state, source=f"{golden.source}: teacher").loaded if teacher_state else None
     run = Replay(student.loaded, teacher, device)
-    detector, model = student.loaded.detector, _training_model(golden, student, teacher)
+    detector = student.loaded.detector
+    if type(detector) not in _OWN_LOSSES:
+        raise CheckpointError(
+            f"{golden.source}: has a {detector.spec.kind} student; only the steps of {_names(_OWN_LOSSES)} can be replayed"
+        )
+    model = _training_model(golden, student, teacher)
     for part in (detector, student.assistant, *student.adapters.values(), teacher.detector if teacher else None):
         if part is not None:
             part.to(device)
@@ -148,20 +166,18 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     detector.train()
     if model is not None:
         losses = _head_step(run, model.train(), teacher, golden, x, sizes)
-    elif isinstance(detector, RetinaNet):
-        losses = _retinanet_step(run, detector, golden, x, sizes)
-    elif isinstance(detector, FasterRCNN):
-        losses = _faster_rcnn_step(run, detector, golden, x, sizes)
+    elif isinstance(detector, DenseDetector):
+        losses = _dense_step(run, detector, golden, x, sizes)
     else:
-        raise CheckpointError(f"{golden.source}: an FCOS student; only RetinaNet and Faster R-CNN are replayed")
+        losses = _two_stage_step(run, detector, golden, x, sizes)
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     run.losses = {name: float(loss.detach()) for name, loss in {**losses, "total": total}.items()}
     run.gradients = _gradients(student, mmdet_names(state))
 
     if any(isinstance(m, _BatchNorm) and m.training for m in detector.modules()):
-        # Then the official values in eval mode may have been taken after the step had updated the running statistics,
-        # and after a second forward pass in train mode that recorded the pyramid.
+        # The official values in eval mode may then have been taken after the step had updated the running statistics, or even
+        # after a second forward pass in train mode, which recorded the pyramid.
         run.evaluate("after one update of the running statistics", x, sizes)
         with torch.no_grad():
             detector.train().features(x)
@@ -174,17 +190,17 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
 
 
 def _training_model(golden: Golden, student: MMDetModel, teacher: LoadedDetector | None) -> TrainingModel | None:
-    """HEAD with the loaded parts, its assistant at the RoIs that the file chose; None for a plain detector."""
-    if student.assistant is None or not isinstance(student.loaded.detector, RetinaNet):
+    """Build HEAD from the loaded parts, with its assistant at the RoIs that the file chose; None for a plain detector."""
+    if student.assistant is None or not isinstance(student.loaded.detector, DenseDetector):
         return None
     layers, spec = student.assistant.spec.fcs, DistillSpec()
     akd = [a for number, a in student.adapters.items() if number < layers]
     ckd = [a for number, a in student.adapters.items() if number >= layers]
     if student.adapters and teacher is None:
-        raise DataError(f"{golden.source}: student/_distiller._adapts.* are there, but no teacher/... to distill from")
+        raise DataError(f"{golden.source}: has student/_distiller._adapts.*, but no teacher/... to distill from")
     if len(akd) not in (0, layers) or len(ckd) > 1 or (akd and layers != 2):
         raise DataError(
-            f"{golden.source}: adapters {sorted(student.adapters)} for {layers} fully connected layers are not HEAD's"
+            f"{golden.source}: adapters {sorted(student.adapters)} do not fit HEAD with {layers} fully connected layers"
         )
 
     def sample(
@@ -204,16 +220,18 @@ def _head_step(
     run: Replay, model: TrainingModel, teacher: LoadedDetector | None, golden: Golden, x: Tensor, sizes: Tensor
 ) -> dict[str, Tensor]:
     student, truth = model.student, golden.truth(sizes)
-    assert isinstance(student, RetinaNet)  # _training_model's condition
+    assert isinstance(student, DenseDetector)  # _training_model's condition
     answers = None if teacher is None else TeacherForward(FrozenTeacher(teacher.detector), x)
     forward = StepForward(StudentForward.run(student, x, truth, None), model.assistants, answers)  # type: ignore[arg-type]
     losses = model.losses(forward, int(golden.tensor("step")) if golden.has("step") else 0)
     outputs = forward.student.outputs
-    assert isinstance(outputs, RetinaOutputs)
+    assert outputs is not None  # a dense student's
     own, run.notes = own_losses(golden, x, _HEAD_LOSSES, student.head, lambda: student.head.losses(outputs, truth))
     best = [m.unflatten(1, (-1, student.num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
     proposals = student.head.proposals(outputs, sizes)
-    run.proposed = Proposed.of(proposals, student.head.spec.proposals, best, outputs.deltas, student.head.anchors, sizes)
+    run.proposed = Proposed.of(
+        proposals, student.head.spec.proposals, best, student.head.box_maps(outputs), student.head.anchors, sizes
+    )
     run.features, (run.rois, run.roi_outputs) = forward.student.pyramid, forward.assistant(ASSIST).stages[0]
     for term in model.terms:
         if isinstance(term, AKD):
@@ -225,28 +243,33 @@ def _head_step(
     return {_HEAD_LOSSES[name]: loss for name, loss in {**losses, **own}.items()}
 
 
-def _retinanet_step(run: Replay, student: RetinaNet, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    truth = golden.truth(sizes)
+def _dense_step(run: Replay, student: DenseDetector, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    truth, names = golden.truth(sizes), _OWN_LOSSES[type(student)]
     run.features = student.features(x)
     outputs = student.head(run.features)
-    losses, run.notes = own_losses(golden, x, _RETINA_LOSSES, student.head, lambda: student.head.losses(outputs, truth))
-    return {_RETINA_LOSSES[name]: loss for name, loss in losses.items()}
+    losses, run.notes = own_losses(golden, x, names, student.head, lambda: student.head.losses(outputs, truth))
+    return {names[name]: loss for name, loss in losses.items()}
 
 
-def _faster_rcnn_step(run: Replay, student: FasterRCNN, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    truth = golden.truth(sizes)
+def _two_stage_step(run: Replay, student: TwoStageDetector, golden: Golden, x: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    truth, names = golden.truth(sizes), _OWN_LOSSES[type(student)]
     run.features = student.features(x)
     outputs = student.rpn(run.features)
     student.rpn.spec = student.rpn.spec.replace({"sampler": ALL})
-    losses, run.notes = own_losses(golden, x, _FASTER_LOSSES, student.rpn, lambda: student.rpn.losses(outputs, truth))
+    losses, run.notes = own_losses(golden, x, names, student.rpn, lambda: student.rpn.losses(outputs, truth))
     proposals = student.rpn.proposals(outputs, sizes)
     scores = [m.sigmoid().detach() for m in outputs.logits]
     rules, anchors = student.rpn.spec.train_proposals, student.rpn.anchors
     run.proposed = Proposed.of(proposals, rules, scores, outputs.deltas, anchors, sizes)
-    rois = golden_rois(golden, proposals, truth, student.num_classes, student.roi.spec.positive_iou)
-    run.rois, run.roi_outputs = rois, student.roi(run.features, rois.boxes, rois.image)
+    head = student.roi.stages[0]
+    rois = golden_rois(golden, proposals, truth, student.num_classes, head.spec.positive_iou)
+    run.rois, run.roi_outputs = rois, head(run.features, rois.boxes, rois.image)
     losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses([StageOutput(rois, run.roi_outputs)]).items()}
-    return {_FASTER_LOSSES[name]: loss for name, loss in losses.items()}
+    return {names[name]: loss for name, loss in losses.items()}
+
+
+def _names(kinds: Iterable[type[Detector]]) -> str:
+    return " and ".join(kind.__name__ for kind in kinds)
 
 
 def _gradients(student: MMDetModel, names: dict[str, str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Matching rows whose order may differ: proposals and RoIs by the cell they came from, detections by class, box and score."""
+"""Matching of rows whose order may differ: proposals and RoIs by their cells, detections by class, box and score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headkd_ray.golden.proposed import Proposed
 
 
 def positions(rows: Tensor, of: Tensor) -> Tensor | None:
-    """For each row of ``of`` (N, K) where it stands in ``rows`` (M, K), (N,) int64; -1 = nowhere. None if rows repeat."""
+    """Find each row of ``of`` (N, K) in ``rows`` (M, K): (N,) int64 index, -1 = absent. None if rows repeat."""
     where = {tuple(row): i for i, row in enumerate(rows.tolist())}
     wanted = [tuple(row) for row in of.tolist()]
     if len(where) < len(rows) or len(set(wanted)) < len(wanted):
@@ -19,9 +19,9 @@ def positions(rows: Tensor, of: Tensor) -> Tensor | None:
 
 
 def compare_proposals(name: str, run: Proposed, image: int, golden: Tensor) -> Row:
-    """Proposals of one image, golden (n, 9) x1 y1 x2 y2 score level y x anchor, matched by cell.
+    """Compare the proposals of one image with ``golden`` (n, 9) x1 y1 x2 y2 score level y x anchor, matched by cell.
 
-    Rows that only one side has must be explained by a near-tie. A golden row among them must still be what its cell says.
+    Rows that only one side has must be explained by a near-tie, and a golden one must still equal what our anchor predicts.
     """
     if golden.shape[1] != 9:
         return failure(name, f"{golden.shape[1]} columns, not x1 y1 x2 y2 score level y x anchor")
@@ -53,12 +53,15 @@ def compare_proposals(name: str, run: Proposed, image: int, golden: Tensor) -> R
 def compare_detections(
     name: str, ours: tuple[Tensor, Tensor, Tensor], golden: Tensor, iou: float, threshold: float, limit: int
 ) -> Row:
-    """Detections of one image: ours (boxes (N, 4), scores (N,), labels (N,)) with golden (M, 6) x1 y1 x2 y2 score label."""
+    """Compare the detections of one image with ``golden`` (M, 6) x1 y1 x2 y2 score label.
+
+    ``ours`` are boxes (N, 4), scores (N,) and labels (N,).
+    """
     boxes, scores, labels = ours[0].double(), ours[1].double(), ours[2]
     golden = golden.double()
     wanted_boxes, wanted_scores, wanted_labels = golden[:, :4], golden[:, 4], golden[:, 5].long()
     scale = max(float(wanted_boxes.abs().max()) if len(golden) else 1.0, 1.0)
-    # Distance in units of what is tolerated; another class is infinitely far.
+    # The larger of the errors of box (relative) and score; a detection of another class is infinitely far away.
     box_error = (wanted_boxes[:, None] - boxes[None]).abs().amax(-1) / scale
     distance = torch.maximum(box_error, (wanted_scores[:, None] - scores[None]).abs())
     distance = distance.masked_fill(wanted_labels[:, None] != labels[None], float("inf"))

@@ -1,4 +1,4 @@
-"""The job file: what a user may write in ``jobs/*.yaml`` and nothing else."""
+"""Define and read the job file: every key that a user may write in ``jobs/*.yaml``."""
 
 from headkd_ray.job.assistant_specs import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
 from headkd_ray.job.checks import Problem, problems, warnings

@@ -1,4 +1,4 @@
-"""TF-HEAD's assistants: detection heads of other kinds that learn beside the student and teach it, without a teacher."""
+"""Define the keys of TF-HEAD's assistants: heads of other kinds that are trained with the student and distilled into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class FCOSAssistantSpec(Spec):
     """An FCOS head on the student's P3 to P7."""
 
     head: FCOSHeadSpec = FCOSHeadSpec()
-    """The head."""
+    """Architecture of the head."""
     gt_weight: Weight = 0.5
     """Weight of its ground-truth losses (class, box, centerness)."""
     ckd_weight: Weight = 1.0
@@ -23,7 +23,7 @@ class RetinaAssistantSpec(Spec):
     """A RetinaNet head on the student's P3 to P7."""
 
     head: RetinaHeadSpec = RetinaHeadSpec()
-    """The head."""
+    """Architecture of the head."""
     gt_weight: Weight = 1.0
     """Weight of its ground-truth losses (class, box)."""
     ckd_weight: Weight = 1.0
@@ -34,22 +34,23 @@ class RCNNAssistantSpec(Spec):
     """An R-CNN head on the student's P3 to P6, on the RoIs that the student proposes."""
 
     head: RoIHeadSpec = RoIHeadSpec()
-    """The head; its sampler draws the RoIs."""
+    """Architecture of the head; its sampler draws the RoIs."""
     gt_weight: Weight = 1.0
     """Weight of its ground-truth losses (class, box)."""
     ckd_weight: Weight = 1.3
     """Weight of the CKD term: its last fully connected layer teaches the student's last classification conv at the cell that
     proposed the RoI."""
     decouple: bool = True
-    """One Linear per anchor of a cell between the two (the research branch's for a RetinaNet student), or one for all."""
+    """Whether the Linear between the two is one per anchor of a cell (the research branch's for a RetinaNet student) or one for
+    all anchors."""
 
 
 class AssistantsSpec(Spec):
-    """Which assistants there are: any subset; null = not this one, {} = this one with the research branch's weights."""
+    """The assistants of a run, any subset: null = without this one, {} = this one with the research branch's weights."""
 
     fcos: FCOSAssistantSpec | None = None
-    """FCOS assistant."""
+    """The FCOS assistant."""
     rcnn: RCNNAssistantSpec | None = None
-    """R-CNN assistant."""
+    """The R-CNN assistant."""
     retinanet: RetinaAssistantSpec | None = None
-    """RetinaNet assistant."""
+    """The RetinaNet assistant."""

@@ -1,6 +1,6 @@
-"""Which arguments of timm.create_model a job or a checkpoint may give: those that shape a network, each with its range.
+"""Define which arguments of timm.create_model a job or checkpoint may set: those that shape a network, with their ranges.
 
-Other arguments of timm's read files or fetch addresses (``checkpoint_path``, ``pretrained_cfg``, ``cache_dir``), or belong to
+Other arguments of timm read files or fetch addresses (``checkpoint_path``, ``pretrained_cfg``, ``cache_dir``), or belong to
 the detector (``features_only``, ``out_indices``, ``in_chans``). What is not listed here never reaches timm.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 _MOST_BLOCKS, _LARGEST = 256, 65536
-"""No network has as many; a mistyped number is told before it fills the memory."""
+"""Upper bounds that no network reaches, so that a mistyped number is reported before it fills the memory."""
 
 
 def _is_number(value: object) -> bool:
@@ -26,7 +26,7 @@ def _is_whole(value: object, most: int) -> bool:
 
 
 def _each(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether ``is_right`` is true of a value, or of every value of a list of 1 to 64."""
+    """Return a test for a value that satisfies ``is_right``, or a list of 1 to 64 such values."""
     return lambda value: (
         1 <= len(value) <= 64 and all(map(is_right, value)) if isinstance(value, list | tuple) else is_right(value)
     )
@@ -35,15 +35,15 @@ def _each(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _Kind = tuple[Callable[[Any], bool], str]
 _BLOCKS: _Kind = (
     _each(lambda value: _is_whole(value, _MOST_BLOCKS)),
-    f"a whole number from 1 to {_MOST_BLOCKS}, or a list of such, one a stage",
+    f"a whole number from 1 to {_MOST_BLOCKS}, or a list of such numbers, one per stage",
 )
 _SIZES: _Kind = (
     _each(lambda value: _is_whole(value, _LARGEST)),
-    f"a whole number from 1 to {_LARGEST}, or a list of such",
+    f"a whole number from 1 to {_LARGEST}, or a list of such numbers",
 )
 _FACTORS: _Kind = (
     _each(lambda value: _is_number(value) and 0 <= value <= _LARGEST),
-    f"a number from 0 to {_LARGEST}, or a list of such",
+    f"a number from 0 to {_LARGEST}, or a list of such numbers",
 )
 _RATES: _Kind = (_each(lambda value: _is_number(value) and 0 <= value < 1), "a number from 0 to below 1")
 _SWITCHES: _Kind = (lambda value: isinstance(value, bool), "true or false")
@@ -65,13 +65,13 @@ _KINDS: dict[_Kind, str] = {
     _NAMES: "act_layer norm_layer aa_layer attn_layer se_layer stem_type pad_type",
 }
 KWARGS: dict[str, _Kind] = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-"""Argument -> (whether a value is right, what is right)."""
+"""Argument -> (test of a value, description of the allowed values)."""
 _TAKEN = {"features_only", "out_indices", "in_chans", "num_classes", "global_pool", "output_stride"}
 _WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def check_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` themselves; raises ValidationError, with every problem at its key."""
+    """Return ``kwargs`` unchanged. Raises ValidationError with every problem at its key."""
     problems = {name: problem for name, value in kwargs.items() if (problem := _problem(name, value)) is not None}
     if problems:
         raise ValidationError.from_exception_data(
@@ -93,8 +93,8 @@ def _problem(name: str, value: object) -> str | None:
     if name in _WEIGHTS:
         return "is set by the detector itself; remove it (student.backbone.weights chooses the initial weights)"
     near = difflib.get_close_matches(name, KWARGS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "headkd_ray/job/backbone_kwargs.py lists those"
-    return f"is none of the arguments that shape a network; {hint}"
+    hint = f"did you mean {near[0]}?" if near else "headkd_ray/job/backbone_kwargs.py lists them"
+    return f"is not one of the arguments that shape a network; {hint}"
 
 
 def _short(value: object) -> str:

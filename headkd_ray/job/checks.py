@@ -1,7 +1,7 @@
-"""What two or more keys of a Job get wrong together, each problem with the key to mend.
+"""Check the rules that involve two or more keys of a Job; each problem names the key to change.
 
 The checks read the job through a ``Get``, so that ``load_job`` can run them on a file that has mistakes elsewhere: a check that
-needs a mistaken key is left out, all others run.
+needs an invalid key is skipped, all others run.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from headkd_ray.job.module_specs import DenseDetectorSpec, Spec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
 
 Get = Callable[[str], Any]
-"""Dotted key -> its value; a section is a dict. Raises UnreadableError."""
+"""Returns the value of a dotted key; a section is a dict. Raises UnreadableError."""
 
 
 class Problem(NamedTuple):
     """One mistake in a job."""
 
     path: Path
-    """The key to mend."""
+    """The key to change."""
     message: str
 
 
 class UnreadableError(Exception):
-    """The key is missing or mistaken itself."""
+    """The key is missing or itself invalid."""
 
 
 def problems(job: Job) -> list[Problem]:
-    """Everything that the keys of ``job`` get wrong together; empty for a job that can be run."""
+    """Return the rules across keys that ``job`` breaks; none for a job that can be run."""
     return problems_in(job.model_dump(), broken=())
 
 
 def problems_in(values: Mapping[str, Any], broken: Collection[Path]) -> list[Problem]:
-    """The same for a job's plain values with defaults filled in, leaving out checks that read a ``broken`` key."""
+    """Check a job's plain values, with defaults filled in; checks that read a ``broken`` key are skipped."""
 
     whole = set(broken)
     parts = {bad[:count] for bad in broken for count in range(1, len(bad))}
@@ -69,12 +69,12 @@ Check = Callable[[Get], Iterator[tuple[str, str]]]
 
 
 def warnings(job: Job) -> list[str]:
-    """What a job may say but probably does not mean."""
+    """Return a line for each setting that is allowed but probably unintended."""
     own = "rcnn" if isinstance(job.student, TwoStageDetectorSpec) else job.student.kind
     if job.method == "tf_head" and getattr(job.distill.assistants, own, None) is not None:
-        return [f"distill.assistants.{own}: of the student's own kind; the method lives on other kinds"]
+        return [f"distill.assistants.{own}: is of the student's own kind; the method relies on assistants of other kinds"]
     if job.method == "assist" and own == "rcnn":
-        return ["method assist: its R-CNN assistant is of the student's own kind; the method lives on other kinds"]
+        return ["method assist: its R-CNN assistant is of the student's own kind; the method relies on another kind"]
     return []
 
 
@@ -89,8 +89,9 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
 
 def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
     method, kind = get("method"), get("student.kind")
-    if method == "fitnet" and kind != "retinanet":
-        yield "student.kind", f"method fitnet needs a retinanet student, got {kind}"
+    needed = METHODS[method].student
+    if needed is not None and kind != needed:
+        yield "student.kind", f"method {method} needs a {needed} student, got {kind}"
 
 
 def _tf_assistants(get: Get) -> Iterator[tuple[str, str]]:
@@ -126,7 +127,7 @@ def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
 def _milestones(get: Get) -> Iterator[tuple[str, str]]:
     milestones = list(get("optim.milestones"))
     if milestones != sorted(set(milestones)):
-        yield "optim.milestones", f"{milestones} does not ascend"
+        yield "optim.milestones", f"{milestones} is not in ascending order"
     epochs = get("optim.epochs")
     late = [milestone for milestone in milestones if milestone >= epochs]
     if late:
@@ -180,7 +181,7 @@ def _regress_ranges(get: Get) -> Iterator[tuple[str, str]]:
     for head in _sections_with(get, "regress_ranges"):
         ranges = list(get(f"{head}.regress_ranges"))
         if ranges != sorted(set(ranges)):
-            yield f"{head}.regress_ranges", f"{ranges} does not ascend"
+            yield f"{head}.regress_ranges", f"{ranges} is not in ascending order"
 
 
 def _norm_groups(get: Get) -> Iterator[tuple[str, str]]:
@@ -198,7 +199,7 @@ def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _sections_with(get: Get, *keys: str) -> Iterator[str]:
-    """The sections of the student and of TF-HEAD's assistants that have all of ``keys``, whatever kind they are of."""
+    """Yield the sections of the student and of TF-HEAD's assistants that have all of ``keys``, whatever their kind."""
     places: list[tuple[str, type[Spec]]] = [("student", SPECS[get("student.kind")])]
     for name, field in AssistantsSpec.model_fields.items():
         if get(f"distill.assistants.{name}") is not None:
@@ -225,17 +226,17 @@ def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
 def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
     method, rois = get("method"), get("distill.rois")
     if rois == "teacher" and "akd" not in METHODS[method].terms:
-        yield "distill.rois", f"method {method} compares no RoIs with a teacher's; use student, or method akd or head"
+        yield "distill.rois", f"method {method} does not compare RoIs with a teacher; use student, or method akd or head"
     if rois == "teacher" and issubclass(SPECS[get("student.kind")], TwoStageDetectorSpec):
-        yield "distill.rois", f"a {get('student.kind')} student looks at RoIs of its own; use student"
+        yield "distill.rois", f"a {get('student.kind')} student uses its own RoIs; use student"
     if get("teacher") is None or (placement := get("teacher.placement")) == "inline":
         return
     if "akd" not in METHODS[method].terms:
-        yield "teacher.placement", f"method {method} asks its teacher nothing that could be asked elsewhere; use inline"
+        yield "teacher.placement", f"method {method} has no teacher queries that could run elsewhere; use inline"
     elif rois == "student" and placement == "cache":
         yield (
             "teacher.placement",
-            "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them; "
+            "the student's RoIs change in every step, so no cache can hold the teacher's outputs for them; "
             "use distill.rois: teacher, or placement inline",
         )
     if placement == "pool" and get("cluster.workers") == 0:
@@ -249,7 +250,7 @@ def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
     most = get("eval.max_detections")
     keys = [".".join(("student", *path)) for path in below(get("student"), most)] if most > MAX_DETECTIONS else []
     for key in keys:
-        yield key, f"keeps {get(key)} an image, fewer than eval.max_detections ({most}) counts; set it to at least {most}"
+        yield key, f"keeps {get(key)} per image, but eval.max_detections counts {most}; set it to at least {most}"
 
 
 def _workers(get: Get) -> Iterator[tuple[str, str]]:
@@ -261,7 +262,7 @@ def _workers(get: Get) -> Iterator[tuple[str, str]]:
 def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:
     method = get("method")
     for term in ("akd", "ckd"):
-        idle = term not in METHODS[method].terms and method != "tf_head"  # tf_head is told by its own check
+        idle = term not in METHODS[method].terms and method != "tf_head"  # tf_head has its own check
         if idle and get(f"distill.{term}_weight") != getattr(DistillSpec(), f"{term}_weight"):
             yield f"distill.{term}_weight", f"method {method} has no such loss; remove the key, or use method head"
 

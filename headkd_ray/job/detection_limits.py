@@ -1,4 +1,4 @@
-"""Which keys of a detector limit how many detections an image can have."""
+"""Find and raise the keys of a detector that limit its number of detections per image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIMITS = (("postprocess", "max_detections"), ("test_proposals", "post_nms"))
 
 
 def below(detector: Mapping[str, Any], detections: int) -> Iterator[tuple[str, ...]]:
-    """Paths of the keys that allow fewer than ``detections`` an image.
+    """Yield the paths of the keys that allow fewer than ``detections`` per image.
 
     Args:
         detector: a detector's spec as plain values.
@@ -22,7 +22,7 @@ def below(detector: Mapping[str, Any], detections: int) -> Iterator[tuple[str, .
 
 
 def raised(detector: Mapping[str, Any], detections: int) -> dict[str, Any]:
-    """The spec with at least ``detections`` in each of those keys."""
+    """Return the spec with each of those keys raised to at least ``detections``."""
     keys = set(LIMITS)
 
     def raise_in(name: str, section: Mapping[str, Any]) -> dict[str, Any]:

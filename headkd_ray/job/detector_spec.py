@@ -1,7 +1,7 @@
-"""The architecture keys of a detector: shared by the job file, the checkpoint's meta and the model builders.
+"""Define a detector's architecture keys, which the job file, the checkpoint's meta and the model builders share.
 
 Defaults are the paper's R18 RetinaNet student (official code, ``configs/_base_/models``) and the FCOS of the paper's TF-HEAD;
-the two-stage detectors have their own module. A detector's classes are not here: they come with the data.
+the two-stage detectors have their own module. A detector's classes are not defined here: they come with the data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from headkd_ray.job.two_stage_specs import CascadeRCNNSpec, FasterRCNNSpec, TwoS
 
 
 class RetinaHeadSpec(DenseHeadSpec):
-    """RetinaNet's dense head."""
+    """The dense head of RetinaNet."""
 
     convs: Layers = 4
     """Depth of each tower (classification, box): 3x3 conv + ReLU."""
@@ -36,9 +36,9 @@ class RetinaHeadSpec(DenseHeadSpec):
     """Width of the towers."""
     tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation, for narrow
-    towers, in which 0.01 lets the signal vanish."""
+    towers, where 0.01 lets the signal vanish."""
     anchors: AnchorSpec = AnchorSpec()
-    """Anchors."""
+    """The anchors."""
     positive_iou: Fraction = 0.5
     """IoU with a ground-truth box from which an anchor is positive."""
     negative_iou: Fraction = 0.4
@@ -52,13 +52,13 @@ class RetinaHeadSpec(DenseHeadSpec):
     clamp_shrink: bool = True
     """Limit how much a box may shrink from its anchor to 16/1000, as growth always is to 1000/16 (torchvision: false)."""
     proposals: ProposalSpec = ProposalSpec()
-    """Proposals that the head gives to an assistant while training (paper section 2: 2000 / 1000 / 0.7)."""
+    """Proposals that the head passes to an assistant in training (paper section 2: 2000 / 1000 / 0.7)."""
     postprocess: PostprocessSpec = PostprocessSpec()
-    """Detections at test time."""
+    """Post-processing of detections at test time."""
 
 
 class FCOSHeadSpec(DenseHeadSpec):
-    """FCOS's dense head."""
+    """The dense head of FCOS."""
 
     convs: Layers = 4
     """Depth of each tower (classification, box): 3x3 conv, norm, ReLU."""
@@ -69,13 +69,13 @@ class FCOSHeadSpec(DenseHeadSpec):
     tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation."""
     centerness_on_reg: bool = True
-    """Centerness on the box tower; false = on the classification tower."""
+    """Predict centerness from the box tower; false = from the classification tower."""
     norm_on_bbox: bool = True
-    """Boxes by ReLU, as distances in units of the level's stride; false = by exp, as distances in pixels."""
+    """Predict boxes by ReLU, as distances in units of the level's stride; false = by exp, as distances in pixels."""
     box_loss: Literal["giou", "iou"] = "giou"
     """Box loss: giou = 1 - generalised IoU; iou = -log IoU (the research branch's FCOS students)."""
     points: Literal["centre", "corner"] = "centre"
-    """Where a cell's point lies: centre = (x + 1/2, y + 1/2) x stride (paper); corner = (x, y) x stride with strides derived
+    """Location of a cell's point: centre = (x + 1/2, y + 1/2) x stride (paper); corner = (x, y) x stride with strides derived
     from the feature size, as torchvision does."""
     center_radius: Scale | None = 1.5
     """A point is positive only within this many strides of its box's centre, along both axes; null = anywhere in the box."""
@@ -89,12 +89,12 @@ class FCOSHeadSpec(DenseHeadSpec):
     prior: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Initial foreground probability (bias of the classification layer)."""
     score: Literal["product", "sqrt"] = "product"
-    """Score of a detection: product = class probability x centerness, with the class probability alone deciding which
-    candidates get that far (paper); sqrt = square root of that product throughout (torchvision)."""
+    """Score of a detection: product = class probability x centerness, where the class probability alone selects the candidates
+    (paper); sqrt = square root of that product throughout (torchvision)."""
     proposals: ProposalSpec = ProposalSpec()
-    """Proposals that the head gives to an assistant while training, by class probability alone."""
+    """Proposals that the head passes to an assistant in training, by class probability alone."""
     postprocess: PostprocessSpec = PostprocessSpec()
-    """Detections at test time."""
+    """Post-processing of detections at test time."""
 
 
 class RetinaNetSpec(DenseDetectorSpec):
@@ -102,11 +102,11 @@ class RetinaNetSpec(DenseDetectorSpec):
 
     kind: Annotated[Literal["retinanet"], KIND] = "retinanet"
     backbone: BackboneSpec = BackboneSpec()
-    """Backbone."""
+    """The backbone."""
     neck: FPNSpec = FPNSpec()
-    """Feature pyramid, P3 to P7."""
+    """The feature pyramid, P3 to P7."""
     head: RetinaHeadSpec = RetinaHeadSpec()
-    """Dense head."""
+    """The dense head."""
 
 
 class FCOSSpec(DenseDetectorSpec):
@@ -114,19 +114,19 @@ class FCOSSpec(DenseDetectorSpec):
 
     kind: Annotated[Literal["fcos"], KIND] = "fcos"
     backbone: BackboneSpec = BackboneSpec()
-    """Backbone."""
+    """The backbone."""
     neck: FCOSFPNSpec = FCOSFPNSpec()
-    """Feature pyramid, P3 to P7."""
+    """The feature pyramid, P3 to P7."""
     head: FCOSHeadSpec = FCOSHeadSpec()
-    """Dense head."""
+    """The dense head."""
 
 
 DetectorSpec = Annotated[
     RetinaNetSpec | FCOSSpec | GFLSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec, Field(discriminator="kind")
 ]
-"""Any detector's spec; ``kind`` chooses. ``headkd_ray.detectors.registry`` has the classes that are built from them."""
+"""The spec of any detector, chosen by ``kind``. ``headkd_ray.detectors.registry`` has the classes built from these specs."""
 
 SPECS: dict[str, type[DenseDetectorSpec] | type[TwoStageDetectorSpec]] = {
     spec.model_fields["kind"].default: spec for spec in get_args(get_args(DetectorSpec)[0])
 }
-"""Kind -> its spec, of every kind."""
+"""Kind -> spec, for every kind of detector."""

@@ -1,4 +1,4 @@
-"""GFL's architecture keys. Defaults are mmdet's ``gfl_r50_fpn``, but for the backbone, which is the student's."""
+"""Define GFL's architecture keys. Defaults are mmdet's ``gfl_r50_fpn``, except the backbone, which is the student's."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from headkd_ray.job.numbers import Bins, Boxes, Channels, Exponent, Factor, Frac
 
 
 class GFLPostprocessSpec(PostprocessSpec):
-    """From GFL's raw predictions to detections, at test time."""
+    """How GFL's raw predictions become detections at test time."""
 
     nms_iou: Fraction = 0.6
     """IoU above which NMS, within a class, drops the lower-scored detection."""
 
 
 class GFLHeadSpec(DenseHeadSpec):
-    """GFL's dense head: class scores that are the boxes' quality too, and a distribution for each side of a box."""
+    """The dense head of GFL: class scores that also express box quality, and a distribution for each side of a box."""
 
     convs: Layers = 4
     """Depth of each tower (classification, box): 3x3 conv, norm, ReLU."""
@@ -39,10 +39,10 @@ class GFLHeadSpec(DenseHeadSpec):
     base_scale: Scale = 8.0
     """Side of the one square anchor of a cell, in units of the level's stride."""
     reg_max: Bins = 16
-    """Largest distance from a cell's point to a side of its box, in units of the stride; there is a bin for each whole number
-    from 0 on."""
+    """Largest distance from a cell's point to a side of its box, in units of the stride; there is one bin for each whole number
+    from 0 to this."""
     topk: Boxes = 9
-    """ATSS: anchors of each level, nearest to a ground-truth box's centre, that are candidates to answer for it."""
+    """ATSS: number of anchors per level, the nearest to a ground-truth box's centre, that are candidates for that box."""
     quality_beta: Exponent = 2.0
     """Quality focal loss: exponent of the distance between score and quality."""
     box_weight: Weight = 2.0
@@ -52,16 +52,16 @@ class GFLHeadSpec(DenseHeadSpec):
     prior: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Initial foreground probability (bias of the classification layer)."""
     proposals: ProposalSpec = ProposalSpec()
-    """Proposals that the head gives to an assistant while training."""
+    """Proposals that the head passes to an assistant in training."""
     postprocess: GFLPostprocessSpec = GFLPostprocessSpec()
-    """Detections at test time."""
+    """Post-processing of detections at test time."""
 
 
 class GFLFPNSpec(FPNSpec):
     """Feature pyramid of GFL, P3 to P7."""
 
     extra: Literal["conv_c5", "conv_p5", "pool"] = "conv_p5"
-    """Levels above P5: conv_p5 = two stride-2 3x3 convs, the first on P5; conv_c5 = the first on C5. GFL takes no pool."""
+    """Levels above P5: conv_p5 = two stride-2 3x3 convs, the first on P5; conv_c5 = the first on C5. pool is not allowed."""
 
 
 class GFLSpec(DenseDetectorSpec):
@@ -69,8 +69,8 @@ class GFLSpec(DenseDetectorSpec):
 
     kind: Annotated[Literal["gfl"], KIND] = "gfl"
     backbone: BackboneSpec = BackboneSpec()
-    """Backbone."""
+    """The backbone."""
     neck: GFLFPNSpec = GFLFPNSpec()
-    """Feature pyramid, P3 to P7."""
+    """The feature pyramid, P3 to P7."""
     head: GFLHeadSpec = GFLHeadSpec()
-    """Dense head."""
+    """The dense head."""

@@ -1,6 +1,6 @@
-"""The Job: every key of a job file with its type, unit, default and meaning (the field's docstring).
+"""Define the Job: every key of a job file with its type, unit, default and meaning (the field's docstring).
 
-A Job checks types and ranges of its keys. What keys get wrong together is in ``headkd_ray.job.checks``; ``load_job`` runs both.
+A Job checks types and ranges of its keys. Rules across keys are in ``headkd_ray.job.checks``; ``load_job`` runs both.
 """
 
 from __future__ import annotations
@@ -47,66 +47,66 @@ def _number_or_range(value: Any) -> str:
 
 Workers = Annotated[
     Annotated[ProcessesOrNone, Tag(NUMBER)] | Annotated[tuple[Processes, Processes], Tag(RANGE)],
-    Discriminator(_number_or_range),  # so that an error is about the one that was meant
+    Discriminator(_number_or_range),  # so that errors are about the form that the user wrote
 ]
 
 
 class RunSpec(Spec):
-    """What the run is called and where it writes."""
+    """The name of the run and where it writes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
-    """Name of the run: its folder under storage. Letters, digits, dot, dash and underscore, a letter or digit first.
+    """Name of the run: its folder under storage. Letters, digits, dots, dashes and underscores, a letter or digit first.
     Starting the same name again resumes it."""
     storage: Text = "runs"
     """Folder or URI (file, s3, gs, hdfs) under which the run writes its checkpoints, logs and results.
-    A relative path starts at the command's current folder."""
+    A relative path is resolved against the command's current folder."""
     seed: Seed = 0
-    """Seeds the initial weights, the data order, the views and the RoI sampling; 0 to 2^32 - 1."""
+    """Seed of the initial weights, the data order, the views and the RoI sampling; 0 to 2^32 - 1."""
 
 
 class DataSpec(Spec):
-    """Prepared shards (python -m headkd_ray.prepare) and how they become batches."""
+    """The prepared shards (python -m headkd_ray.prepare) and how they become batches."""
 
     train: Text
-    """Folder or URI of the prepared training split. A relative path starts at the command's current folder."""
+    """Folder or URI of the prepared training split. A relative path is resolved against the command's current folder."""
     val: Text
-    """Folder or URI of the prepared validation split. A relative path starts at the command's current folder."""
+    """Folder or URI of the prepared validation split. A relative path is resolved against the command's current folder."""
     batch_size: Batch = 2
     """Images per worker and forward pass."""
     short_side: tuple[Pixels, Pixels] = (640, 800)
-    """Training views: the short side is drawn uniformly from this closed range, in pixels."""
+    """Short side of training views, in pixels: drawn uniformly from this closed range."""
     long_side: Pixels = 1333
     """Longest side of any view, in pixels; the short side shrinks to respect it."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip of a training view."""
     eval_short_side: Pixels = 800
-    """Short side at evaluation, in pixels; long_side holds here too."""
+    """Short side at evaluation, in pixels; long_side applies here too."""
     pad: Multiple = 32
     """Batches are zero-padded on the right and bottom to a multiple of this, in pixels."""
     keep_empty: bool = False
-    """Train on images without ground truth too (paper: false)."""
+    """Also train on images without ground truth (paper: false)."""
     shuffle_window: Images = 256
     """Images read together and shuffled among themselves; their row groups are drawn at random from the whole epoch."""
     views: Epochs | None = None
-    """Distinct augmented views per image: epoch e shows view e mod views; null = a new one each epoch."""
+    """Distinct augmented views per image: epoch e shows view e mod views; null = a new view in each epoch."""
     view_seed: Seed | None = None
-    """Seeds the views alone, so that runs of several run.seed share a cache of soft targets; null = run.seed."""
+    """Seed of the views alone, so that runs with different run.seed can share a cache of soft targets; null = run.seed."""
 
 
 class DistillSpec(Spec):
-    """Loss weights and the assistant."""
+    """The loss weights of distillation, and the assistant."""
 
     assistant: RoIHeadSpec | None = None
-    """The assistant's RoI head; null = the teacher's architecture (the paper's for method assist). A section given here is
-    complete: keys left out take the paper's values, not the teacher's."""
+    """The assistant's RoI head; null = the teacher's architecture (the paper's for method assist). In a section given here,
+    omitted keys take the paper's values, not the teacher's."""
     assistant_weight: Weight = 1.0
     """Weight of the assistant's ground-truth losses."""
     warm_assistant: bool = False
-    """Let assistant_weight rise over warmup_steps too, as the research branch does for all but the R-CNN teacher; method
+    """Also let assistant_weight rise over warmup_steps, as the research branch does for all teachers except R-CNN; method
     tf_head always does."""
     copy_head: bool = True
     """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
-    the pyramid's channels included."""
+    including the pyramid's channels."""
     akd_weight: Weight = 2.0
     """Weight of each AKD term, one per fully connected layer of the assistant (methods akd, head)."""
     ckd_weight: Weight = 2.0
@@ -114,39 +114,39 @@ class DistillSpec(Spec):
     fitnet_weight: Weight = 1.0
     """Weight of each pyramid level's feature loss (method fitnet)."""
     fitnet_levels: Annotated[int, Field(ge=1, le=5)] = 5
-    """Pyramid levels that are imitated, P3 the first (method fitnet). Fewer where no object is large enough for the last
-    ones: their features then grow without bound, and are all of the loss."""
+    """Number of pyramid levels that are imitated, from P3 on (method fitnet). Use fewer if no object is large enough for the
+    last ones: their features then grow without bound and dominate the loss."""
     pkd_weight: Weight = 0.0
-    """Weight of the PKD term, which lets the student's pyramid imitate the teacher's on the levels whose strides both have, by
-    Pearson's correlation; any method with a teacher of the same student.neck.channels, placed inline. 0 = no such term; its
+    """Weight of the PKD term, by which the student's pyramid imitates the teacher's in Pearson correlation, on the levels whose
+    strides both have; for any method with an inline teacher that has the same student.neck.channels. 0 = no such term; its
     authors use 6 to 12."""
     assistants: AssistantsSpec = AssistantsSpec()
-    """The assistants of method tf_head: at least one, best of other kinds than the student."""
+    """The assistants of method tf_head: at least one, preferably of kinds other than the student's."""
     ckd_epochs: Epochs | None = None
-    """Epochs with CKD (methods head, tf_head); its weight is 0 in the later ones, while the assistants go on. The research
-    branch stops it at the first drop of the learning rate. null = never."""
+    """Epochs with CKD (methods head, tf_head); its weight is 0 in later ones, while the assistants continue. The research
+    branch stops it at the first drop of the learning rate. null = never stop."""
     rois: Literal["student", "teacher"] = "student"
-    """Whose RoIs AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
-    ground-truth boxes and the teacher's own proposals, sampled once for each view, so that what the teacher says about them
-    depends on the view alone and can be computed elsewhere or kept. (The assistant's ground-truth losses are at the student's
-    RoIs either way.) Dense student, Faster R-CNN teacher."""
+    """RoIs on which AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
+    ground-truth boxes and the teacher's own proposals, sampled once for each view, so that the teacher's outputs depend on the
+    view alone and can be computed elsewhere or cached. (The assistant's ground-truth losses use the student's RoIs in both
+    cases.) teacher needs a dense student and a Faster R-CNN teacher."""
     roi_budget: Boxes = 128
-    """RoIs a view with rois: teacher."""
+    """RoIs per view with rois: teacher."""
     warmup_steps: StepsOrNone = 2000
-    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head the weights
-    of the assistants' ground-truth losses too."""
+    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head also the
+    weights of the assistants' ground-truth losses."""
 
 
 class OptimSpec(Spec):
-    """SGD and its schedule."""
+    """The optimizer and its schedule."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd (the paper's), or adamw, which gets micro models without normalisation layers going in a few hundred steps."""
+    """sgd (the paper's), or adamw, which trains micro models without normalisation layers in a few hundred steps."""
     lr: Rate = 0.01
     """Peak learning rate at a global batch of lr_batch images."""
     lr_batch: Images | None = 16
     """Global batch that lr is meant for. The actual lr scales linearly with the actual global batch, which is
-    cluster.workers (at least 1; of a range the most) x data.batch_size x optim.accumulate. null = no scaling."""
+    cluster.workers (at least 1; the most of a range) x data.batch_size x optim.accumulate. null = no scaling."""
     momentum: Fraction = 0.9
     """SGD momentum (adamw: unused)."""
     weight_decay: Weight = 1e-4
@@ -166,14 +166,14 @@ class OptimSpec(Spec):
     accumulate: Batch = 1
     """Forward passes whose gradients are averaged into one optimizer step."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Decay per step of an exponential moving average of the student's weights, which is then what is evaluated and exported;
-    null = no average."""
+    """Decay per step of an exponential moving average of the student's weights, which is then evaluated and exported in their
+    place; null = no average."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 = autocast on forward passes; weights and losses stay fp32."""
+    """Precision of forward passes; bf16 = autocast, with weights and losses in fp32."""
 
 
 MAX_DETECTIONS = 100
-"""COCO's own number of detections an image."""
+"""COCO's own number of detections per image."""
 
 
 class EvalSpec(Spec):
@@ -184,86 +184,86 @@ class EvalSpec(Spec):
     batch_size: Batch = 2
     """Images per worker and forward pass."""
     max_detections: Boxes = MAX_DETECTIONS
-    """Detections of a class that count in an image, the best first; 100 is COCO's number. For images with more objects set it
-    to the most that one has, and the student's postprocess.max_detections (and a two-stage student's
+    """Detections per class and image that count, the best first; 100 is COCO's number. If images have more objects, set it to
+    the largest number in one image, and the student's postprocess.max_detections (and a two-stage student's
     rpn.test_proposals.post_nms) to at least as many."""
 
 
 class CheckpointSpec(Spec):
-    """Training state, for resuming."""
+    """Checkpoints of the training state, from which a run resumes."""
 
     every_steps: Steps | None = None
     """Optimizer steps between checkpoints within an epoch; null = only at epoch ends."""
 
 
 class LogSpec(Spec):
-    """What a run tells while it goes."""
+    """What a run reports while it trains."""
 
     every_steps: Steps = 50
-    """Optimizer steps per log line."""
+    """Optimizer steps between log lines."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
 
 
 class ClusterSpec(Spec):
-    """Where it runs."""
+    """Where the run is executed."""
 
     workers: Workers = 1
-    """Ray Train workers; 0 = the same loop in this process, without Ray. [fewest, most] = as many of them as the cluster has
-    room for at any time: the run goes on with fewer when nodes are lost, and with more when they come. Steps, global batch,
-    learning rate and order of images are those of the most; with fewer each takes the batches of several in turn."""
+    """Ray Train workers; 0 = the same loop in this process, without Ray. [fewest, most] = as many as the cluster has room for
+    at any time: the run continues with fewer when nodes are lost, and with more when they join. Steps, global batch, learning
+    rate and order of images are those of the most; with fewer, each worker processes the batches of several in turn."""
     address: str | None = None
     """Ray cluster address (auto, host:port, ray://host:port); null = RAY_ADDRESS, else the cluster running
-    on this machine, else one that lives as long as the command."""
+    on this machine, else a new one for the duration of the command."""
     gpus_per_worker: Fraction | None = None
     """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
     cpus_per_worker: Share = 1.0
-    """CPUs that Ray reserves for a worker."""
+    """CPUs that Ray reserves per worker."""
     data_cpus: Share = 1.0
-    """CPUs left free for each worker's data tasks (decode and augmentation), one CPU a task."""
+    """CPUs left free for each worker's data tasks (decoding and augmentation), one CPU per task."""
     threads_per_worker: Threads | None = None
-    """torch CPU threads of a worker; null = cpus_per_worker (without Ray: torch's own choice)."""
+    """PyTorch CPU threads per worker; null = cpus_per_worker (without Ray: PyTorch's own choice)."""
     max_failures: Restarts = 3
-    """Losses of a worker or of Ray Train's controller after which the run gives up; each resumes from the last checkpoint."""
+    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up."""
     resize_seconds: Seconds = 60.0
-    """With a range of workers: seconds between looks whether there is room for more. Each change goes back to the last
+    """With a range of workers: seconds between checks whether there is room for more. Each change resumes from the last
     checkpoint."""
 
     @property
     def fewest_workers(self) -> int:
-        """With how many workers the run may start and go on."""
+        """The number of workers with which the run can start and continue."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most_workers(self) -> int:
-        """Of how many workers the run's steps are."""
+        """The number of workers that defines the run's steps."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Job(Spec):
-    """One training run."""
+    """The configuration of one training run."""
 
     run: RunSpec
-    """What the run is called and where it writes."""
+    """The name of the run and where it writes."""
     method: Method
-    """supervised = student (or teacher) from labels alone; assist = with a fresh assistant; copy_only = assistant copied from
-    the teacher, no distillation loss; akd = + assistant distillation; head = + cross distillation; fitnet = feature
-    distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a teacher."""
+    """The method: supervised = student (or teacher) from labels alone; assist = with a fresh assistant; copy_only = assistant
+    copied from the teacher, no distillation loss; akd = + assistant distillation; head = + cross distillation; fitnet =
+    feature distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a teacher."""
     data: DataSpec
-    """Prepared shards and how they become batches."""
+    """The prepared shards and how they become batches."""
     student: DetectorSpec = RetinaNetSpec()
     """The detector that is trained and exported."""
     teacher: TeacherSpec | None = None
-    """The teacher; needed by copy_only, akd, head and fitnet, and by these alone; null = none."""
+    """The teacher; required by copy_only, akd, head and fitnet, not allowed for other methods; null = none."""
     distill: DistillSpec = DistillSpec()
-    """Loss weights and the assistant; without effect for method supervised."""
+    """The loss weights of distillation, and the assistant; no effect for method supervised."""
     optim: OptimSpec = OptimSpec()
-    """Optimizer and schedule."""
+    """The optimizer and its schedule."""
     eval: EvalSpec = EvalSpec()
     """COCO evaluation on data.val."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """Training state, for resuming. The last one and the best by AP are kept; two at least."""
+    """Checkpoints of the training state, from which a run resumes. The latest and the best by AP are kept; at least two."""
     log: LogSpec = LogSpec()
-    """What the run tells while it goes."""
+    """What the run reports while it trains."""
     cluster: ClusterSpec = ClusterSpec()
-    """Where it runs."""
+    """Where the run is executed."""

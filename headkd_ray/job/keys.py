@@ -1,4 +1,4 @@
-"""What keys a Job has: walking the models for defaults, for paths in error messages and for the nearest key to a misspelt one.
+"""Look up a Job's keys: their defaults, their paths for error messages, and the keys nearest to a misspelt one.
 
 A *path* is the tuple of keys (and list positions) from the top of the job file to a value: ``("optim", "milestones", 0)``.
 """
@@ -17,11 +17,11 @@ from headkd_ray.job.module_specs import Spec
 
 Path = tuple[str | int, ...]
 DEEPEST = 50
-"""Levels of nesting that are read: many more than any job has, many fewer than Python's recursion can stand."""
+"""Limit of nesting levels: far more than any job has, far fewer than Python's recursion limit."""
 
 
 def dotted(path: Path) -> str:
-    """``("data", "short_side", 1)`` -> ``data.short_side[1]``."""
+    """Return the path as a dotted key: ``("data", "short_side", 1)`` becomes ``data.short_side[1]``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -29,7 +29,7 @@ def dotted(path: Path) -> str:
 
 
 def sections(field: FieldInfo) -> tuple[type[Spec], ...]:
-    """The sections that a key may hold: none for a plain value or a mapping of free names, several where a ``kind`` chooses."""
+    """Return the sections that a key may hold: none for a plain value or a free mapping, several for a ``kind`` union."""
     if get_origin(field.annotation) is dict:
         return ()
     found = [field.annotation, *get_args(field.annotation)]
@@ -37,12 +37,12 @@ def sections(field: FieldInfo) -> tuple[type[Spec], ...]:
 
 
 def kind_of(section: type[Spec]) -> str:
-    """The ``kind`` that chooses this section, for example ``retinanet``."""
+    """Return the ``kind`` that selects this section, for example ``retinanet``."""
     return str(section.model_fields["kind"].default)
 
 
 def section_at(field: FieldInfo, value: Any) -> type[Spec] | None:
-    """The section that ``value`` is written as; for a missing or unknown ``kind`` the one that shares most keys."""
+    """Return the section that ``value`` stands for; for a missing or unknown ``kind``, the one with most keys in common."""
     options = sections(field)
     if len(options) < 2:
         return options[0] if options else None
@@ -53,7 +53,7 @@ def section_at(field: FieldInfo, value: Any) -> type[Spec] | None:
 
 
 def with_defaults(model: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` (which may hold mistakes) with the default of every key left out; required keys stay left out."""
+    """Return ``values`` (which may hold mistakes) with defaults for omitted keys; required keys stay omitted."""
     full: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if name in values:
@@ -67,7 +67,7 @@ def with_defaults(model: type[Spec], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def known_paths(model: type[Spec], values: Mapping[str, Any], prefix: Path = ()) -> Iterator[Path]:
-    """Every key that a job like ``values`` may have, sections included."""
+    """Yield every key, including sections, that a job like ``values`` may have."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
         value = values.get(name)
@@ -77,7 +77,7 @@ def known_paths(model: type[Spec], values: Mapping[str, Any], prefix: Path = ())
 
 
 def field_at(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> FieldInfo | None:
-    """The field that ``path`` names in a file like ``values``; None for an unknown key and inside a list or dict."""
+    """Return the field that ``path`` names in a file like ``values``; None for an unknown key and inside a list or dict."""
     model: type[Spec] | None = top
     field = None
     value: Any = values
@@ -91,7 +91,7 @@ def field_at(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> Fi
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether the key holds free text, such as a path or a name, or perhaps null."""
+    """Return whether the key holds free text, such as a path or a name; it may also allow null."""
     is_union = get_origin(field.annotation) in (Union, UnionType)
     options = get_args(field.annotation) if is_union else (field.annotation,)
     bare = {get_args(option)[0] if get_origin(option) is Annotated else option for option in options}
@@ -99,19 +99,19 @@ def takes_text(field: FieldInfo) -> bool:
 
 
 def nearest(word: object, options: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The option most like ``word``, or None."""
+    """Return the option most similar to ``word``, or None if none is similar."""
     found = difflib.get_close_matches(str(word).lower(), list(options), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
 def nearest_keys(path: Path, known: Iterable[Path], most: int = 3) -> list[str]:
-    """The known keys that an unknown ``path`` probably means; a key of the same section wins a near tie."""
+    """Return the known keys that an unknown ``path`` probably means; keys of the same section win a near tie."""
     section, name = path[:-1], str(path[-1]).lower()
     scores: dict[str, float] = {}
     for candidate in known:
         matcher = difflib.SequenceMatcher(None, name, str(candidate[-1]))
         bonus = 0.1 * (candidate[:-1] == section)
-        if matcher.real_quick_ratio() + bonus < 0.6:  # by the lengths alone; the ratio takes their product
+        if matcher.real_quick_ratio() + bonus < 0.6:  # a cheap upper bound; the ratio itself is slow
             continue
         likeness = matcher.ratio() + bonus
         if likeness >= 0.6:

@@ -1,4 +1,4 @@
-"""A job file and the command line's ``key.path=value`` overrides as a checked Job, or one error that lists every mistake."""
+"""Load a job file and the command line's ``key.path=value`` overrides as a checked Job, or list every mistake in one error."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from headkd_ray.job.yaml_tree import YamlError, parse, position
 SomeSpec = TypeVar("SomeSpec", bound=Spec)
 
 QUOTED = re.compile(r"""\s*('([^']|'')*'|"(\\.|[^"\\])*")\s*""", re.DOTALL)
-"""A value in YAML's quotes from its first character to its last."""
+"""A value that is quoted as a whole, as YAML does."""
 NULL = ("", "~", "null", "Null", "NULL")
-"""Null in YAML."""
+"""The spellings of null in YAML."""
 MOST_BYTES = 2**20
-"""Of a job file; the committed ones have a few thousand."""
+"""Largest size of a job file in bytes; the committed ones have a few thousand."""
 MOST_HINTS = 50
-"""Mistakes of a file for which what was meant is looked up: each takes milliseconds."""
+"""Mistakes of a file for which a suggestion is looked up: each takes milliseconds."""
 MOST_LINES = 100
-"""Mistakes of a file that are told one by one."""
+"""Mistakes of a file that are listed one by one."""
 
 
 class Origin(NamedTuple):
-    """Where a key was written; sorts by file line, then by override."""
+    """Where a key was written. Origins sort by line of the file, with overrides last."""
 
     override: int
     line: int
@@ -53,27 +53,27 @@ class Origin(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A job as written, mistakes included."""
+    """A job as it was written, including its mistakes."""
 
     values: dict[str, Any]
     origins: dict[Path, Origin]
     mistakes: list[tuple[Origin, str]]
     unread: set[Path]
-    """Keys whose value could not be read, which one of the mistakes says."""
+    """Keys whose value could not be read; one of the mistakes says why."""
     spelled: dict[Path, str]
-    """Unquoted numbers, booleans and nulls as they are written."""
+    """Unquoted numbers, booleans and nulls as they were written."""
 
 
 def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
     """Read a job file.
 
     Relative paths inside a job (``data.train``, ``data.val``, ``teacher.checkpoint``, ``run.storage``,
-    ``student.backbone.weights``) stay as written: they start at the current folder of the command, not at the job file.
+    ``student.backbone.weights``) stay as written: they are relative to the command's current folder, not to the job file.
 
     Args:
         path: the YAML file (YAML 1.2: ``1e-3`` is a number, ``yes`` is text).
-        overrides: ``key.path=value`` each, applied in order; the value is YAML (``null``, ``[8, 11]``, ``1e-3``), but for keys
-            that hold text, such as ``run.name`` and ``data.train``, it is the text itself (``2024``, ``photos #2``).
+        overrides: ``key.path=value`` each, applied in order; the value is YAML (``null``, ``[8, 11]``, ``1e-3``), except for
+            keys that hold text, such as ``run.name`` and ``data.train``, where it is the text itself (``2024``, ``photos #2``).
 
     Raises:
         JobError: all mistakes of the file and the overrides at once, in the order of the lines.
@@ -105,7 +105,7 @@ def read_file(path: str | FilePath, needs: str = "a job has at least run, method
     except OSError as error:
         raise JobError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > MOST_BYTES:
-        raise JobError(f"{path}: has more than {MOST_BYTES / 2**20:.0f} MiB, so it is no job file")
+        raise JobError(f"{path}: has more than {MOST_BYTES / 2**20:.0f} MiB, so it is not a job file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -126,7 +126,7 @@ def read_file(path: str | FilePath, needs: str = "a job has at least run, method
 
 
 def as_line(problem: Problem) -> str:
-    """A problem on one line, after its key; one of the whole file has none."""
+    """Return the problem on one line, after its key if it has one."""
     return f"{dotted(problem.path)}: {problem.message}" if problem.path else problem.message
 
 
@@ -139,9 +139,9 @@ def _similar_file(path: FilePath) -> str:
 def apply_override(
     draft: Draft, override: str, number: int, field_of: Callable[[Path, Mapping[str, Any]], FieldInfo | None] = field_at
 ) -> None:
-    """Put one ``key.path=value`` into the draft; what is wrong with it becomes one of the draft's mistakes.
+    """Apply one ``key.path=value`` to the draft; anything wrong with it is added to the draft's mistakes.
 
-    ``field_of`` gives the field that a path names in a file with the draft's values.
+    ``field_of`` returns the field that a path names in a file with the draft's values.
     """
     where = Origin(number, 0, f"override {override}")
     key, equals, text = override.partition("=")
@@ -154,7 +154,7 @@ def apply_override(
         return
     field = field_of(path, draft.values)
     if field is not None and takes_text(field) and text.strip() not in NULL and not QUOTED.fullmatch(text):
-        put(draft, path, text, where)  # as YAML, "2024" would be a number, and "photos #2" would end at the blank
+        put(draft, path, text, where)  # as YAML, "2024" would be a number, and "photos #2" would end at the space
         return
     try:
         tree = parse(text)
@@ -168,7 +168,7 @@ def apply_override(
 
 
 def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
-    """Set a key of the draft, making the sections that hold it; one that is no section becomes a mistake."""
+    """Set a key of the draft and create the sections above it; a value in place of a section is a mistake."""
     if len(path) > DEEPEST:
         draft.mistakes.append((where, f"no key has more than {DEEPEST} parts"))
         return
@@ -179,7 +179,7 @@ def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
             section[name] = {}
             draft.origins[path[:depth]] = where
         if not isinstance(section[name], dict):
-            draft.mistakes.append((where, f"{dotted(path[:depth])} is {show(section[name])} and not a section of keys"))
+            draft.mistakes.append((where, f"{dotted(path[:depth])} is {show(section[name])}, not a section of keys"))
             return
         section = section[name]
     section[last] = value
@@ -190,7 +190,7 @@ def put(draft: Draft, path: tuple[str, ...], value: Any, where: Origin) -> None:
 
 
 def origin(draft: Draft, path: Path) -> Origin:
-    """Where a key was written; for one that is missing, its section."""
+    """Return where a key was written or, for a missing key, its section."""
     while path not in draft.origins:
         path = path[:-1]
     return draft.origins[path]
@@ -199,9 +199,9 @@ def origin(draft: Draft, path: Path) -> Origin:
 def check(
     values: Mapping[str, Any], unread: Collection[Path] = (), spelled: Mapping[Path, str] | None = None
 ) -> tuple[list[Problem], Job | None]:
-    """Everything wrong with a job's plain values but for the ``unread`` keys, and the Job if nothing is.
+    """Return everything wrong with a job's plain values, except the ``unread`` keys, and the Job if nothing is wrong.
 
-    ``spelled``: how the file or the command line writes its numbers, for the messages.
+    ``spelled``: how the file or the command line spells its numbers, for the messages.
     """
     values, found = _with_known_kinds(values)
     mistyped, job = validated(Job, values, spelled)
@@ -213,9 +213,9 @@ def check(
 def validated(
     top: type[SomeSpec], values: Mapping[str, Any], spelled: Mapping[Path, str] | None = None
 ) -> tuple[list[Problem], SomeSpec | None]:
-    """What types and ranges are wrong in the plain values of a ``top``, and the section itself if nothing is."""
+    """Return which types and ranges are wrong in the plain values of a ``top``, and the section itself if none are."""
     try:
-        # As JSON, because strict JSON takes a list for a tuple but neither "2" nor true for a number.
+        # As JSON, because strict JSON accepts a list for a tuple, but neither "2" nor true for a number.
         return [], top.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         details = error.errors(include_url=False)
@@ -224,7 +224,7 @@ def validated(
 
 
 def _with_known_kinds(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The values with every ``kind`` guessed that is missing or unknown, so that the rest of its section can be checked."""
+    """Guess every missing or unknown ``kind`` in the values, so that the rest of its section can be checked."""
     known = dict(values)
     found: list[Problem] = []
     for name, field in Job.model_fields.items():
@@ -239,7 +239,7 @@ def _with_known_kinds(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
 
 
 def job_error(lines: Iterable[str], path: str | FilePath) -> JobError:
-    """One error for all the lines, with a headline if there are several."""
+    """Return one error for all the lines, with a headline if there are several."""
     lines = list(lines)
     more = [f"… and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return JobError(lines[:MOST_LINES] + more, headline=f"{path} has {len(lines)} problems:" if len(lines) > 1 else None)

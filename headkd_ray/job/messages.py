@@ -1,4 +1,4 @@
-"""Pydantic's findings about a job, or another file of ``Spec`` sections, as sentences that a user can act on."""
+"""Turn pydantic's errors about a job, or another file of ``Spec`` sections, into messages that a user can act on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from headkd_ray.job.keys import (
 from headkd_ray.job.module_specs import Spec
 
 Sentence = Callable[[str, Any, Mapping[str, Any]], str]
-"""(what was given, as YAML; the given value; pydantic's bounds) -> what is wrong with it."""
+"""Makes the message from (the given value as YAML, the value itself, pydantic's context)."""
 
 
 def problem_of(
@@ -34,9 +34,9 @@ def problem_of(
     spelled: Mapping[Path, str] | None = None,
     with_hint: bool = True,
 ) -> Problem:
-    """One of pydantic's errors on a job (or ``top``), whose plain ``values`` help to guess what was meant.
+    """Describe one of pydantic's errors on a job (or ``top``), whose plain ``values`` help to guess what was meant.
 
-    ``spelled``: how numbers, booleans and nulls are written where they are; ``with_hint``: look for what an unknown key means.
+    ``spelled``: how the file spells numbers, booleans and nulls; ``with_hint``: suggest a replacement for an unknown key.
     """
     path = plain_path(error["loc"], top)
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
@@ -55,7 +55,7 @@ def problem_of(
 
 
 def plain_path(loc: Iterable[int | str], top: type[Spec] = Job) -> Path:
-    """Pydantic's location as the user wrote it: without what it adds where several sections or types may stand."""
+    """Return pydantic's location as a path in the file, without the tags that it adds for unions of sections or types."""
     path: list[int | str] = []
     options: tuple[Any, ...] = (top,)
     for part in loc:
@@ -72,17 +72,17 @@ def plain_path(loc: Iterable[int | str], top: type[Spec] = Job) -> Path:
 
 
 def show(value: Any) -> str:
-    """A value as short YAML."""
+    """Return a value as short YAML."""
     return short(f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def short(text: str) -> str:
-    """The text, cut where it would be too long for a message."""
+    """Return the text, truncated if it is too long for a message."""
     return text if len(text) <= 60 else text[:56] + " ..."
 
 
 def not_a_list(shown: str, given: Any, field: FieldInfo | None) -> str:
-    """That a list is wanted, and how the given value is written as one of the right length."""
+    """Say that a list is needed, and how to write the given value as a list of the right length."""
     if given is None or isinstance(given, dict):
         return f"{shown} is not a list"
     types = get_args(field.annotation) if field is not None else ()
@@ -94,7 +94,7 @@ def not_a_list(shown: str, given: Any, field: FieldInfo | None) -> str:
 
 
 def unknown_key(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> str:
-    """What to write instead of a key that does not exist."""
+    """Suggest what to write instead of a key that does not exist."""
     known = list(known_paths(top, values))
     sections = {key[:-1] for key in known}
     given: Any = values
@@ -109,7 +109,7 @@ def unknown_key(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) ->
 
 
 def missing(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> str:
-    """That a required key is missing, and what it means."""
+    """Say that a required key is missing, and what it means."""
     if isinstance(path[-1], int):
         return "missing; the list needs one more value"
     field = field_at(path, values, top)
@@ -118,9 +118,9 @@ def missing(path: Path, values: Mapping[str, Any], top: type[Spec] = Job) -> str
 
 
 def none_of(given: Any, options: list[str]) -> str:
-    """That a value is none of the allowed ones, and which it is most like."""
+    """Say that a value is not one of the allowed ones, and which of them it resembles most."""
     likely = nearest(given, options)
-    return f"{show(given)} is none of {', '.join(options)}" + (f"; did you mean {likely}?" if likely else "")
+    return f"{show(given)} is not one of {', '.join(options)}" + (f"; did you mean {likely}?" if likely else "")
 
 
 def _whole_number(shown: str, given: Any, _: Mapping[str, Any]) -> str:
@@ -146,7 +146,7 @@ def _bound(words: str, bound: str) -> Sentence:
 
 
 def _pattern(shown: str, given: Any, context: Mapping[str, Any]) -> str:  # run.name is the only key with a pattern
-    return f"{shown} may hold letters, digits, dot, dash and underscore alone, and starts with a letter or digit"
+    return f"{shown} may contain only letters, digits, dots, dashes and underscores, and must start with a letter or digit"
 
 
 SENTENCES: dict[str, Sentence] = {
@@ -170,6 +170,6 @@ SENTENCES: dict[str, Sentence] = {
     ),
     "model_type": _section,
     "dict_type": _section,
-    "value_error": lambda shown, given, context: str(context["error"]),  # of our own validators
+    "value_error": lambda shown, given, context: str(context["error"]),  # from our own validators
 }
-"""For each kind of error that the Job's types can raise."""
+"""The message for each type of error that the Job's types can raise."""

@@ -1,4 +1,4 @@
-"""The architecture keys that detectors share: backbone, pyramid, anchors, proposals, post-processing, sampling."""
+"""Define the architecture keys that detectors share: backbone, pyramid, anchors, proposals, post-processing, sampling."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction,
 
 
 class Spec(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after loading.
+    """The base class of every section: unknown keys are errors, values never change after loading.
 
-    A section whose defaults differ by place (the RPN's anchors, the Faster R-CNN's pyramid, ...) is a subclass with its own
-    defaults, so that a job that names one key of a section keeps that place's defaults for the rest. ``from_attributes`` lets
-    Python code pass the base class there; its values are then taken as they are.
+    A section whose defaults depend on where it is used (the RPN's anchors, the Faster R-CNN's pyramid, ...) is a subclass with
+    its own defaults, so that a job that sets one key of a section keeps those defaults for the others. ``from_attributes`` lets
+    Python code pass the base class there; its values are then used as they are.
     """
 
     model_config = ConfigDict(
@@ -25,13 +25,13 @@ class Spec(BaseModel):
     )
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with other values of some keys: ``job.replace({"teacher.placement": "pool"})``.
+        """Return a copy with other values for some keys: ``job.replace({"teacher.placement": "pool"})``.
 
         Args:
-            changes: dotted key -> value, applied in order; a section may be given whole.
+            changes: dotted key -> value, applied in order; a value may be a whole section.
 
         Raises:
-            pydantic.ValidationError: a key does not exist, or a value is none that a file could give.
+            pydantic.ValidationError: a key does not exist, or a value is not valid in a job file.
         """
         values = self.model_dump()
         for key, value in changes.items():
@@ -50,24 +50,25 @@ Stds = tuple[Deviation, Deviation, Deviation, Deviation]
 
 
 class BackboneSpec(Spec):
-    """Any timm backbone, tapped at strides 4 to 32 (C2 to C5)."""
+    """A timm backbone, with outputs at strides 4 to 32 (C2 to C5)."""
 
     name: Text = "resnet18"
-    """timm model name, for example resnet18, resnet50, mobilenetv2_100, convnext_tiny. A tag chooses among timm's weights:
+    """timm model name, for example resnet18, resnet50, mobilenetv2_100, convnext_tiny. A tag selects among timm's weights:
     resnet18.tv_in1k = torchvision's ImageNet weights (the paper's)."""
     kwargs: Annotated[dict[str, Any], AfterValidator(check_kwargs)] = Field(default_factory=dict)
-    """Extra arguments of timm.create_model, those alone that shape a network: widths and depths of micro models (for example
-    stem_width, channels, layers), img_size, strict_img_size, norm_layer, drop_path_rate. mobilenetv2_* takes stem_width,
-    channels (7), layers (7) and head_width here."""
+    """Extra arguments of timm.create_model; only those that shape a network: widths and depths of micro models (for
+    example stem_width, channels, layers), img_size, strict_img_size, norm_layer, drop_path_rate. For mobilenetv2_* they are
+    stem_width, channels (7), layers (7) and head_width."""
     weights: Text = "none"
     """Initial weights: none (timm's random init), timm (download through timm), or a path to a .safetensors or
-    .pth state dict (timm's, torchvision's or mmdet's key names). A relative path starts at the command's current folder."""
+    .pth state dict (timm's, torchvision's or mmdet's key names). A relative path is resolved against the command's current
+    folder."""
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
     """Stages without gradient, counted from the input: 0 = none, 1 = stem and first stage (C2), 2 = also C3, ..., 4 = all.
     Needs initial weights."""
     norm_eval: bool = True
     """Keep every BatchNorm in eval mode while training (paper: true for ResNet, false for MobileNetV2). Needs initial
-    weights: from random ones its statistics would stay 0 and 1."""
+    weights: with random ones, its statistics would stay 0 and 1."""
     leaky_slope: Factor | None = None
     """Use LeakyReLU with this negative slope as the backbone's activation (paper's MobileNetV2: 0.1); null keeps timm's."""
     norm_eps: Fraction | None = None
@@ -75,12 +76,12 @@ class BackboneSpec(Spec):
     final_conv: bool = False
     """Take C5 after the classifier's last 1x1 conv (paper's MobileNetV2: 1280 channels) instead of before it."""
     stride_in_1x1: bool = False
-    """ResNets with bottlenecks: halve the resolution in a stage's first 1x1 conv (caffe's ResNet, and the "caffe" style of
-    mmdet's) instead of in the 3x3 conv (PyTorch's). Weights fit one of the two."""
+    """ResNets with bottlenecks: halve the resolution in a stage's first 1x1 conv (Caffe's ResNet, and mmdet's with style
+    "caffe") instead of in the 3x3 conv (PyTorch's). Weights fit only one of the two."""
 
 
 class PixelSpec(Spec):
-    """Input normalisation, (pixel - mean) / std on RGB values 0..255; padding is zero after it."""
+    """Input normalisation, (pixel - mean) / std on RGB values 0..255; padding is zero after normalisation."""
 
     mean: tuple[Mean, Mean, Mean] = (123.675, 116.28, 103.53)
     """Mean of R, G, B, in units of 0..255 (ImageNet)."""
@@ -89,53 +90,53 @@ class PixelSpec(Spec):
 
 
 class FPNSpec(Spec):
-    """Feature pyramid network; the lowest level follows from the detector (P3 for the dense ones, P2 for the R-CNNs)."""
+    """The feature pyramid network; its lowest level depends on the detector (P3 for dense ones, P2 for R-CNNs)."""
 
     channels: Channels = 256
     """Channels of every pyramid level."""
     extra: Literal["conv_c5", "conv_p5", "pool"] = "conv_c5"
     """Levels above P5: conv_c5 = two stride-2 3x3 convs, the first on C5 (paper's RetinaNet); conv_p5 = the first on P5;
-    pool = one level, P5 subsampled by 2 (Faster and Cascade R-CNN, and only there)."""
+    pool = one level, P5 subsampled by 2 (Faster and Cascade R-CNN only)."""
     relu_before_p7: bool = False
-    """ReLU between P6 and P7 (torchvision's RetinaNet: true; the paper's: false); without effect for pool."""
+    """ReLU between P6 and P7 (torchvision's RetinaNet: true; the paper's: false); no effect for pool."""
     norm: Literal["none", "batch", "group"] = "none"
-    """Norms instead of the convs' biases: none; batch = BatchNorm behind the lateral and output convs (torchvision's Faster
-    R-CNN v2); group = GroupNorm behind these and the extra convs (mmdet's RepPoints)."""
+    """Norms in place of the convs' biases: none; batch = BatchNorm after the lateral and output convs (torchvision's Faster
+    R-CNN v2); group = GroupNorm after these and the extra convs (mmdet's RepPoints)."""
     norm_groups: Channels = 32
-    """Groups of the GroupNorm; without effect for the other norms."""
+    """Groups of the GroupNorm; no effect for the other norms."""
 
 
 class PooledFPNSpec(FPNSpec):
-    """Feature pyramid of Faster and Cascade R-CNN, P2 to P6."""
+    """The feature pyramid of Faster and Cascade R-CNN, P2 to P6."""
 
     extra: Literal["conv_c5", "conv_p5", "pool"] = "pool"
-    """Levels above P5; Faster and Cascade R-CNN take pool: one level, P5 subsampled by 2."""
+    """Levels above P5; Faster and Cascade R-CNN need pool: one level, P5 subsampled by 2."""
 
 
 class FCOSFPNSpec(FPNSpec):
-    """Feature pyramid of FCOS, P3 to P7."""
+    """The feature pyramid of FCOS, P3 to P7."""
 
     extra: Literal["conv_c5", "conv_p5", "pool"] = "conv_p5"
-    """Levels above P5: conv_p5 = two stride-2 3x3 convs, the first on P5; conv_c5 = the first on C5. FCOS takes no pool."""
+    """Levels above P5: conv_p5 = two stride-2 3x3 convs, the first on P5; conv_c5 = the first on C5. pool is not allowed."""
     relu_before_p7: bool = True
     """ReLU between P6 and P7."""
 
 
 class ResNet50Spec(BackboneSpec):
-    """The teacher's backbone: any timm backbone, ResNet-50 unless named."""
+    """A timm backbone, ResNet-50 by default."""
 
     name: Text = "resnet50"
-    """timm model name, for example resnet50, resnet18, convnext_tiny. A tag chooses among timm's weights:
+    """timm model name, for example resnet50, resnet18, convnext_tiny. A tag selects among timm's weights:
     resnet50.tv_in1k = torchvision's ImageNet weights (the paper's)."""
 
 
 class AnchorSpec(Spec):
-    """Anchors of a dense head; per level the base size is base_scale x stride."""
+    """The anchors of a dense head; the base size at each level is base_scale x stride."""
 
     base_scale: Scale = 4.0
-    """Anchor side in units of the level's stride, before octaves (RetinaNet 4, RPN 8)."""
+    """Anchor side in units of the level's stride, before the octave scales (RetinaNet 4, RPN 8)."""
     octave_scales: Octaves = 3
-    """Anchor scales an octave: base_scale x 2^(i/octave_scales) (RetinaNet 3, RPN 1)."""
+    """Anchor scales per octave: base_scale x 2^(i/octave_scales) (RetinaNet 3, RPN 1)."""
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=100)] = (0.5, 1.0, 2.0)
     """Aspect ratios, height / width."""
     rounding: bool = False
@@ -143,12 +144,12 @@ class AnchorSpec(Spec):
 
 
 class RPNAnchorSpec(AnchorSpec):
-    """Anchors of the RPN: one scale per level."""
+    """The anchors of the RPN: one scale per level."""
 
     base_scale: Scale = 8.0
-    """Anchor side in units of the level's stride, before octaves."""
+    """Anchor side in units of the level's stride, before the octave scales."""
     octave_scales: Octaves = 1
-    """Anchor scales an octave: base_scale x 2^(i/octave_scales)."""
+    """Anchor scales per octave: base_scale x 2^(i/octave_scales)."""
 
 
 class ProposalSpec(Spec):
@@ -172,12 +173,12 @@ class RPNTestProposalSpec(ProposalSpec):
 
 
 class PostprocessSpec(Spec):
-    """From raw predictions to detections, at test time."""
+    """How raw predictions become detections at test time."""
 
     pre_nms: Boxes = 1000
     """Candidates kept per level before NMS (dense heads)."""
     score: Fraction = 0.05
-    """Score a detection must exceed."""
+    """Score that a detection must exceed."""
     nms_iou: Fraction = 0.5
     """IoU above which NMS, within a class, drops the lower-scored detection."""
     max_detections: Boxes = 100
@@ -187,7 +188,7 @@ class PostprocessSpec(Spec):
 
 
 class RoIPostprocessSpec(PostprocessSpec):
-    """From a RoI head's raw predictions to detections, at test time."""
+    """How a RoI head's raw predictions become detections at test time."""
 
     min_size: Length | None = None
     """Width and height that a detection must exceed, in pixels of the network input; null = no limit."""
@@ -212,15 +213,15 @@ class RPNSamplerSpec(SamplerSpec):
 
 
 class DenseHeadSpec(Spec):
-    """What the spec of every dense head has."""
+    """The keys that every dense head has."""
 
-    if TYPE_CHECKING:  # each declares them where its own keys end
+    if TYPE_CHECKING:  # each subclass declares them after its own keys
         proposals: ProposalSpec
         postprocess: PostprocessSpec
 
 
 class DenseDetectorSpec(Spec):
-    """What every dense detector's spec has; a kind overrides the defaults."""
+    """The keys that every dense detector has; each kind overrides the defaults."""
 
     kind: str
     backbone: BackboneSpec
@@ -232,7 +233,7 @@ class DenseDetectorSpec(Spec):
 
 KIND = Field(
     description="The detector's kind: retinanet, fcos, gfl or reppoints (a dense head of anchors, of points, of anchors with\n"
-    "box distributions or of point sets on P3 to P7), faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and a RoI head or\n"
-    "three in a row on P2 to P5)."
+    "box distributions or of point sets on P3 to P7), faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and on P2 to P5 one\n"
+    "RoI head or a cascade of three)."
 )
-"""What ``kind`` means, in the spec of every kind."""
+"""The field of ``kind``, shared by the specs of all detectors."""

@@ -1,4 +1,4 @@
-"""A resolved job as a complete YAML file: every key with its value and its meaning (``--print-config``)."""
+"""Write a resolved job as a complete YAML file: every key with its value and its meaning (``--print-config``)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WIDTH = 120
 PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./@%+~-]*")
 """Text that means the same with and without quotes, unless it reads as a number or the like."""
 OLD_WORDS = {"y", "n", "yes", "no", "on", "off"}
-"""Booleans for YAML 1.1 readers: quoted for their sake."""
+"""Booleans in YAML 1.1, which are quoted for its readers."""
 
 
 def render_job(job: Job) -> str:
-    """YAML that loads back to an equal Job, its relative paths as they were written."""
+    """Return YAML that loads back to an equal Job, with its relative paths as they were written."""
     return "\n".join(_section(job, "")) + "\n"
 
 
@@ -42,7 +42,7 @@ def _section(section: Spec, indent: str) -> Iterator[str]:
 
 
 def inline(value: Any) -> str:
-    """A plain value, list or dict on one line of YAML, read the same by YAML 1.1 and 1.2."""
+    """Return a plain value, list or dict on one line of YAML that YAML 1.1 and 1.2 read alike."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -63,7 +63,7 @@ def _float(value: float) -> str:
     if text.lstrip("-") in ("inf", "nan"):
         return text.replace("inf", ".inf").replace("nan", ".nan")
     mantissa, exponent, power = text.partition("e")
-    return text if not exponent or "." in mantissa else f"{mantissa}.0e{power}"  # YAML 1.1 wants the dot
+    return text if not exponent or "." in mantissa else f"{mantissa}.0e{power}"  # YAML 1.1 requires the dot
 
 
 def _text(value: str) -> str:

@@ -1,4 +1,4 @@
-"""RepPoints' architecture keys.
+"""Define RepPoints' architecture keys.
 
 Defaults are mmdet's ``reppoints_moment_r50_fpn_gn-neck+head``, the teacher of the paper's research branch.
 """
@@ -22,31 +22,31 @@ from headkd_ray.job.numbers import Channels, Deviation, Exponent, Factor, Fracti
 
 
 class RepPointsHeadSpec(DenseHeadSpec):
-    """RepPoints' dense head: nine points a cell, refined once, whose spread is the box."""
+    """The dense head of RepPoints: nine points per cell, refined once, whose spread defines the box."""
 
     convs: Layers = 3
     """Depth of each tower (classification, points): 3x3 conv, norm, ReLU."""
     channels: Channels = 256
     """Width of the towers."""
     point_channels: Channels = 256
-    """Width of the three layers behind the towers: the conv before the initial points, and the two deformable convs that read
+    """Width of the three layers after the towers: the conv before the initial points, and the two deformable convs that sample
     the towers at these points, to classify and to refine them."""
     norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
     tower_std: Factor | None = 0.01
     """Initial weights of the towers and of the conv before the initial points: N(0, tower_std), mmdet's choice for 256
-    channels; null = He initialisation, for narrow ones, in which 0.01 lets the signal vanish."""
+    channels; null = He initialisation, for narrow ones, where 0.01 lets the signal vanish."""
     gradient_mul: Fraction = 0.1
-    """Share of the gradient that reaches the initial points through the deformable convs that read there."""
+    """Share of the gradient that reaches the initial points through the deformable convs that sample there."""
     moment_mul: Fraction = 0.01
-    """Share of the gradient that reaches the two learned factors from the points' spread to half the box's sides."""
+    """Share of the gradient that reaches the two learned factors between the points' spread and half the box sides."""
     base_scale: Scale = 4.0
     """A ground-truth box is an initial target on the coarsest level whose base_scale x stride is at most sqrt(width x height),
-    in pixels, or on P3 if none is; losses of points are in units of base_scale x stride."""
+    in pixels, or on P3 if there is none; point losses are in units of base_scale x stride."""
     positive_iou: Fraction = 0.5
     """IoU of the initial points' box with a ground-truth box from which a cell is positive for classes and refinement."""
     negative_iou: Fraction = 0.4
-    """IoU below which it is negative; between the two it is ignored."""
+    """IoU below which a cell is negative; between the two it is ignored."""
     focal_alpha: Fraction = 0.25
     """Focal loss alpha."""
     focal_gamma: Exponent = 2.0
@@ -60,17 +60,17 @@ class RepPointsHeadSpec(DenseHeadSpec):
     refine_weight: Weight = 1.0
     """Weight of the loss of the refined points' boxes."""
     proposals: ProposalSpec = ProposalSpec()
-    """Proposals that the head gives to an assistant while training, from the refined points."""
+    """Proposals that the head passes to an assistant in training, from the refined points."""
     postprocess: PostprocessSpec = PostprocessSpec()
-    """Detections at test time."""
+    """Post-processing of detections at test time."""
 
 
 class RepPointsFPNSpec(FPNSpec):
-    """Feature pyramid of RepPoints, P3 to P7."""
+    """The feature pyramid of RepPoints, P3 to P7."""
 
     norm: Literal["none", "batch", "group"] = "group"
-    """Norms instead of the convs' biases: none; batch = BatchNorm behind the lateral and output convs; group = GroupNorm
-    behind these and the extra convs."""
+    """Norms in place of the convs' biases: none; batch = BatchNorm after the lateral and output convs; group = GroupNorm after
+    these and the extra convs."""
 
 
 class RepPointsSpec(DenseDetectorSpec):
@@ -78,8 +78,8 @@ class RepPointsSpec(DenseDetectorSpec):
 
     kind: Annotated[Literal["reppoints"], KIND] = "reppoints"
     backbone: ResNet50Spec = ResNet50Spec()
-    """Backbone."""
+    """The backbone."""
     neck: RepPointsFPNSpec = RepPointsFPNSpec()
-    """Feature pyramid, P3 to P7."""
+    """The feature pyramid, P3 to P7."""
     head: RepPointsHeadSpec = RepPointsHeadSpec()
-    """Dense head."""
+    """The dense head."""

@@ -1,6 +1,6 @@
-"""The job file's JSON Schema, by which editors complete and check the YAML: ``python -m headkd_ray.job.schema``.
+"""Write the job file's JSON Schema, with which editors complete and check the YAML: ``python -m headkd_ray.job.schema``.
 
-Writes ``jobs/job.schema.json`` (or the path given); a test keeps the committed file fresh.
+It is written to ``jobs/job.schema.json`` (or the given path); a test checks that the committed file is up to date.
 ``python -m headkd_ray.tuning.search_schema`` does the same for search files.
 """
 
@@ -15,7 +15,7 @@ from headkd_ray.job.module_specs import Spec
 
 
 def schema_text(top: type[Spec] = Job) -> str:
-    """The JSON Schema (2020-12) of a job file, or of another file of ``Spec`` sections."""
+    """Return the JSON Schema (2020-12) of a job file, or of another file of ``Spec`` sections."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **top.model_json_schema()}
     return json.dumps(_one_line_descriptions(schema), indent=2) + "\n"
 
@@ -30,8 +30,8 @@ def _one_line_descriptions(node: object) -> object:
 
 
 def write_schema(top: type[Spec], default: str) -> None:
-    """The command: write the schema to the path given, or to ``default``."""
-    parser = argparse.ArgumentParser(description=f"Write the JSON Schema, to {default} or the path given.")
+    """Write the schema to the path given on the command line, or to ``default``."""
+    parser = argparse.ArgumentParser(description=f"Write the JSON Schema to {default} or the given path.")
     parser.add_argument("path", nargs="?", type=Path, default=Path(default))
     path: Path = parser.parse_args().path
     path.write_text(schema_text(top), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The teacher's keys: which detector, where it runs, and what of it is kept."""
+"""Define the teacher's keys: its detector, where it runs, and which of its outputs are stored."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from headkd_ray.job.numbers import Batch, Logits, Processes, Scale, ShareOrNone
 
 
 class PoolSpec(Spec):
-    """Teacher processes beside the train workers (placement pool; also what builds a cache on a cluster)."""
+    """The teacher processes next to the train workers (placement pool; they also build a cache on a cluster)."""
 
     actors: tuple[Processes, Processes] = (1, 1)
-    """[fewest, most] processes of each train worker; Ray starts more while batches wait for a teacher (with rois: student it
-    stays at the fewest). A cache is built by the greatest number."""
+    """[fewest, most] teacher processes per train worker; Ray starts more while batches wait for a teacher (with rois: student,
+    the number stays at the fewest). A cache is built by the most."""
     cpus: ShareOrNone = 1.0
-    """CPUs that Ray reserves for a process."""
+    """CPUs that Ray reserves per process."""
     gpus: ShareOrNone = 0.0
-    """GPUs of a process, also parts of one; 0 = on the CPU."""
+    """GPUs per process, possibly a fraction of one; 0 = run on the CPU."""
     resources: dict[str, Scale] = Field(default_factory=dict)
-    """Custom Ray resources of a process, for example {teacher: 1} on nodes that are started with such."""
+    """Custom Ray resources per process, for example {teacher: 1} on nodes that were started with them."""
 
 
 class CacheSpec(Spec):
-    """Soft targets on disk (placement cache)."""
+    """The soft targets on disk (placement cache)."""
 
     path: Text | None = None
     """Folder or URI of the cache; null = the folder soft_targets in data.train."""
     dtype: Literal["fp16", "int8"] = "fp16"
-    """How the features are stored; int8 = 8 bits with a scale per channel."""
+    """Storage type of the features; int8 = 8 bits with a scale per channel."""
     logits: Logits = 0
-    """Greatest class logits of each RoI that are kept besides, with their classes; 0 = none. No loss reads them: they are for
-    your own code, and verify compares them."""
+    """Number of the largest class logits of each RoI to store as well, with their classes; 0 = none. No loss reads them: they
+    are for your own code, and verify compares them."""
 
 
 class TeacherSpec(Spec):
-    """The frozen detector that teaches."""
+    """The frozen detector that the student is distilled from."""
 
     checkpoint: Text
     """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file.
-    A relative path starts at the command's current folder."""
+    A relative path is resolved against the command's current folder."""
     classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
     placement: Literal["inline", "pool", "cache"] = "inline"
-    """Where the teacher is: inline = in the train worker; pool = in processes of its own, which with distill.rois: teacher give
-    each batch its answers on the way to the worker, and with rois: student hold its features and answer the worker; cache =
-    nowhere, its answers are read from disk (python -m headkd_ray.cache build JOB), which needs distill.rois: teacher."""
+    """Where the teacher runs: inline = in the train worker; pool = in its own processes, which with distill.rois: teacher add
+    its outputs to each batch before it reaches the worker, and with rois: student hold its features and answer the worker's
+    requests; cache = nowhere: its outputs are read from disk (python -m headkd_ray.cache build JOB), which needs distill.rois:
+    teacher."""
     batch_size: Batch = 8
-    """Views a forward pass of the teacher when it builds a cache."""
+    """Views per forward pass of the teacher when a cache is built."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the teacher's forward passes; bf16 = autocast. (In the train worker with rois: student, optim.precision.)"""
+    """Precision of the teacher's forward passes; bf16 = autocast. (In the train worker with rois: student, optim.precision.)"""
     pool: PoolSpec = PoolSpec()
-    """Teacher processes beside the train workers."""
+    """The teacher processes next to the train workers."""
     cache: CacheSpec = CacheSpec()
-    """Soft targets on disk."""
+    """The soft targets on disk."""

@@ -1,8 +1,8 @@
-"""YAML text as plain values that remember the line of every key.
+"""Read YAML text as plain values, with the line of every key.
 
-Job files are YAML 1.2 (core schema), which differs from PyYAML's YAML 1.1 where people get hurt: ``1e-3`` is a number,
-``yes``, ``no``, ``on`` and ``off`` are text, ``010`` is ten, and a key written twice is an error. Size, depth and what aliases
-expand to are limited, so that no file, however it is made, keeps the reader busy for long.
+Job files are YAML 1.2 (core schema), which avoids the pitfalls of PyYAML's YAML 1.1: ``1e-3`` is a number, ``yes``, ``no``,
+``on`` and ``off`` are text, ``010`` is ten, and a key written twice is an error. Size, depth and the expansion of aliases are
+limited, so that no file, not even a malicious one, keeps the reader busy for long.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SYNTAX = {
 }
 """The core schema's plain scalars, tried in this order; everything else is text."""
 MOST_VALUES = 10_000
-"""Keys and list items of a file, those that aliases repeat included."""
+"""Limit of the keys and list items of a file, including those that aliases repeat."""
 LONGEST_TEXT = 4096
-"""Characters of one key or value: the length of the longest path."""
+"""Limit of the characters of one key or value, which is the length of the longest path."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds the nodes of a document, and stops at the first one that is too deep or too many."""
+    """A loader that stops at the first node that exceeds the limits of depth or number."""
 
     yaml_implicit_resolvers: ClassVar[dict[str | None, list[tuple[str, re.Pattern[str]]]]] = {}
 
@@ -37,10 +37,10 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.nodes = 0
         self.place: list[str | int] = []
-        """Where the loader is: the key or the position of each node above the next one."""
+        """The keys or positions of the nodes above the next one."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; ``index`` is its key's node in a mapping, its position in a list, None for a key and for the top."""
+        """Build the next node; ``index`` is its key's node in a mapping, its position in a list, None for a key and the top."""
         if parent is not None:
             self.place.append(index if isinstance(index, int) else str(getattr(index, "value", "?")))
         self.nodes += 1
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class TooLargeError(yaml.MarkedYAMLError):
-    """Well-formed YAML, but deeper or longer than any job."""
+    """The YAML is well-formed, but deeper or longer than any job."""
 
 
 for _name, _pattern in SYNTAX.items():
@@ -75,18 +75,18 @@ class YamlError(Exception):
 
 
 class Tree(NamedTuple):
-    """YAML text read."""
+    """The content of a YAML document, with where and how it was written."""
 
     value: Any
-    """dict, list, text, number, bool or None."""
+    """The value: a dict, list, text, number, bool or None."""
     lines: dict[Path, int]
-    """Line, from 1, of every key and list item; the top is ``()``."""
+    """Line, counted from 1, of every key and list item; the top is ``()``."""
     problems: list[tuple[Path, int, str]]
-    """Repeated keys, unknown tags and the like: path, line, message."""
+    """Path, line and message of each problem, such as a repeated key or an unknown tag."""
     unread: set[Path]
-    """Where a value could not be read; ``value`` has None there."""
+    """Paths of values that could not be read; ``value`` has None there."""
     spelled: dict[Path, str]
-    """Unquoted numbers, booleans and nulls as they are written: ``1e3``, ``007``."""
+    """Unquoted numbers, booleans and nulls as they were written: ``1e3``, ``007``."""
 
 
 def parse(text: str) -> Tree:
@@ -118,13 +118,13 @@ def _where(error: yaml.MarkedYAMLError) -> tuple[int, int]:
 
 
 def position(text: str, index: int) -> tuple[int, int]:
-    """Line and column, from 1, of a character."""
+    """Return the line and column, counted from 1, of the character at ``index``."""
     before = text[:index]
     return before.count("\n") + 1, index - before.rfind("\n")
 
 
 def scalar(text: str, tag: str) -> Any:
-    """The value of a plain scalar.
+    """Return the value of a plain scalar.
 
     Raises:
         ValueError: the text does not fit the tag (``!!int two``).
@@ -143,7 +143,7 @@ def scalar(text: str, tag: str) -> Any:
 
 
 def kind_of_text(text: str) -> str:
-    """What an unquoted ``text`` would be read as: null, bool, int, float or str."""
+    """Return the type as which an unquoted ``text`` is read: null, bool, int, float or str."""
     return next((name for name, pattern in SYNTAX.items() if re.fullmatch(pattern, text)), "str")
 
 
@@ -154,7 +154,7 @@ def _value(node: yaml.Node, path: Path, tree: Tree, above: tuple[yaml.Node, ...]
         return _unread(path, line, "an alias that contains itself", tree)
     if len(tree.lines) > MOST_VALUES or len(path) > DEEPEST:  # the loader has counted the nodes; aliases repeat them
         raise YamlError(
-            f"{dotted(path[:3])[:60]}: its aliases stand for more than {MOST_VALUES} values, or for more than {DEEPEST} levels",
+            f"{dotted(path[:3])[:60]}: its aliases expand to more than {MOST_VALUES} values, or more than {DEEPEST} levels",
             line,
             mark.column + 1,
         )
@@ -182,12 +182,12 @@ def _value(node: yaml.Node, path: Path, tree: Tree, above: tuple[yaml.Node, ...]
 
 
 def _fault(text: str) -> str | None:
-    """Why a key or a value cannot be text, although its escapes are well-formed; None if it can."""
+    """Return why a key or a value is not valid text, although its escapes are well-formed; None if it is valid."""
     if len(text) > LONGEST_TEXT:
         return f"has {len(text)} characters; at most {LONGEST_TEXT} are read"
-    # Written as an escape, "\\x00", it is the same character that YAML does not allow to stand there as it is.
+    # YAML allows an escape such as "\\x00" for a character that it does not allow unescaped.
     found = yaml.reader.Reader.NON_PRINTABLE.search(text)
-    return None if found is None else f"holds the character U+{ord(found.group()):04X}, which is not text; remove it"
+    return None if found is None else f"contains the character U+{ord(found.group()):04X}, which is not text; remove it"
 
 
 def _unread(path: Path, line: int, message: str, tree: Tree) -> None:

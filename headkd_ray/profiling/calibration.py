@@ -1,4 +1,4 @@
-"""What a job's parts take on this machine: a few real training steps, and the decoding and the evaluation around them."""
+"""Measure what the parts of a job cost on this machine: a few real training steps, and decoding and evaluation."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ from headkd_ray.teacher.cache_codec import Codec
 from headkd_ray.teacher.loading import load_teacher
 
 WARM_UP = 2
-"""Steps that are not counted."""
+"""Number of first steps that are not counted."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one worker."""
+    """Measurements of one worker."""
 
     costs: Costs
     device: torch.device
     codec: Codec | None
-    """How a cache would keep what the teacher says; None if it can keep nothing of it."""
+    """How a cache would store the teacher's soft targets; None if they cannot be cached."""
 
 
 def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibration:
-    """Time ``steps`` micro-batches of the job's own data, training model and teacher in this process, one after another.
+    """Time ``steps`` micro-batches of the job's own data, training model and teacher, one after another, in this process.
 
     A fitnet teacher, whose features are part of the model's forward pass, is counted with the model.
 
     Raises:
-        DeviceMemoryError: a step needs more memory than there is.
-        CheckpointError, DataError, JobError: as the teacher's, the data's and the student's readers do.
+        DeviceMemoryError: a step needs more memory than is available.
+        CheckpointError, DataError, JobError: the teacher, the data or the student cannot be loaded.
     """
     cluster = job.cluster
-    if cluster.workers != 0 and cluster.threads_per_worker is None:  # as a worker on Ray takes it
+    if cluster.workers != 0 and cluster.threads_per_worker is None:  # the default of a worker on Ray
         cluster = cluster.replace({"threads_per_worker": max(1, int(cluster.cpus_per_worker))})
     distributed = Distributed.here(cluster)
     count = WARM_UP + steps
-    # One rank and one window, so that no image is read that is not shown.
+    # With one rank and one window, only images that are used are read.
     window = count * job.data.batch_size
     sample = job.replace({"cluster": cluster, "cluster.workers": 0, "data.shuffle_window": window})
     streams = Streams(sample, distributed, train, val, _one_by_one)
@@ -92,15 +92,18 @@ def calibrate(job: Job, train: ShardSet, val: ShardSet, steps: int) -> Calibrati
 
 
 class _TimedLearner:
-    """The job's learner and, apart from it, its teacher; ``student``, ``teacher``, ``update`` collect seconds, a step each."""
+    """The job's learner and, timed separately, its teacher.
+
+    ``student``, ``teacher`` and ``update`` collect the seconds of each step.
+    """
 
     def __init__(self, job: Job, classes: tuple[str, ...], distributed: Distributed) -> None:
         loaded = load_teacher(job, classes)
         detector = None if loaded is None else loaded.detector
-        # As much work as any learning rate, and no loss explodes.
+        # A tiny learning rate costs the same work, and the loss cannot diverge.
         self.job, self.distributed = job.replace({"optim.lr": 1e-9, "optim.accumulate": 1}), distributed
         apart = job
-        if job.teacher is not None:  # placed in a pool, the teacher is not the training model's
+        if job.teacher is not None:  # with a pool, the training model has no teacher of its own
             apart = job.replace({"teacher.placement": "pool"})
         model = build_training_model(apart, len(classes), detector, steps_per_epoch=1)
         self.learner = build_learner(self.job, model, distributed.device, job.data.batch_size, steps_per_epoch=1)
@@ -117,7 +120,7 @@ class _TimedLearner:
         self.update: list[float] = []
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step on one micro-batch."""
+        """Take one optimizer step on one micro-batch."""
         self.teacher.append(0.0)
         times = [_now(self.distributed)]
         train_step(
@@ -128,7 +131,7 @@ class _TimedLearner:
         self.update.append(ended - passed)
 
     def with_teacher(self, batch: Batch) -> Batch:
-        """The batch with its teacher's targets, or with whom to ask for them; the time that either takes is noted."""
+        """Return the batch with the teacher's soft targets, or with a timed function that computes the teacher's features."""
         if self.soft is not None:
             with self.asking():
                 targets = self.soft(batch)
@@ -151,13 +154,14 @@ class _TimedLearner:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
+        """Add the time spent within to the teacher's time of this step."""
         with _Watch(self.distributed) as watch:
             yield
         self.teacher[-1] += watch.seconds
 
 
 class _Watch:
-    """Seconds spent in a ``with`` block, the device's work included."""
+    """Measures the seconds spent in a ``with`` block, including the device's work."""
 
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
@@ -171,14 +175,14 @@ class _Watch:
 
 
 def _now(distributed: Distributed) -> float:
-    """The time in seconds when the device has done all that it was given."""
+    """Wait for the device to finish its work, and return the time in seconds."""
     if distributed.device.type == "cuda":
         torch.cuda.synchronize(distributed.device)
     return time.perf_counter()
 
 
 def _one_by_one(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> AbstractContextManager[Iterator[Batch]]:
-    """Decode in this thread alone: what one CPU can."""
+    """Decode in this thread alone, to measure one CPU."""
     return closing(maker(pending) for window in windows for pending in load_window(shards, window, maker))
 
 

@@ -1,7 +1,7 @@
-"""What a run will take, before it is started: steps, hours, money and bytes, from a few measured times and a stated model.
+"""Predict the steps, hours, money and bytes of a run before it is started, from a few measured times and the model below.
 
-The model, for ``k`` workers that each do what one was measured to do. A batch passes through stages that work at the same time
-on different batches, so the slowest sets the pace; gradients meet once an optimizer step, after the last backward pass:
+The model assumes ``k`` workers that are each as fast as the one that was measured. The stages of a step work at the same time
+on different batches, so the slowest sets the pace; gradients are reduced once per optimizer step, after the last backward pass:
 
     step       = max(accumulate x max(data, pool, model, traffic) + update + reduce, cpus)
     data       = batch x image_seconds / data CPUs of a worker
@@ -10,11 +10,12 @@ on different batches, so the slowest sets the pace; gradients meet once an optim
     traffic    = bytes between a worker and its pool / bandwidth       placement pool; else 0
     reduce     = 2 (k - 1) / k x 4 bytes x trained parameters / bandwidth     (a ring; really it overlaps the backward pass)
     cpus       = workers of a machine x CPU seconds of a step / (its CPUs - workers x RAY_CPUS)
-                 what all that runs on the machine takes of its CPUs: data, and model and update x busy_cpus
+                 CPU seconds: decoding the data, and (model + update) x busy_cpus
     evaluation = images of a rank x max(eval_seconds, image_seconds / data CPUs)
 
-Left out: starting machines and Ray, reading a cache, writing checkpoints, computing the COCO metrics, failures and what they
-repeat. The bandwidth is each worker's own; a bucket is taken to be fast enough; a pool's teachers are on other machines.
+Not modelled: starting machines and Ray, reading a cache, writing checkpoints, computing the COCO metrics, failures and the
+steps repeated after them. Each worker has its own bandwidth; object storage is assumed to be fast enough; a pool's teachers are
+on other machines.
 """
 
 from __future__ import annotations
@@ -29,76 +30,77 @@ from headkd_ray.teacher.cache_codec import Codec
 from headkd_ray.teacher.cache_recipe import views_of
 
 LOCAL_DATA_THREADS = 2
-"""Decoding threads of a run without Ray (``data.batch_stream.local_stream``)."""
+"""Number of decoding threads in a run without Ray (``data.batch_stream.local_stream``)."""
 RAY_CPUS = 0.2
-"""CPUs that Ray takes for each worker: mostly its data scheduling, 0.1 to 0.2 by ``bench/stream_wait.py``."""
+"""CPUs that Ray itself uses per worker, mostly for data scheduling: 0.1 to 0.2 as measured by ``bench/stream_wait.py``."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one worker was measured to take, in seconds and bytes; micro-batch = one forward and backward pass."""
+    """Measured costs of one worker, in seconds and bytes; a micro-batch is one forward and backward pass."""
 
     image_seconds: float
-    """To read, decode and augment an image, on one CPU."""
+    """Seconds to read, decode and augment an image on one CPU."""
     student_seconds: float
-    """A micro-batch of the training model, without its teacher."""
+    """Seconds of the training model, without its teacher, per micro-batch."""
     teacher_seconds: float
-    """A micro-batch of the teacher; 0 without one."""
+    """Seconds of the teacher per micro-batch; 0 without one."""
     update_seconds: float
-    """Clipping, optimizer and moving average, once a step."""
+    """Seconds of gradient clipping, optimizer and moving average per optimizer step."""
     eval_seconds: float
-    """An image at evaluation, decoding aside."""
+    """Seconds per image at evaluation, without decoding."""
     pixel_bytes: float
-    """Decoded images of a micro-batch."""
+    """Bytes of the decoded images of a micro-batch."""
     answer_bytes: float
-    """What the teacher says about a micro-batch; 0 without one."""
+    """Bytes of the teacher's outputs for a micro-batch; 0 without a teacher."""
     parameters: int
-    """Numbers that are trained, and so have a gradient."""
+    """Number of trained parameters, which is also the size of the gradient."""
     busy_cpus: float
-    """CPUs that the model's passes and the update keep busy: torch's threads, or the one that feeds a GPU."""
+    """CPUs kept busy by the model and the update: torch's threads, or the one that feeds a GPU."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job asks of each worker and in all."""
+    """The amount of work in a job, and the resources that its processes ask for."""
 
     images: int
-    """That are trained on, in an epoch."""
+    """Training images per epoch."""
     val_images: int
     batch: int
-    """Images a micro-batch."""
+    """Images per micro-batch."""
     accumulate: int
     epochs: int
     evaluations: int
     placement: Literal["inline", "pool", "cache"]
     data_cpus: float
-    """Images that a worker decodes at the same time."""
+    """Number of images that a worker decodes at the same time."""
     gpus: float
-    """Of a worker."""
+    """GPUs per worker."""
     cpus: float
-    """Of a worker, its data tasks' included."""
+    """CPUs per worker, including its data tasks."""
     on_ray: bool
     teachers: int
-    """Processes of a worker's pool; of a cache's building."""
+    """Teacher processes: of each worker's pool, or in all while a cache is built."""
     teacher_gpus: float
-    """Of a teacher process."""
+    """GPUs per teacher process."""
     teacher_cpus: float
+    """CPUs per teacher process."""
     views: int
-    """Of each image, that a cache holds."""
+    """Views of each image in a cache."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What workers share."""
+    """A machine whose CPUs several workers share."""
 
     cpus: float
     workers: int
-    """Most of them on one machine."""
+    """Maximum number of workers on the machine."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What an hour costs, in any currency."""
+    """Prices of a GPU hour and a CPU hour, in any currency."""
 
     gpu_hour: float = 0.0
     cpu_hour: float = 0.0
@@ -109,38 +111,38 @@ Bottleneck = Literal["data", "teacher", "student", "network", "CPUs"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run takes on a number of workers."""
+    """The predicted duration and cost of a run on a given number of workers."""
 
     workers: int
     steps: int
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     step_seconds: float
     images_per_second: float
-    """Of all workers, while they train."""
+    """Training throughput of all workers together."""
     hours: float
-    """Evaluations and the building of a cache included."""
+    """Duration, including evaluations and building a cache."""
     build_hours: float
-    """Of these, building the cache."""
+    """The part of ``hours`` spent on building the cache."""
     gpu_hours: float
     cpu_hours: float
     money: float
     reduce_bytes: float
-    """That each worker sends for the gradients, a step."""
+    """Bytes that each worker sends per step to reduce the gradients."""
     pool_bytes: float
-    """Between each worker and its teachers, a step."""
+    """Bytes exchanged per step between each worker and its teachers."""
     bottleneck: Bottleneck
-    """What would have to be faster, first of all."""
+    """The part that limits the speed."""
 
 
 def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
-    """``on_gpu``: the workers have GPUs where ``cluster.gpus_per_worker`` leaves it open."""
+    """Return the work of a job; ``on_gpu`` tells whether workers have GPUs if ``cluster.gpus_per_worker`` leaves it open."""
     cluster, teacher = job.cluster, job.teacher
     pool = teacher.pool if teacher is not None else None
     placement = teacher.placement if teacher is not None else "inline"
     alone = cluster.workers == 0
-    # Less than a CPU is one task at a time all the same.
+    # With less than one CPU, one task still runs at a time.
     data_cpus = LOCAL_DATA_THREADS if alone else max(1.0, cluster.data_cpus)
-    # Ray starts more while batches wait, but not where the student chooses the RoIs.
+    # Ray adds teachers while batches wait, except if the student chooses the RoIs.
     teachers = 1 if pool is None or alone else pool.actors[1 if placement == "cache" or job.distill.rois == "teacher" else 0]
     every = job.eval.every_epochs
     gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(on_gpu)
@@ -164,11 +166,13 @@ def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
 
 
 def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: float, machine: Machine) -> Plan:
-    """The model above, for ``workers`` of at least 1, on as many such machines as they need, and a ``bandwidth`` in bytes a
-    second."""
+    """Evaluate the model above for a number of ``workers`` (at least 1), on as many such machines as they need.
+
+    ``bandwidth`` is in bytes per second.
+    """
     pooled, cached = work.placement == "pool", work.placement == "cache"
     in_place = 0.0 if pooled or cached else costs.teacher_seconds
-    # Out to the teacher, and back with the answers; who chooses the RoIs makes no great difference.
+    # Images go to the teacher and its outputs come back; which side chooses the RoIs makes little difference.
     pool_bytes = work.accumulate * (costs.pixel_bytes + costs.answer_bytes) if pooled else 0.0
     reduce_bytes = 2 * (workers - 1) / workers * 4 * costs.parameters
     stages = {
@@ -183,7 +187,7 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
     busy = work.accumulate * (costs.student_seconds + in_place) + costs.update_seconds
     cpu_seconds = work.accumulate * work.batch * costs.image_seconds + costs.busy_cpus * busy
     together = min(workers, machine.workers)
-    # However many workers, Ray leaves them half of the machine.
+    # Ray is assumed to take at most half of the machine.
     free = max(machine.cpus - together * RAY_CPUS * work.on_ray, machine.cpus / 2)
     sharing = together * cpu_seconds / free
     step_seconds = max(passing, sharing)
@@ -194,7 +198,7 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
     train_hours = (steps * step_seconds + work.evaluations * eval_seconds) / 3600
     asked = work.images * work.views if cached else 0
     build_hours = asked * costs.teacher_seconds / work.batch / work.teachers / 3600
-    # Those who ask for a cache are a pool of its own; those of a pool are each worker's.
+    # One pool builds a cache, whereas with placement pool each worker has its own.
     pool_hours = work.teachers * (workers * train_hours * pooled + build_hours)
     gpu_hours = workers * work.gpus * train_hours + work.teacher_gpus * pool_hours
     cpu_hours = workers * work.cpus * train_hours + work.teacher_cpus * pool_hours
@@ -217,7 +221,7 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
 
 
 def _bottleneck(slowest: str, seconds: float, student: float, teacher: float, reduce: float) -> Bottleneck:
-    """Of the model's two, the slower; the network also where gradients take longer than all else."""
+    """Name the slowest part; the model is split into teacher and student, and reducing gradients counts as network."""
     if slowest == "network" or reduce > seconds:
         return "network"
     if slowest == "data":
@@ -226,7 +230,10 @@ def _bottleneck(slowest: str, seconds: float, student: float, teacher: float, re
 
 
 def cache_bytes(images: int, views: int, budget: int, codec: Codec) -> int:
-    """Most bytes that a cache of soft targets takes, before compression: ``budget`` RoIs a view, of each a box (four float32),
-    a byte, the features, and 16-bit logits with their classes. (int8's scales and Parquet's own bytes are left out.)"""
+    """Return the maximum size in bytes of a cache of soft targets before compression.
+
+    A view has ``budget`` RoIs; each is a box (four float32), a byte, the features, and 16-bit logits with their classes.
+    (int8's scales and Parquet's own bytes are not counted.)
+    """
     features = codec.layers * codec.width * (2 if codec.dtype == "fp16" else 1)
     return images * views * budget * (16 + 1 + features + 4 * codec.logits)

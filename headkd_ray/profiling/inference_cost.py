@@ -1,4 +1,4 @@
-"""What a student costs at inference."""
+"""Measure what a student costs at inference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ WARM_UP, TIMES = 3, 20
 
 @torch.inference_mode()
 def inference_cost(job: Job) -> dict[str, float]:
-    """Of the job's student, on one image of the largest evaluation size, data.eval_short_side x data.long_side:
+    """Measure the job's student on one image of the largest evaluation size, data.eval_short_side x data.long_side.
 
-    - ``params``: parameters, million;
-    - ``flops``: floating-point operations of convolutions and matrix products, 10^9, a multiply-add being two;
-    - ``latency``: median time of a pass with its post-processing, ms, on this process's device. The weights are fresh and
-      detect hardly anything, so that post-processing has little to do; and what else the machine does is in it.
+    Returns:
+        - ``params``: millions of parameters;
+        - ``flops``: 10^9 floating-point operations of convolutions and matrix products, a multiply-add counting as two;
+        - ``latency``: median time of a pass with post-processing, ms, on this process's device. The weights are untrained and
+          detect hardly anything, so post-processing has little to do; other load on the machine is not excluded.
     """
     distributed = Distributed.here(job.cluster)
     classes = ShardSet.open(job.data.val).meta.classes

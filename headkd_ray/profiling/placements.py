@@ -1,4 +1,4 @@
-"""What each placement of the teacher costs on this machine: short stretches of real training steps, taken in turns."""
+"""Measure what each placement of the teacher costs on this machine, in short, alternating stretches of real training steps."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from headkd_ray.teacher import Builder, Cache, SoftTeacher, builder_of, soft_tea
 from headkd_ray.teacher.loading import teacher_of
 
 WARM_UP = 2
-"""Steps of every stretch that are not counted."""
+"""Number of first steps of every stretch that are not counted."""
 
 
 BARE_VIEWS = 64
-"""Views that the teacher alone is asked about."""
+"""Number of views on which the teacher alone is timed."""
 
 
 @dataclass
 class Placement:
-    """A way to get the teacher's answers, and what it was measured to cost."""
+    """A way to get the teacher's outputs, and its measured cost."""
 
     name: str
     job: Job
@@ -43,30 +43,30 @@ class Placement:
     asked: SoftTeacher | None = None
     cache: Cache | None = None
     teacher: bool = True
-    """False: the assistant learns from labels alone."""
+    """Whether a teacher is used; without one the assistant learns from labels alone."""
     seconds: list[float] = field(default_factory=list)
-    """Of the stretches."""
+    """Duration of each stretch, in seconds."""
     waited: list[float] = field(default_factory=list)
-    """Of these, spent waiting for batches."""
+    """Seconds of each stretch that were spent waiting for batches."""
     rates: list[float] = field(default_factory=list)
-    """Images a second of the stretches."""
+    """Images per second of each stretch."""
 
 
 @dataclass(frozen=True)
 class Building:
-    """What filling a cache was measured to cost."""
+    """The measured cost of filling a cache."""
 
     views: int
     seconds: float
     bytes: int
     read_seconds: float
-    """To read it all again."""
+    """Seconds to read the whole cache."""
     asked_seconds: float
-    """That the teacher alone takes for as many views, already decoded."""
+    """Seconds that the teacher alone takes for as many views that are already decoded."""
 
 
 def some_shards(shards: ShardSet, images: int) -> ShardSet:
-    """The first shards of a split that together hold at least ``images`` images; all if there are fewer."""
+    """Return the first shards of a split that together hold at least ``images`` images, or all if there are fewer."""
     count = kept = 0
     while kept < len(shards.meta.shards) and count < images:
         count += shards.meta.shards[kept].images
@@ -79,7 +79,7 @@ def some_shards(shards: ShardSet, images: int) -> ShardSet:
 
 
 def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: int) -> None:
-    """Train ``rounds`` stretches of ``steps`` steps in each placement, in turns, and note how long they took."""
+    """Train ``rounds`` stretches of ``steps`` steps with each placement in turn, and record their durations."""
     distributed = Distributed.here(placements[0].job.cluster)
     for _ in range(rounds):
         for placement in placements:
@@ -93,10 +93,10 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, distributed: Di
     model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1)
     if not placement.teacher:
         model = model.without_teacher()
-    job = job.replace({"optim.lr": 1e-9})  # as much work as any rate, and no loss explodes
+    job = job.replace({"optim.lr": 1e-9})  # costs the same work, and the loss cannot diverge
     learner = build_learner(job, model, distributed.device, job.data.batch_size, steps_per_epoch=1)
     learner.soft_teacher = placement.asked
-    alone = job.replace({"cluster.workers": 1})  # plays its own rank only
+    alone = job.replace({"cluster.workers": 1})  # so that this process runs one rank only
     streams = Streams(alone, distributed, shards, shards, placement.decode)
     waited = started = 0.0
     images = 0
@@ -121,7 +121,7 @@ def _stretch(placement: Placement, shards: ShardSet, steps: int, distributed: Di
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that it was waited for."""
+    """Yield each batch with the seconds spent waiting for it."""
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
@@ -136,17 +136,17 @@ def _finish(distributed: Distributed) -> None:
 
 
 def images_per_second(placement: Placement) -> float:
-    """Of the median stretch."""
+    """Return the images per second of the median stretch."""
     return median(placement.rates)
 
 
 def fill(job: Job, shards: ShardSet, distributed: Distributed) -> tuple[Builder, Building]:
-    """Fill the job's cache for all its views of ``shards``, read it again, and ask the bare teacher about one file's views."""
+    """Fill the job's cache for all its views of ``shards``, read it back, and time the teacher alone on one file's views."""
     teacher = teacher_of(job, shards.meta.classes)
     if not answers_about_rois(teacher):
         kind = teacher.spec.kind
         raise JobError(
-            f"teacher.checkpoint: only a faster_rcnn chooses RoIs for others, so there is nothing to compare; got a {kind}"
+            f"teacher.checkpoint: only a faster_rcnn can choose the RoIs, so there is nothing to compare; got a {kind}"
         )
     builder = builder_of(job, shards, teacher, distributed.device)
     cache = builder.cache
@@ -161,7 +161,7 @@ def fill(job: Job, shards: ShardSet, distributed: Distributed) -> tuple[Builder,
 
 
 def _bare(builder: Builder) -> float:
-    """Seconds a view of the teacher alone, at the builder's batch size, on views that lie decoded in memory."""
+    """Return the teacher's seconds per view, at the builder's batch size, for views that are already decoded in memory."""
     meta = builder.cache.shards.meta
     starts = range(0, min(BARE_VIEWS, meta.shards[0].images), meta.row_group)
     groups = [
@@ -176,6 +176,6 @@ def _bare(builder: Builder) -> float:
 
 
 def inline(job: Job, shards: ShardSet, distributed: Distributed) -> SoftTeacher:
-    """The job's teacher, to be asked in place."""
+    """Load the job's teacher as a soft teacher in this process."""
     teacher = teacher_of(job, shards.meta.classes)
     return soft_teacher(job, teacher, distributed.device)

@@ -1,1 +1,1 @@
-"""What people see: tables, log lines, drawn detections. Reads records and files, never a live run."""
+"""Output for people: tables, log lines and drawn detections. It reads records and files, never a live run."""

@@ -1,4 +1,4 @@
-"""A run in the terminal: a progress bar where there is a terminal, one line a step window everywhere."""
+"""Progress of a run on standard output: a line for each log record and, in a terminal, a progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headkd_ray.report.terminal import Terminal
 
 
 class RunConsole:
-    """Takes a run's log records (see ``engine.log``) and shows them; a context manager."""
+    """A context manager that receives a run's log records (see ``engine.log``) and prints them."""
 
     def __init__(self, name: str, console: Console | None = None) -> None:
         self.console = console or Terminal(soft_wrap=True)
@@ -37,10 +37,10 @@ class RunConsole:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
         if kind is KeyboardInterrupt:
-            self.note(f"ended at once, {self.place}; started again, it goes on from its last checkpoint")
+            self.note(f"ended at once, {self.place}; the same command resumes from the last checkpoint")
 
     def note(self, text: str) -> None:
-        """A sentence about the run."""
+        """Print a sentence about the run."""
         self.console.print(f"{self.name}  {text}", markup=False)
 
     def __call__(self, record: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ class RunConsole:
 
 
 def line(record: dict[str, Any]) -> str:
-    """One line for one record."""
+    """Return the line for a record."""
     head = f"step {record['step']}/{record['steps']}  epoch {record['epoch']:.4g}"
     if "val" in record:
         metrics = {name: value for name, value in record["val"].items() if name.startswith("AP")}
@@ -65,5 +65,5 @@ def line(record: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A metric in percent; a dash where it cannot be computed."""
+    """Format a metric in percent, or a dash if it cannot be computed."""
     return "–" if value is None else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""Detections drawn on images."""
+"""Draw detections on images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from headkd_ray.report.fonts import Run, runs
 
 TILE = 384
-"""Side of a picture in a contact sheet, pixels."""
+"""Side of a picture in a contact sheet, in pixels."""
 LEAST_LETTERS, LETTERS_A_SIDE = 13, 60
-"""Size of a caption's letters: at least so many pixels, and so many fit into the longer side of the image."""
+"""Size of a caption's font: its minimum in pixels, and how many times it fits into the longer side of the image."""
 
 Rectangle = tuple[int, int, int, int]
 """x1, y1, x2, y2 in pixels, without the last column and row."""
@@ -26,18 +26,18 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
 def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str], least_side: int = 0) -> Tensor:
-    """Boxes with captions on an image, each class in its own colour; the first ones lie on top.
+    """Draw boxes with captions on an image, each class in its own colour, with the first boxes on top.
 
-    Lines are edged with black and captions stand on a ground of their own, so that both are seen on any image.
+    Lines have a black outline and captions a background, so that both are visible on any image.
 
     Args:
         image: uint8 (3, H, W), RGB.
         boxes: float (N, 4), xyxy, pixels of ``image``.
         labels: int64 (N,).
-        captions: N strings; nothing is written where the string is empty, or where no font has its letters.
+        captions: N strings; none is drawn if the string is empty or no font has its letters.
         least_side: enlarge the image first until its longer side has this many pixels.
     Returns:
-        uint8 (3, H', W'); H, W unless enlarged.
+        uint8 (3, H', W'), which is (3, H, W) unless enlarged.
     """
     factor = max(1.0, least_side / max(image.shape[-2:]))
     picture = to_pil_image(image)
@@ -63,12 +63,12 @@ def draw(image: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str], 
 
 
 def _extent(pieces: Sequence[Run], size: int) -> tuple[int, int]:
-    """Width and height of a caption's ground."""
+    """Return the width and height of a caption's background."""
     return round(sum(font.getlength(text) for text, font in pieces)) + size // 2, round(size * 1.35)
 
 
 def _place(box: Rectangle, extent: tuple[int, int], size: tuple[int, int], taken: Sequence[Rectangle]) -> Rectangle:
-    """Where a caption stands: above, below, or inside its box, within the image, over no other caption if that is possible."""
+    """Place a caption above, below or inside its box, within the image and, if possible, not on another caption."""
     x1, y1, x2, y2 = box
     width, height = extent
     lefts = [max(0, min(x, size[0] - width)) for x in (x1, x2 - width)]
@@ -82,7 +82,7 @@ def _overlap(one: Rectangle, other: Rectangle) -> bool:
 
 
 def _write(pen: ImageDraw.ImageDraw, ground: Rectangle, pieces: Sequence[Run], shade: Colour, size: int) -> None:
-    """A caption on its ground, in black or white, whichever is clearer."""
+    """Draw a caption on its background, in black or white, whichever is more legible."""
     left, top, right, bottom = ground
     pen.rectangle((left, top, right - 1, bottom - 1), fill=shade, outline=BLACK)
     ink = BLACK if brightness(shade) > 0.18 else WHITE
@@ -95,7 +95,7 @@ def _write(pen: ImageDraw.ImageDraw, ground: Rectangle, pieces: Sequence[Run], s
 def draw_found(
     image: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: float, least_side: int = 0
 ) -> Tensor:
-    """``draw`` for one image's COCO results of at least ``score``; ``names``: class name by category id, in the class order."""
+    """Draw an image's COCO results of at least ``score``; ``names``: class names by category id, in the class order."""
     shown = [entry for entry in found if entry["score"] >= score]
     boxes = torch.tensor([entry["bbox"] for entry in shown]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -106,29 +106,29 @@ def draw_found(
 
 
 def colour(label: int) -> Colour:
-    """A saturated colour, far from its neighbours': hues step by the golden ratio."""
+    """Return a saturated colour, unlike those of neighbouring labels: hues step by the golden ratio."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1.0, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def brightness(shade: Colour) -> float:
-    """Relative luminance as WCAG defines it, 0 to 1; from 0.18 on, black letters are clearer than white ones."""
+    """Return the relative luminance as defined by WCAG, 0 to 1; above 0.18, black text is more legible than white."""
     linear = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in shade]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def jpeg(image: Tensor) -> bytes:
-    """A picture of uint8 (3, H, W), RGB, as a JPEG file. Raises OSError or ValueError if JPEG cannot hold it."""
+    """Encode an image, uint8 (3, H, W), RGB, as a JPEG file. Raises OSError or ValueError if JPEG cannot represent it."""
     encoded = io.BytesIO()
     to_pil_image(image).save(encoded, "JPEG", quality=92)
     return encoded.getvalue()
 
 
 def contact_sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], side: int = TILE) -> bytes:
-    """A grid of images, a column a title, each scaled to ``side`` pixels, as a PNG file.
+    """Return a PNG file with a grid of images, one column per title, each scaled to ``side`` pixels.
 
     Args:
-        rows: each as many uint8 (3, H, W) images as there are titles.
+        rows: each has as many uint8 (3, H, W) images as there are titles.
     """
     gap, header = max(6, side // 48), max(24, side // 10)
     sheet = Image.new("RGB", ((side + gap) * len(titles) + gap, (side + gap) * len(rows) + gap + header), "white")

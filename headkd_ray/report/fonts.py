@@ -1,4 +1,4 @@
-"""Fonts for text in any script: Pillow's own for Latin letters, and for others what is installed on this machine."""
+"""Fonts for text in any script: Pillow's own for Latin letters, and fonts installed on this machine for others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import ImageFont, features
 
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 LONGEST = 32
-"""Letters of a class name in a picture."""
+"""Maximum length of a class name in a picture, in characters."""
 PROBE_SIZE = 20
-"""Size at which glyphs are compared, pixels."""
+"""Size at which glyphs are compared, in pixels."""
 NO_CHARACTER = "\U0010ffff"
-"""A code point that is no character, so that a font shows what it shows for letters that it lacks."""
+"""A code point that is not a character, for which a font shows its glyph for missing letters."""
 STYLED = re.compile(r"italic|oblique|bold|light|thin|black|mono|condensed|serif|display", re.IGNORECASE)
-"""Files whose letters are taken only if no plain font has them."""
+"""Names of font files that are used only if no plain font has the letters."""
 
 Font = ImageFont.FreeTypeFont
 Run = tuple[str, Font]
@@ -30,9 +30,9 @@ Run = tuple[str, Font]
 
 
 def drawable(names: Mapping[int, str]) -> tuple[dict[int, str], str | None]:
-    """Class names as they can be drawn here, and a note on those that no font has the letters for, None if there are none.
+    """Return class names as they can be drawn here, and a note on those whose letters no font has, or None if there are none.
 
-    Such a name becomes its number, ``class 3``; blanks become one each, and a long name is cut.
+    Such a name is replaced with its number (``class 3``). Runs of white space become one space, and a long name is cut.
     """
     shown, replaced = dict[int, str](), list[str]()
     for number, name in names.items():
@@ -51,7 +51,7 @@ def drawable(names: Mapping[int, str]) -> tuple[dict[int, str], str | None]:
 
 
 def runs(text: str, size: int) -> list[Run] | None:
-    """The text in pieces, each with a font of ``size`` pixels that has its letters; None if there is none for some letter."""
+    """Split text into pieces, each with a font of ``size`` pixels that has its letters; None if some letter has no font."""
     pieces = [text] if _source(_unusual(text)) is not None else re.findall(r"[\x00-\x7f]+|[^\x00-\x7f]+", text)
     sources = [_source(_unusual(piece)) for piece in pieces]
     if None in sources:
@@ -60,7 +60,7 @@ def runs(text: str, size: int) -> list[Run] | None:
 
 
 def _unusual(text: str) -> frozenset[str]:
-    """Letters that not every font has: neither visible ASCII, nor blanks, nor marks upon and between other letters."""
+    """Return the letters that not every font has: no printable ASCII, white space, combining marks or format characters."""
     kinds = {letter: unicodedata.category(letter) for letter in text}
     return frozenset(
         letter for letter, kind in kinds.items() if kind == "Cc" or (ord(letter) > 127 and kind[0] not in "MZ" and kind != "Cf")
@@ -69,25 +69,25 @@ def _unusual(text: str) -> frozenset[str]:
 
 @functools.cache
 def _source(letters: frozenset[str]) -> str | None:
-    """A font file that has all the letters, "" for Pillow's own font, None if there is none."""
+    """Return a font file that has all the letters, "" for Pillow's own font, or None if there is none."""
     if any(_needs_shaping(letter) for letter in letters) and not (features.check("raqm") and features.check("fribidi")):
         return None
     return next((source for source in ("", *_installed()) if _has(source, letters)), None)
 
 
 def _needs_shaping(letter: str) -> bool:
-    """Whether the script runs from right to left or joins its letters, which FreeType alone does not do."""
+    """Return whether the script runs from right to left or joins its letters, which FreeType alone does not support."""
     return unicodedata.bidirectional(letter) in ("R", "AL") or "\u0900" <= letter <= "\u0eff" or "\u1000" <= letter <= "\u109f"
 
 
 def _has(source: str, letters: frozenset[str]) -> bool:
     try:
         font = _load(source, PROBE_SIZE)
-        if "lastresort" in str(font.getname()[0]).lower().replace(" ", "").strip("."):  # has a symbol for every script
+        if "lastresort" in str(font.getname()[0]).lower().replace(" ", "").strip("."):  # one symbol per script
             return False
         missing = bytes(font.getmask(NO_CHARACTER))
         return all(bytes(font.getmask(letter)) not in (missing, b"") for letter in letters)
-    except (OSError, ValueError):  # not a font, or one of bitmaps of other sizes
+    except (OSError, ValueError):  # not a font, or a bitmap font of other sizes
         return False
 
 
@@ -98,7 +98,7 @@ def _load(source: str, size: int) -> Font:
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    """Font files of this machine, plain upright sans-serif ones first."""
+    """Return the font files of this machine, plain upright sans-serif ones first."""
     found = {os.path.join(at, name) for folder in _folders() for at, _, names in os.walk(folder) for name in names}
     fonts = [path for path in found if path.lower().endswith(SUFFIXES)]
     return tuple(sorted(fonts, key=lambda path: (bool(STYLED.search(Path(path).stem)), "sans" not in path.lower(), path)))
@@ -112,6 +112,6 @@ def _folders() -> Iterator[Path]:
     own = os.environ.get("XDG_DATA_HOME") or str(home / ".local/share")
     yield from (Path(folder) / "fonts" for folder in (own, *shared.split(":")) if folder)
     yield home / ".fonts"
-    matplotlib = importlib.util.find_spec("matplotlib")  # brings DejaVu Sans: Greek, Cyrillic, Arabic, Hebrew and more
+    matplotlib = importlib.util.find_spec("matplotlib")  # includes DejaVu Sans: Greek, Cyrillic, Arabic, Hebrew and more
     if matplotlib is not None and matplotlib.origin is not None:
         yield Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf"

@@ -1,4 +1,4 @@
-"""Standard output and standard error that cannot end the work: what is shown may get lost, what is computed may not."""
+"""Standard output and standard error whose failures do not end the program: output may get lost, results may not."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 PLAIN = {"–": "-", "—": "-", "…": "...", "±": "+/-", "×": "x", "→": "->", "←": "<-", "≥": ">=", "≤": "<="}
-"""What is shown instead of characters that the terminal's encoding lacks; others are escaped, as in ``\\u0416``."""
+"""Replacements for characters that the terminal's encoding lacks; others are escaped, as in ``\\u0416``."""
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """For ``codecs.register_error``."""
+    """Replace characters that cannot be encoded; an error handler for ``codecs.register_error``."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -25,16 +25,16 @@ codecs.register_error("headkd_ray.plain", _plain)
 
 
 class Forgiving:
-    """A text stream around another whose writes do not raise.
+    """A text stream that wraps another and whose writes do not raise.
 
-    Characters that the other cannot encode are replaced. Once it cannot be written at all (``| head -1`` has closed the pipe,
-    the terminal is gone, the disk of a log is full), this one falls silent.
+    Characters that the wrapped stream cannot encode are replaced. Once it cannot be written to at all (``| head -1`` has closed
+    the pipe, the terminal is gone, the disk of a log is full), output is discarded.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.error: OSError | None = None
-        """Why it fell silent, if it did."""
+        """The error after which output was discarded, if any."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -60,18 +60,18 @@ class Forgiving:
             self._fall_silent(error)
 
     def _fall_silent(self, error: OSError) -> None:
-        if isinstance(error, BlockingIOError):  # a pipe whose reader is slow: this text alone is lost
+        if isinstance(error, BlockingIOError):  # a pipe whose reader is slow: only this text is lost
             return
         self.error = self.error or error
-        with suppress(OSError, ValueError):  # it has no file descriptor
+        with suppress(OSError, ValueError):  # the stream has no file descriptor
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            # What it still holds goes there, too: at the process's end Python would raise of it again.
+            # Buffered text goes there too; otherwise Python would raise again when it flushes at exit.
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
 
 
 def forgive_output() -> None:
-    """Make this process's standard output and standard error ``Forgiving``, to its end: a command has its process to itself."""
+    """Make this process's standard output and standard error ``Forgiving`` for good; for commands, which own their process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Forgiving):
@@ -79,7 +79,7 @@ def forgive_output() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Why standard output is incomplete, if it is so for another reason than that its reader wanted no more."""
+    """Return why standard output is incomplete, if it is, unless its reader closed the pipe."""
     if not isinstance(sys.stdout, Forgiving):
         return None
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The tables of a plan: what was measured, and one row a number of workers."""
+"""The tables of a plan: the measured costs, and the predictions with one row per number of workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def cost_table(costs: Mapping[str, float], device: str) -> Table:
-    """``costs``: fields of ``profiling.cost_model.Costs``, as measured on ``device``."""
+    """Return the table of ``costs``, the fields of ``profiling.cost_model.Costs`` as measured on ``device``."""
     table = Table(title=f"measured here, one worker ({device})")
     table.add_column("part")
     table.add_column("ms", justify="right")
@@ -27,7 +27,7 @@ def cost_table(costs: Mapping[str, float], device: str) -> Table:
 
 
 def plan_table(plans: Sequence[Mapping[str, Any]], with_money: bool) -> Table:
-    """``plans``: fields of ``profiling.cost_model.Plan``. Hours of GPUs where there are some, else of CPUs."""
+    """Return the table of ``plans``, the fields of ``profiling.cost_model.Plan``, with GPU hours if any, else CPU hours."""
     table = Table(title="the run, by number of workers", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     on_gpus = any(plan["gpu_hours"] for plan in plans)
     columns = {

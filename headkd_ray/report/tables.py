@@ -1,6 +1,6 @@
-"""COCO tables: one row a run, and AP class by class.
+"""Tables of COCO metrics: one row per run, and AP by class.
 
-Names are ``Text``, because brackets in a string are markup to rich.
+Names are ``Text``, because rich interprets brackets in a string as markup.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def headline_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """AP, AP50, AP75 and AP by object size, in percent, of each run's metrics (``CocoMetrics.as_dict``)."""
+    """Return a table of AP, AP50, AP75 and AP by object size, in percent, of each run's metrics (``CocoMetrics.as_dict``)."""
     table = Table(title="COCO box AP (%)")
     table.add_column("run")
     for name in HEADLINE:
@@ -30,7 +30,7 @@ def headline_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def class_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """AP of each class, a column a run; with two runs or more, the last one's gain over the first."""
+    """Return a table of AP by class, one column per run and, with several runs, the last one's gain over the first."""
     first, *others = runs
     table = Table(title="AP by class (%)")
     table.add_column("class")
@@ -47,7 +47,7 @@ def class_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
-    """Print both tables."""
+    """Print the tables of AP and of AP by class."""
     console = console or Terminal()
     console.print(headline_table(runs))
     console.print(class_table(runs))

@@ -1,4 +1,4 @@
-"""The terminal: rich's console for text that comes from files."""
+"""The terminal: a rich console for text that may come from files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from headkd_ray.text import printable
 
 
 class Terminal(Console):
-    """Shows every text as it is: brackets are no markup, nothing is coloured by guess, control characters are escaped."""
+    """A console that prints text literally: no markup, no highlighting, and control characters escaped."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of anything that is printed, tables and progress bars included."""
+        """Yield the segments of anything that is printed, including tables and progress bars, made printable."""
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control else Segment(printable(text), style)

@@ -1,4 +1,4 @@
-"""Soft targets: a teacher's answers about views, asked in place or kept in a cache beside the shards."""
+"""Teachers and their soft targets for views, computed in place or kept in a cache beside the shards."""
 
 from headkd_ray.teacher.cache_builder import Builder
 from headkd_ray.teacher.from_job import builder_of, codec_of, open_cache, soft_teacher

@@ -1,4 +1,4 @@
-"""Filling a cache: each (shard, view) unit by itself, in any order, on any machine."""
+"""Filling a cache with soft targets, one (shard, view) unit at a time, in any order, on any machine."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from headkd_ray.teacher.soft_teacher import SoftTeacher
 from headkd_ray.teacher.target_cache import Cache
 
 AHEAD = 2
-"""Row groups under way beside the one that is written."""
+"""Number of row groups in progress besides the one that is being written."""
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Asks ``teacher`` about views and keeps its answers."""
+    """Computes the soft targets of ``teacher`` for views and writes them to ``cache``."""
 
     cache: Cache
     teacher: SoftTeacher
     maker: BatchMaker
     batch_size: int
-    """Views a forward pass."""
+    """Number of views per forward pass."""
     threads: int = 2
-    """Decoding threads."""
+    """Number of decoding threads."""
 
     def build(self, shard: int, view: int) -> int:
-        """Write the file of one unit, unless it is there and sound; its size in bytes, 0 if it was there.
+        """Write the file of one unit, unless it exists and is sound.
 
-        Raises DataError (a shard cannot be read), CacheError (the cache cannot be written).
+        Returns the bytes written, 0 if the file existed. Raises DataError if a shard cannot be read, CacheError if the cache
+        cannot be written.
         """
         if self.cache.sound(shard, view):
             return 0
@@ -42,12 +43,12 @@ class Builder:
             return self.cache.write(shard, view, self._groups(shard, view, pool))
 
     def shown(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[Sample, Example | None]]:
-        """Images at ``rows`` of a shard, all within one row group, with ``view`` of each that is trained on, else None."""
+        """Read the images at ``rows`` of a shard, all in one row group, each with its ``view``, or None if not trained on."""
         samples = self.cache.shards.read_group(shard, group, rows)
         return [(sample, self._show(sample, view)) for sample in samples]
 
     def _groups(self, shard: int, view: int, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, ViewTargets]]]:
-        """Row groups in order. While one is written the teacher looks at the next, and the one after is read and decoded."""
+        """Yield row groups in order. While one is written, the teacher runs on the next and the one after is decoded."""
         meta = self.cache.shards.meta
         starts = range(0, meta.shards[shard].images, meta.row_group)
 
@@ -72,13 +73,13 @@ class Builder:
                 yield coming.popleft().result()
 
     def _show(self, sample: Sample, view: int) -> Example | None:
-        """The view; None for an image that is not trained on."""
+        """Make the view, or return None for an image that is not trained on."""
         if not len(sample.labels) and not self.maker.spec.keep_empty:
             return None
         return self.maker.example(sample, view)
 
     def ask(self, shown: Sequence[tuple[Sample, Example | None]]) -> list[tuple[int, ViewTargets]]:
-        """The teacher's answers, views of one padded size together."""
+        """Compute the teacher's targets, with views of one padded size in one batch."""
         pad = self.maker.spec.pad
         alike: dict[tuple[int, ...], list[int]] = {}
         for place, (_, example) in enumerate(shown):
@@ -94,7 +95,7 @@ class Builder:
         return answers
 
     def answer(self, batch: Batch) -> list[ViewTargets]:
-        """Of each view of a batch, without padding."""
+        """Compute the teacher's targets for each view of a batch, without padding."""
         with enough_memory("asking the teacher", f"lower teacher.batch_size ({self.batch_size})"):
             targets = self.teacher(batch.to(self.teacher.device))
             top = self.teacher.top_logits(targets.taps, self.cache.codec.logits)

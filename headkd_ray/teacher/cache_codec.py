@@ -1,7 +1,7 @@
-"""Soft targets of one view as bytes: RoIs exactly, features in 16 or 8 bits, class logits in 16.
+"""Encoding of a view's soft targets as bytes: features in 16 or 8 bits, class logits in 16.
 
 The features are outputs of a ReLU: never negative, many of them 0. In 8 bits they are stored channel by channel, with a scale
-for each channel, so that what is 0 for all RoIs makes long runs for Parquet's compression.
+for each channel, so that channels that are 0 for all RoIs form long runs, which Parquet compresses well.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from headkd_ray.soft_targets import TopLogits, ViewTargets
 
 LEVELS = 255
-"""Steps of an 8-bit feature."""
+"""Number of quantisation steps of an 8-bit feature."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How features are stored."""
+    """How features and class logits are encoded."""
 
     dtype: Literal["fp16", "int8"]
     layers: int
     width: int
     logits: int = 0
-    """Class logits of each RoI."""
+    """Number of class logits kept for each RoI."""
 
     @property
     def limit(self) -> float:
@@ -35,7 +35,7 @@ class Codec:
         return float(np.finfo(np.float16 if self.dtype == "fp16" else np.float32).max)
 
     def scales(self, views: Sequence[ViewTargets]) -> NDArray[np.float32]:
-        """(L, D) size of one step of each channel, for the ``views`` of a row group; ones for fp16."""
+        """Return the step size (L, D) of each channel for the ``views`` of a row group; ones for fp16."""
         most = np.zeros((self.layers, self.width), dtype=np.float32)
         if self.dtype == "fp16":
             return most + 1
@@ -46,25 +46,25 @@ class Codec:
         return np.where(steps > 0, steps, 1).astype(np.float32)
 
     def pack(self, view: ViewTargets, scales: NDArray[np.float32]) -> bytes:
-        """The features (L, k, D) of a view."""
+        """Encode the features (L, k, D) of a view."""
         if self.dtype == "fp16":
             return view.taps.astype("<f2").tobytes()
         steps = np.rint(view.taps / scales[:, None]).clip(0, LEVELS).astype(np.uint8)
         return steps.transpose(0, 2, 1).tobytes()
 
     def unpack(self, packed: bytes, count: int, scales: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(L, k, D) features of ``count`` = k RoIs."""
+        """Decode the features (L, k, D) of ``count`` = k RoIs."""
         if self.dtype == "fp16":
             return np.frombuffer(packed, dtype="<f2").reshape(self.layers, count, self.width).astype(np.float32)
         steps = np.frombuffer(packed, dtype=np.uint8).reshape(self.layers, self.width, count)
         return np.ascontiguousarray(steps.transpose(0, 2, 1)) * scales[:, None]
 
     def pack_top(self, top: TopLogits) -> tuple[bytes, bytes]:
-        """The logits (k, M) and classes (k, M) of a view."""
+        """Encode the logits (k, M) and classes (k, M) of a view."""
         return top.logits.astype("<f2").tobytes(), top.classes.astype("<u2").tobytes()
 
     def unpack_top(self, logits: bytes, classes: bytes, count: int) -> TopLogits:
-        """Of ``count`` = k RoIs."""
+        """Decode the logits and classes of ``count`` = k RoIs."""
         shape = (count, self.logits)
         return TopLogits(
             np.frombuffer(logits, dtype="<f2").reshape(shape).astype(np.float32),

@@ -1,4 +1,4 @@
-"""What the soft targets of a job depend on, field by field: two caches with equal fields hold the same answers."""
+"""The recipe of a cache: everything that a job's soft targets depend on. Caches with equal recipes hold equal targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Recipe = dict[str, Any]
 
 
 def recipe_of(job: Job, shards: ShardSet, teacher: Detector) -> Recipe:
-    """The fields, named by the keys that a user would change; JSON values."""
+    """Return the recipe's fields, named after the keys that a user would change, with JSON values."""
     assert job.teacher is not None
     data = job.data
     return {
@@ -34,33 +34,35 @@ def recipe_of(job: Job, shards: ShardSet, teacher: Detector) -> Recipe:
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 of all fields."""
+    """Return the SHA-256 of all fields."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def view_seed(job: Job) -> int:
-    """What draws the views, and the RoIs of a teacher that chooses its own."""
+    """Return the seed of the views, and of the RoIs of a teacher that chooses its own."""
     return job.run.seed if job.data.view_seed is None else job.data.view_seed
 
 
 def views_of(job: Job) -> int:
-    """Distinct views of each image that the run's epochs show."""
+    """Return the number of distinct views of each image in the run's epochs."""
     return job.optim.epochs if job.data.views is None else min(job.data.views, job.optim.epochs)
 
 
 def _contents(shards: ShardSet) -> str:
-    """SHA-256 of annotations, layout and images."""
+    """Return the SHA-256 of annotations, layout and images."""
     parts = [shards.meta.fingerprint, *(shard.sha256 for shard in shards.meta.shards)]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
 def _digest(teacher: Detector, classes: bool) -> str:
-    """SHA-256 of the architecture and all tensors but those of the RoI head's last layers: nobody asks that of boxes, and that
-    of classes only for logits."""
+    """Return the SHA-256 of the architecture and of all tensors that soft targets depend on.
+
+    The RoI head's box layer is left out, for it is never run, and so is its class layer unless ``classes``.
+    """
     found = hashlib.sha256(teacher.spec.model_dump_json(exclude={"backbone": {"weights"}}).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         if name.startswith("roi.box_out.") or (name.startswith("roi.cls_out.") and not classes):
-            continue  # they follow the data's classes
+            continue  # these layers are adapted to the data's classes
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().numpy().data)
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""The parts of a job's soft targets, put together."""
+"""Construction of a job's soft teacher, cache and cache builder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from headkd_ray.teacher.target_cache import Cache
 
 
 def soft_teacher(job: Job, teacher: Detector, device: torch.device | str = "cpu") -> SoftTeacher:
-    """The job's teacher as one that chooses its own RoIs, on ``device``; ``build_training_model`` has checked its kind."""
+    """Wrap the job's teacher as one that chooses its own RoIs, on ``device``; ``build_training_model`` has checked its kind."""
     assert job.teacher is not None and answers_about_rois(teacher)
     detector = teacher.to(device).to(memory_format=torch.channels_last)
     return SoftTeacher(detector, job.distill.roi_budget, view_seed(job), job.data.pad, job.teacher.precision)
 
 
 def open_cache(job: Job, shards: ShardSet, teacher: Detector) -> Cache:
-    """The job's cache, as it should be: nothing is read or checked yet."""
+    """Return the job's cache as it should be, without reading or checking anything yet."""
     assert job.teacher is not None and answers_about_rois(teacher)
     where = job.teacher.cache.path
     folder = shards.folder / "soft_targets" if where is None else Folder.open(where)
@@ -35,19 +35,19 @@ def open_cache(job: Job, shards: ShardSet, teacher: Detector) -> Cache:
 
 
 def codec_of(job: Job, teacher: TwoStageDetector) -> Codec:
-    """How a cache keeps what this teacher says."""
+    """Return the codec of a cache of this teacher's soft targets."""
     assert job.teacher is not None
     roi = teacher.roi.stages[0].spec
-    # A teacher may have fewer classes, background included, than are asked for.
+    # A teacher may have fewer classes, background included, than teacher.cache.logits asks for.
     logits = min(job.teacher.cache.logits, teacher.num_classes + 1)
     return Codec(job.teacher.cache.dtype, roi.fcs, roi.fc_channels, logits)
 
 
 def builder_of(job: Job, shards: ShardSet, teacher: Detector, device: torch.device | str = "cpu") -> Builder:
-    """What fills the job's cache."""
+    """Return the builder that fills the job's cache."""
     assert job.teacher is not None
     cache, soft = open_cache(job, shards, teacher), soft_teacher(job, teacher, device)
     maker = BatchMaker(job.data, view_seed(job), train=True)
-    # On a cluster, what the pool reserves for a process; here, the machine.
+    # On a cluster, the CPUs that the pool reserves for a process; without one, those of the machine.
     cpus = min(8, os.cpu_count() or 1) if job.cluster.workers == 0 else int(job.teacher.pool.cpus)
     return Builder(cache, soft, maker, job.teacher.batch_size, threads=max(1, cpus))

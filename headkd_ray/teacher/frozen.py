@@ -1,4 +1,4 @@
-"""The frozen teacher: in eval mode, without gradients, and in no module tree but its own."""
+"""The frozen teacher: a detector in eval mode, without gradients, and in no module tree but its own."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from headkd_ray.detectors.head_features import HeadFeatures
 
 
 class FrozenTeacher:
-    """Holds a detector where ``nn.Module`` cannot see it, so that it never reaches an optimizer, a checkpoint or train mode."""
+    """A detector hidden from ``nn.Module``, so that it never reaches an optimizer or a checkpoint, or enters train mode."""
 
     def __init__(self, detector: Detector) -> None:
         self.detector = detector.eval().requires_grad_(False)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Follow the student to another device or dtype."""
+        """Apply a change of device or dtype to all tensors, as ``nn.Module`` does for the student."""
         self.detector._apply(change)
 
     def input(self, images: Tensor, sizes: Tensor, x: Tensor, student: Detector) -> Tensor:
-        """The teacher's input: the student's tensor ``x`` itself, unless the teacher was trained on other pixel statistics."""
+        """Return the teacher's input: the student's ``x`` itself, unless the teacher was trained on other pixel statistics."""
         if self.detector.spec.pixels == student.spec.pixels:
             return x
         return self.detector.normalise(images, sizes)
 
     @torch.no_grad()
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Its pyramid levels (B, channels, H, W) of normalised images ``x`` (B, 3, H, W)."""
+        """Compute the teacher's pyramid levels (B, channels, H, W) of normalised images ``x`` (B, 3, H, W)."""
         return self.detector.features(x)
 
     @torch.no_grad()
     def head_features(self, pyramid: list[Tensor], rois: Sequence[RoIs]) -> HeadFeatures:
-        """The features of its head on its own ``pyramid``.
+        """Compute the features of the teacher's head on its own ``pyramid``.
 
-        A two-stage teacher answers about ``rois``, stage by stage, and its RPN never runs; a dense one answers for every cell.
+        A two-stage teacher's are those at ``rois``, stage by stage, and its RPN never runs; a dense one's cover every cell.
         """
         if isinstance(self.detector, TwoStageDetector):
             stages = zip(self.detector.roi.stages, rois, strict=True)
@@ -47,18 +47,18 @@ class FrozenTeacher:
 
 
 class TeacherForward:
-    """A frozen teacher on one batch. Its pyramid is computed when it is first read, and once."""
+    """A frozen teacher on one batch, whose pyramid is computed when it is first read, and only once."""
 
     def __init__(self, teacher: FrozenTeacher, x: Tensor) -> None:
-        """``x`` (B, 3, H, W): its input, normalised."""
+        """``x`` (B, 3, H, W) is the teacher's normalised input."""
         self.teacher = teacher
         self.x = x
 
     @cached_property
     def pyramid(self) -> list[Tensor]:
-        """(B, channels, H, W), finest level first; no gradient."""
+        """The pyramid levels (B, channels, H, W), finest first, without gradients."""
         return self.teacher.pyramid(self.x)
 
     def head_features(self, rois: Sequence[RoIs]) -> HeadFeatures:
-        """As :meth:`FrozenTeacher.head_features`."""
+        """Compute the features of the teacher's head; see :meth:`FrozenTeacher.head_features`."""
         return self.teacher.head_features(self.pyramid, rois)

@@ -1,4 +1,4 @@
-"""The teacher of a job, loaded and brought to the data's classes."""
+"""Loading the teacher of a job and adapting its outputs to the classes of the data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from headkd_ray.job import Job
 
 @dataclass(frozen=True)
 class Teacher:
-    """A detector with an output for each class of the data, on the CPU."""
+    """A loaded teacher with an output for each class of the data, on the CPU."""
 
     detector: Detector
     note: str | None
-    """For the log: how its classes differ from the data's, and that it is of the student's kind; None if neither."""
+    """A note for the log on how its classes differ from the data's and if it is of the student's kind; None if neither."""
 
 
 def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
-    """The detector of a job that has a teacher; outputs for classes that it does not know are drawn by the run's seed, so that
-    they are the same wherever it is loaded. Raises as :func:`load_teacher` does."""
+    """Load the detector of a job that has a teacher; raise as :func:`load_teacher` does.
+
+    Outputs for classes that it does not know are drawn with the run's seed, so that they are the same wherever it is loaded.
+    """
     torch.manual_seed(job.run.seed)
     teacher = load_teacher(job, classes)
     assert teacher is not None
@@ -33,21 +35,21 @@ def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
 
 
 def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
-    """The teacher; None for methods without one.
+    """Load the teacher, or return None for methods without one.
 
-    What distillation reads of a teacher, its features, knows no classes. Only a head that is copied does: its outputs follow
-    the class names, and classes that the teacher does not know start fresh.
+    Distillation reads features, which do not depend on classes. Only a copied head does: its outputs are matched by class
+    name, and classes that the teacher does not know start with fresh weights.
 
     Args:
-        classes: the data's; None = take the teacher's.
+        classes: class names of the data; None = take the teacher's.
 
     Raises:
-        CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs,
-            ``build_training_model`` knows.)
+        CheckpointError: the teacher is unreadable or does not name its classes. (``build_training_model`` checks whether it
+            is of the kind that the method needs.)
     """
     if job.teacher is None:
         return None
-    # teacher.classes names all outputs, unused ones too.
+    # teacher.classes names all outputs, including unused ones.
     loaded = fetch_detector(job.teacher.checkpoint, all_outputs=job.teacher.classes is not None)
     names = job.teacher.classes or loaded.classes
     if names is None:
@@ -58,7 +60,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         )
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
     notes = list(loaded.notes)
-    notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD lives on other kinds"] if own_kind else []
+    notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD expects another kind"] if own_kind else []
     if classes is None or classes == names:
         return Teacher(loaded.detector, "; ".join(notes) or None)
     fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
@@ -66,8 +68,8 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     alike = [f"{name!r} (the teacher's {spelled[name.casefold()]!r})" for name in fresh if name.casefold() in spelled]
     notes += [
         f"teacher: its head's outputs follow the data's class names ({len(classes) - len(fresh)} of {len(classes)} matched)",
-        *([f"fresh, for the teacher does not know them: {listed(fresh)}"] if fresh else []),
-        *([f"warning: different in letter case alone, and so not matched: {', '.join(alike)}"] if alike else []),
-        *([f"left out, for the data does not have them: {listed(unused)}"] if unused else []),
+        *([f"new weights for classes that the teacher does not know: {listed(fresh)}"] if fresh else []),
+        *([f"warning: not matched because the letter case differs: {', '.join(alike)}"] if alike else []),
+        *([f"left out because the data does not have them: {listed(unused)}"] if unused else []),
     ]
     return Teacher(with_classes(replace(loaded, classes=names), classes).detector, "; ".join(notes))

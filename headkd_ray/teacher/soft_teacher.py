@@ -1,9 +1,9 @@
-"""A teacher that chooses its own RoIs: what it says is a function of the view alone, so it may be asked anywhere, at any time.
+"""A teacher that chooses its own RoIs: its targets depend on the view alone, so they can be computed anywhere, at any time.
 
-The RoIs of a view are a sample of its ground-truth boxes and of the teacher's own proposals. Which ones is drawn by a hash of
-(seed, image, view, candidate), and each view is seen without the padding that its batch would give it, so neither the batch nor
-the machine matters but for rounding errors. A proposal goes by the anchor it came from and not by its rank, which is no name:
-where rounding errors let one proposal in or out, all ranks below it would move and another sample be drawn.
+The RoIs of a view are a sample of its ground-truth boxes and of the teacher's own proposals. A hash of (seed, image, view,
+candidate) draws it, and each view is processed without the padding that its batch adds, so neither the batch nor the machine
+matters but for rounding errors. A proposal is identified by the anchor that it came from, not by its rank: where a rounding
+error lets one proposal in or out, all ranks below it would shift and another sample would be drawn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from headkd_ray.soft_targets import SoftTargets
 
 
 class SoftTeacher:
-    """Asks a frozen two-stage detector whose RoI head has one stage."""
+    """Computes soft targets with a frozen two-stage detector whose RoI head has one stage."""
 
     def __init__(self, detector: TwoStageDetector, budget: int, seed: int, pad: int, precision: str = "fp32") -> None:
-        """``budget``: RoIs a view; ``pad``: a view is padded to a multiple of this, in pixels, on its own."""
+        """``budget`` is the number of RoIs per view; each view is padded on its own to a multiple of ``pad`` pixels."""
         self.detector = detector.eval().requires_grad_(False)
         self.seed = seed
         self.pad = pad
@@ -36,16 +36,16 @@ class SoftTeacher:
 
     @property
     def device(self) -> torch.device:
-        """Where the teacher is."""
+        """The device that the teacher is on."""
         return next(self.detector.parameters()).device
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SoftTargets:
-        """The teacher's targets for ``batch``, on the batch's device, which must be the teacher's. An idle one gets none."""
+        """Compute the targets for ``batch``, which must be on the teacher's device; for an idle batch they are all padding."""
         targets = self._nothing(len(batch.sizes))
         if batch.idle:
             return targets
-        # Views of one padded size go through together.
+        # Views of one padded size share a forward pass.
         extents = (batch.sizes + self.pad - 1) // self.pad * self.pad
         for height, width in extents.unique(dim=0).tolist():
             rows = (extents == extents.new_tensor([height, width])).all(1).nonzero().squeeze(1)
@@ -56,7 +56,7 @@ class SoftTeacher:
 
     @torch.no_grad()
     def taps_at(self, batch: Batch, boxes: Tensor) -> Tensor:
-        """(L, k, D) what it says about ``boxes`` (k, 4) in a ``batch`` of one view."""
+        """Compute the features (L, k, D) at ``boxes`` (k, 4) in a ``batch`` of one view."""
         height, width = ((batch.sizes[0] + self.pad - 1) // self.pad * self.pad).tolist()
         x = self.detector.normalise(batch.images[:, :, :height, :width], batch.sizes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -66,12 +66,14 @@ class SoftTeacher:
 
     @torch.no_grad()
     def top_logits(self, taps: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Its ``count`` = M greatest class logits for what :class:`SoftTargets` holds, ``taps`` (B, L, K, D), greatest first,
-        and their classes, both (B, K, M); the greatest class number is background."""
+        """Compute the ``count`` = M greatest class logits for ``taps`` (B, L, K, D) of :class:`SoftTargets`, greatest first.
+
+        Returns them and their classes, both (B, K, M); the greatest class number is background.
+        """
         return self.head.cls_out(taps[:, -1]).topk(count)
 
     def _look(self, batch: Batch, rows: Tensor, height: int, width: int) -> SoftTargets:
-        """The targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""
+        """Compute the targets of the views at ``rows`` (N,), which fit a canvas of ``height`` x ``width`` pixels."""
         sizes = batch.sizes[rows]
         truth = GroundTruth.of(batch.boxes[rows], batch.labels[rows], sizes)
         x = self.detector.normalise(batch.images[rows, :, :height, :width], sizes)
@@ -98,7 +100,7 @@ class SoftTeacher:
         return SoftTargets.empty(views, self.sampler.size, self.layers, self.width).map(lambda tensor: tensor.to(self.device))
 
     def _tickets(self, batch: Batch, rows: Tensor, pool: Candidates) -> Tensor:
-        """(N, G + P) numbers in [0, 1) that belong to (seed, image, view, candidate)."""
+        """Return numbers (N, G + P) in [0, 1), each a hash of (seed, image, view, candidate)."""
         views = zip(batch.image_ids[rows].tolist(), batch.views[rows].tolist(), strict=True)
         keys = [key_bits("rois", self.seed, image, view) & 0xFFFFFFFF for image, view in views]
         bits = torch.tensor(keys, device=self.device).unsqueeze(1)
@@ -108,7 +110,7 @@ class SoftTeacher:
 
 
 def hashed_bits(bits: Tensor) -> Tensor:
-    """32 well-mixed bits of each of 32 ``bits`` (int64); products stay below 2^63, so every device computes the same."""
+    """Hash 32 ``bits`` held in int64 to 32 bits; products stay below 2^63, so all devices compute the same."""
     for multiplier in (0x7FEB352D, 0x2C1B3C6D):
         bits = bits ^ (bits >> 16)
         bits = (bits * multiplier) & 0xFFFFFFFF

@@ -1,12 +1,12 @@
-"""A cache of soft targets: one Parquet file for each shard and view, row for row and row group for row group like the shard.
+"""A cache of soft targets: one Parquet file for each shard and view, with the same rows and row groups as the shard.
 
 Layout of the folder::
 
     cache.json                             the recipe, written first
-    view-00000-shard-00000.parquet ...     one row an image of the shard (SCHEMA), images that are not trained on with 0 RoIs
+    view-00000-shard-00000.parquet ...     one row per image of the shard (SCHEMA), with 0 RoIs if it is not trained on
 
-A file appears whole or not at all and carries the recipe's digest, so a build that was killed goes on where it stopped; every
-Parquet page has a checksum, so a damaged file is told from a sound one wherever it is read.
+A file appears whole or not at all and carries the recipe's digest, so a build that was killed can go on where it stopped; every
+Parquet page has a checksum, so damage is noticed wherever a file is read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache folder and what belongs into it; a TargetReader."""
+    """A cache folder and what belongs in it; implements TargetReader."""
 
     folder: Folder
     recipe: Recipe
@@ -60,24 +60,24 @@ class Cache:
 
     @property
     def digest(self) -> str:
-        """Of the recipe."""
+        """Digest of the recipe."""
         return digest(self.recipe)
 
     def file(self, shard: int, view: int) -> str:
-        """Name of the file of one shard and view."""
+        """Return the file name of one shard and view."""
         return f"view-{view:05d}-shard-{shard:05d}.parquet"
 
     def units(self) -> list[tuple[int, int]]:
-        """(shard, view) of every file of a complete cache, view by view."""
+        """Return the (shard, view) of every file of a complete cache, view by view."""
         return [(shard, view) for view in range(self.views) for shard in range(len(self.shards.meta.shards))]
 
     def missing(self) -> list[tuple[int, int]]:
-        """Units without a file."""
+        """Return the units that have no file."""
         there = set(self.folder.names())
         return [unit for unit in self.units() if self.file(*unit) not in there]
 
     def check(self) -> None:
-        """Is the cache of this recipe and complete? Raises CacheError naming what differs or is missing."""
+        """Check that the cache has this recipe and is complete. Raises CacheError naming what differs or is missing."""
         self.check_recipe()
         missing = self.missing()
         if missing:
@@ -88,7 +88,7 @@ class Cache:
             )
 
     def check_recipe(self) -> None:
-        """Raises CacheError if there is no cache, or one of another recipe (all differing fields are named)."""
+        """Raise CacheError if there is no cache, or one of another recipe (all differing fields are named)."""
         card = self.folder.named(CARD)
         try:
             found = json.loads(self.folder.read(CARD))
@@ -106,12 +106,12 @@ class Cache:
                     f"{key}: the cache was built with {theirs.get(key)!r}, the job has {self.recipe.get(key)!r}"
                     for key in differing
                 ],
-                headline=f"{self.folder.uri}: a cache of something else; use another teacher.cache.path, "
+                headline=f"{self.folder.uri}: built with other settings or data; use another teacher.cache.path, "
                 f"or delete the folder and {BUILD}",
             )
 
     def begin(self) -> None:
-        """Write the card of an empty folder; a cache of another recipe is refused. Raises CacheError."""
+        """Write ``cache.json`` into an empty folder. Raises CacheError for a cache of another recipe, or if writing fails."""
         try:
             self.folder.create()
             if self.folder.has(CARD):
@@ -123,7 +123,7 @@ class Cache:
             raise CacheError(f"{self.folder.uri}: cannot be written ({error}); choose another teacher.cache.path") from error
 
     def check_room(self, size: int) -> None:
-        """Raises CacheError if the cache's disk is known to have less than ``size`` bytes left."""
+        """Raise CacheError if the cache's disk is known to have less than ``size`` bytes left."""
         room = self.folder.room()
         if room is not None and room < size:
             raise CacheError(
@@ -133,12 +133,12 @@ class Cache:
             )
 
     def write(self, shard: int, view: int, groups: Iterable[Sequence[tuple[int, ViewTargets]]]) -> int:
-        """Write one file from its row groups of (image id, targets); its size in bytes.
+        """Write one file from its row groups of (image id, targets), and return its size in bytes.
 
-        Raises CacheError if the disk is full or read-only, or a feature cannot be stored; files that are there stay valid.
+        Raises CacheError if the disk is full or read-only, or a feature cannot be stored; existing files stay valid.
         """
         name = self.file(shard, view)
-        draft = f"{name}.{uuid.uuid4().hex[:8]}.tmp"  # nobody else's, for others may build the same cache
+        draft = f"{name}.{uuid.uuid4().hex[:8]}.tmp"  # unique, because other processes may build the same cache
         schema = SCHEMA.with_metadata({"recipe": self.digest})
         try:
             with (
@@ -161,7 +161,7 @@ class Cache:
                 self.folder.delete(draft)
 
     def sweep(self) -> None:
-        """Delete what killed builds left half-written; all files are there by now."""
+        """Delete the partial files of killed builds. Call it only when all files are complete."""
         for name in self.folder.names():
             if name.endswith(".tmp"):
                 self.folder.delete(name)
@@ -171,7 +171,7 @@ class Cache:
             most = targets.taps.max(initial=0.0)
             if not most <= self.codec.limit:  # also if it is NaN
                 raise CacheError(
-                    f"image {image_id}, view {view}: a feature of the teacher is {most}, teacher.cache.dtype "
+                    f"image {image_id}, view {view}: a feature of the teacher is {most}, but teacher.cache.dtype "
                     f"{self.codec.dtype} holds up to {self.codec.limit:g}; use int8, teacher.precision fp32 or another teacher"
                 )
             if not np.abs(targets.top.logits).max(initial=0) <= np.finfo(np.float16).max:
@@ -198,7 +198,7 @@ class Cache:
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def read_group(self, shard: int, group: int, rows: Sequence[int], view: int) -> list[PackedTargets]:
-        """See TargetReader. Raises CacheError if the file is damaged, or of another recipe."""
+        """Read a row group; see TargetReader. Raises CacheError if the file is damaged or of another recipe."""
         table = self._table(shard, view, group)
         first = group * self.shards.meta.row_group
         scales = table["scales"][0].as_py()
@@ -214,15 +214,15 @@ class Cache:
                 if not file.schema_arrow.equals(SCHEMA):
                     raise pa.ArrowInvalid("other columns")
                 if (file.schema_arrow.metadata or {}).get(b"recipe") != self.digest.encode():
-                    raise CacheError(f"{self.folder.named(name)}: of another recipe; delete it and {BUILD}")
+                    raise CacheError(f"{self.folder.named(name)}: built with other settings or data; delete it and {BUILD}")
                 return file.read_row_group(group, use_threads=False)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last where the columns' names are damaged
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last if column names are damaged
             raise CacheError(
                 f"{self.folder.named(name)}: damaged ({error}); {BUILD}, which rebuilds this file alone"
             ) from error
 
     def sound(self, shard: int, view: int) -> bool:
-        """Is the file there, whole, undamaged and of this recipe? Reads it."""
+        """Return whether the file exists, is complete, undamaged and of this recipe, by reading it."""
         groups = -(-self.shards.meta.shards[shard].images // self.shards.meta.row_group)
         try:
             rows = sum(self._table(shard, view, group).num_rows for group in range(groups))
@@ -231,7 +231,7 @@ class Cache:
         return rows == self.shards.meta.shards[shard].images
 
     def unpack(self, packed: PackedTargets, image_id: int, view: int) -> ViewTargets:
-        """See TargetReader. Raises CacheError if the targets are another view's."""
+        """Decode one image's targets; see TargetReader. Raises CacheError if they are another view's."""
         if (packed.image_id, packed.view) != (image_id, view):
             raise CacheError(
                 f"{self.folder.uri}: has image {packed.image_id}, view {packed.view} where image {image_id}, view {view} "
@@ -247,7 +247,7 @@ class Cache:
         )
 
     def nothing(self) -> ViewTargets:
-        """See TargetReader."""
+        """Return empty targets; see TargetReader."""
         return ViewTargets(
             np.zeros((0, 4), np.float32),
             np.zeros(0, bool),

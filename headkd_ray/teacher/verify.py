@@ -1,4 +1,4 @@
-"""A cache of soft targets from a job, in this process: what fills it, and how good it is."""
+"""Opening the builder of a job's cache in this process, and verifying the cache against the teacher."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from headkd_ray.teacher.loading import teacher_of
 
 
 def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
-    """What fills the job's cache, on ``device``; nothing is written yet.
+    """Open the builder that fills the job's cache, on ``device``; nothing is written yet.
 
-    Raises JobError if the job's answers cannot be kept; DataError, CheckpointError as their readers do.
+    Raises JobError if the job's teacher cannot be cached; DataError, CheckpointError as their readers do.
     """
     if job.teacher is None or job.distill.rois != "teacher":
         raise JobError(
-            "distill.rois: a cache holds what the teacher says about RoIs that it chose itself; use a job of method akd or "
-            "head with distill.rois: teacher"
+            "distill.rois: a cache holds the teacher's features at RoIs that it chose itself; use a job of method akd or head "
+            "with distill.rois: teacher"
         )
     shards = ShardSet.open(job.data.train)
     teacher = teacher_of(job, shards.meta.classes)
     if not answers_about_rois(teacher):
-        raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, this one is a {teacher.spec.kind}")
+        raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, but this one is a {teacher.spec.kind}")
     return builder_of(job, shards, teacher, device)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a cache's answers compare with the teacher's of now, over a sample of views."""
+    """How a cache's targets compare with those that the teacher computes now, over a sample of views."""
 
     views: int
     same_rois: int
-    """Views for which it would choose the very same RoIs now. Another device or batch rounds another way, and may let one in
-    or out."""
+    """Number of views for which the teacher would choose exactly the same RoIs now. Another device or batch size rounds
+    differently, and may let one in or out."""
     cosine: float
-    """Mean over RoIs and layers of the cosine of cached features and those of now, of the cached RoIs; NaN if none."""
+    """Mean cosine between cached and present features over the cached RoIs and layers; NaN if there are no RoIs."""
     least_cosine: float
     worst: float
     """Greatest difference of a feature, as a share of the greatest feature."""
     same_class: float | None
-    """Share of the cached RoIs whose cached class is the one that it says now; NaN if there are no RoIs, None if no logits are
+    """Share of the cached RoIs whose cached class the teacher still predicts; NaN if there are no RoIs, None if no logits are
     kept."""
 
 
 def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
-    """Ask the teacher again about ``sample`` views drawn by ``seed``. Raises CacheError if the cache is not whole."""
+    """Run the teacher again on ``sample`` views drawn by ``seed``. Raises CacheError if the cache is incomplete."""
     cache = builder.cache
     cache.check()
     index = cache.shards.index
@@ -68,7 +68,7 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
         shard, place = int(index.shard[row]), int(index.row[row])
         group = place // index.row_group
         ((sample_of, example),) = builder.shown(shard, group, view, [place])
-        assert example is not None  # it is trained on
+        assert example is not None  # train_rows are trained on
         (packed,) = cache.read_group(shard, group, [place], view)
         kept = cache.unpack(packed, sample_of.image_id, view)
         batch = collate([example], 0, builder.maker.spec.pad).to(builder.teacher.device)
@@ -86,12 +86,12 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
 
 
 def same_rois(one: ViewTargets, other: ViewTargets) -> bool:
-    """Equal number, and boxes equal to a hundredth of a pixel."""
+    """Return whether both have the same number of RoIs, with boxes equal to a hundredth of a pixel."""
     return one.boxes.shape == other.boxes.shape and bool(np.allclose(one.boxes, other.boxes, rtol=0, atol=0.01))
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(L, k) cosines of features (L, k, D); 1 where both are zero."""
+    """Return the cosines (L, k) of features (L, k, D); 1 where either is zero."""
     product = (one * other).sum(-1)
     norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     return np.where(norms > 0, product / np.where(norms > 0, norms, 1), 1.0)

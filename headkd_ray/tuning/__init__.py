@@ -1,1 +1,1 @@
-"""A hyper-parameter search as files say it: what is searched, which values a trial gets, what was found. No Ray."""
+"""Hyper-parameter search: the search file, the values of each trial, the records and their analysis. Only on_ray needs Ray."""

@@ -1,4 +1,4 @@
-"""A search file and the command line's ``key.path=value`` overrides as a Search, or one error that lists every mistake."""
+"""Read a search file and the command line's ``key.path=value`` overrides; one error lists all mistakes."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ FIXED = ("run", "cluster")
 MUTABLE = re.compile(
     r"optim\.(lr|weight_decay|momentum|clip_norm|gamma)|distill\.([\w.]+\.)?(\w+_weight|ckd_epochs|warmup_steps)"
 )
-"""Keys that can change in the middle of a training: they shape neither a model nor the order of images."""
+"""Keys that can change during training: they affect neither the shape of a model nor the order of images."""
 MOST_KEYS = 200
-"""Of a space: each is tried at both its ends before the search starts."""
+"""Maximum number of keys in a space, since each is tried at both ends of its range before the search starts."""
 MOST_STEPS = 1_000_000
+"""Maximum number of steps in a range."""
 MOST_COMBINATIONS = 10_000
-"""Of a grid."""
+"""Maximum number of combinations in a grid."""
 
 
 def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
     """Read a search file and its base job, and try every searched key at the ends of its range.
 
     Args:
-        overrides: ``key.path=value`` each, of the search file's keys: ``budget.trials=8``, ``overrides.optim.epochs=2``,
-            ``space.optim.lr={loguniform: [1e-3, 1e-2]}``, ``space.optim.lr=null`` (not searched after all).
+        overrides: ``key.path=value`` for keys of the search file: ``budget.trials=8``, ``overrides.optim.epochs=2``,
+            ``space.optim.lr={loguniform: [1e-3, 1e-2]}``, ``space.optim.lr=null`` (do not search this key).
 
     Raises:
-        JobError: all mistakes at once, the search file's in the order of the lines, then the base job's.
+        JobError: lists all mistakes, first those of the search file in the order of its lines, then the base job's.
     """
     draft = read_file(path, needs="a search has at least run, job and space")
     for number, override in enumerate(overrides, start=1):
@@ -75,12 +76,12 @@ def load_search(path: str | FilePath, overrides: Sequence[str] = ()) -> Search:
 
 
 def _field_of(path: Path, values: Mapping[str, Any]) -> FieldInfo | None:
-    """The field that an override of a search names; below ``overrides`` it is one of the job's."""
+    """Return the field that an override of a search file names; below ``overrides`` it is a field of the job."""
     return field_at(path[1:], {}) if path[0] == "overrides" else field_at(path, values, SearchSpec)
 
 
 def _join_keys(draft: Draft, section: str) -> None:
-    """Let ``space: {optim: {lr: ...}}``, which is how overrides put it, mean ``space: {optim.lr: ...}``; null there removes."""
+    """Turn ``space: {optim: {lr: ...}}``, which overrides produce, into ``space: {optim.lr: ...}``; null removes a key."""
     nested = draft.values.get(section)
     if not isinstance(nested, Mapping):
         return
@@ -99,7 +100,7 @@ def _join_keys(draft: Draft, section: str) -> None:
 
 
 def _leaves(section: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of everything that stands under a dotted key, is no mapping, or is a parameter."""
+    """Yield the path and value of everything that has a dotted key, is not a mapping, or is a parameter."""
     for name, value in section.items():
         within = isinstance(value, Mapping) and "." not in name and not value.keys() & ParameterSpec.model_fields.keys()
         if within and value:
@@ -111,7 +112,7 @@ def _leaves(section: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
 def check_search(
     values: Mapping[str, Any], unread: Collection[Path] = (), spelled: Mapping[Path, str] | None = None
 ) -> tuple[list[Problem], SearchSpec | None]:
-    """What is wrong with a search's own plain values but for the ``unread`` keys, and the search if nothing is."""
+    """Return the problems of a search's plain values, except those of ``unread`` keys, and the search if there are none."""
     found: list[Problem] = []
     space = values.get("space")
     parameters: dict[str, ParameterSpec] = {}
@@ -135,7 +136,7 @@ def check_search(
         try:
             ordered(parameters)
         except ValueError as error:
-            found.append(Problem(("space",), f"conditions (when) in a circle: {error}"))
+            found.append(Problem(("space",), f"circular conditions (when): {error}"))
     return found, None if found else spec
 
 
@@ -158,12 +159,12 @@ def _check_parameter(given: Any, spelled: Mapping[Path, str] | None = None) -> t
     elif parameter.step is not None and kind == "randint" and not parameter.step.is_integer():
         found.append(Problem(("step",), f"{show(parameter.step)} is not a whole number"))
     elif parameter.step is not None and not found and (count(parameter) or 0) > MOST_STEPS:
-        found.append(Problem(("step",), f"{show(parameter.step)} makes more than {MOST_STEPS} values of the range"))
+        found.append(Problem(("step",), f"{show(parameter.step)} splits the range into more than {MOST_STEPS} values"))
     return found, None if found else parameter
 
 
 def _contradictions(spec: SearchSpec) -> Iterator[Problem]:
-    """What keys of the search file get wrong together."""
+    """Yield contradictions between keys of the search file."""
     kind = spec.scheduler.kind
     if spec.searcher.kind == "grid":
         counts = {key: count(parameter) for key, parameter in spec.space.items()}
@@ -177,7 +178,7 @@ def _contradictions(spec: SearchSpec) -> Iterator[Problem]:
                 yield Problem(("space", key), f"a grid needs values to list; give {parameter.kind} a step, or use choice")
     elif spec.budget.trials is None and (spec.budget.minutes is None or kind == "pbt"):
         or_time = "" if kind == "pbt" else ", or budget.minutes"
-        yield Problem(("budget", "trials"), f"searcher {spec.searcher.kind} does not end by itself; give a number{or_time}")
+        yield Problem(("budget", "trials"), f"searcher {spec.searcher.kind} never ends by itself; give a number{or_time}")
     if spec.objective.cost is not None and kind != "none":
         yield Problem(("scheduler", "kind"), f"{kind} ranks trials by one objective; use none, or no objective.cost")
     if spec.seeds is not None and len(set(spec.seeds)) < len(spec.seeds):
@@ -191,7 +192,7 @@ def _contradictions(spec: SearchSpec) -> Iterator[Problem]:
 
 
 def _read_job(draft: Draft) -> tuple[Draft | None, list[str]]:
-    """The base job with the search's overrides, and what is wrong with it."""
+    """Read the base job with the search's overrides, and return it with its problems."""
     path = draft.values.get("job")
     if not isinstance(path, str) or not path:
         return None, []
@@ -210,7 +211,7 @@ def _read_job(draft: Draft) -> tuple[Draft | None, list[str]]:
 
 
 def _check_space(draft: Draft, job: Draft) -> Iterator[tuple[Origin, str]]:
-    """The job at both ends of every range, one key at a time, with the values that its condition asks for."""
+    """Check the job at both ends of every range, one key at a time, with the values that the key's condition requires."""
     space = draft.values.get("space")
     for key, given in space.items() if isinstance(space, Mapping) and len(space) <= MOST_KEYS else ():
         where = origin(draft, ("space", key))
@@ -218,7 +219,7 @@ def _check_space(draft: Draft, job: Draft) -> Iterator[tuple[Origin, str]]:
             yield where, f"space.{key}: no key has more than {DEEPEST} parts"
             continue
         if key.split(".")[0] in FIXED:
-            why = "a search names and seeds its runs itself" if key.startswith("run.") else "it says where a trial runs"
+            why = "the search sets names and seeds of its runs" if key.startswith("run.") else "it decides where a trial runs"
             yield where, f"space.{key}: cannot be searched: {why}"
             continue
         _, parameter = _check_parameter(given)
@@ -231,7 +232,7 @@ def _check_space(draft: Draft, job: Draft) -> Iterator[tuple[Origin, str]]:
         for end in [] if wrong else parameter.ends:
             for path, message in _problems(job, {**condition, key: end}):
                 if dotted(path) == key and message.startswith("unknown key"):
-                    yield where, f"space.{key}: {message}"  # the same at every end: said once
+                    yield where, f"space.{key}: {message}"  # the same at both ends, so it is reported once
                 else:
                     yield where, f"space.{key} at {show(end)}: {dotted(path)}: {message}"
 
@@ -242,7 +243,7 @@ def _problems(job: Draft, values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _unfit(search: Search) -> Iterator[Problem]:
-    """What the search asks of its base job and the job does not give."""
+    """Yield the requirements of the search that its base job does not meet."""
     kind, base = search.spec.scheduler.kind, search.base
     if kind != "none" and base.eval.every_epochs >= base.optim.epochs:
         yield Problem(
@@ -258,8 +259,8 @@ def _unfit(search: Search) -> Iterator[Problem]:
             if not MUTABLE.fullmatch(key):
                 yield Problem(
                     ("space", key),
-                    "pbt changes values while a trial trains, which only lr, weight_decay, momentum, clip_norm and gamma of "
-                    "optim and the weights, ckd_epochs and warmup_steps of distill allow; remove the key",
+                    "pbt changes values during training, which is only possible for lr, weight_decay, momentum, clip_norm and "
+                    "gamma of optim, and the weights, ckd_epochs and warmup_steps of distill; remove the key",
                 )
             elif not contains(parameter, values.get(key)):
                 given = show(values.get(key))

@@ -1,4 +1,4 @@
-"""The search file's JSON Schema for editors.
+"""Write the search file's JSON Schema for editors.
 
 ``python -m headkd_ray.tuning.search_schema`` writes ``jobs/search.schema.json``.
 """

@@ -1,4 +1,4 @@
-"""The searched keys: when one is varied, which values it may take, and the job that a trial's values make."""
+"""The search space: when a key is varied, which values it may take, and the job that results from a trial's values."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from headkd_ray.job.load import check
 from headkd_ray.tuning.search_spec import ParameterSpec, SearchSpec
 
 Values = dict[str, Any]
-"""Dotted job key -> value, of the keys that are varied in a trial."""
+"""Values by dotted job key, for the keys that are varied in a trial."""
 MISSING = object()
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search file and its base job, checked."""
+    """A validated search file with its base job."""
 
     spec: SearchSpec
     written: dict[str, Any]
-    """The base job's plain values as written, the search file's overrides included; defaults are left out, for those of a
-    section depend on its ``kind``, which may be searched."""
+    """The base job's plain values as written, including the search file's overrides but no defaults, since a section's defaults
+    depend on its ``kind``, which may be searched."""
 
     @cached_property
     def base(self) -> Job:
-        """The job whose values trial 0 has."""
+        """The base job, whose values trial 0 has."""
         return job_of(self.written, {})
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """What each trial is trained with."""
+        """The seeds with which each trial is trained."""
         return self.spec.seeds or (self.base.run.seed,)
 
     def job(self, values: Values, name: str, storage: str, seed: int) -> Job:
-        """One training run of a trial. Raises JobError if the values do not go together."""
+        """Return the job of one training run of a trial. Raises JobError if the values are incompatible."""
         return job_of(self.written, {**values, "run.name": name, "run.storage": storage, "run.seed": seed})
 
 
 def job_of(written: Mapping[str, Any], values: Mapping[str, Any]) -> Job:
-    """The job with some keys replaced. Raises JobError."""
+    """Return the job with some keys replaced. Raises JobError."""
     problems, job = check(with_values(written, values))
     if job is None:
         raise JobError([f"{dotted(problem.path)}: {problem.message}" for problem in problems])
@@ -54,7 +54,7 @@ def job_of(written: Mapping[str, Any], values: Mapping[str, Any]) -> Job:
 
 
 def with_values(written: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a job's plain values with dotted keys replaced; sections that are null or missing are made."""
+    """Return a copy of a job's plain values with dotted keys replaced; sections that are null or missing are created."""
     changed = copy.deepcopy(dict(written))
     for key, value in values.items():
         *parents, last = key.split(".")
@@ -68,7 +68,7 @@ def with_values(written: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
 
 def value_at(job: Job, key: str) -> Any:
-    """The plain value of a dotted key; MISSING where a section above it is null."""
+    """Return the plain value of a dotted key, or MISSING if a section above it is null."""
     value: Any = job.model_dump(mode="json")
     for name in key.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -78,7 +78,7 @@ def value_at(job: Job, key: str) -> Any:
 
 
 def ordered(space: Mapping[str, ParameterSpec]) -> list[str]:
-    """The keys, each after those that its ``when`` names. Raises ValueError naming the keys that wait for each other."""
+    """Return the keys, each after those that its ``when`` names. Raises ValueError, naming the keys, if they form a cycle."""
     order: list[str] = []
     waiting = list(space)
     while waiting:
@@ -91,7 +91,7 @@ def ordered(space: Mapping[str, ParameterSpec]) -> list[str]:
 
 
 def varied(key: str, search: Search, base: Job, values: Values) -> bool:
-    """Is the key varied in a trial that has these values of the keys before it?"""
+    """Return whether the key is varied in a trial, given the values of the keys before it."""
     for other, wanted in search.spec.space[key].when.items():
         value = values[other] if other in values else value_at(base, other)
         if value not in (wanted if isinstance(wanted, list) else [wanted]):
@@ -100,7 +100,7 @@ def varied(key: str, search: Search, base: Job, values: Values) -> bool:
 
 
 def base_values(search: Search) -> Values:
-    """Trial 0: what the base job has of the keys that are varied in it."""
+    """Return the values of trial 0: the base job's values of the keys that are varied in it."""
     values: Values = {}
     base = search.base
     for key in ordered(search.spec.space):
@@ -111,7 +111,7 @@ def base_values(search: Search) -> Values:
 
 
 def contains(parameter: ParameterSpec, value: Any) -> bool:
-    """May the parameter take this value?"""
+    """Return whether the parameter may take this value."""
     if parameter.choice is not None:
         return value in parameter.choice
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -119,12 +119,12 @@ def contains(parameter: ParameterSpec, value: Any) -> bool:
     low, high = parameter.ends
     whole = "int" not in parameter.kind or float(value).is_integer()
     steps = 0.0 if parameter.step is None else (value - low) / parameter.step
-    inside = low <= value <= high or math.isclose(value, high, rel_tol=1e-9)  # a sum of steps may pass it by a rounding error
+    inside = low <= value <= high or math.isclose(value, high, rel_tol=1e-9)  # a sum of steps may exceed it by a rounding error
     return inside and whole and math.isclose(steps, round(steps), abs_tol=1e-6)
 
 
 def count(parameter: ParameterSpec) -> int | None:
-    """How many values there are, if they can be listed; else None."""
+    """Return the number of values if they can be listed, else None."""
     if parameter.choice is not None:
         return len(parameter.choice)
     low, high = parameter.ends
@@ -134,7 +134,7 @@ def count(parameter: ParameterSpec) -> int | None:
 
 
 def listed(parameter: ParameterSpec) -> list[Any] | None:
-    """All values, if they are few enough to be listed: choices, whole numbers, steps; else None."""
+    """Return all values if they can be listed (choices, whole numbers, steps), else None."""
     if parameter.choice is not None:
         return list(parameter.choice)
     number = count(parameter)
@@ -147,24 +147,24 @@ def _step(parameter: ParameterSpec, index: int) -> Any:
 
 
 def nearest(parameter: ParameterSpec, value: Any) -> Any:
-    """The value that the parameter may take next to a number that it perhaps may not."""
+    """Return the value closest to ``value`` that the parameter may take."""
     if contains(parameter, value) or parameter.choice is not None:
         return value
     low, high = parameter.ends
     number = count(parameter)
     if number is not None:
-        index = math.ceil((value - low) / (parameter.step or 1) - 0.5)  # of two that are as near, the lower one
+        index = math.ceil((value - low) / (parameter.step or 1) - 0.5)  # of two that are equally close, the lower
         return _step(parameter, min(max(index, 0), number - 1))
     return min(max(round(value) if "int" in parameter.kind else value, low), high)
 
 
 def rounded(value: float) -> float:
-    """1.7 for 1.7000000000000002, which a sum of steps gives."""
+    """Remove the rounding error of a sum of steps: 1.7000000000000002 becomes 1.7."""
     return float(f"{value:.12g}")
 
 
 def grid(search: Search) -> Iterator[Values]:
-    """Every combination of listed values, keys that are not varied left out, each once; the base job's own left out too."""
+    """Yield each combination of listed values once, without the keys that are not varied and without the base job's own."""
     base = search.base
     known = [base_values(search)]
     keys = ordered(search.spec.space)

@@ -1,4 +1,4 @@
-"""Which values the next trial gets, as a function of the trials so far: the base job's own, then a grid's, or Optuna's."""
+"""Choose the values of the next trial from the trials so far: first the base job's own, then a grid's or Optuna's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRA = 'python -m pip install "headkd-ray[tune]"'
 
 
 def check_optuna(search: Search) -> None:
-    """Raises UserError if the searcher needs Optuna and it is not installed."""
+    """Raise UserError if the searcher needs Optuna and it is not installed."""
     if search.spec.searcher.kind == "grid":
         return
     try:
@@ -30,11 +30,11 @@ def check_optuna(search: Search) -> None:
 
 
 def propose(search: Search, trials: Sequence[Trial], number: int | None = None) -> Values | None:
-    """The values of the next trial; None when a grid is used up.
+    """Return the values of the next trial, or None when a grid is exhausted.
 
     Args:
-        trials: all so far, ended or not.
-        number: the next one's; None = as many as there are.
+        trials: all trials so far, ended or not.
+        number: the next trial's number; None = the number of trials.
     """
     if not trials:
         return base_values(search)
@@ -53,9 +53,9 @@ def propose(search: Search, trials: Sequence[Trial], number: int | None = None) 
 
 
 def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
-    """The trials as an Optuna study: maximise the metric, minimise the cost.
+    """Return the trials as an Optuna study that maximises the metric and minimises the cost.
 
-    Left out: failed ones, which say nothing about the metric, and one whose values the space does not have (trial 0, perhaps).
+    It omits failed trials, which say nothing about the metric, and those with values outside the space (possibly trial 0).
     """
     import optuna
     from optuna.trial import TrialState, create_trial
@@ -83,13 +83,13 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
 
 
 def scores(search: Search, trial: Trial) -> list[float]:
-    """The metric, and the cost if the objective has one, of a trial that finished."""
+    """Return a finished trial's metric, and its cost if the objective has one."""
     objective = search.spec.objective
     return [trial.mean(objective.metric)] + ([trial.cost[objective.cost]] if objective.cost is not None else [])
 
 
 def distribution(parameter: ParameterSpec) -> BaseDistribution:
-    """A parameter as Optuna names it. Choices go by their YAML text: Optuna takes no lists."""
+    """Return Optuna's distribution of a parameter. Choices become their YAML text, because Optuna does not accept lists."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.choice is not None:
@@ -100,7 +100,7 @@ def distribution(parameter: ParameterSpec) -> BaseDistribution:
         step = int(parameter.step or 1)
         return IntDistribution(low, low + (high - low) // step * step, log=log, step=step)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the highest value need not be reached by whole steps
+        warnings.simplefilter("ignore", UserWarning)  # Optuna warns if whole steps do not reach the highest value
         return FloatDistribution(low, high, log=log, step=parameter.step)
 
 
@@ -123,18 +123,18 @@ def _suggested(asked: optuna.trial.Trial, key: str, parameter: ParameterSpec) ->
 
 
 def _sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
-    """Its randomness belongs to (seed, trial number): a resumed search goes on as one that was never stopped would."""
+    """Return a sampler seeded by (seed, trial number), so that a resumed search continues as if it had not been stopped."""
     import optuna
 
     seed = (search.spec.run.seed * 1_000_003 + number) % 2**32
     if search.spec.searcher.kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate and group are, since 2020
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of multivariate and group, since 2020
         return optuna.samplers.TPESampler(
             n_startup_trials=search.spec.searcher.startup_trials,
             multivariate=True,
-            group=True,  # keys that are varied in some trials alone are modelled apart
-            constant_liar=True,  # do not propose what a running trial has
+            group=True,  # models keys that are varied only in some trials separately
+            constant_liar=True,  # avoids proposing the values of a running trial
             seed=seed,
         )

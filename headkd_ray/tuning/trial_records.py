@@ -1,12 +1,12 @@
-"""A search's folder, ``<run.storage>/<run.name>``: what was asked, and one small file a trial. Whoever resumes or analyses a
-search reads these alone.
+"""A search's folder, ``<run.storage>/<run.name>``: the search and one small file per trial, which are all that is needed to
+resume or to analyse it.
 
 - ``search.json``: the search, and its base job as written;
-- ``trials/0003.json``: a trial, from the moment that it is proposed;
-- ``runs/0003-s0/``: the run folder of its training with seed 0, as of any other training.
+- ``trials/0003.json``: a trial, from the moment it is proposed;
+- ``runs/0003-s0/``: the run folder of its training with seed 0, like that of any other training.
 
-A trial's file is written by the process that proposes, then by the trial's own when it ends, before anybody else is told; so a
-driver that dies never loses a result.
+A trial's file is written by the driver when it proposes the trial, and by the trial's own process when it ends, before that
+process reports the end; so no result is lost if the driver dies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from headkd_ray.errors import JobError
 from headkd_ray.job.keys import dotted
@@ -33,17 +33,17 @@ from headkd_ray.tuning.space import Search, Values
 Content = TypeVar("Content")
 
 SEARCH_FILE = "search.json"
-# Keys that may change when a search is resumed: they decide how much and where, not what is searched.
+# Sections that may change when a search is resumed: they decide how it searches, not what.
 FREE_SECTIONS = ("budget", "scheduler", "searcher")
 
 State = Literal["running", "finished", "stopped", "failed"]
 Metric = FiniteFloat | None
-"""In percent; None where it cannot be computed."""
+"""A metric in percent; None if it cannot be computed."""
 
 
 @with_config(ConfigDict(extra="allow"))
 class Result(TypedDict):
-    """What a trial's file keeps of a training: its best checkpoint's COCO metrics, and where its student is."""
+    """The result of one training in a trial's file: its best checkpoint's COCO metrics, and where its student is."""
 
     AP: Metric
     AP50: Metric
@@ -57,87 +57,88 @@ class Result(TypedDict):
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as its file says it."""
+    """A trial, as its file stores it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     number: int
     values: Values
     state: State = "running"
-    """running = proposed and not ended, also if its search was killed; stopped = by the scheduler."""
+    """running = proposed and not ended, even if its search was killed; stopped = stopped by the scheduler."""
     cause: str | None = None
-    """Why it failed."""
+    """Reason for the failure of a failed trial."""
     started: float = 0.0
-    """Seconds since 1970, of the proposal."""
+    """Time of the proposal, in seconds since 1970."""
     ended: float | None = None
+    """Time of the end, in seconds since 1970."""
     results: dict[str, Result] = field(default_factory=dict)
-    """Seed -> the run's result."""
+    """Result of each training, by seed."""
     curve: list[tuple[float, Metric]] = field(default_factory=list)
     """(epoch, objective's metric) of each evaluation of the first seed."""
     cost: dict[str, float] = field(default_factory=dict)
-    """Of the student: params (million), flops (10^9), latency (ms)."""
+    """Cost of the student: params (million), flops (10^9), latency (ms)."""
     copies: list[dict[str, Any]] = field(default_factory=list)
-    """pbt: {"from": trial number, "epoch": of the copied state, "values": its own until then} of each state that it copied. Its
-    learning curve is that of the states it has."""
+    """pbt: {"from": trial number, "epoch": epoch of the copied state, "values": its own values until then} for each state that
+    it copied. Its learning curve follows the copied states."""
 
     def scores(self, metric: str) -> list[float]:
-        """The metric of each seed, in percent; NaN where it cannot be computed."""
+        """Return the metric for each seed, in percent; NaN where it cannot be computed."""
         found: list[Mapping[str, Any]] = list(self.results.values())
         return [math.nan if result[metric] is None else result[metric] for result in found]
 
     def mean(self, metric: str) -> float:
-        """The metric's mean over seeds; NaN if there is none."""
+        """Return the metric's mean over seeds, or NaN if there is none."""
         scores = self.scores(metric)
         return fmean(scores) if scores else math.nan
 
     def deviation(self, metric: str) -> float:
-        """Its sample standard deviation over seeds; NaN with fewer than two."""
+        """Return the metric's sample standard deviation over seeds, or NaN with fewer than two."""
         scores = self.scores(metric)
         return stdev(scores) if len(scores) > 1 and not math.isnan(sum(scores)) else math.nan
 
     def with_end(self, state: State, **changes: Any) -> Trial:
-        """The same trial, ended now."""
+        """Return a copy of the trial that has ended now."""
         return replace(self, state=state, ended=time.time(), **changes)
 
 
 @dataclass(frozen=True)
 class SearchFolder:
-    """Where a search keeps what it knows."""
+    """The folder in which a search stores its state."""
 
     folder: Folder
 
     @classmethod
     def open(cls, uri: str) -> SearchFolder:
-        """The folder of a search; it need not exist. Raises StorageError if no filesystem serves the URI."""
+        """Open the folder of a search, which need not exist. Raises StorageError if no filesystem serves the URI."""
         return cls(Folder.open(uri))
 
     @property
     def exists(self) -> bool:
-        """Has a search been started here?"""
+        """Whether a search has been started in this folder."""
         return self.folder.has(SEARCH_FILE)
 
     @property
     def runs(self) -> Folder:
-        """The folder of the trials' run folders."""
+        """The folder that holds the trials' run folders."""
         return self.folder / "runs"
 
     @staticmethod
     def run_name(trial: Trial, seed: int) -> str:
-        """The run.name of a trial's training; another one after each copy."""
+        """Return the run.name of a trial's training, which changes with each copy (pbt)."""
         return f"{trial.number:04d}-s{seed}" + (f"-c{len(trial.copies)}" if trial.copies else "")
 
     def start(self, search: Search) -> None:
-        """Write what is asked; over what a resumed search was asked before."""
+        """Create the folder and write the search; when a search is resumed, this replaces the former one."""
         content = {"spec": search.spec.model_dump(mode="json"), "job": search.written}
         self.folder.create()
         (self.folder / "trials").create()
         self.folder.write(SEARCH_FILE, masked(json.dumps(content, indent=1)).encode())
 
     def search(self) -> Search:
-        """What was asked.
+        """Read the search.
 
         Raises:
-            JobError: there is no search in the folder, its file is damaged, or it is of another version.
+            JobError: there is no search in the folder, its file is damaged, or another version wrote it.
         """
         if not self.exists:
             raise JobError(f"{self.folder.uri}: no search here (no {SEARCH_FILE}); give the folder <run.storage>/<run.name>")
@@ -154,7 +155,7 @@ class SearchFolder:
         raise JobError([f"{place}: not a search of this version: {line}" for line in lines])
 
     def check_same(self, search: Search) -> None:
-        """Raises JobError, naming the keys, if the search here was started with another space, job or objective."""
+        """Raise JobError, naming the keys, if the search here was started with another space, job or objective."""
 
         def asked(each: Search) -> dict[str, Any]:
             job = json.loads(masked(each.base.model_dump_json(exclude={"cluster", "run", "log"})))
@@ -162,7 +163,7 @@ class SearchFolder:
 
         old, new = asked(self.search()), asked(search)
         differing = [
-            f"{key}: the search {self.folder.uri} was started with another; keep that to resume it, or choose another run.name"
+            f"{key}: the search {self.folder.uri} was started with another; use that to resume it, or choose another run.name"
             for key in old
             if old[key] != new[key]
         ]
@@ -186,14 +187,14 @@ class SearchFolder:
         return trial
 
     def trials(self, search: Search | None = None, warn: Callable[[str], None] | None = None) -> list[Trial]:
-        """All trials, by number.
+        """Read all trials, by number.
 
         Args:
-            search: what each must fit; None = any.
-            warn: is told of each whose file is damaged or does not fit, which is left out; None = the first one is an error.
+            search: the search that each trial must fit; None = any.
+            warn: called for each trial whose file is damaged or does not fit, which is left out; None = raise an error instead.
 
         Raises:
-            JobError: a file is damaged or does not fit, and there is nobody to warn.
+            JobError: a file is damaged or does not fit, and ``warn`` is None.
         """
         trials = []
         for number in self.numbers():
@@ -212,11 +213,11 @@ class SearchFolder:
         return trials
 
     def numbers(self) -> list[int]:
-        """Numbers of the trials that have a file, in order."""
+        """Return the numbers of the trials that have a file, in order."""
         return [int(name[:-5]) for name in (self.folder / "trials").names() if re.fullmatch(r"\d{4,9}\.json", name)]
 
     def log(self, trial: Trial, seed: int) -> list[dict[str, Any]]:
-        """The log records of a trial's training so far, in order; empty if it has not begun."""
+        """Return the log records of a trial's training so far, in order; empty if it has not begun."""
         run = self.runs / self.run_name(trial, seed)
         if not run.has("log.jsonl"):
             return []
@@ -224,27 +225,27 @@ class SearchFolder:
         for line in run.read("log.jsonl").decode(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError):  # a line that is being written, or was when the process died
+            except (ValueError, RecursionError):  # being written now, or cut off when the process died
                 continue
             if isinstance(record, dict):
                 records.append(record)
         return records
 
     def curve(self, trial: Trial, seed: int, metric: str) -> list[tuple[float, float | None]]:
-        """(epoch, metric in percent, None where it cannot be computed) of each evaluation of a trial's training so far."""
+        """Return (epoch, metric) of each evaluation of a trial's training so far; in percent, None if it cannot be computed."""
         evaluations = [record for record in self.log(trial, seed) if isinstance(record.get("val"), dict)]
         points: list[tuple[Any, Any]] = [(record.get("epoch"), record["val"].get(metric)) for record in evaluations]
         return [(epoch, value) for epoch, value in points if _is_number(epoch) and (value is None or _is_number(value))]
 
 
 class _File(Generic[Content]):
-    """A JSON file of one type."""
+    """A JSON file whose content has a given type."""
 
     def __init__(self, content: type[Content]) -> None:
         self.content: TypeAdapter[Content] = TypeAdapter(content)
 
     def read(self, folder: Folder, name: str) -> Content:
-        """The file's content. Raises JobError if it is missing or is not of the type."""
+        """Read the file's content. Raises JobError if it is missing or has another type."""
         try:
             return self.content.validate_json(folder.read(name), strict=True)
         except OSError as error:
@@ -266,11 +267,11 @@ _TRIAL_FILE = _File(Trial)
 
 
 def _check_fit(trial: Trial, search: Search) -> None:
-    """Raises JobError if the search cannot have made the trial."""
+    """Raise JobError if the trial cannot belong to the search."""
     unknown = [key for key in trial.values if key not in search.spec.space]
     if unknown:
         raise JobError([f"values.{key}: not searched" for key in unknown])
-    if trial.state == "failed":  # perhaps because of its values
+    if trial.state == "failed":  # perhaps because of its values, so do not check them
         return
     search.job(trial.values, "trial", search.base.run.storage, search.base.run.seed)
     if trial.state == "finished" and not trial.results:

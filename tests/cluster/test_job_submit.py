@@ -122,7 +122,7 @@ def test_ray_job_stop_keeps_the_step_and_the_same_job_goes_on(tmp_path: Path, dr
     stopped = ray_job(head, "stop", "first")
     assert stopped.returncode == 0 and "was stopped" in stopped.stdout + stopped.stderr
     told = ray_job(head, "logs", "first").stdout
-    ((step, steps),) = re.findall(r"stopped as asked at step (\d+) of (\d+), with a checkpoint", told.splitlines()[-1])
+    ((step, steps),) = re.findall(r"stopped as requested at step (\d+) of (\d+), with a checkpoint", told.splitlines()[-1])
     assert int(step) < int(steps) and "Traceback" not in told
 
     again = ray_job(head, *submit, *TRAIN)

@@ -31,12 +31,12 @@ def test_of_a_range_of_workers_the_fewest_must_fit(check: Check) -> None:
     part = {"cpus_per_worker": 1.5, "data_cpus": 0.5}
     assert check(workers=(1, 8), **part).workers == (1, 8)
     assert check(workers=2, **part).workers == 2
-    with pytest.raises(ClusterError, match=r"cluster\.workers 3 x .* = 6 CPUs asked, the cluster has 4"):
+    with pytest.raises(ClusterError, match=r"cluster\.workers 3 x .* = 6 CPUs requested, the cluster has 4"):
         check(workers=(3, 8), **part)
 
 
 def test_as_many_workers_as_find_room_must_leave_some_to_data_tasks(check: Check) -> None:
     """Otherwise Ray would start them, and their data tasks would wait for ever."""
-    with pytest.raises(ClusterError, match=r"cluster\.workers \[1, 8\]: the 4 that find room would leave 4 - 4 x"):
+    with pytest.raises(ClusterError, match=r"cluster\.workers \[1, 8\]: the 4 that fit would leave 4 - 4 x"):
         check(workers=(1, 8), cpus_per_worker=1, data_cpus=1)
     assert check(workers=(1, 2), cpus_per_worker=1, data_cpus=1).workers == (1, 2)

@@ -110,15 +110,15 @@ def test_checkpoints_that_are_gone_or_damaged_leave_ray_s_listing(tmp_path: Path
     (run / "step_00000008" / STATE_FILE).write_bytes(bytes(999) + b"!")
     shutil.rmtree(run / "step_00000006")
     assert drop_unusable(Folder.open(run)) == [
-        f"{run}/step_00000006: is gone",
-        f"{run}/step_00000008/{STATE_FILE}: is damaged: its content is not what was written",
-        "going on from the checkpoint before, step_00000004",
+        f"{run}/step_00000006: is missing",
+        f"{run}/step_00000008/{STATE_FILE}: is damaged: its content differs from what was written",
+        "resuming from the previous checkpoint, step_00000004",
     ]
     manager = CheckpointManager(CheckpointConfig(num_to_keep=2), StorageContext(str(tmp_path), "run"))
     assert manager.latest_checkpoint_result is not None
     assert manager.latest_checkpoint_result.checkpoint.path == f"{run}/step_00000004"
     shutil.rmtree(run / "step_00000004")
-    with pytest.raises(CheckpointError, match=r"step_00000004: is gone(?s:.*)to train the run from the start"):
+    with pytest.raises(CheckpointError, match=r"step_00000004: is missing(?s:.*)to train the run from the start"):
         drop_unusable(Folder.open(run))
     (run / SNAPSHOT).write_text("{}")
     with pytest.raises(CheckpointError, match=f"{SNAPSHOT}: is not Ray Train's list"):

@@ -188,9 +188,9 @@ def test_a_pool_that_no_node_can_hold_is_an_error_not_a_hang(
     job = job_of(tmp_path, drawn_splits, teacher, "pool", cluster={"workers": 1})
     assert job.teacher is not None
     for keys, message in (
-        ({"resources": {"teacher": 1}}, r"no node has what a process asks \(1 CPU, 1 teacher\)"),
-        ({"gpus": 0.5}, "no node has what a process asks"),
-        ({"actors": [9, 9]}, "9 processes of 1 CPU asked"),
+        ({"resources": {"teacher": 1}}, r"no node has what a process requests \(1 CPU, 1 teacher\)"),
+        ({"gpus": 0.5}, "no node has what a process requests"),
+        ({"actors": [9, 9]}, "9 processes of 1 CPU requested"),
     ):
         changed = job.replace({f"teacher.pool.{key}": value for key, value in keys.items()})
         with pytest.raises(ClusterError, match=message):

@@ -127,7 +127,7 @@ def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: d
     assert time.monotonic() - started < 20
     text = str(caught.value)
     assert not (tmp_path / "run").exists(), "nothing is written before the cluster is known to suffice"
-    assert "64" in text and "GPUs asked, the cluster has 0" in text and "CPUs asked, the cluster has" in text
+    assert "64" in text and "GPUs requested, the cluster has 0" in text and "CPUs requested, the cluster has" in text
 
 
 def test_a_damaged_shard_is_told_and_not_tried_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:

@@ -108,7 +108,7 @@ def test_all_faults_at_once_and_long_lists_are_cut(tmp_path: Path) -> None:
             '{"images": [], "annotations": [], "categories": [], "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
             "nested too deeply",
         ),
-        ('{"images": [{"id": ' + "1" * 5000 + "}]}", "a number of thousands of digits"),
+        ('{"images": [{"id": ' + "1" * 5000 + "}]}", "a number with thousands of digits"),
         ('{"images": [], "annotations": [], "annotations": [], "categories": []}', "has the key 'annotations' twice"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ],
@@ -226,7 +226,7 @@ def test_keys_whose_meaning_is_lost_are_told_once_with_their_count(tmp_path: Pat
         )
     difficult, rotation = read_coco(files.save().json).warnings
     assert difficult.startswith("'difficult' is set in 5 of 15 annotations; they are trained on as ordinary boxes")
-    assert rotation == "'attributes.rotation' is set in 1 of 15 annotations; 'bbox' is used as it is, upright"
+    assert rotation == "'attributes.rotation' is set in 1 of 15 annotations; 'bbox' is used as it is, without rotation"
 
 
 def test_a_category_above_others_that_no_annotation_uses_is_no_class(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_category_above_others_that_no_annotation_uses_is_no_class(tmp_path: P
     files.data["categories"].insert(0, {"id": 0, "name": "ant", "supercategory": "none"})
     split = read_coco(files.save().json)
     assert split.digest() == expected.digest()
-    assert split.warnings == ("category 0 ('ant') is no class: no annotation uses it, and others are under it",)
+    assert split.warnings == ("category 0 ('ant') is not a class: no annotation uses it and others are below it",)
     files.data["annotations"][0]["category_id"] = 0
     files.data["categories"][0]["name"] = files.data["categories"][1]["supercategory"] = "insects"
     assert "insects" in read_coco(files.save().json).classes, "it is used"
@@ -248,7 +248,7 @@ def test_a_category_that_marks_what_to_ignore_is_told(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     files.data["categories"][0]["name"] = "ignored regions"  # VisDrone
     (warning,) = read_coco(files.save().json).warnings
-    assert warning.startswith("'ignored regions' will be learnt as any other class")
+    assert warning.startswith("'ignored regions' will be learnt like any other class")
 
 
 def _rewritten(files: CocoFiles, form: Any, fractions: bool = False) -> CocoFiles:

@@ -82,7 +82,7 @@ def test_prepare_finds_them_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         image["file_name"] = "C:\\photos\\" + image["file_name"].replace("/", "\\")
     assert main([files.save().json, files.images, "--out", files.out]) == 0
     assert (
-        "warning: 5 of 12 file names are written otherwise in the images folder and were found there, for example "
+        "warning: 5 of 12 file names are spelled differently in the images folder, where their files were found, for example "
         r"'C:\\photos\\0.jpg' -> '0.jpg'"
     ) in capsys.readouterr().err
     shards = [(Path(place) / "shard-00000.parquet").read_bytes() for place in (files.out, expected.folder.path)]

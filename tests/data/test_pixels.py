@@ -155,7 +155,7 @@ def test_a_range_makes_16_bit_images_bright(files: CocoFiles, capsys: pytest.Cap
 
 
 def test_a_range_that_clips_or_is_not_used_is_told(files: CocoFiles) -> None:
-    assert "there is none, so --range is not used" in prepared(files, value_range=(0, 4095)).meta.warnings[0]
+    assert "there are none, so --range is not used" in prepared(files, value_range=(0, 4095)).meta.warnings[0]
     dark(files, 0, 4095)
     (warning,) = prepared(files, value_range=(0, 1023), overwrite=True).meta.warnings
     assert warning.endswith("and 4090; what is outside --range is clipped")

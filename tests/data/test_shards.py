@@ -51,14 +51,14 @@ def test_damaged_meta(out: Path, content: str) -> None:
         ({"row_group": 0}, "row_group: input should be greater than or equal to 1"),
         ({"row_group": "16"}, "row_group: input should be a valid integer"),
         ({"row_group": 10**30}, "row_group: "),
-        ({"shards": []}, "shards: empty; images: 12, the shards hold 0"),
+        ({"shards": []}, "shards: empty; images: 12, but the shards hold 0"),
         ({"shards": [{"name": "shard-00000.parquet"}]}, r"shards\.0\.images: field required"),
         ({"shards": None}, "shards: input should be a valid array"),
         ({"classes": None}, "classes: input should be a valid array"),
-        ({"classes": ["a", "a", "b"]}, "classes: something is there twice"),
+        ({"classes": ["a", "a", "b"]}, "classes: has duplicates"),
         ({"classes": ["a"]}, "1 classes, 3 category_ids"),
         ({"category_ids": [1, 2, 2**70]}, "category_ids"),
-        ({"images": 13}, "images: 13, the shards hold 12"),
+        ({"images": 13}, "images: 13, but the shards hold 12"),
         ({"value_range": [5, 3]}, "value_range: must ascend"),
         ({"upright": "yes", "boxes": -1}, "boxes: .*; upright: "),
     ],
@@ -75,7 +75,7 @@ def test_shards_do_not_leave_their_folder(out: Path, name: str) -> None:
     fields = json.loads((out / META).read_text())
     fields["shards"][1]["name"] = name
     (out / META).write_text(json.dumps(fields))
-    with pytest.raises(DataError, match=r"meta\.json: damaged \(shards\.1\.name: .* is no shard's"):
+    with pytest.raises(DataError, match=r"meta\.json: damaged \(shards\.1\.name: .* is not a shard's name"):
         ShardSet.open(str(out))
 
 
@@ -120,8 +120,8 @@ def read_all(shards: ShardSet, shard: int) -> None:
         ("boxes", lambda boxes: [[9, 9, 3, 12]] * len(boxes), "a box is not"),
         ("boxes", lambda boxes: [], "0 boxes"),
         ("crowd", lambda crowd: [True] * len(crowd), "the index counts"),
-        ("image_id", lambda image_id: image_id + 1, "other id or size than in the index"),
-        ("width", lambda width: None, "other id or size than in the index"),
+        ("image_id", lambda image_id: image_id + 1, "id or size differs from the index"),
+        ("width", lambda width: None, "id or size differs from the index"),
     ],
 )
 def test_rows_that_do_not_fit(out: Path, column: str, change: Callable[[Any], Any], words: str) -> None:
@@ -144,7 +144,7 @@ def test_a_shard_of_fewer_rows(out: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("image_id", 1, "an image is there twice"),
+        ("image_id", 1, "an image is listed twice"),
         ("shard", 0, "not in the order of the shards"),
         ("row", 7, "not in the order of the shards"),
         ("width", 0, "sizes below 1"),
@@ -165,13 +165,13 @@ def test_an_index_that_cannot_be(out: Path, column: str, value: int | None, word
     ("change", "words"),
     [
         (lambda truth: truth.pop("images"), "images: "),
-        (lambda truth: truth["images"].pop(), "other images than in the shards"),
-        (lambda truth: truth["categories"].pop(), "other categories than in meta.json"),
-        (lambda truth: truth["annotations"][0].update(image_id=3), "annotation .*: image or category unknown"),
+        (lambda truth: truth["images"].pop(), "its images are not those of the shards"),
+        (lambda truth: truth["categories"].pop(), "its categories are not those of meta.json"),
+        (lambda truth: truth["annotations"][0].update(image_id=3), "annotation .*: unknown image or category"),
         (lambda truth: truth["annotations"][0].update(bbox=[1, 2, 3]), r"annotations\.0\.bbox\.3: field required"),
         (lambda truth: truth["annotations"][0].update(bbox=[1, 2, math.nan, 3]), r"annotations\.0\.bbox\.2: "),
         (lambda truth: truth["annotations"][0].update(area="big"), r"annotations\.0\.area: "),
-        (lambda truth: truth["annotations"].append(truth["annotations"][0]), "an annotation id is there twice"),
+        (lambda truth: truth["annotations"].append(truth["annotations"][0]), "an annotation id is used twice"),
         (lambda truth: truth.update(annotations=None), "annotations: "),
     ],
 )

@@ -280,8 +280,8 @@ def test_losses_stay_float32_under_autocast() -> None:
 def problems() -> Iterator[tuple[str, dict[str, Any], Detector | None, str]]:
     yield "head", {}, None, "method head needs one"
     yield "supervised", {}, teacher_of("head"), "method supervised uses none"
-    yield "fitnet", {}, teacher_of("head"), "needs a retinanet teacher, this one is a faster_rcnn"
-    yield "head", {}, teacher_of("head", classes=5), "the teacher knows 5 classes, the data has 3"
+    yield "fitnet", {}, teacher_of("head"), "needs a retinanet teacher, but this one is a faster_rcnn"
+    yield "head", {}, teacher_of("head", classes=5), "the teacher has 5 classes, but the data has 3"
     yield "copy_only", {"copy_head": False}, teacher_of("head"), "distill.copy_head"
     yield "akd", {"assistant": {"fcs": 3}, "copy_head": False}, teacher_of("head"), "3 fully connected layers, the teacher 2"
     yield (

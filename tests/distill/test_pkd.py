@@ -100,7 +100,7 @@ def test_any_method_with_a_teacher_takes_it(method: str) -> None:
 def test_a_pyramid_of_another_width_is_refused_with_the_key() -> None:
     spec = faster_rcnn_spec().model_dump()
     wide = type(faster_rcnn_spec()).model_validate({**spec, "neck": {**spec["neck"], "channels": 8}})
-    with pytest.raises(JobError, match=r"distill\.pkd_weight: .* 16 channels, the teacher's 8: set student\.neck"):
+    with pytest.raises(JobError, match=r"distill\.pkd_weight: .* 16 channels, the teacher's 8; set student\.neck"):
         model_of(teacher_of(wide), pkd_weight=1.0, copy_head=False)
 
 

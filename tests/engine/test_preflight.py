@@ -36,7 +36,7 @@ def test_the_teacher_is_checked_although_the_data_is_missing(tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         preflight(job)
     assert len(caught.value.problems) == 3
-    assert "needs a retinanet teacher, this one is a faster_rcnn" in caught.value.problems[2]
+    assert "needs a retinanet teacher, but this one is a faster_rcnn" in caught.value.problems[2]
 
 
 def test_a_student_that_timm_does_not_know_is_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

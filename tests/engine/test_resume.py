@@ -74,7 +74,7 @@ def test_sigterm_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path, dra
     process.terminate()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 143, told
-    (last,) = re.findall(r"stopped as asked at step (\d+) of 44, with a checkpoint; .* goes on", told.splitlines()[-1])
+    (last,) = re.findall(r"stopped as requested at step (\d+) of 44, with a checkpoint; .* resumes", told.splitlines()[-1])
     assert "Traceback" not in told and int(last) % 11, "stopped at the end of an epoch: nothing was tested"
 
     records: list[dict[str, Any]] = []
@@ -90,12 +90,12 @@ def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path, drawn_s
     records: list[dict] = []
     notes: list[str] = []
     assert train(job, records.append, notes.append) == first and not records
-    assert len(notes) == 1 and f"{tmp_path}/run had ended at step 11: nothing was trained now" in notes[0]
+    assert len(notes) == 1 and f"{tmp_path}/run has already ended, at step 11: this is its result" in notes[0]
 
     meta = tmp_path / "val" / "meta.json"
     fields = json.loads(meta.read_text())
     meta.write_text(json.dumps({**fields, "fingerprint": "0" * 64}))
-    with pytest.raises(UserError, match=r"data\.val: the run .*/run has ended, and was trained with other data .*run\.name"):
+    with pytest.raises(UserError, match=r"data\.val: the run .*/run has ended, and was trained on different data .*run\.name"):
         train(job, lambda record: None)
 
 
@@ -140,8 +140,8 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path, drawn_s
     result = train_here(job, records.append)
     notes = [record["note"] for record in records if "note" in record]
     assert notes == [
-        f"{folder}/step_00000006/training_state.pt: is damaged: its content is not what was written",
-        "going on from the checkpoint before, step_00000004",
+        f"{folder}/step_00000006/training_state.pt: is damaged: its content differs from what was written",
+        "resuming from the previous checkpoint, step_00000004",
     ]
     assert [record["step"] for record in records if "losses" in record] == list(range(5, 12))
     whole = train_here(micro_job(tmp_path, drawn_splits, "whole", **sections), lambda record: None)
@@ -152,7 +152,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path, drawn_s
     with pytest.raises(CheckpointError) as caught:
         train_here(micro_job(tmp_path, drawn_splits, "both", **sections), lambda record: None)
     text = str(caught.value)
-    assert "step_00000006/student/model.safetensors: is damaged" in text and "step_00000004: is gone" in text
+    assert "step_00000006/student/model.safetensors: is damaged" in text and "step_00000004: is missing" in text
     assert f"delete {tmp_path}/both/checkpoints to train the run from the start" in text
 
 

@@ -39,7 +39,7 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "method fitnet needs a retinanet student",
         ),
         ({"method": "copy_only", "distill": {"copy_head": False}}, "distill.copy_head", "method copy_only copies"),
-        ({"optim": {"milestones": [8, 8]}}, "optim.milestones", r"[8, 8] does not ascend"),
+        ({"optim": {"milestones": [8, 8]}}, "optim.milestones", r"[8, 8] is not in ascending order"),
         ({"optim": {"milestones": [8, 12]}}, "optim.milestones", r"[12] is not before the end"),
         (
             {"data": {"train": "a", "val": "b", "short_side": [800, 640]}},
@@ -59,7 +59,7 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         (
             {"eval": {"max_detections": 300}},
             "student.head.postprocess.max_detections",
-            "keeps 100 an image, fewer than eval.max_detections (300) counts; set it to at least 300",
+            "keeps 100 per image, but eval.max_detections counts 300; set it to at least 300",
         ),
         (
             {"student": {"kind": "retinanet", "backbone": {"norm_eval": False}}},
@@ -80,32 +80,32 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         (
             {"method": "copy_only", "distill": {"rois": "teacher"}},
             "distill.rois",
-            "method copy_only compares no RoIs with a teacher's; use student, or method akd or head",
+            "method copy_only does not compare RoIs with a teacher; use student, or method akd or head",
         ),
         (
             {"student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}, "distill": {"rois": "teacher"}},
             "distill.rois",
-            "a faster_rcnn student looks at RoIs of its own; use student",
+            "a faster_rcnn student uses its own RoIs; use student",
         ),
         (
             {"student": {"kind": "cascade_rcnn", "backbone": {"weights": "timm"}}, "distill": {"rois": "teacher"}},
             "distill.rois",
-            "a cascade_rcnn student looks at RoIs of its own; use student",
+            "a cascade_rcnn student uses its own RoIs; use student",
         ),
         (
             {"method": "fitnet", "teacher": {"checkpoint": "t", "placement": "pool"}},
             "teacher.placement",
-            "method fitnet asks its teacher nothing that could be asked elsewhere; use inline",
+            "method fitnet has no teacher queries that could run elsewhere; use inline",
         ),
         (
             {"method": "copy_only", "teacher": {"checkpoint": "t", "placement": "cache"}},
             "teacher.placement",
-            "method copy_only asks its teacher nothing that could be asked elsewhere; use inline",
+            "method copy_only has no teacher queries that could run elsewhere; use inline",
         ),
         (
             {"teacher": {"checkpoint": "t", "placement": "cache"}},
             "teacher.placement",
-            "the student's RoIs are other ones in every step, so no cache can hold what a teacher says about them",
+            "the student's RoIs change in every step, so no cache can hold the teacher's outputs for them",
         ),
         (
             {"teacher": {"checkpoint": "t", "placement": "pool"}, "distill": {"rois": "teacher"}, "cluster": {"workers": 0}},
@@ -156,7 +156,7 @@ def test_a_supervised_fcos():
     student |= {"neck": {"extra": "pool"}, "head": {"regress_ranges": [64.0, 32.0, 256.0, 512.0], "channels": 48}}
     assert found(method="supervised", teacher=None, student=student) == [
         ("student.neck.extra", "pool makes no P7; fcos needs conv_c5 or conv_p5"),
-        ("student.head.regress_ranges", "[64.0, 32.0, 256.0, 512.0] does not ascend"),
+        ("student.head.regress_ranges", "[64.0, 32.0, 256.0, 512.0] is not in ascending order"),
         ("student.head.norm_groups", "32 does not divide student.head.channels (48)"),
     ]
 
@@ -220,7 +220,7 @@ def test_an_assistant_of_the_student_s_own_kind_is_warned_about():
     keys = {"run": {"name": "r"}, "data": {"train": "t", "val": "v"}, "method": "tf_head"}
     own, other = ({"assistants": {name: {}}} for name in ("retinanet", "fcos"))
     (warning,) = warnings(Job.model_validate({**keys, "distill": own}))
-    assert warning.startswith("distill.assistants.retinanet: of the student's own kind")
+    assert warning.startswith("distill.assistants.retinanet: is of the student's own kind")
     assert warnings(Job.model_validate({**keys, "distill": other})) == []
 
 

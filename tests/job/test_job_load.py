@@ -127,7 +127,7 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("student.pixels.std=[1, 0, 1]", "0 must be at least 1e-06"),
         (
             "run.name=my run",
-            "'my run' may hold letters, digits, dot, dash and underscore alone, and starts with a letter or digit",
+            "'my run' may contain only letters, digits, dots, dashes and underscores, and must start with a letter or digit",
         ),
         ("data.train=", "is empty (null); text is expected"),
         ("data.train=''", "is empty"),
@@ -136,13 +136,13 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("data.short_side=(640, 800)", "'(640, 800)' is not a list; write [640, 800]"),
         ("optim.milestones=8", "8 is not a list; write [8]"),
         ("data.short_side=[1, 2, 3]", "[1, 2, 3] has 3 values; 2 are expected"),
-        ("method=heads", "'heads' is none of supervised, assist, akd, head, copy_only, fitnet, tf_head; did you mean head?"),
-        ("optim.precision=int4", "'int4' is none of fp32, bf16"),
+        ("method=heads", "'heads' is not one of supervised, assist, akd, head, copy_only, fitnet, tf_head; did you mean head?"),
+        ("optim.precision=int4", "'int4' is not one of fp32, bf16"),
         (
             "student.kind=retina",
-            f"'retina' is none of {KINDS}; did you mean retinanet?",
+            f"'retina' is not one of {KINDS}; did you mean retinanet?",
         ),
-        ("student.kind=null", f"null is none of {KINDS}"),
+        ("student.kind=null", f"null is not one of {KINDS}"),
         ("student.head.anchors.ratios=[]", "the list is empty"),
         ("optim=3", "3 is not a section (a mapping of keys)"),
         ("optim=null", "is empty; give its keys or remove it"),
@@ -152,12 +152,12 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
             "is set by the detector itself; remove it (student.backbone.weights chooses the initial weights)",
         ),
         ("student.backbone.kwargs.features_only=true", "is set by the detector itself; remove it"),
-        ("student.backbone.kwargs.chanels=[8]", "is none of the arguments that shape a network; did you mean channels?"),
+        ("student.backbone.kwargs.chanels=[8]", "is not one of the arguments that shape a network; did you mean channels?"),
         (
             "student.backbone.kwargs.layers=[10000000]",
-            "[10000000] is not a whole number from 1 to 256, or a list of such, one a stage",
+            "[10000000] is not a whole number from 1 to 256, or a list of such numbers, one per stage",
         ),
-        ("student.backbone.kwargs.stem_width=8.5", "8.5 is not a whole number from 1 to 65536, or a list of such"),
+        ("student.backbone.kwargs.stem_width=8.5", "8.5 is not a whole number from 1 to 65536, or a list of such numbers"),
         ("student.backbone.kwargs.drop_path_rate=5", "5 is not a number from 0 to below 1"),
         ("student.backbone.kwargs.norm_layer=a/b.pth", "'a/b.pth' is not a short name of letters, digits and underscores"),
     ],
@@ -240,7 +240,7 @@ lr: 3
         "set student.backbone.weights (timm, or a file) or frozen_stages: 0",
         "job.yaml:13: student.backbone.norm_eval: true would keep BatchNorm from learning its statistics; "
         "set student.backbone.weights (timm, or a file) or norm_eval: false",
-        f"job.yaml:14: student.kind: 'retinanat' is none of {KINDS}; did you mean retinanet?",
+        f"job.yaml:14: student.kind: 'retinanat' is not one of {KINDS}; did you mean retinanet?",
         "job.yaml:16: student.head.channel: unknown key; did you mean student.head.channels?",
         "job.yaml:17: teacher: method supervised uses no teacher; remove the section (or override teacher=null)",
         "job.yaml:20: lr: unknown key; did you mean optim.lr?",
@@ -376,7 +376,7 @@ def test_override_creates_a_section(write):
         ("=3", "write it as key.path=value, for example optim.lr=0.02"),
         ("optim..lr=3", "write it as key.path=value, for example optim.lr=0.02"),
         ("--optim.lr=3", "write it as key.path=value, for example optim.lr=0.02"),
-        ("method.kind=3", "method is 'supervised' and not a section of keys"),
+        ("method.kind=3", "method is 'supervised', not a section of keys"),
         ("data.short_side=[1", "not valid YAML"),
         ("optim.lr=!!python/name:os.system x", "optim.lr: tag !!python/name:os.system does not fit here; remove it"),
         ("optim={lr: 1, lr: 2}", "optim.lr: written twice"),
@@ -434,10 +434,10 @@ def test_a_cascade_s_lists_are_one_value_a_stage(write):
         pytest.param("x: " + "[" * 100_000, r"job.yaml:1:54: x\[0\]\[0\] is nested more than 50 deep", id="deep"),
         pytest.param("x:\n" + "".join(f"{' ' * i}y:\n" for i in range(1, 99)), r"job.yaml:51:51: x.y.y is nested", id="block"),
         pytest.param("".join(f"k{i}: 1\n" for i in range(10_001)), r"job.yaml:10000:8: more than 10000 keys", id="many"),
-        pytest.param("# " + "x" * 2**20, r"job.yaml: has more than 1 MiB, so it is no job file", id="large"),
+        pytest.param("# " + "x" * 2**20, r"job.yaml: has more than 1 MiB, so it is not a job file", id="large"),
         pytest.param(
             "a: &a [1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl")),
-            r"job.yaml:1:4: e\[5\]\[2\]: its aliases stand for more than 10000 values",
+            r"job.yaml:1:4: e\[5\]\[2\]: its aliases expand to more than 10000 values",
             id="bomb",
         ),
     ],
@@ -468,9 +468,9 @@ def test_an_alias_that_contains_itself(write):
 def test_an_escape_for_what_is_not_text_is_told_with_its_key(write, escape):
     code = {"\\ud800": "D800", "\\0": "0000", "\\e[31m": "001B"}[escape]
     assert mistakes(write(MINIMAL + f'"{escape}": 1\n'), f'run.storage="a{escape}"', f'data.train="{escape}"') == [
-        f"job.yaml:10: a key holds the character U+{code}, which is not text; remove it",
-        f'override run.storage="a{escape}": run.storage: holds the character U+{code}, which is not text; remove it',
-        f'override data.train="{escape}": data.train: holds the character U+{code}, which is not text; remove it',
+        f"job.yaml:10: a key contains the character U+{code}, which is not text; remove it",
+        f'override run.storage="a{escape}": run.storage: contains the character U+{code}, which is not text; remove it',
+        f'override data.train="{escape}": data.train: contains the character U+{code}, which is not text; remove it',
     ]
 
 

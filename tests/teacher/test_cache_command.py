@@ -64,7 +64,7 @@ def test_build_verify_info_and_what_a_changed_job_is_told(
     with_logits = [job, "teacher.cache.logits=3", f"teacher.cache.path={job_file.parent / 'more'}"]
     assert cache.main(["build", *with_logits]) == 0
     assert cache.main(["verify", *with_logits, "--sample", "10"]) == 0
-    assert "class of the greatest logit: the same for 100.00% of the RoIs" in capsys.readouterr().out
+    assert "class of the largest logit: the same for 100.00% of the RoIs" in capsys.readouterr().out
 
     other = teacher_in(job_file.parent, drawn_splits, 2)
     message = refused(["verify", job, f"teacher.checkpoint={other}", "data.short_side=[64, 72]"], capsys)
@@ -126,4 +126,4 @@ def test_bench_teacher_measures_and_recommends(job_file: Path, capsys: pytest.Ca
         assert name in output
     with pytest.raises(SystemExit):
         bench.main([*arguments, "method=supervised", "teacher=null", "distill.rois=student"])
-    assert "has no teacher that could be placed" in capsys.readouterr().err
+    assert "has no teacher to place" in capsys.readouterr().err

@@ -46,10 +46,10 @@ def test_outputs_follow_class_names_and_the_log_says_so(change: str, tmp_path: P
     first, *_ = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert first["note"] == teacher.note
     told = {
-        "superset": [f"{len(classes)} of {len(classes)} matched", "left out, for the data does not have them: 'zebra'"],
+        "superset": [f"{len(classes)} of {len(classes)} matched", "left out because the data does not have them: 'zebra'"],
         "subset": [
             f"{len(classes) - 2} of {len(classes)} matched",
-            f"fresh, for the teacher does not know them: {classes[0]!r}",
+            f"new weights for classes that the teacher does not know: {classes[0]!r}",
         ],
         "order": [f"{len(classes)} of {len(classes)} matched"],
     }[change]
@@ -79,8 +79,8 @@ def test_a_teacher_of_partly_other_classes(tmp_path: Path, drawn_splits: dict[st
     loud = classes[1].upper()
     assert teacher.note.split("; ") == [
         f"teacher: its head's outputs follow the data's class names ({len(classes) - 2} of {len(classes)} matched)",
-        f"fresh, for the teacher does not know them: {classes[0]!r}, {classes[1]!r}",
-        f"warning: different in letter case alone, and so not matched: {classes[1]!r} (the teacher's {loud!r})",
-        f"left out, for the data does not have them: 'zebra', {loud!r}",
+        f"new weights for classes that the teacher does not know: {classes[0]!r}, {classes[1]!r}",
+        f"warning: not matched because the letter case differs: {classes[1]!r} (the teacher's {loud!r})",
+        f"left out because the data does not have them: 'zebra', {loud!r}",
     ]
     preflight(job)

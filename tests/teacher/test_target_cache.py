@@ -179,7 +179,7 @@ def test_a_file_of_another_recipe(tmp_path: Path) -> None:
     one, other = filled(tmp_path / "one"), filled(tmp_path / "other", data__flip=0.25)
     assert one.digest != other.digest
     path_of(one).write_bytes(path_of(other).read_bytes())
-    assert "of another recipe; delete it" in refused(one)
+    assert "built with other settings or data; delete it" in refused(one)
     other.check()
     assert other.sound(0, 0)
 
@@ -250,7 +250,7 @@ def test_every_field_in_which_recipes_differ_is_named(cache: Cache) -> None:
     for look in (other.check, other.begin):
         with pytest.raises(CacheError) as caught:
             look()
-        assert caught.value.headline is not None and "a cache of something else" in caught.value.headline
+        assert caught.value.headline is not None and "built with other settings or data; use" in caught.value.headline
         assert caught.value.problems == [
             "data.flip: the cache was built with 0.5, the job has 0.25",
             "new: the cache was built with None, the job has 1",

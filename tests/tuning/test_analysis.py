@@ -129,7 +129,7 @@ def test_importance_finds_the_key_that_matters(folder: SearchFolder) -> None:
     shares, note = importances(search, trials)
     assert max(shares, key=lambda key: shares[key]) == "distill.assistants.fcos.ckd_weight"
     assert math.isclose(sum(shares.values()), 1, rel_tol=1e-6)
-    assert note == "fANOVA over 16 finished trials. Left out, for not all of these have them: optim.momentum."
+    assert note == "fANOVA over 16 finished trials. Left out, because not all of these have them: optim.momentum."
     assert importances(search, trials[:3]) == ({}, "3 trials have finished; importances need at least 8.")
 
 

@@ -99,7 +99,7 @@ searcher: {kind: tp}
 """
     kinds = "uniform, loguniform, randint, lograndint, choice"
     assert mistakes(text, "budget.trial=3") == [
-        "search.yaml:1: run.name: missing (Name of the search: its folder under storage)",
+        "search.yaml:1: run.name: missing (Name of the search and of its folder under storage)",
         "search.yaml:1: run.nam: unknown key; did you mean run.name?",
         "search.yaml:4: space.optim.lrr: unknown key; did you mean optim.lr?",
         "search.yaml:5: space.optim.lr.loguniform: [0.01, 0.001] is not [lowest, highest]",
@@ -108,14 +108,14 @@ searcher: {kind: tp}
         "search.yaml:7: space.distill.warmup_steps at 10.0: distill.warmup_steps: 10.0 must be a whole number; write 10",
         "search.yaml:8: space.distill.ckd_epochs at 12: distill.ckd_epochs: 12 is not before the end of training "
         "(optim.epochs is 12); null = never stop",
-        "search.yaml:9: space.run.seed: cannot be searched: a search names and seeds its runs itself",
-        "search.yaml:10: space.cluster.workers: cannot be searched: it says where a trial runs",
+        "search.yaml:9: space.run.seed: cannot be searched: the search sets names and seeds of its runs",
+        "search.yaml:10: space.cluster.workers: cannot be searched: it decides where a trial runs",
         f"search.yaml:11: space.optim.gamma: has uniform and choice; give exactly one of {kinds}",
         "search.yaml:12: space.optim.weight_decay.unifrm: unknown key; did you mean uniform?",
         "search.yaml:13: space.optim.momentum: 0.9 is not a range; write for example {uniform: [0, 1]} or {choice: [1, 2]}",
         "search.yaml:14: space.distill.assistants.fcos.gt_weight.when: optim.optimiser: unknown key; "
         "did you mean optim.optimizer?",
-        "search.yaml:15: searcher.kind: 'tp' is none of random, grid, tpe; did you mean tpe?",
+        "search.yaml:15: searcher.kind: 'tp' is not one of random, grid, tpe; did you mean tpe?",
         "override budget.trial=3: budget.trial: unknown key; did you mean budget.trials?",
     ]
 
@@ -135,12 +135,15 @@ def test_the_base_job_s_mistakes_are_named_too(here: Path) -> None:
         ("space=null", "space: is empty; give its keys or remove it"),
         ("space.optim.lr=null", "space: is empty; name at least one job key, for example optim.lr"),
         ("searcher.kind=grid", "space.optim.lr: a grid needs values to list; give loguniform a step, or use choice"),
-        ("budget.trials=null", "budget.trials: searcher tpe does not end by itself; give a number, or budget.minutes"),
+        ("budget.trials=null", "budget.trials: searcher tpe never ends by itself; give a number, or budget.minutes"),
         ("seeds=[1, 1]", "seeds: [1, 1] has a seed twice"),
         ("space.optim.lr.step=0.1", "space.optim.lr: has no values; give exactly one of"),
         ("space.optim.lr={lograndint: [1, 4], step: 2}", "space.optim.lr.step: lograndint takes no step"),
         ("space.optim.epochs={randint: [12, 20], step: 1.5}", "space.optim.epochs.step: 1.5 is not a whole number"),
-        ("space.optim.lr={uniform: [0.1, 0.2], step: 1e-12}", "space.optim.lr.step: 1e-12 makes more than 1000000 values"),
+        (
+            "space.optim.lr={uniform: [0.1, 0.2], step: 1e-12}",
+            "space.optim.lr.step: 1e-12 splits the range into more than 1000000 values",
+        ),
         ("budget.minutes=1e300", "budget.minutes: 1e300 must be at most 1000000000"),
         ("space.optim.lr.loguniform=[1e-3, 1e300]", "space.optim.lr.loguniform[1]: 1e300 must be at most 1e+15"),
         ("space.optim.lr={uniform: 0.1}", "space.optim.lr.uniform: 0.1 is not a list; write [0.1, 0.1]"),
@@ -171,7 +174,7 @@ def test_conditions_in_a_circle(here: Path) -> None:
     circle = (
         "  optim.gamma: {uniform: [0.1, 1], when: {optim.ema: 0.9}}\n  optim.ema: {choice: [0.9], when: {optim.gamma: 1.0}}\n"
     )
-    assert mistakes(SEARCH + circle) == ["search.yaml:3: space: conditions (when) in a circle: optim.gamma, optim.ema"]
+    assert mistakes(SEARCH + circle) == ["search.yaml:3: space: circular conditions (when): optim.gamma, optim.ema"]
 
 
 def test_two_objectives_need_every_trial_whole(here: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
     assert killed[0].state == "finished" and running >= 1 and workers
 
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and "is a search already: go on with it (--resume)" in refused.stderr
+    assert refused.returncode == 2 and "is already a search: continue it (--resume)" in refused.stderr
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     trials = folder.trials()

@@ -44,7 +44,7 @@ def test_data_that_is_not_there_is_found_before_anything_is_written(search: str,
 def test_a_search_is_started_once_and_resumed_after(search: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no search to resume; start it without --resume" in refused(capsys, search, "--resume")
     SearchFolder.open("runs/s").start(load_search(search))
-    assert "is a search already: go on with it (--resume), or choose another run.name" in refused(capsys, search)
+    assert "is already a search: continue it (--resume), or choose another run.name" in refused(capsys, search)
     assert "space: the search runs/s was started with another" in refused(
         capsys, search, "space.optim.lr.uniform=[0.01, 0.03]", "--resume"
     )

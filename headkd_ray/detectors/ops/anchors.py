@@ -1,4 +1,4 @@
-"""Anchors of a dense head: every cell (level, y, x) of a pyramid holds the same few boxes, scaled with the level's stride."""
+"""Anchors of a dense head: every cell (level, y, x) of a pyramid has the same few boxes, scaled with the level's stride."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from headkd_ray.job import AnchorSpec
 Shape = tuple[int, int]
 
 PAD = 32
-"""An image counts as padded to a multiple of this when anchors are told valid from invalid (mmdet's Pad, size_divisor=32)."""
+"""Anchors are valid within the image padded to a multiple of this many pixels (mmdet's Pad, size_divisor=32)."""
 
 
 class AnchorGrid(NamedTuple):
-    """All anchors of a batch's pyramid, levels one after another, within a level in the order (y, x, anchor)."""
+    """All anchors of a batch's pyramid, level after level, and in the order (y, x, anchor) within a level."""
 
     boxes: Tensor
-    """(N, 4) float32, pixels of the network input; not clipped."""
+    """(N, 4) float32, pixels of the network input, not clipped."""
     origin: Tensor
     """(N, 2) float32: (y, x) x stride of the anchor's cell, in pixels."""
     counts: tuple[int, ...]
-    """Anchors of each level; their sum is N."""
+    """Number of anchors on each level; the sum is N."""
     shapes: tuple[Shape, ...]
     """(H, W) of each level."""
 
 
 class Anchors:
-    """Makes and remembers the anchors of one head.
+    """Makes and caches the anchors of one head.
 
-    Anchor index within a cell: ratio-major, scale-minor (mmdet's and torchvision's order). Without ``rounding`` anchors
-    centre on (x * stride, y * stride), as in mmdet 2.x and later; with it sizes and corners are whole pixels and the strides
+    Within a cell, anchors are ordered ratio-major, scale-minor, as in mmdet and torchvision. Without ``rounding`` they are
+    centred on (x * stride, y * stride), as in mmdet 2.x and later; with it sizes and corners are whole pixels and the strides
     are image size // feature size, as in torchvision. ``offset`` moves all centres right and down, in units of the stride.
     """
 
@@ -45,7 +45,7 @@ class Anchors:
         self._memo: dict[tuple[tuple[Shape, ...], torch.device], AnchorGrid] = {}
 
     def base(self, stride: int) -> Tensor:
-        """(A, 4) float32 anchors of the cell at the origin of a level with this nominal ``stride``."""
+        """Return the (A, 4) float32 anchors of the cell at the origin of a level with this nominal ``stride``."""
         spec = self.spec
         sizes = spec.base_scale * stride * 2 ** (torch.arange(spec.octave_scales) / spec.octave_scales)
         if spec.rounding:
@@ -57,11 +57,11 @@ class Anchors:
         return (boxes.round() if spec.rounding else boxes) + self.offset * stride
 
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
-        """The anchors for pyramid levels ``features`` (B, C, H, W), on their device."""
+        """Return the anchors for pyramid levels ``features`` (B, C, H, W), on their device."""
         shapes = tuple((f.shape[-2], f.shape[-1]) for f in features)
         key = (shapes, features[0].device)
         if key not in self._memo:
-            if len(self._memo) >= 16:  # multi-scale training meets a few dozen shapes; the oldest goes
+            if len(self._memo) >= 16:  # multi-scale training has a few dozen shapes; drop the oldest
                 del self._memo[next(iter(self._memo))]
             self._memo[key] = self._make(shapes, features[0].device)
         return self._memo[key]
@@ -77,23 +77,26 @@ class Anchors:
         return AnchorGrid(torch.cat(boxes), torch.cat(origins), counts, shapes)
 
     def _steps(self, shapes: Sequence[Shape]) -> list[Shape]:
-        """Pixels (down, across) from one cell to the next, of each level."""
+        """Return the distance (down, across) in pixels from one cell to the next, for each level."""
         if not self.spec.rounding:
             return [(stride, stride) for stride in self.strides]
         image = tuple(side * self.strides[0] for side in shapes[0])  # exact: batches are padded to multiples of the stride
         return [(image[0] // height, image[1] // width) for height, width in shapes]
 
     def valid(self, grid: AnchorGrid, sizes: Tensor) -> Tensor:
-        """(B, N) bool: the anchors of ``grid`` that count in each image, because their cell lies within its unpadded (h, w) in
-        ``sizes`` (B, 2), rounded up to a multiple of 32, whatever the batch is padded to."""
+        """Return the mask (B, N) of the anchors of ``grid`` that count in each image.
+
+        Their cell lies within the image's unpadded (h, w) in ``sizes`` (B, 2), rounded up to a multiple of 32, whatever the
+        batch is padded to.
+        """
         return valid_anchors(grid, padded_extents(sizes))
 
     def nearest(self, boxes: Tensor, shapes: Sequence[Shape]) -> Tensor:
-        """(N, 4) int64 (level, y, x, anchor) of the anchor nearest to each of ``boxes`` (N, 4) on levels of ``shapes`` (H, W).
+        """Find the anchor nearest to each of ``boxes`` (N, 4) on levels of ``shapes`` (H, W).
 
-        In closed form: of all levels and anchors the shape that overlaps the box most when both have one centre, then the cell
-        of that level whose anchors centre nearest to the box. Where that is far from the box's centre, the anchor of greatest
-        IoU over all cells can be of another shape or level.
+        Returns (N, 4) int64 (level, y, x, anchor). This closed form picks, of all levels and anchors, the shape that overlaps
+        the box most when both have one centre, then the cell of that level whose anchor centres are nearest to the box's. Where
+        these are far from it, the anchor of greatest IoU over all cells can have another shape or level.
         """
         base = torch.stack([self.base(stride) for stride in self.strides]).to(boxes)  # (levels, A, 4)
         size, sides = boxes[:, 2:] - boxes[:, :2], (base[..., 2:] - base[..., :2]).flatten(0, 1)
@@ -103,8 +106,10 @@ class Anchors:
         return self.cells_around(boxes, best // self.per_cell, shapes, best % self.per_cell)
 
     def cells_around(self, boxes: Tensor, level: Tensor, shapes: Sequence[Shape], anchor: Tensor | None = None) -> Tensor:
-        """(N, 4) int64 (level, y, x, anchor): of the given ``level`` (N,) the cell whose anchors centre nearest to each of
-        ``boxes`` (N, 4), with ``anchor`` (N,), 0 by default."""
+        """Find the cell of the given ``level`` (N,) whose anchor centres are nearest to that of each of ``boxes`` (N, 4).
+
+        Returns (N, 4) int64 (level, y, x, anchor), where ``anchor`` (N,) is 0 by default.
+        """
         offset = self.offset * boxes.new_tensor(self.strides)[level].unsqueeze(1)
         step = boxes.new_tensor(self._steps(shapes))[level]
         last = torch.tensor(shapes, device=boxes.device)[level] - 1
@@ -113,19 +118,19 @@ class Anchors:
         return torch.stack([level, y, x, torch.zeros_like(level) if anchor is None else anchor], dim=1)
 
     def cells(self, index: Tensor, level: int, width: int) -> Tensor:
-        """(..., 4) int64 (level, y, x, anchor) of the anchors at position ``index`` (...) of a level ``width`` cells wide."""
+        """Turn positions ``index`` (...) in a level ``width`` cells wide into (..., 4) int64 (level, y, x, anchor)."""
         cell = index // self.per_cell
         return torch.stack([torch.full_like(index, level), cell // width, cell % width, index % self.per_cell], dim=-1)
 
 
 def padded_extents(sizes: Tensor) -> Tensor:
-    """(B, 2) int64 (h, w) of each image on its own padded to a multiple of 32; ``sizes`` (B, 2) are the unpadded ones."""
+    """Round the unpadded (h, w) in ``sizes`` (B, 2) up to multiples of 32; the result is (B, 2) int64."""
     return (sizes + PAD - 1) // PAD * PAD
 
 
 def valid_anchors(grid: AnchorGrid, extents: Tensor) -> Tensor:
-    """(B, N) bool: anchors whose cell lies within its image's padded extent (B, 2).
+    """Return the mask (B, N) of the anchors whose cell lies within each image's (h, w) in ``extents`` (B, 2).
 
-    Cell y of a level is valid when y < ceil(h / stride), which is y * stride < h.
+    Cell y of a level is valid if y < ceil(h / stride), that is, if y * stride < h.
     """
     return (grid.origin < extents.unsqueeze(1)).all(-1)

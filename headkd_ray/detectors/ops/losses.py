@@ -1,4 +1,4 @@
-"""Loss terms as plain sums in float32; normalisers belong to the heads. Every sum over nothing is 0 and has zero gradients."""
+"""Losses as plain sums in float32, which the heads normalise. A sum over nothing is 0 and has zero gradients."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headkd_ray.detectors.ops.boxes import paired_giou, paired_iou
 
 
 def focal_loss_sum(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Sigmoid focal loss, summed: -alpha (1-p)^gamma log p for targets, -(1-alpha) p^gamma log(1-p) for the rest.
+    """Sum the sigmoid focal loss: -alpha (1-p)^gamma log p for targets, -(1-alpha) p^gamma log(1-p) for the rest.
 
     ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``counted`` (B, N) bool, False = no loss.
-    Every entry first pays the background price; then the one entry a row that is a target is corrected, which saves a
-    one-hot target and a second pass over B x N x C.
+    All entries are first summed as background; then the one target in each row is corrected. This saves a one-hot target
+    and a second pass over B x N x C.
     """
     logits = logits.float()
     background = (1 - alpha) * _power(logits.sigmoid(), gamma) * F.softplus(logits)
@@ -33,11 +33,10 @@ def _power(value: Tensor, exponent: float) -> Tensor:
 
 
 def quality_focal_loss_sum(logits: Tensor, labels: Tensor, quality: Tensor, counted: Tensor, beta: float) -> Tensor:
-    """Quality focal loss (GFL), summed: |q - p|^beta times the cross entropy of p with q, which is ``quality`` at a target and
-    0 elsewhere.
+    """Sum the quality focal loss (GFL): |q - p|^beta times the cross entropy of p with q.
 
-    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``quality`` (B, N) in 0..1; ``counted`` (B, N) bool, False =
-    no loss. As in :func:`focal_loss_sum`, the one entry a row that is a target is corrected afterwards.
+    q is ``quality`` (B, N) in 0..1 at a target and 0 elsewhere. ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background;
+    ``counted`` (B, N) bool, False = no loss. As in :func:`focal_loss_sum`, the one target in each row is corrected afterwards.
     """
     logits = logits.float()
     background = _power(logits.sigmoid(), beta) * F.softplus(logits)
@@ -50,10 +49,10 @@ def quality_focal_loss_sum(logits: Tensor, labels: Tensor, quality: Tensor, coun
 
 
 def distribution_focal_loss_sum(bins: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Distribution focal loss (GFL), summed with ``weights`` (..., broadcast): cross entropy of the distribution with the two
-    whole numbers around the target, each by its nearness.
+    """Sum the distribution focal loss (GFL) with ``weights`` (..., broadcast).
 
-    ``bins`` (..., M + 1) logits of the numbers 0 to M; ``target`` (...) at least 0 and below M.
+    It is the cross entropy of the distribution with the two integers around the target, each weighted by its proximity.
+    ``bins`` (..., M + 1) are logits of the numbers 0 to M; ``target`` (...) is at least 0 and below M.
     """
     log = bins.float().log_softmax(-1)
     low = target.floor()
@@ -62,7 +61,7 @@ def distribution_focal_loss_sum(bins: Tensor, target: Tensor, weights: Tensor) -
 
 
 def mean_over_workers(value: Tensor) -> Tensor:
-    """The mean of a scalar that carries no gradient over the processes that train together; itself where there is one."""
+    """Average a scalar without gradient over the processes of a distributed run; a single process gets it unchanged."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
     value = value.clone()
@@ -71,9 +70,9 @@ def mean_over_workers(value: Tensor) -> Tensor:
 
 
 def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0) -> Tensor:
-    """Sum of d = |predicted - target| over the rows (...,) that are ``counted``; predicted and target are (..., 4).
+    """Sum d = |predicted - target|, both (..., 4), over the rows (...,) that are ``counted``.
 
-    With a ``beta`` above 0 smooth L1: d - beta / 2, but d^2 / (2 beta) where d is below ``beta``.
+    With ``beta`` above 0 it is smooth L1: d - beta / 2, but d^2 / (2 beta) where d is below ``beta``.
     """
     if beta > 0:
         distance = F.smooth_l1_loss(predicted.float(), target, reduction="none", beta=beta)
@@ -83,10 +82,10 @@ def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0
 
 
 def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
-    """Sum over boxes ``predicted`` and ``target`` (..., 4) with ``weights`` (...), 0 = no loss.
+    """Sum an IoU loss over boxes ``predicted`` and ``target`` (..., 4) with ``weights`` (...), 0 = no loss.
 
     giou: weight x (1 - generalised IoU); iou: weight x -log IoU, IoU at least 1e-6 (mmdet's IoULoss). Rows of weight 0 compare
-    the target with itself, so that an overflow in one never meets the factor 0.
+    the target with itself, so that an overflow in one is never multiplied by 0.
     """
     predicted = torch.where(weights.unsqueeze(-1) > 0, predicted.float(), target)
     if kind == "giou":
@@ -95,16 +94,16 @@ def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["g
 
 
 def binary_cross_entropy_sum(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Sum of the sigmoid cross entropy of ``logits`` (...) with ``target`` (...), bool or 0..1, where ``counted`` (...)."""
+    """Sum the sigmoid cross entropy of ``logits`` (...) with ``target`` (...), bool or 0..1, where ``counted`` (...)."""
     price = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
     return price.masked_fill(~counted, 0.0).sum()
 
 
 def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
-    """Mean of (student - target)^2 over all elements; 0, not NaN, if there are none. ``target`` gets no gradient."""
+    """Return the mean of (student - target)^2, or 0, not NaN, if there are no elements. ``target`` gets no gradient."""
     return F.mse_loss(student.float(), target.detach().float(), reduction="sum") / max(student.numel(), 1)
 
 
 def cross_entropy_mean(logits: Tensor, labels: Tensor) -> Tensor:
-    """Softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64, averaged over R; 0 if R = 0."""
+    """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64 over R; 0 if R = 0."""
     return F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)

@@ -1,4 +1,4 @@
-"""Which ground-truth box, if any, an anchor, RoI (mmdet's MaxIoUAssigner) or point (FCOS, RepPoints) answers for; batched."""
+"""Batched assignment of ground-truth boxes to anchors and RoIs (mmdet's MaxIoUAssigner, ATSS) and points (FCOS, RepPoints)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def match(
     low_quality_iou: float | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """(B, N) int64: index of the ground-truth box that each box answers for, NEGATIVE or IGNORED.
+    """Assign ground-truth boxes to ``boxes`` (N, 4) or (B, N, 4) by IoU: (B, N) int64 index, NEGATIVE or IGNORED.
 
-    ``boxes`` (N, 4) or (B, N, 4). A box is negative if its best IoU is below ``negative_iou``, positive for its best
-    ground-truth box from ``positive_iou``, else ignored. With ``low_quality_iou`` every ground-truth box also claims all
-    boxes that attain its own best IoU, if that is at least this value; where several claim one box the last wins (mmdet).
-    ``valid`` (B, N): invalid boxes take no part and come out IGNORED.
+    A box is negative if its best IoU is below ``negative_iou``, assigned to its best ground-truth box from ``positive_iou``
+    on, else ignored. With ``low_quality_iou`` every ground-truth box also claims all boxes that attain its own best IoU, if
+    that is at least this value; where several claim one box the last wins (mmdet). Boxes that are not ``valid`` (B, N) take no
+    part and are IGNORED.
     """
     iou = pairwise_iou(boxes, truth.boxes)
     takes_part = truth.present.unsqueeze(1)
@@ -50,11 +50,11 @@ def match(
 
 @torch.no_grad()
 def match_points(reference: Tensor, truth: GroundTruth, low: Tensor, high: Tensor, radius: float | None) -> Tensor:
-    """(B, N) int64: index of the ground-truth box that each point answers for, or NEGATIVE (mmdet's FCOS).
+    """Assign ground-truth boxes to points as mmdet's FCOS does: (B, N) int64 index, or NEGATIVE.
 
-    Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level. A point answers for
-    the smallest of the boxes that hold it, whose farthest side is ``low`` to ``high`` (N,) pixels away, and whose centre is,
-    with a ``radius``, less than that many strides off along both axes.
+    Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level. A point gets the
+    smallest of the boxes that contain it, whose farthest side is ``low`` to ``high`` (N,) pixels away, and, with a ``radius``,
+    whose centre is less than that many strides away along both axes.
     """
     point = ((reference[:, :2] + reference[:, 2:]) * 0.5).unsqueeze(-1)
     x, y = point[:, 0], point[:, 1]
@@ -72,12 +72,12 @@ def match_points(reference: Tensor, truth: GroundTruth, low: Tensor, high: Tenso
 
 @torch.no_grad()
 def match_nearest(reference: Tensor, truth: GroundTruth, base_scale: float, valid: Tensor) -> Tensor:
-    """(B, N) int64: index of the ground-truth box that each point answers for, or NEGATIVE (mmdet's PointAssigner, 1 a box).
+    """Assign each ground-truth box to one point, as mmdet's PointAssigner does: (B, N) int64 index per point, or NEGATIVE.
 
     Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level, a power of 2. A box
-    belongs to the level whose stride is the power of 2 at or below sqrt(w * h) / ``base_scale``, within the levels there are.
+    belongs to the level whose stride is the power of 2 at or below sqrt(w * h) / ``base_scale``, clamped to the given levels.
     It claims the ``valid`` (B, N) point there that is nearest to its centre, in units of its width and height, the first of
-    equals; where several claim one point the nearest wins, the first of equals, and the others go without.
+    equals; where several claim one point the nearest wins, again the first of equals, and the others get none.
     """
     centre = (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2
     size = (truth.boxes[..., 2:] - truth.boxes[..., :2]).clamp(min=1e-6)
@@ -96,12 +96,12 @@ def match_nearest(reference: Tensor, truth: GroundTruth, base_scale: float, vali
 
 @torch.no_grad()
 def match_adaptive(boxes: Tensor, counts: Sequence[int], truth: GroundTruth, topk: int, valid: Tensor) -> Tensor:
-    """(B, N) int64: index of the ground-truth box that each anchor answers for, NEGATIVE or IGNORED (ATSS, as in mmdet).
+    """Assign ground-truth boxes to anchors by ATSS, as in mmdet: (B, N) int64 index, NEGATIVE or IGNORED.
 
-    ``boxes`` (N, 4) are the anchors, ``counts`` how many there are on each level. Candidates for a ground-truth box are the
-    ``topk`` ``valid`` (B, N) anchors of each level whose centres are nearest to its own; of these it takes those whose centre
-    lies inside it and whose IoU is at least mean + standard deviation of its candidates'. Of several boxes that take one anchor
-    it answers for that of the greatest IoU. Invalid anchors come out IGNORED.
+    ``boxes`` (N, 4) are the anchors, ``counts`` the number on each level. Candidates for a ground-truth box are the ``topk``
+    ``valid`` (B, N) anchors of each level whose centres are nearest to its own; it takes those whose centre lies inside it and
+    whose IoU is at least the mean + standard deviation over its candidates. Of several boxes that take one anchor, that of the
+    greatest IoU wins. Invalid anchors are IGNORED.
     """
     iou = pairwise_iou(boxes, truth.boxes)
     x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unsqueeze(-1).unbind(1)
@@ -126,7 +126,7 @@ def match_adaptive(boxes: Tensor, counts: Sequence[int], truth: GroundTruth, top
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, N, ...) of ``table`` (B, M, ...) at ``index`` (B, N) int64; negative indices read row 0."""
+    """Gather the rows (B, N, ...) of ``table`` (B, M, ...) at ``index`` (B, N) int64; negative indices read row 0."""
     index = index.clamp(min=0)
     shape = (*index.shape, *table.shape[2:])
     return table.gather(1, index.reshape(*index.shape, *[1] * (table.dim() - 2)).expand(shape))

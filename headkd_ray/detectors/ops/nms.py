@@ -1,4 +1,4 @@
-"""Non-maximum suppression of many independent groups (image x level, image x class), and packing the survivors."""
+"""Non-maximum suppression in many independent groups (image x level, image x class), and padding of the results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from torchvision.ops import nms
 
 _CUDA_BOXES = 20_000
-"""Boxes an nms call on a GPU: its bit mask needs N^2 / 8 bytes, 50 MB here."""
+"""Most boxes per NMS call on a GPU, whose bit mask needs N^2 / 8 bytes (here 50 MB)."""
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
-    """Indices (M,) int64 of the boxes that survive NMS within their own group, by decreasing score.
+    """Return the indices (M,) int64 of the boxes that survive NMS within their own group, by decreasing score.
 
     ``boxes`` (N, 4), ``scores`` (N,), ``groups`` (N,) int64 from 0. A group's result does not depend on the other groups: on
-    CPU each has its own call (the op is quadratic, so many small calls beat one large one); on GPU groups share calls, told
-    apart by an offset that is added in float64 because float32 would move the boxes by up to 1/64 pixel.
+    CPU each has its own call (the op is quadratic, so many small calls beat one large one); on GPU groups share calls,
+    separated by an offset that is added in float64 because float32 would move the boxes by up to 1/64 pixel.
     """
     if boxes.numel() == 0:
         return groups.new_zeros(0)
@@ -58,9 +58,9 @@ def _nms_call(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, single:
 def pack(image: Tensor, batch: int, limit: int, fields: Mapping[str, tuple[Tensor, float]]) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn rows sorted by score into padded per-image tables.
 
-    ``image`` (M,) int64 says whose row it is; ``fields`` maps a name to (rows (M, ...), padding value). Returns the mask
-    (B, K) of real rows and the fields as (B, K, ...), in the given order within each image; K = the most rows any image has,
-    at most ``limit``.
+    ``image`` (M,) int64 is the image of each row; ``fields`` maps a name to (rows (M, ...), padding value). Returns the mask
+    (B, K) of real rows and the fields as (B, K, ...), in the given order within each image. K is the largest number of rows
+    of an image, at most ``limit``.
     """
     order = image.argsort(stable=True)
     counts = image.bincount(minlength=batch)

@@ -1,6 +1,6 @@
-"""From a dense head's raw maps to proposals, which remember the anchor cell they came from, and to detections.
+"""Post-processing of a dense head's raw maps into proposals, which keep the cell that they came from, and into detections.
 
-Shared by all dense heads and the RPN; a cell of a head of points counts as its one anchor.
+All dense heads and the RPN share it; an anchor-free head has one anchor per cell here.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from headkd_ray.detectors.ops.nms import grouped_nms, pack
 from headkd_ray.job import PostprocessSpec, ProposalSpec
 
 Decode = Callable[[Tensor, Tensor], Tensor]
-"""Box predictions (..., 4) float32 and their anchors (..., 4) to boxes (..., 4)."""
+"""A function from box predictions (..., 4) float32 and their anchors (..., 4) to boxes (..., 4)."""
 
 
 class Proposals(NamedTuple):
-    """Proposals of a batch, sorted by score within each image; P is the most any image has."""
+    """The proposals of a batch, sorted by score within each image; P is the largest number in an image."""
 
     boxes: Tensor
     """(B, P, 4) float32, pixels of the network input, clipped to the unpadded image."""
     scores: Tensor
     """(B, P) float32, 0 = padding."""
     cells: Tensor
-    """(B, P, 4) int64: level, y, x, anchor of the anchor that produced each; level 0 is the head's finest; -1 = padding."""
+    """(B, P, 4) int64: level, y, x, anchor that produced each; level 0 is the head's finest; -1 = padding."""
     valid: Tensor
     """(B, P) bool, False = padding."""
 
 
 class Detections(NamedTuple):
-    """Detections of a batch, sorted by score within each image; N is the most any image has."""
+    """The detections of a batch, sorted by score within each image; N is the largest number in an image."""
 
     boxes: Tensor
     """(B, N, 4) float32, pixels of the network input, clipped to the unpadded image."""
@@ -46,7 +46,7 @@ class Detections(NamedTuple):
 
 
 def flatten_cells(maps: Sequence[Tensor], channels: int) -> list[Tensor]:
-    """Maps (B, A * channels, H, W), anchor-major, as tables (B, H * W * A, channels) in the order (y, x, anchor)."""
+    """Turn anchor-major maps (B, A * channels, H, W) into tables (B, H * W * A, channels) in the order (y, x, anchor)."""
     return [m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps]
 
 
@@ -54,10 +54,10 @@ def flatten_cells(maps: Sequence[Tensor], channels: int) -> list[Tensor]:
 def propose(
     scores: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Anchors, sizes: Tensor, spec: ProposalSpec, decode: Decode
 ) -> Proposals:
-    """Top anchors of each level by score, decoded, clipped, stripped of degenerate boxes, NMS within each level.
+    """Take the top anchors of each level by score, decode and clip them, drop degenerate boxes and apply NMS per level.
 
-    ``scores`` per level (B, A, H, W) in 0..1; ``deltas`` per level (B, A * 4, H, W), what ``decode`` turns into boxes;
-    ``sizes`` (B, 2) unpadded (h, w).
+    ``scores`` (B, A, H, W) per level are in 0..1; ``deltas`` (B, A * 4, H, W) per level are what ``decode`` turns into boxes;
+    ``sizes`` (B, 2) are unpadded (h, w).
     """
     grid = anchors.grid(scores)
     tables, offset = [], 0
@@ -79,24 +79,24 @@ def propose(
 
 
 class Found(NamedTuple):
-    """What one level, or all, offers as detections: K (anchor, class) pairs an image."""
+    """Candidate detections of one level or of all: K (anchor, class) pairs per image."""
 
     boxes: Tensor
     """(B, K, 4) float32, pixels of the network input, not clipped."""
     entry: Tensor
-    """(B, K) float32: what must exceed the least score."""
+    """(B, K) float32: the score that must exceed the threshold."""
     scores: Tensor
-    """(B, K) float32: what ranks them from then on."""
+    """(B, K) float32: the score that ranks them afterwards."""
     labels: Tensor
     """(B, K) int64, 0 to C-1."""
 
 
 def best_pairs(logits: Tensor, limit: int, quality: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchor, score and class, (B, K) each, of a level's best ``limit`` (anchor, class) pairs, best first.
+    """Return anchor, score and class, (B, K) each, of a level's best ``limit`` (anchor, class) pairs, best first.
 
     The score is p, the sigmoid of ``logits`` (B, N, C); with ``quality`` (B, N) in 0..1 it is sqrt(p * quality).
     """
-    # The best K (anchor, class) pairs lie on the best K anchors, so the big sort is over anchors alone.
+    # The best K (anchor, class) pairs lie on the best K anchors, so only the anchors need the large sort.
     best = logits.amax(2)
     rank = best if quality is None else best.float().sigmoid() * quality
     _, anchor = rank.topk(min(limit, rank.shape[1]), dim=1)
@@ -110,7 +110,7 @@ def best_pairs(logits: Tensor, limit: int, quality: Tensor | None = None) -> tup
 
 
 def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num_classes: int) -> Detections:
-    """Detections from what all ``levels`` found: clipped to ``sizes`` (B, 2), filtered and suppressed by ``rules``."""
+    """Turn the candidates of all ``levels`` into detections: clip to ``sizes`` (B, 2), filter and suppress by ``rules``."""
     found = Found(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
     boxes = clip(found.boxes, sizes)
     image, row = ((found.entry > rules.score) & exceeds(boxes, rules.min_size)).nonzero(as_tuple=True)
@@ -129,7 +129,7 @@ def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num
 def suppress(
     boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, batch: int, num_classes: int, iou: float, limit: int
 ) -> Detections:
-    """NMS within each class of each image, then the best ``limit`` an image.
+    """Apply NMS within each class of each image, then keep the best ``limit`` per image.
 
     ``boxes`` (M, 4), ``scores`` (M,), ``labels`` (M,) and ``image`` (M,) int64 are candidates in any order.
     """

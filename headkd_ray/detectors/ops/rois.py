@@ -1,4 +1,4 @@
-"""RoIs: proposals and ground-truth boxes become labelled regions that an R-CNN head trains on, in a reproducible order."""
+"""RoIs for the training of an R-CNN head: proposals and ground-truth boxes, matched, sampled and in a reproducible order."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 
 class RoIs(NamedTuple):
-    """The regions of a batch in one flat list of R: by image; within it positives, then negatives."""
+    """The RoIs of a batch in one flat list of R, sorted by image, with positives before negatives in each image."""
 
     boxes: Tensor
     """(R, 4) float32, pixels of the network input."""
     image: Tensor
-    """(R,) int64, index in the batch."""
+    """(R,) int64, index of the image in the batch."""
     cells: Tensor
-    """(R, 4) int64: level, y, x, anchor that the proposal came from; -1, -1, -1, index for a ground-truth box."""
+    """(R, 4) int64: level, y, x, anchor that the proposal came from; (-1, -1, -1, index) for a ground-truth box."""
     labels: Tensor
     """(R,) int64, 0 to C-1, C = background."""
     targets: Tensor
@@ -30,26 +30,26 @@ class RoIs(NamedTuple):
 
     @property
     def from_proposal(self) -> Tensor:
-        """(R,) bool: rows that came from an anchor cell, that is, are not ground-truth boxes."""
+        """Mask (R,) of the rows that came from an anchor cell, that is, are not ground-truth boxes."""
         return self.cells[:, 0] >= 0
 
 
 class Candidates(NamedTuple):
-    """Ground-truth boxes in front, then proposals, each matched; N = G + P."""
+    """Ground-truth boxes followed by proposals, all matched; N = G + P."""
 
     boxes: Tensor
     """(B, N, 4) float32."""
     cells: Tensor
     """(B, N, 4) int64, as in RoIs."""
     matched: Tensor
-    """(B, N) int64: index of the ground-truth box, or below 0."""
+    """(B, N) int64: index of the ground-truth box, negative if there is none."""
     valid: Tensor
     """(B, N) bool, False = padding."""
 
 
 @torch.no_grad()
 def candidates(proposals: Proposals, truth: GroundTruth, positive_iou: float) -> Candidates:
-    """Match ``proposals`` with ``truth`` (positive from ``positive_iou``, else background) and put the truth in front."""
+    """Match ``proposals`` with ``truth`` (positive from ``positive_iou`` on, else background) and prepend the truth."""
     matched = match(proposals.boxes, truth, positive_iou, positive_iou, valid=proposals.valid)
     batch, count = truth.labels.shape
     own = torch.arange(count, device=matched.device).expand(batch, -1)
@@ -65,7 +65,7 @@ def candidates(proposals: Proposals, truth: GroundTruth, positive_iou: float) ->
 
 @torch.no_grad()
 def choose(pool: Candidates, chosen: Sample, truth: GroundTruth, num_classes: int) -> RoIs:
-    """The ``chosen`` candidates as one flat, labelled list."""
+    """Return the ``chosen`` candidates as one flat, labelled list."""
     image, place = chosen.valid.nonzero(as_tuple=True)
     row = chosen.picked[image, place]
     boxes, matched = pool.boxes[image, row], pool.matched[image, row]
@@ -81,19 +81,19 @@ def choose(pool: Candidates, chosen: Sample, truth: GroundTruth, num_classes: in
 
 
 def draw(pool: Candidates, spec: SamplerSpec, generator: torch.Generator | None = None) -> Sample:
-    """The random choice of a training step: ``spec.size`` an image, at most ``positive_fraction`` positive."""
+    """Sample the candidates of a training step: ``spec.size`` per image, at most ``positive_fraction`` of them positive."""
     return sample((pool.matched >= 0) & pool.valid, (pool.matched < 0) & pool.valid, spec, generator)
 
 
 def sample_rois(
     proposals: Proposals, truth: GroundTruth, spec: RoIHeadSpec, num_classes: int, generator: torch.Generator | None = None
 ) -> RoIs:
-    """What an R-CNN head trains on in one step: ``proposals`` and ``truth``, matched and sampled as its ``spec`` says."""
+    """Match and sample ``proposals`` and ``truth`` as ``spec`` says, into the RoIs of an R-CNN head's training step."""
     pool = candidates(proposals, truth, spec.positive_iou)
     return choose(pool, draw(pool, spec.sampler, generator), truth, num_classes)
 
 
 def flatten(proposals: Proposals) -> tuple[Tensor, Tensor]:
-    """Boxes (R, 4) and image indices (R,) of the real ``proposals``, in order."""
+    """Return the boxes (R, 4) and image indices (R,) of all ``proposals`` but the padding, in order."""
     image, row = proposals.valid.nonzero(as_tuple=True)
     return proposals.boxes[image, row], image

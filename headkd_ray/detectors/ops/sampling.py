@@ -1,4 +1,4 @@
-"""Random choice of positives and negatives (mmdet's RandomSampler), for a whole batch at once."""
+"""Random sampling of positives and negatives (mmdet's RandomSampler) for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from headkd_ray.job import SamplerSpec
 
 
 class Sample(NamedTuple):
-    """The chosen candidates of each image: positives by index, then negatives by index, then padding."""
+    """The sampled candidates of each image: positives by index, then negatives by index, then padding."""
 
     picked: Tensor
-    """(B, S) int64 into the candidates; padding reads 0."""
+    """(B, S) int64 indices of the candidates; 0 in the padding."""
     valid: Tensor
     """(B, S) bool, False = padding."""
 
@@ -27,11 +27,11 @@ def sample(
     generator: torch.Generator | None = None,
     ticket: Tensor | None = None,
 ) -> Sample:
-    """Draw up to ``spec.size`` candidates an image from the masks ``positive`` and ``negative`` (B, N).
+    """Draw up to ``spec.size`` candidates per image from the masks ``positive`` and ``negative`` (B, N).
 
-    Positives fill at most ``positive_fraction`` of the size; negatives fill the rest. If there are no more candidates than
-    places all are taken and the result does not depend on ``generator`` (on the masks' device; None = torch's default).
-    ``ticket`` (B, N) in [0, 1) replaces the random numbers; the highest are drawn.
+    Positives fill at most ``positive_fraction`` of the size; negatives fill the rest. If all candidates fit, all are taken and
+    the result does not depend on ``generator`` (on the masks' device; None = torch's default). ``ticket`` (B, N) in [0, 1)
+    replaces the random numbers; the highest are drawn.
     """
     batch, count = positive.shape
     if ticket is None:

@@ -1,4 +1,4 @@
-"""Detectors in and out of files: ours, mmdet's and torchvision's."""
+"""Save detectors to files and load them from ours, mmdet's and torchvision's."""
 
 from headkd_ray.detectors.weights.any_format import load_checkpoint
 from headkd_ray.detectors.weights.classes import drop_unused_classes, with_classes

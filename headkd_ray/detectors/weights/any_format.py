@@ -1,4 +1,4 @@
-"""Any checkpoint: ours, mmdet's or torchvision's, told apart by what is in it."""
+"""Load any checkpoint: ours, mmdet's and torchvision's are told apart by what is in them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from headkd_ray.errors import CheckpointError
 
 
 def load_checkpoint(path: str | Path) -> LoadedDetector:
-    """The detector in ``path``, on the CPU: a folder of ours (or its model.safetensors), or an mmdet 2.x/3.x or torchvision
-    .pth or .safetensors file. Files are read without running code from them.
+    """Load the detector in ``path`` onto the CPU.
+
+    ``path`` is a folder of ours (or its model.safetensors), or an mmdet 2.x/3.x or torchvision .pth or .safetensors file. Files
+    are read without running code from them.
 
     Raises CheckpointError if the file is missing, damaged, of an unknown origin, or any tensor does not match (all are listed).
     """

@@ -1,4 +1,4 @@
-"""A detector for other classes than its file's: outputs follow their class names, the rest of the net stays."""
+"""Adapt a loaded detector to other classes: outputs follow their class names, and the rest of the network stays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headkd_ray.detectors.weights.loaded import UNUSED, LoadedDetector
 
 
 def drop_unused_classes(loaded: LoadedDetector) -> LoadedDetector:
-    """``loaded`` without the outputs of classes named "N/A", so that its 80 others are COCO's; unchanged if it has none.
+    """Return ``loaded`` without the outputs of classes named "N/A", so that its 80 others are COCO's; unchanged if it has none.
 
     The other outputs keep their logits; softmax scores change by the share of the dropped ones, which training drove to 0.
     """
@@ -26,7 +26,7 @@ def drop_unused_classes(loaded: LoadedDetector) -> LoadedDetector:
 
 
 def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector:
-    """``loaded`` with one output for each of ``names``, in their order; ``loaded.classes`` must be known.
+    """Return ``loaded`` with one output for each of ``names``, in their order; ``loaded.classes`` must be known.
 
     The output of a class that ``loaded`` has is its copy; any other is fresh, drawn from torch's default generator.
     """
@@ -48,7 +48,7 @@ def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector
 
 
 def _rows(old: AnyDetector, here: Tensor, there: Tensor, classes: int) -> list[tuple[str, Tensor, Tensor]]:
-    """(layer, its new rows, the old rows to put there) of the layers that know classes."""
+    """Return (layer, its new rows, the old rows to put there) for each layer with outputs for classes."""
     if isinstance(old, DenseDetector):  # anchor-major
         anchor = torch.arange(old.head.anchors.per_cell)[:, None]
         return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]

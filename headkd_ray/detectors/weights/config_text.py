@@ -1,4 +1,4 @@
-"""The values in a config that is Python source, without running it."""
+"""Read the values in a config that is Python source without running it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The module-level variables of ``text``: numbers, strings, lists and dicts, also ``dict(...)`` with ``**`` and variables
-    from further up. What else would have to be run reads as None. Raises ValueError if ``text`` is not Python."""
+    """Return the module-level variables of ``text``.
+
+    Their values are numbers, strings, lists and dicts, also ``dict(...)`` with ``**`` and variables from further up; whatever
+    else would have to be run reads as None. Raises ValueError if ``text`` is not Python.
+    """
     tree = _parse(text)
     values: dict[str, Any] = {}
     for statement in tree.body:
@@ -22,7 +25,7 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 def section(values: object, *path: str) -> dict[str, Any]:
-    """The dict under the keys ``path`` of ``values``; empty where there is none."""
+    """Return the dict under the keys ``path`` of ``values``; empty where there is none."""
     for key in path:
         values = values.get(key) if isinstance(values, Mapping) else None
     return dict(values) if isinstance(values, Mapping) else {}
@@ -62,7 +65,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
 
 
 def _pairs(pairs: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The dict of ``pairs``, without keys that are no strings; a key is a str, a node, or None before what ``**`` spreads."""
+    """Return the dict of ``pairs``; a key is a str, a node, or None before what ``**`` spreads. Keys that are no strings are
+    left out."""
     found: dict[str, Any] = {}
     for key, node in pairs:
         value = _value(node, names)

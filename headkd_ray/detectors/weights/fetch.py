@@ -1,4 +1,4 @@
-"""A detector from wherever a run stored it."""
+"""Load a detector from wherever a run stored it, also from remote storage."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from headkd_ray.storage import Folder
 
 
 def fetch_detector(place: str, all_outputs: bool = False) -> LoadedDetector:
-    """``load_checkpoint`` for a path or a URI; what is remote is copied to a temporary folder first.
+    """Load the checkpoint at a path or a URI; a remote one is copied to a temporary folder first.
 
     Args:
-        all_outputs: keep outputs of classes named "N/A", too, which torchvision's COCO models have and nobody wants to detect.
+        all_outputs: also keep outputs of classes named "N/A", which torchvision's COCO models have and nobody wants to detect.
 
     Raises:
-        CheckpointError: missing, unreadable, or as ``load_checkpoint`` raises it.
+        CheckpointError: the checkpoint is missing or unreadable, or ``load_checkpoint`` raises it.
     """
     loaded = _fetch(place)
     return loaded if all_outputs else drop_unused_classes(loaded)
@@ -38,5 +38,5 @@ def _fetch(place: str) -> LoadedDetector:
             raise CheckpointError(f"{place}: cannot be read ({error})") from error
         try:
             return load_checkpoint(copy)
-        except CheckpointError as error:  # name what the user wrote
+        except CheckpointError as error:  # The user knows the place, not the copy.
             raise CheckpointError([line.replace(str(copy), place) for line in error.problems], error.headline) from error

@@ -1,4 +1,4 @@
-"""What every checkpoint reader returns."""
+"""``LoadedDetector`` is what every reader of checkpoints returns."""
 
 from __future__ import annotations
 

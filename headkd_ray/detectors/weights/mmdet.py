@@ -1,5 +1,5 @@
-"""mmdet 2.x and 3.x checkpoints of every kind of detector here (ResNet, pytorch and caffe style; MobileNetV2), and HEAD's own
-students."""
+"""Read mmdet 2.x and 3.x checkpoints of every kind of detector here (ResNet, pytorch and caffe style; MobileNetV2), and HEAD's
+own students."""
 
 from __future__ import annotations
 
@@ -7,58 +7,43 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors.build import AnyDetector
-from headkd_ray.detectors.cascade_rcnn import CascadeRCNN
-from headkd_ray.detectors.faster_rcnn import FasterRCNN
-from headkd_ray.detectors.fcos import FCOS
+from headkd_ray.detectors.conversions import shapes
+from headkd_ray.detectors.conversions.from_mmdet import DenseFromMMDet, MMDetConversion
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.gfl import GFL
-from headkd_ray.detectors.reppoints import RepPoints
-from headkd_ray.detectors.retinanet import RetinaNet
+from headkd_ray.detectors.registry import Kind
 from headkd_ray.detectors.roi_head import BoxHead
 from headkd_ray.detectors.two_stage import ROI_LEVELS
-from headkd_ray.detectors.weights import infer
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_config import MMDetConfig
-from headkd_ray.detectors.weights.mmdet_names import mmdet_names
+from headkd_ray.detectors.weights.mmdet_names import mmdet_kind, mmdet_names
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import (
-    BackboneSpec,
-    CascadeRCNNSpec,
-    CascadeRPNSpec,
-    FasterRCNNSpec,
-    FCOSSpec,
-    GFLSpec,
-    PixelSpec,
-    RepPointsSpec,
-    RetinaNetSpec,
-)
+from headkd_ray.job import BackboneSpec, DenseDetectorSpec, PixelSpec, TwoStageDetectorSpec
 
 _NORMALISATION = ("data_preprocessor.mean", "data_preprocessor.std")
 _STEMS = ("backbone.body.conv1.weight", "backbone.body.conv_stem.weight")
 _DEFORMABLE = re.compile(r"\.(conv2\.conv_offset|conv2_offset|conv\.conv_offset)\.")
-"""In a ResNet's blocks, spelled in two ways, and in a tower; RepPoints' own deformable convs have no such tensor."""
+"""Offsets of deformable convs: in a ResNet's blocks, spelled in two ways, and in a tower; RepPoints' own have none."""
 
 
 def is_mmdet(keys: Iterable[str]) -> bool:
-    """Whether a state dict's ``keys`` are mmdet's."""
+    """Return whether a state dict's ``keys`` are mmdet's."""
     return any(key.startswith(("neck.lateral_convs.", "bbox_head.", "rpn_head.", "roi_head.bbox_head.")) for key in keys)
 
 
 class MMDetModel(NamedTuple):
-    """What an mmdet file holds: a detector and, of the official HEAD's students, what helped it learn."""
+    """An mmdet file's detector and, if it is a student of the official HEAD, what helped it learn."""
 
     loaded: LoadedDetector
     assistant: BoxHead | None
     adapters: dict[int, nn.Linear]
-    """By their number: 0, 1, ... = AKD on fc1, fc2, ...; the last = CKD."""
+    """The adapters by their number: 0, 1, ... = AKD on fc1, fc2, ...; the last = CKD."""
 
 
 def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
-    """A detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
+    """Build a detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
     What no shape tells comes from the training config in ``meta``, where mmdet's own files have it: a caffe-style backbone
     (stride in the 1x1 convs), input in BGR and its normalisation, FCOS's switches, thresholds at test time. A file without it
@@ -75,8 +60,8 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
 
 
 def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> MMDetModel:
-    """As :func:`load_mmdet`, with the assistant and the adapters of a HEAD student: a dense detector whose head is called
-    ``rpn_head`` and whose assistant ``roi_head``."""
+    """Load what :func:`load_mmdet` does, with the assistant and the adapters of a HEAD student, a dense detector whose head is
+    called ``rpn_head`` and whose assistant ``roi_head``."""
     meta = meta or {}
     averaged = [key for key in state if key.startswith("ema_")]
     normalisation = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key in _NORMALISATION}
@@ -89,15 +74,20 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
     unknown = [f"unexpected: {key}" for key in state if key not in names]
     if unknown:
         raise CheckpointError(unknown, headline=f"{source}: {len(unknown)} tensors belong to no supported mmdet model")
+    found = mmdet_kind(state)
+    if found is None:
+        raise CheckpointError(f"{source}: has no tensors of a head, only of {_rooms(state)}; it is no whole mmdet detector")
+    kind, conversion = found
     config = MMDetConfig.of(meta, source)
-    ours = {name: state[key] for key, name in names.items()}
-    if infer.is_fcos(ours) or infer.is_gfl(ours) or infer.is_reppoints(ours):
-        ours |= _zero_biases(ours)
-    with infer.inferring(source):
+    ours = dict(conversion.completed({name: state[key] for key, name in names.items()}))
+    with shapes.inferring(source):
         pixels, is_bgr = config.pixels(normalisation)
         if is_bgr:
             ours |= {stem: ours[stem].flip(1) for stem in _STEMS if stem in ours}
-        detector, assistant, adapters = _build(ours, config, pixels)
+        spec, num_classes = _spec(ours, kind, conversion, config, pixels)
+        make: Any = kind.detector
+        detector: AnyDetector = make(spec, num_classes)
+        assistant, adapters = _helpers(ours, detector)
     # One strict load of everything, so that one error lists everything.
     parts = nn.ModuleDict(dict(detector.named_children()))
     parts["adapters"] = nn.ModuleDict({str(number): adapter for number, adapter in adapters.items()})
@@ -109,77 +99,51 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
     return MMDetModel(LoadedDetector(detector, classes, "mmdet", notes=notes), assistant, adapters)
 
 
-def _build(
-    ours: Mapping[str, Tensor], config: MMDetConfig, pixels: PixelSpec
-) -> tuple[AnyDetector, BoxHead | None, dict[int, nn.Linear]]:
-    """Detector, assistant and adapters of the shapes in ``ours``, with initial weights."""
-    neck = infer.fpn(ours)
-    parts: dict[str, Any] = {"backbone": _backbone(ours, config), "neck": neck, "pixels": pixels}
-    detector: AnyDetector
-    if any(name.startswith("head.") for name in ours):
-        detector = _dense(ours, parts | {"neck": config.dense_neck(neck, infer.is_fcos(ours))}, config)
+def _spec(
+    ours: Mapping[str, Tensor], kind: Kind, conversion: MMDetConversion, config: MMDetConfig, pixels: PixelSpec
+) -> tuple[DenseDetectorSpec | TwoStageDetectorSpec, int]:
+    """Return the spec of the detector in ``ours`` and its number of classes."""
+    neck = shapes.fpn(ours)
+    backbone = _backbone(ours, config)
+    heads, num_classes = conversion.sections(ours, neck.channels)
+    if isinstance(conversion, DenseFromMMDet):
+        neck = config.dense_neck(neck, conversion.relu_before_p7)
+        head = conversion.switches(heads["head"], config.dense_head) if config else heads["head"]
+        heads = {"head": head.replace({"postprocess": config.rules(head.postprocess, "rpn")})}
     else:
-        detector = _two_stage(ours, parts, config)
-    assistant = None
+        rpn, roi = heads["rpn"], heads["roi"]
+        heads = {
+            "rpn": rpn.replace({"test_proposals": config.rules(rpn.test_proposals, "rpn")}),
+            "roi": roi.replace({"postprocess": config.rules(roi.postprocess, "rcnn")}),
+        }
+    return kind.spec.model_validate({"backbone": backbone, "neck": neck, "pixels": pixels, **heads}), num_classes
+
+
+def _helpers(ours: Mapping[str, Tensor], detector: AnyDetector) -> tuple[BoxHead | None, dict[int, nn.Linear]]:
+    """Return the assistant and the adapters of the shapes in ``ours``, with initial weights."""
+    assistant, channels = None, detector.spec.neck.channels
     if any(name.startswith("assistant.") for name in ours):
-        spec, assistant_classes = infer.roi_head(ours, "assistant.", neck.channels)
-        assistant = BoxHead(spec, neck.channels, assistant_classes, detector.strides[:ROI_LEVELS])
+        spec, num_classes = shapes.roi_head(ours, "assistant.", channels)
+        assistant = BoxHead(spec, channels, num_classes, detector.strides[:ROI_LEVELS])
     weights = {int(name.split(".")[1]): t for name, t in ours.items() if name.startswith("adapters.") and t.dim() == 2}
-    return detector, assistant, {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
+    return assistant, {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
 
 
-def _zero_biases(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The biases of a dense head's tower convs if none has one (``bias='auto'`` beside a norm): zeros."""
-    towers = ("head.cls_tower.", "head.box_tower.")
-    convs = [name for name, tensor in ours.items() if name.startswith(towers) and tensor.dim() == 4]
-    biases = {name.removesuffix("weight") + "bias": torch.zeros(ours[name].shape[0]) for name in convs}
-    return {} if biases.keys() & ours.keys() else biases
-
-
-def _dense(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetConfig) -> AnyDetector:
-    if infer.is_fcos(ours):
-        fcos, num_classes = infer.fcos_head(ours)
-        fcos = config.fcos_head(fcos)
-        fcos = fcos.replace({"postprocess": config.rules(fcos.postprocess, "rpn")})
-        return FCOS(FCOSSpec.model_validate(parts | {"head": fcos}), num_classes)
-    if infer.is_gfl(ours):
-        gfl, num_classes = infer.gfl_head(ours)
-        gfl = gfl.replace({"postprocess": config.rules(gfl.postprocess, "rpn")})
-        return GFL(GFLSpec.model_validate(parts | {"head": gfl}), num_classes)
-    if infer.is_reppoints(ours):
-        points, num_classes = infer.reppoints_head(ours)
-        points = points.replace({"postprocess": config.rules(points.postprocess, "rpn")})
-        return RepPoints(RepPointsSpec.model_validate(parts | {"head": points}), num_classes)
-    head, num_classes = infer.retina_head(ours)
-    head = head.replace({"postprocess": config.rules(head.postprocess, "rpn")})
-    return RetinaNet(RetinaNetSpec.model_validate(parts | {"head": head}), num_classes)
-
-
-def _two_stage(ours: Mapping[str, Tensor], parts: dict[str, Any], config: MMDetConfig) -> AnyDetector:
-    rpn = infer.rpn(ours)
-    proposals = config.rules(rpn.test_proposals, "rpn")
-    if infer.is_cascade(ours):
-        cascade, num_classes = infer.cascade_head(ours, parts["neck"].channels)
-        cascade = cascade.replace({"postprocess": config.rules(cascade.postprocess, "rcnn")})
-        parts |= {"rpn": CascadeRPNSpec(convs=rpn.convs, test_proposals=proposals), "roi": cascade}
-        return CascadeRCNN(CascadeRCNNSpec.model_validate(parts), num_classes)
-    roi, num_classes = infer.roi_head(ours, "roi.", parts["neck"].channels)
-    roi = roi.replace({"postprocess": config.rules(roi.postprocess, "rcnn")})
-    parts |= {"rpn": rpn.replace({"test_proposals": proposals}), "roi": roi}
-    return FasterRCNN(FasterRCNNSpec.model_validate(parts), num_classes)
+def _rooms(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(sorted({key.partition(".")[0] for key in state}))
 
 
 def _backbone(ours: Mapping[str, Tensor], config: MMDetConfig) -> BackboneSpec:
     if "backbone.body.conv_stem.weight" in ours:
         # Without a config the paper's activation is assumed; a config without LeakyReLU means mmdet's default, ReLU6.
-        return infer.mobilenet_v2(ours, config.leaky_slope if config else 0.1)
-    spec = infer.resnet(ours)
+        return shapes.mobilenet_v2(ours, config.leaky_slope if config else 0.1)
+    spec = shapes.resnet(ours)
     has_bottlenecks = "backbone.body.layer1.0.conv3.weight" in ours  # mmdet's other blocks are the same in both styles
     return spec.replace({"stride_in_1x1": config.is_caffe and has_bottlenecks})
 
 
 def _classes(meta: Mapping[str, Any], outputs: int, source: str) -> tuple[str, ...] | None:
-    """Class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``; one class may stand there as a bare string."""
+    """Return the class names: 2.x keeps them in ``CLASSES``, 3.x in ``dataset_meta``, a single one maybe as a bare string."""
     described = meta.get("dataset_meta")
     names = described.get("classes") or described.get("CLASSES") if isinstance(described, Mapping) else meta.get("CLASSES")
     if not names:

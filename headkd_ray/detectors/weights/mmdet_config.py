@@ -1,4 +1,4 @@
-"""What an mmdet file's training config says that no tensor's shape tells: strides, input, switches, test settings."""
+"""Read from an mmdet file's training config what no tensor's shape tells: strides, input, switches, test settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 from torch import Tensor
 
+from headkd_ray.detectors.conversions.from_mmdet import number, type_name
 from headkd_ray.detectors.weights.config_text import read_config, section
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import FCOSHeadSpec, FPNSpec, PixelSpec, PostprocessSpec, ProposalSpec
+from headkd_ray.job import FPNSpec, PixelSpec, PostprocessSpec, ProposalSpec
 
 _Rules = TypeVar("_Rules", bound=PostprocessSpec | ProposalSpec)
 
@@ -27,7 +28,7 @@ class MMDetConfig:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any], source: str) -> MMDetConfig:
-        """The config that a file's ``meta`` keeps as text: 2.x in ``config``, 3.x in ``cfg``.
+        """Read the config that a file's ``meta`` keeps as text: 2.x in ``config``, 3.x in ``cfg``.
 
         Raises CheckpointError if there is one, but without a readable ``model``: defaults in its place could be silently wrong.
         """
@@ -47,24 +48,24 @@ class MMDetConfig:
 
     @property
     def is_caffe(self) -> bool:
-        """Whether the backbone's bottlenecks have their stride in the first 1x1 conv."""
+        """Return whether the backbone's bottlenecks have their stride in the first 1x1 conv."""
         return self._model("backbone").get("style") == "caffe"
 
     @property
     def leaky_slope(self) -> float | None:
-        """The negative slope of the backbone's LeakyReLU; None = another activation."""
+        """Return the negative slope of the backbone's LeakyReLU; None = another activation."""
         activation = self._model("backbone", "act_cfg")
-        return _number(activation.get("negative_slope"), 0.01) if _kind(activation) == "LeakyReLU" else None
+        return number(activation.get("negative_slope"), 0.01) if type_name(activation) == "LeakyReLU" else None
 
     def pixels(self, buffers: Mapping[str, Tensor] | None = None) -> tuple[PixelSpec, bool]:
-        """Input normalisation in RGB order, and whether the network itself reads BGR.
+        """Return the input normalisation in RGB order, and whether the network itself reads BGR.
 
         3.x says it in ``data_preprocessor``, 2.x in the test pipeline's ``Normalize`` (usually a copy of ``img_norm_cfg``).
         Where neither does, it is mmdet's usual one for pytorch style; raises CheckpointError for others.
 
         Args:
-            buffers: ``mean`` and ``std`` of 3.x's preprocessor, if the file has them: then these count. Without a config their
-                order tells BGR, for in photos red is the brightest and blue the darkest.
+            buffers: ``mean`` and ``std`` of 3.x's preprocessor, if the file has them; they take precedence. Without a config
+                their order tells BGR, for in photos red is the brightest and blue the darkest.
         """
         preprocessor = self._model("data_preprocessor") or section(self.values, "data_preprocessor")
         if buffers:
@@ -92,14 +93,13 @@ class MMDetConfig:
             return spec, False
         return PixelSpec(mean=spec.mean[::-1], std=spec.std[::-1]), True
 
-    def dense_neck(self, neck: FPNSpec, is_fcos: bool) -> FPNSpec:
-        """``neck`` with P6 and the ReLU before P7 as the config has them.
+    def dense_neck(self, neck: FPNSpec, relu_before_p7: bool) -> FPNSpec:
+        """Return ``neck`` with P6 and the ReLU before P7 as the config has them.
 
-        Without a config: mmdet's own FCOS has P6 on P5 and a ReLU before P7; all others, HEAD's students too, RetinaNet's
-        pyramid.
+        Without a config P6 stays where the tensors' shapes have it, and ``relu_before_p7`` applies if that is on P5.
         """
         if not self:
-            return neck.replace({"relu_before_p7": is_fcos and neck.extra == "conv_p5"})
+            return neck.replace({"relu_before_p7": relu_before_p7 and neck.extra == "conv_p5"})
         said = self._model("neck")
         convs = said.get("add_extra_convs")
         if convs == "on_lateral":
@@ -112,25 +112,15 @@ class MMDetConfig:
             }
         )
 
-    def fcos_head(self, head: FCOSHeadSpec) -> FCOSHeadSpec:
-        """``head`` with the config's switches; without a config they stay as they are (the paper's)."""
-        if not self:
-            return head
-        said = self._model("bbox_head") or self._model("rpn_head")  # the latter in HEAD's two-headed students
-        radius = _number(said.get("center_sample_radius"), 1.5)
-        return head.replace(
-            {
-                "center_radius": radius if said.get("center_sampling") is True else None,
-                "norm_on_bbox": said.get("norm_on_bbox") is True,
-                "centerness_on_reg": said.get("centerness_on_reg") is True,
-                "box_loss": "giou" if _kind(section(said, "loss_bbox")) == "GIoULoss" else "iou",
-            }
-        )
+    @property
+    def dense_head(self) -> dict[str, Any]:
+        """Return the section of the dense head, ``rpn_head`` in HEAD's two-headed students; empty if there is none."""
+        return self._model("bbox_head") or self._model("rpn_head")
 
     def rules(self, spec: _Rules, part: str) -> _Rules:
-        """``spec`` with the thresholds and limits of the config's ``test_cfg``, of its ``part`` (rpn, rcnn) if it has one.
+        """Return ``spec`` with the thresholds and limits of the config's ``test_cfg`` or of its ``part`` (rpn, rcnn).
 
-        What ours do not have stays as it is in ``spec``: a limit of -1 (none), and NMS where the config has Soft-NMS.
+        What our specs cannot express stays as it is in ``spec``: a limit of -1 (none), and NMS where the config has Soft-NMS.
         """
         said = self._model("test_cfg") or section(self.values, "test_cfg")  # the latter before mmdet 2.4
         said = section(said, part) or said
@@ -153,17 +143,8 @@ class MMDetConfig:
         return section(self.values, "model", *path)
 
 
-def _kind(said: Mapping[str, Any]) -> str:
-    """The class that ``said`` names; 3.x may put its module in front."""
-    return str(said.get("type", "")).rpartition(".")[2]
-
-
-def _number(value: object, default: float) -> float:
-    return float(value) if isinstance(value, int | float) else default
-
-
 def _normalisations(value: object) -> Iterator[dict[str, Any]]:
-    """Every dict at any depth of ``value`` that is an ``img_norm_cfg`` or a pipeline's ``Normalize``."""
+    """Yield every dict at any depth of ``value`` that is an ``img_norm_cfg`` or a pipeline's ``Normalize``."""
     if isinstance(value, Mapping):
         if "mean" in value and "std" in value:
             yield dict(value)

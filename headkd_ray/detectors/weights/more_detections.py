@@ -1,4 +1,4 @@
-"""A detector that keeps more detections than it was built to."""
+"""Raise the limits on how many detections a loaded detector keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headkd_ray.job.detection_limits import below, raised
 
 
 def keeping(loaded: LoadedDetector, detections: int) -> LoadedDetector:
-    """``loaded``, able to keep ``detections`` an image; ``loaded`` itself if it is."""
+    """Return ``loaded`` with limits that let it keep ``detections`` an image; ``loaded`` itself if they already do."""
     old = loaded.detector
     spec = old.spec.model_dump()
     if not any(below(spec, detections)):

@@ -1,4 +1,4 @@
-"""Our own checkpoints: a folder with ``model.safetensors`` (the detector's tensors) and ``model.json`` (everything else)."""
+"""Save and load our own checkpoints: folders with ``model.safetensors`` (the tensors) and ``model.json`` (everything else)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from headkd_ray.job import DataSpec, DetectorSpec
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
 FORMAT = 1
-"""Raised when an older reader would misread a newer file."""
+"""The version of the format; it is raised when an older reader would misread a newer file."""
 
 
 class _Card(BaseModel):
-    """``model.json``."""
+    """The content of ``model.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,11 +36,11 @@ class _Card(BaseModel):
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     spec: DetectorSpec
     sha256: str | None = None
-    """Of the file with the tensors, in hexadecimal; None in folders of headkd_ray before it was kept."""
+    """SHA-256 of the file with the tensors, in hexadecimal; None in folders from before it was kept."""
     meta: dict[str, Any] = {}
 
     def problems(self) -> list[str]:
-        """What the types do not tell."""
+        """Return what is wrong with the card that its types do not tell."""
         twice = sorted({name for name, count in Counter(self.classes).items() if count > 1} - {UNUSED})
         found = [f"classes: {name!r} is there more than once" for name in twice]
         ids, outputs = self.meta.get("category_ids"), len(self.classes)

@@ -1,1 +1,1 @@
-"""What a search found: lines in the terminal, a table, figures, a page. Reads the search's files, never a live search."""
+"""Results of a search as lines in the terminal, a table, figures and a page. It reads the search's files, not a live search."""

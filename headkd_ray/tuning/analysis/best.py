@@ -1,4 +1,4 @@
-"""The best trial's job, ready to be trained."""
+"""The best trial's job, as a job file ready for training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from headkd_ray.tuning.trial_records import Trial
 
 
 def best_trial(search: Search, trials: Sequence[Trial]) -> Trial | None:
-    """The finished trial with the highest mean of the objective's metric; None if none has finished."""
+    """Return the finished trial with the highest mean of the objective's metric, or None if none has finished."""
     first = next(iter(ranked(search, trials)), None)
     return first if first is not None and first.state == "finished" else None
 
 
 def job_of_trial(search: Search, trial: Trial) -> Job:
-    """The trial's job under a name of its own, with the base job's storage and seed."""
+    """Return the trial's job under a new run.name, with the base job's storage and seed."""
     base = search.base.run
     return search.job(trial.values, f"{search.spec.run.name}_trial{trial.number}", base.storage, base.seed)
 
 
 def render_best(search: Search, trial: Trial) -> str:
-    """A complete job file that says where it comes from."""
+    """Return the trial's job as a complete job file, with comments that say where it comes from."""
     objective = search.spec.objective
     score = f"{objective.metric} {spread(trial, objective.metric)} % on val, seeds {', '.join(trial.results)}"
     lines = [
         f"# Trial {trial.number} of the search {search.spec.run.name}: {score}.",
-        "# The best of several trials is partly luck: judge it on images that the search has not seen, with new seeds.",
+        "# The best of several trials is partly luck: evaluate it on images that the search has not seen, with new seeds.",
         "# Searched keys:",
         *(f"#   {key}" for key in trial.values),
     ]

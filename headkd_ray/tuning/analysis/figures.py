@@ -1,4 +1,5 @@
-"""Figures of a search, by matplotlib. Ink is one colour, for which an HTML page puts its text's: readable in light and dark."""
+"""Figures of a search, drawn with matplotlib. Text and axes have one colour, which an HTML page replaces with that of its text,
+so that figures are readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, BEST, BASE = "#1d1e20", "#8a8f98", "#ef7d12", "#2f78d8"
-"""Text and axes; other trials; the best trial; trial 0."""
+"""Colours of text and axes, of other trials, of the best trial, and of trial 0."""
 SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
-"""From a low metric to a high one: all visible on white and on black."""
+"""Colours from a low metric to a high one, all visible on white and on black."""
 MISSING = -0.12
-"""Where an axis of the parallel coordinates shows that a key is not varied in a trial."""
+"""Height on an axis of the parallel coordinates that shows that a key is not varied in a trial."""
 NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-"""An SVG's metadata: none, so that it names no place on the network."""
+"""Metadata of an SVG: none, so that it does not name any address on the network."""
 STYLE: Any = {
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], INK),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
@@ -36,7 +37,7 @@ STYLE: Any = {
 
 
 def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, float]) -> dict[str, Figure]:
-    """Name -> figure; those for which there is nothing to draw are left out.
+    """Draw the figures and return them by name, without those for which there is nothing to draw.
 
     Raises UserError if matplotlib is not installed.
     """
@@ -57,14 +58,14 @@ def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, fl
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white."""
+    """Return the figure as a PNG file with a white background."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, facecolor="white", bbox_inches="tight")
     return out.getvalue()
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element without a background, its ink in the colour of the text around it."""
+    """Return the figure as an SVG element with a transparent background, whose text takes the colour of the page's text."""
     import matplotlib
 
     out = io.StringIO()
@@ -200,18 +201,18 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
             if choices and value in choices:
                 value = choices.index(value)
             elif choices or not isinstance(value, int | float):
-                continue  # not varied, or trial 0 has a value that the space has not
+                continue  # not varied, or a value of trial 0 outside the space
             best, base = trial is finished[0], trial.number == 0
             colour = BEST if best else BASE if base else FAINT
             axes.scatter(value, trial.mean(metric), color=colour, s=22, zorder=3 + best if best or base else 2)
         if parameter.kind.startswith("log"):
             axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())  # 2 x 10^-3, 3 x 10^-3, ... over each other
+            axes.xaxis.set_minor_formatter(NullFormatter())  # labels like 2 x 10^-3, 3 x 10^-3 would overlap
         if choices:
             axes.set_xticks(range(len(choices)), [plain(inline(value)) for value in choices], fontsize=8)
             axes.set_xlim(-0.5, len(choices) - 0.5)
         else:
-            axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # the axis shows the whole range
+            axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # make the axis show the whole range
         axes.set_title(plain(short_names(keys)[key]), fontsize=9)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{metric} (%)")
@@ -241,8 +242,10 @@ def _pareto(search: Search, trials: Sequence[Trial]) -> Figure | None:
 
 
 def pareto_front(search: Search, trials: Sequence[Trial]) -> list[Trial]:
-    """Finished trials that no other beats in the metric at the same or a lower cost; by cost. (Optuna's own front would lack
-    trial 0 where the base job lies outside the space.)"""
+    """Return the finished trials that no other beats in the metric at the same or a lower cost, by increasing cost.
+
+    (Optuna's own front would lack trial 0 if the base job lies outside the space.)
+    """
     objective = search.spec.objective
     if objective.cost is None:
         return []
@@ -256,7 +259,7 @@ def pareto_front(search: Search, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def place(parameter: ParameterSpec, value: Any) -> float:
-    """Where a value lies between the ends of its range, 0 to 1; outside of them beyond; a value that is no choice: MISSING."""
+    """Return where a value lies in its range, from 0 to 1, slightly beyond if it is outside, or MISSING if it is no choice."""
     if parameter.choice is not None:
         count = len(parameter.choice)
         return parameter.choice.index(value) / max(1, count - 1) if value in parameter.choice else MISSING
@@ -269,10 +272,10 @@ def place(parameter: ParameterSpec, value: Any) -> float:
 
 
 def ticks(parameter: ParameterSpec) -> list[tuple[float, str]]:
-    """(place, text) of the values to name on an axis."""
+    """Return the (position, text) of the labels on a parameter's axis."""
     return [(place(parameter, end), plain(shown(end))) for end in parameter.ends]
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: between dollar signs it would read formulas."""
+    """Escape text so that matplotlib shows it literally, since it reads text between dollar signs as formulas."""
     return printable(text).replace("$", r"\$")

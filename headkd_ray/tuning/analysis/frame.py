@@ -1,4 +1,4 @@
-"""A search's trials as a pandas frame."""
+"""The trials of a search as a pandas data frame."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def read_trials(folder: SearchFolder, search: Search, warn: Callable[[str], None]) -> list[Trial]:
-    """All trials so far; those that have not ended with the learning curve of their training's log.
+    """Read all trials so far; those that have not ended get the learning curve from their training's log.
 
-    ``warn`` is told of those that are left out (``SearchFolder.trials``).
+    ``warn`` is called for those that are left out (``SearchFolder.trials``).
     """
     metric, seed = search.spec.objective.metric, search.seeds[0]
     return [
@@ -30,13 +30,13 @@ def read_trials(folder: SearchFolder, search: Search, warn: Callable[[str], None
 
 
 def trial_frame(search: Search, trials: Sequence[Trial]) -> pandas.DataFrame:
-    """A row a trial, by number.
+    """Return a data frame with one row per trial, by number.
 
     Columns: trial; state (running, finished, stopped, failed); cause of a failure; started (UTC) and minutes until it ended;
-    seeds and epochs (the first seed's, evaluated); AP, AP50, ... in percent (mean over seeds) and, with several seeds, AP_std,
-    ... (sample standard deviation); best_seen, the objective's best evaluation so far; params (million), flops (10^9), latency
-    (ms) if they were asked for; student, the first seed's; and each searched key under its dotted name, missing where it was
-    not varied.
+    seeds and epochs (evaluated, with the first seed); AP, AP50, ... in percent (mean over seeds) and, with several seeds,
+    AP_std, ... (sample standard deviation); best_seen, the objective's best evaluation so far; params (million), flops (10^9),
+    latency (ms) if they were measured; student, that of the first seed; and each searched key under its dotted name, missing
+    where it was not varied.
     """
     try:
         import pandas

@@ -1,4 +1,4 @@
-"""How much of the difference between trials each searched key explains."""
+"""Importance of the searched keys: how much of the difference between trials each explains."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from headkd_ray.tuning.study import EXTRA, study_of
 from headkd_ray.tuning.trial_records import Trial
 
 FEWEST = 8
-"""Finished trials below which a forest says nothing."""
+"""Minimum number of finished trials for a meaningful estimate."""
 
 
 def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
-    """fANOVA: share of the variance of the objective's metric that each key explains by itself, by a random forest over the
-    finished trials (Hutter et al., ICML 2014, as in Optuna); and a sentence on what it stands on, or why it is empty.
+    """Return the share of the metric's variance that each key explains by itself, and a sentence on its basis or absence.
 
-    Keys that are varied in some trials alone are left out.
+    The shares come from fANOVA, a random forest over the finished trials (Hutter et al., ICML 2014, as in Optuna). Keys that
+    are varied only in some trials are left out.
     """
     finished = [trial for trial in trials if trial.state == "finished"]
     if len(finished) < FEWEST:
@@ -32,5 +32,5 @@ def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, floa
     except (RuntimeError, ValueError) as error:  # no variance in the scores
         return {}, f"No importances: {error}"
     missing = [key for key in search.spec.space if key not in found]
-    left_out = f" Left out, for not all of these have them: {', '.join(missing)}." if missing else ""
+    left_out = f" Left out, because not all of these have them: {', '.join(missing)}." if missing else ""
     return dict(found), f"fANOVA over {len(study.trials)} finished trials.{left_out}"

@@ -1,4 +1,4 @@
-"""A search as one HTML page: no network, no library, readable in light and dark."""
+"""The results of a search as one self-contained HTML page, readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 CAPTIONS = {
     "history": "Every finished trial, and the best so far.",
-    "curves": "The objective at each evaluation; a cross is where a trial was stopped or failed.",
-    "parallel": "A line is a finished trial, its colour the objective, blue (low) to orange (high); the thick one is the best.",
+    "curves": "The objective at each evaluation; a cross marks where a trial was stopped or failed.",
+    "parallel": "A line is a finished trial; its colour is the objective, blue (low) to orange (high). The thick one is best.",
     "importance": "",
-    "slices": "Every finished trial against one key; orange is the best, blue the base job.",
-    "pareto": "Orange trials are beaten by none in both: the choice between them is yours.",
+    "slices": "Every finished trial, plotted against one key at a time; orange is the best, blue the base job.",
+    "pareto": "No trial beats an orange one in both metric and cost: the choice between them is yours.",
 }
 
 
 def page(search: Search, trials: Sequence[Trial], drawings: Mapping[str, str], note: str) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
-        drawings: name -> SVG element (``figures.svg``).
-        note: what the importances stand on, or why there are none.
+        drawings: SVG elements by name (``figures.svg``).
+        note: basis of the importances, or why there are none.
     """
     spec = search.spec
     best = best_trial(search, trials)
@@ -86,7 +86,7 @@ def page(search: Search, trials: Sequence[Trial], drawings: Mapping[str, str], n
 
 
 def _html(template: str, *texts: Any) -> Markup:
-    """HTML with texts in its ``{}``: all that is not ``Markup`` itself is escaped, wherever it comes from."""
+    """Fill texts into the ``{}`` of an HTML template, escaping everything that is not ``Markup``."""
     return Markup(template).format(*texts)
 
 

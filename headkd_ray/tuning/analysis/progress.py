@@ -1,4 +1,4 @@
-"""A search in the terminal: one line an event, the best trial so far at its end."""
+"""Progress of a search in the terminal: one line per event, and a table of the trials at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headkd_ray.tuning.trial_records import Trial
 
 
 class SearchConsole:
-    """Takes a search's events (see ``tuning.on_ray.tuner``) and shows them; a context manager."""
+    """A context manager that receives a search's events (see ``tuning.on_ray.tuner``) and prints them."""
 
     def __init__(self, search: Search, console: Console | None = None) -> None:
         self.search = search
@@ -29,19 +29,19 @@ class SearchConsole:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self.console.print("stopped; --resume goes on", markup=False)
+            self.console.print("stopped; --resume continues the search", markup=False)
 
     def __call__(self, event: dict[str, Any]) -> None:
         minutes = (time.monotonic() - self.started) / 60
         self.console.print(f"{minutes:6.1f} min  {line(event, self.search)}", markup=False)
 
     def summary(self, trials: Sequence[Trial]) -> None:
-        """The table of all trials."""
+        """Print the table of all trials."""
         print_trials(self.console, self.search, trials)
 
 
 def line(event: dict[str, Any], search: Search) -> str:
-    """One line for one event: a trial starts, is evaluated, or has ended."""
+    """Return the line for an event: a trial starts, is evaluated, or has ended."""
     trial: Trial = event["trial"]
     metric, cost = search.spec.objective.metric, search.spec.objective.cost
     head = f"trial {trial.number}"

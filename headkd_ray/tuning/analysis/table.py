@@ -1,4 +1,4 @@
-"""The trials of a search as a table in the terminal, best first."""
+"""The trials of a search as a table in the terminal, the best first."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from headkd_ray.tuning.space import Search
 from headkd_ray.tuning.trial_records import Trial
 
 UNITS = {"params": "params (M)", "flops": "GFLOPs", "latency": "latency (ms)"}
-"""Headings of costs."""
+"""Headings of the costs."""
 WIDE = 250
-"""Columns of a table that goes into a file or a pipe."""
+"""Width of a table that goes into a file or a pipe, in characters."""
 
 
 def ranked(search: Search, trials: Sequence[Trial]) -> list[Trial]:
-    """Finished trials by the objective's metric, best first; then the stopped, running and failed ones by number."""
+    """Sort trials: finished ones by the objective's metric, the best first, then stopped, running and failed ones."""
     order = ["finished", "stopped", "running", "failed"]
     metric = search.spec.objective.metric
 
@@ -34,7 +34,7 @@ def ranked(search: Search, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The fewest last parts of each dotted key that tell it from the others: fcos.ckd_weight."""
+    """Shorten each dotted key to the fewest last parts that distinguish it from the others: fcos.ckd_weight."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -47,7 +47,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def trial_table(search: Search, trials: Sequence[Trial]) -> Table:
-    """A row a trial: state, metric in percent (mean ± sample standard deviation over seeds), cost, values."""
+    """Return a table with one row per trial: state, metric in percent (mean ± sample standard deviation), cost, values."""
     objective = search.spec.objective
     table = Table(title=f"{search.spec.run.name}: {len(trials)} trials")
     heads = ["trial", "state", f"{objective.metric} (%)"] + ([UNITS[objective.cost]] if objective.cost is not None else [])
@@ -61,13 +61,13 @@ def trial_table(search: Search, trials: Sequence[Trial]) -> Table:
 
 
 def print_trials(console: Console, search: Search, trials: Sequence[Trial]) -> None:
-    """Print the table; where there is no terminal, as wide as it is."""
+    """Print the table; outside a terminal, at its full width."""
     console = console if console.is_terminal else Terminal(file=console.file, width=WIDE)
     console.print(trial_table(search, trials))
 
 
 def spread(trial: Trial, metric: str) -> str:
-    """Mean ± sample standard deviation over seeds; of a trial that did not finish, the best evaluation in brackets."""
+    """Format mean ± sample standard deviation over seeds, or the best evaluation in brackets if the trial did not finish."""
     if not trial.results:
         seen = [value for _, value in trial.curve if value is not None]
         return f"({max(seen):.1f})" if seen else "–"
@@ -75,5 +75,5 @@ def spread(trial: Trial, metric: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as short YAML: four digits of a number."""
+    """Format a value as short YAML, with four significant digits for a float."""
     return f"{value:.4g}" if isinstance(value, float) else inline(value)

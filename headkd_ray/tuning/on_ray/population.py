@@ -1,4 +1,4 @@
-"""Population-based training: the worst trials copy the state and the values of the best, and change the values a little."""
+"""Population-based training: the worst trials copy the state and the values of the best, and perturb the values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from headkd_ray.tuning.space import Search, nearest
 from headkd_ray.tuning.trial_records import SearchFolder, Trial
 
 ORIGIN_FILE = "origin.json"
-"""Beside the files of a checkpoint that Tune keeps: whose it is."""
+"""File in a checkpoint kept by Tune that says which trial wrote it."""
 
 
 def population_scheduler(search: Search, time_attr: str) -> PopulationBasedTraining:
-    """Ray Tune's, over ``config["values"]``; values stay in their ranges."""
+    """Return Ray Tune's scheduler over ``config["values"]``, which keeps values in their ranges."""
     spec = search.spec.scheduler
 
     def within(config: dict[str, Any]) -> dict[str, Any]:
@@ -57,15 +57,15 @@ def _domain(parameter: ParameterSpec) -> Any:
 
 
 def member(trial_id: str, numbers: list[int]) -> int:
-    """The number of the trial that Tune calls ``trial_id``: its last part counts the population.
+    """Return the number of the trial with Tune's id ``trial_id``, whose last part counts the population.
 
-    A config does not tell: a trial that copies another gets its config whole.
+    The config cannot tell, because a trial that copies another gets all of the other's config.
     """
     return numbers[int(trial_id.rpartition("_")[2])]
 
 
 def save_for_others(trial: Trial, job: Job, evaluation: Record, folder: Path) -> None:
-    """Copy the latest checkpoint of the trial's training into ``folder``, for whoever copies the trial.
+    """Copy the latest checkpoint of the trial's training into ``folder``, for trials that copy this one.
 
     ``evaluation``: the log record of its latest evaluation.
     """
@@ -82,7 +82,7 @@ def save_for_others(trial: Trial, job: Job, evaluation: Record, folder: Path) ->
 
 
 def copied(trial: Trial, values: dict[str, Any], checkpoint: Path) -> tuple[Trial, dict[str, Any]] | None:
-    """The trial as one that has copied the checkpoint of another, and where that comes from; None if it is its own."""
+    """Return the trial after copying another's checkpoint, and the checkpoint's origin; None if the checkpoint is its own."""
     origin = json.loads((checkpoint / ORIGIN_FILE).read_text())
     if origin["trial"] == trial.number:
         return None
@@ -91,8 +91,8 @@ def copied(trial: Trial, values: dict[str, Any], checkpoint: Path) -> tuple[Tria
 
 
 def plant(job: Job, checkpoint: Path, origin: dict[str, Any], folder: SearchFolder) -> None:
-    """Let the training of ``job``, which is new, start from the checkpoint of another, with its own learning rate and the like,
-    and with the other's log so far."""
+    """Let the new training of ``job`` start from another's checkpoint and log, but with its own learning rate, momentum and
+    weight decay."""
     run, donor = run_folder(job), folder.runs / origin["run"]
     state = load_state(checkpoint)
     retune(state, job.optim, job.data.batch_size * job.optim.accumulate, origin["steps_per_epoch"])

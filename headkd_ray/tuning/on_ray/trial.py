@@ -1,4 +1,4 @@
-"""A trial, in its own process: the job of its values trained with each seed; what it finds goes into its file first."""
+"""A trial in its own process: train the trial's job with each seed, and write the result to its file before reporting it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headkd_ray.tuning.space import Search
 from headkd_ray.tuning.trial_records import SearchFolder, Trial
 
 TIME = "epoch"
-"""By what the scheduler counts: epochs of the first seed's training."""
+"""The scheduler's unit of time: epochs of training with the first seed."""
 KEPT = ("AP", "AP50", "AP75", "APs", "APm", "APl", "step")
 
 TrainJob = Callable[[Job, Sink], Record]
@@ -31,32 +31,32 @@ TrainJob = Callable[[Job, Sink], Record]
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What all trials of a search share; travels to their processes."""
+    """What all trials of a search share; it is sent to their processes."""
 
     search: Search
     folder: SearchFolder
     train: TrainJob
-    """Trains a job, or resumes it, or tells the result of one that ended."""
+    """Function that trains or resumes a job, or returns its result if it has ended."""
     start: str
-    """The driver's current folder, at which a job's relative paths start."""
+    """The driver's current folder, against which a job's relative paths are resolved."""
     population: list[int] | None
-    """pbt: numbers of the trials, in the order in which Tune has them."""
+    """pbt: numbers of the trials, in Tune's order."""
 
     def job(self, trial: Trial, seed: int) -> Job:
-        """One training of a trial. Raises JobError if its values do not go together."""
+        """Return the job of one training of a trial. Raises JobError if its values are incompatible."""
         name = self.folder.run_name(trial, seed)
         return with_absolute_paths(self.search.job(trial.values, name, self.folder.runs.address, seed), self.start)
 
     def curve(self, trial: Trial) -> list[tuple[float, float | None]]:
-        """The first seed's learning curve so far."""
+        """Return the learning curve with the first seed so far."""
         return self.folder.curve(trial, self.search.seeds[0], self.search.spec.objective.metric)
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> None:
-    """Ray Tune's function: train, report the first seed's evaluations as they come, and the mean over seeds at the end.
+    """Train a trial, report the first seed's evaluations as they come, and finally the mean over seeds. Called by Ray Tune.
 
-    A failure of the trial's own is written into its file, and Tune sees a trial that ended without a result; only a process
-    that dies is tried again.
+    If the trial itself fails, this is written to its file and Tune sees a trial that ended without a result; Tune only retries
+    a trial whose process died.
     """
     grown = context.population is not None
     trial_id = tune.get_context().get_trial_id()
@@ -68,19 +68,19 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> None:
                 trial = _with_copy(trial, config["values"], context)
             trial = _trained(trial, context)
         except StoppedError:
-            raise  # its machine is taken away: another one goes on with it
+            raise  # its machine is being taken away: another one will continue it
         except Exception as error:
             trial = trial.with_end("failed", cause=_cause(error), curve=context.curve(trial))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other trials may share the GPU
         context.folder.write(trial)
-    if trial.state == "finished" and not grown:  # a scheduler of populations would have it copy another now
+    if trial.state == "finished" and not grown:  # after a report, a population's scheduler might make it copy another trial
         metric = context.search.spec.objective.metric
         tune.report({TIME: context.job(trial, context.search.seeds[0]).optim.epochs, metric: trial.mean(metric)})
 
 
 def _with_copy(trial: Trial, values: dict[str, Any], context: TrialContext) -> Trial:
-    """The trial after the copy that the scheduler has decided on, if it has."""
+    """Carry out the copy that the scheduler has decided on, if any, and return the resulting trial."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return trial
@@ -114,15 +114,15 @@ def _report(trial: Trial, job: Job, context: TrialContext) -> Sink:
     if context.population is not None:
         return PopulationReport(trial, job, metric)
     report = Report(job, metric)
-    for epoch, value in context.curve(trial):  # of an earlier start, which the scheduler may not know
+    for epoch, value in context.curve(trial):  # of an earlier process, perhaps unknown to the scheduler
         report.evaluation(epoch, value)
     return report
 
 
 class Report:
-    """Takes a training's log records; tells the scheduler of its evaluations but the last, which is told with the result.
+    """A sink that reports a training's evaluations to the scheduler, except the last, which is reported with the result.
 
-    The value is the best so far, for a run's result is its best checkpoint.
+    The reported value is the best so far, because a run's result is its best checkpoint.
     """
 
     def __init__(self, job: Job, metric: str) -> None:
@@ -135,7 +135,7 @@ class Report:
             self.evaluation(record["epoch"], record["val"][self.metric])
 
     def evaluation(self, epoch: float, value: float | None) -> None:
-        """One evaluation; those that a resumed training repeats are left out."""
+        """Report an evaluation, unless a resumed training repeats it."""
         if value is None or epoch >= self.epochs or epoch <= self.told:
             return
         self.best, self.told = max(self.best, value), epoch
@@ -143,7 +143,10 @@ class Report:
 
 
 class PopulationReport:
-    """The same for a population: with each evaluation's checkpoint, which is there when the next record comes."""
+    """A sink that reports a population member's evaluations with their checkpoints.
+
+    An evaluation is reported when the next record comes, since its checkpoint exists by then.
+    """
 
     def __init__(self, trial: Trial, job: Job, metric: str) -> None:
         self.trial, self.job, self.metric = trial, job, metric
@@ -166,7 +169,7 @@ class PopulationReport:
 
 
 def _quiet(record: Record) -> None:
-    """For the seeds after the first."""
+    """Discard a record: only the first seed's training reports to the scheduler."""
 
 
 def _cause(error: Exception) -> str:

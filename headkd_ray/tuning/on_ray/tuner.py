@@ -1,5 +1,7 @@
-"""A search on Ray Tune: it places, stops and restarts trials. What they get and what they found is in the search's own files,
-so that a search resumes from those alone, on another cluster or with another version of Ray too; Tune's own files are scratch.
+"""Run a search on Ray Tune, which places, stops and restarts trials.
+
+The trials' values and results are in the search's own files, from which it can be resumed even on another cluster or with
+another version of Ray; Tune's files are temporary.
 """
 
 from __future__ import annotations
@@ -28,34 +30,36 @@ from headkd_ray.tuning.study import propose
 from headkd_ray.tuning.trial_records import SearchFolder, Trial
 
 OF_TUNE = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a CSV, a JSON and TensorBoard files a trial, which its run folder has
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command at once; --resume goes on
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody reads its snapshots
-    "RAY_AIR_NEW_OUTPUT": "0",  # prints although it is asked to be silent
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files: a trial's run folder has its own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command at once; --resume continues
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # its snapshots are not used
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints even with verbose=0
 }
-"""Environment of Tune's driver."""
+"""Environment variables of the process that runs Tune's driver."""
 
 Event = dict[str, Any]
-"""trial: Trial; epoch and value of an evaluation, if it is one."""
+"""An event of a search: the ``trial`` and, if it was evaluated, ``epoch`` and ``value``."""
 
 
 def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: Callable[[Event], None]) -> list[Trial]:
-    """Run the search, or what is left of it; all its trials.
+    """Run the search, or what is left of it, and return all its trials.
 
     Args:
-        folder: the search's, started (``SearchFolder.start``); its trials that ended are not run again.
-        train: trains one job, in a trial's process.
-        tell: takes what happens, in this process.
+        folder: the search's folder, started (``SearchFolder.start``); trials in it that have ended are not run again.
+        train: trains one job in a trial's process.
+        tell: receives the events in this process.
 
     Raises:
-        ClusterError: the cluster is not there, or too small for one trial.
+        ClusterError: the cluster is missing, or too small for one trial.
     """
     os.environ.update({name: value for name, value in OF_TUNE.items() if name not in os.environ})
     base = search.base
     with connected(base.cluster, dashboard=base.cluster.workers != 0):
         room = room_for(base)
         if not room:
-            raise ClusterError(f"no node has room for a trial: {_trial_resources(base)}; lower cluster.cpus_per_worker or gpus")
+            raise ClusterError(
+                f"no node has room for a trial: {_trial_resources(base)}; lower cluster.cpus_per_worker or gpus_per_worker"
+            )
         concurrent = min(room, search.spec.budget.max_concurrent or room)
         state = SearchState(search, folder, tell)
         if state.complete:
@@ -71,30 +75,30 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
             tune_config=tune.TuneConfig(
                 search_alg=Proposer(state) if state.population is None else None,
                 scheduler=_scheduler(search, state),
-                num_samples=-1 if state.population is None else 1,  # the proposer says when it is enough
+                num_samples=-1 if state.population is None else 1,  # the proposer decides when to stop
                 max_concurrent_trials=concurrent,
                 time_budget_s=seconds,
-                reuse_actors=base.cluster.workers == 0,  # imports torch once; a stopped trial's Train workers need its end
+                reuse_actors=base.cluster.workers == 0,  # imports torch once; but Train workers end only with the actor
             ),
             run_config=tune.RunConfig(
                 name=uuid.uuid4().hex[:8],
                 storage_path=scratch.path,
                 storage_filesystem=scratch.fs,
                 failure_config=tune.FailureConfig(max_failures=search.spec.budget.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # pbt alone has some; to copy, the last one is enough
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # only pbt has any, and copies the latest
                 callbacks=[Recorder(state)],
                 verbose=0,
             ),
         )
-        # It misses the files that are switched off above.
+        # It would warn about the missing files of the loggers that are disabled above.
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         tuner.fit()
         scratch.remove()
-    return folder.trials(search, lambda text: None)  # the SearchState has warned
+    return folder.trials(search, lambda text: None)  # SearchState has already warned
 
 
 class SearchState:
-    """What the driver knows of the trials: their files' content, read once."""
+    """The driver's view of the trials: the content of their files, which are read once."""
 
     def __init__(self, search: Search, folder: SearchFolder, tell: Callable[[Event], None]) -> None:
         self.search, self.folder, self.tell = search, folder, tell
@@ -102,10 +106,10 @@ class SearchState:
         self.number_of_next = max(folder.numbers(), default=-1) + 1  # a trial that was left out keeps its number
         self.waiting = [number for number, trial in self.trials.items() if trial.state == "running"]
         self.deadline: float | None = None
-        """When Tune stops everything: ``time.monotonic`` seconds."""
+        """Time at which Tune stops everything, in ``time.monotonic`` seconds."""
 
         self.population: list[int] | None = None
-        """pbt: the trials, in the order in which Tune has them."""
+        """pbt: numbers of the trials, in Tune's order."""
         if search.spec.scheduler.kind == "pbt":
             self.population = []
             while (trial := self.following()) is not None:
@@ -113,15 +117,15 @@ class SearchState:
                 tell({"trial": trial})
 
     def number(self, trial: Any) -> int:
-        """The number of a trial of Tune's."""
+        """Return the number of a Tune trial."""
         return trial.config["number"] if self.population is None else member(trial.trial_id, self.population)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles whom it calls into files of its own, which nobody reads; a terminal cannot be pickled
+        return {}  # Tune pickles its callbacks into files that are not used, and a terminal cannot be pickled
 
     @property
     def complete(self) -> bool:
-        """Is there nothing left to run?"""
+        """Whether nothing is left to run."""
         if self.population is not None:
             return not self.population
         return not self.waiting and self._proposed() is None
@@ -133,7 +137,7 @@ class SearchState:
         return propose(self.search, list(self.trials.values()), self.number_of_next)
 
     def following(self) -> Trial | None:
-        """The next trial to run: one that did not end before, else a new one, whose file is written; None = no more."""
+        """Return the next trial: an unfinished one, else a new one, whose file is written; None if there are no more."""
         if self.waiting:
             return self.trials[self.waiting.pop(0)]
         number, values = self.number_of_next, self._proposed()
@@ -145,11 +149,11 @@ class SearchState:
         return trial
 
     def ended(self, number: int, **changes: Any) -> None:
-        """A trial ended: what its file says, or, if its process could not say it, ``changes``."""
+        """Record that a trial ended: as its file says, or with ``changes`` if its process could not write its end."""
         trial = self.folder.trial(number)
         if trial.state == "running":
             if self.deadline is not None and time.monotonic() >= self.deadline:
-                return  # out of time: --resume goes on with it
+                return  # out of time: --resume continues it
             curve = self.folder.curve(trial, self.search.seeds[0], self.search.spec.objective.metric)
             trial = trial.with_end(curve=curve, **changes)
             self.folder.write(trial)
@@ -158,14 +162,14 @@ class SearchState:
 
 
 class Proposer(Searcher):
-    """Tune asks it for values."""
+    """A Tune searcher that proposes the trials of a search."""
 
     def __init__(self, state: SearchState) -> None:
         super().__init__()
         self.state = state
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial's config."""
+        """Return the next trial's config."""
         trial = self.state.following()
         if trial is None:
             return Searcher.FINISHED
@@ -173,23 +177,23 @@ class Proposer(Searcher):
         return {"number": trial.number}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The Recorder sees to it."""
+        """Do nothing: the Recorder handles it."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: its state are the search's files."""
+        """Do nothing: the search's files hold the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Do nothing: the search's files hold the state."""
 
 
 class Recorder(tune.Callback):
-    """Tune tells it what happens."""
+    """A Tune callback that records how trials end and reports events."""
 
     def __init__(self, state: SearchState) -> None:
         self.state = state
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        """An evaluation."""
+        """Report an evaluation."""
         number = self.state.number(trial)
         known = self.state.trials[number]
         if self.state.population is not None:  # it may have copied another
@@ -198,34 +202,37 @@ class Recorder(tune.Callback):
         self.state.tell({"trial": known, "epoch": result[TIME], "value": result[metric]})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It ended, or the scheduler stopped it."""
+        """Record that a trial ended or that the scheduler stopped it."""
         self.state.ended(self.state.number(trial), state="stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its process died once too often."""
+        """Record a failure: the trial's process died too often."""
         lines = str(trial.get_error() or "unknown").strip().splitlines()
         self.state.ended(self.state.number(trial), state="failed", cause=f"its process died: {lines[-1]}")
 
 
 class Halving(ASHAScheduler):
-    """Successive halving that counts trial 0 and never stops it: it is what the others are compared with."""
+    """Successive halving that ranks trial 0 with the others but never stops it, since it is their baseline."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether the trial goes on."""
+        """Decide whether the trial continues."""
         action = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if trial.config.get("number") == 0 else action
 
 
 def _population_space(state: SearchState) -> dict[str, Any]:
-    """pbt: the values that the trials begin with. Tune's schedulers of populations take no proposer."""
+    """Return pbt's initial values as Tune's parameter space, because its population scheduler does not accept a searcher."""
     if state.population is None:
         return {}
     return {"values": tune.grid_search([state.trials[number].values for number in state.population])}
 
 
 def _trial_resources(job: Job) -> tune.PlacementGroupFactory:
-    """What a trial's own process takes. With train workers, which take theirs themselves, it is only their small driver: on the
-    head node, where no spot machine is taken away, and without a CPU, for decoding needs whole ones."""
+    """Return the resources of a trial's own process.
+
+    With train workers, which reserve their own, it is only their small driver. That runs on the head node, which is not a spot
+    machine, and without a CPU, because decoding needs whole ones.
+    """
     if job.cluster.workers != 0:
         return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     gpus = gpus_of_process(job)
@@ -249,7 +256,7 @@ def _scheduler(search: Search, state: SearchState) -> TrialScheduler:
         grace_period=min(spec.grace_epochs, longest),
         reduction_factor=spec.reduction,
     )
-    for trial in state.trials.values():  # a resumed search compares with the trials that ended before
+    for trial in state.trials.values():  # a resumed search also compares with trials that ended before
         if trial.state in ("finished", "stopped"):
             stand_in, best = TuneTrial("headkd", stub=True), -float("inf")
             scheduler.on_trial_add(None, stand_in)
