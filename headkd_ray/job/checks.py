@@ -100,7 +100,8 @@ def _tf_assistants(get: Get) -> Iterator[tuple[str, str]]:
     if method == "tf_head" and not given:
         yield (
             "distill.assistants",
-            "method tf_head needs at least one assistant (fcos, rcnn, retinanet); give one, for example rcnn: {}",
+            f"method tf_head needs at least one assistant ({', '.join(AssistantsSpec.model_fields)}); "
+            "give one, for example rcnn: {}",
         )
     if method != "tf_head" and given:
         yield (

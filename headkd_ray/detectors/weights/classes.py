@@ -11,7 +11,6 @@ from torch import Tensor
 from headkd_ray.detectors.build import AnyDetector, build_detector
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.roi_head import BoxHead
 from headkd_ray.detectors.weights.loaded import UNUSED, LoadedDetector
 
 
@@ -54,10 +53,11 @@ def _rows(old: AnyDetector, here: Tensor, there: Tensor, classes: int) -> list[t
         return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]
     last = torch.tensor([classes]), torch.tensor([old.num_classes])  # background
     side = torch.arange(4)
+    names = {module: name for name, module in old.named_modules()}
     rows = []
-    for name, head in old.named_modules():
-        if isinstance(head, BoxHead):  # one, or the stages of a cascade
-            rows.append((f"{name}.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]])))
-            if not head.spec.class_agnostic:
-                rows.append((f"{name}.box_out", (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()))
+    for stage in old.roi.stages:
+        rows.append((f"{names[stage]}.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]])))
+        if not stage.spec.class_agnostic:
+            boxes = (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()
+            rows.append((f"{names[stage]}.box_out", *boxes))
     return rows
