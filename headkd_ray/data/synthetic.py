@@ -1,7 +1,7 @@
 """Draw the quickstart's synthetic data set: real JPEGs and COCO JSON, determined by the seed, in a few seconds.
 
-Images show shapes of eight classes (``drawn_shapes.py``) with log-uniform sizes, tilted, of any colour, overlapping, cut off at the
-border, on textured backgrounds with distractors, and crossed by thin lines. Boxes are tight around the visible part.
+Images show shapes of eight classes (``drawn_shapes.py``) with log-uniform sizes, tilted, of any colour, overlapping, cut off
+at the border, on textured backgrounds with distractors, and crossed by thin lines. Boxes are tight around the visible part.
 
 Category ids have gaps on purpose: code that forgets to map them gets an AP of 0 instead of a plausible one.
 """
