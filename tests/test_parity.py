@@ -1,6 +1,7 @@
 """The official code's own numbers hold, and the command notices every way in which they could be wrong."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from headkd_ray.errors import CheckpointError
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.quantities import check
 from headkd_ray.golden.replay import Replay, replay
 from headkd_ray.parity import compare_file, main
 from tests.detectors.mmdet_mobilenet import MobileNetV2
+from tests.detectors.test_reppoints_weights import drawn_mmdet
 
 GOLDEN = Path(__file__).parent / "golden" / "official_head_r18.npz"
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -300,6 +303,14 @@ def test_what_is_no_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             main([str(tmp_path / name)])
         assert caught.value.code == 2
         assert name in capsys.readouterr().err
+
+
+def test_a_step_of_another_kind_is_refused_by_its_name(official: Arrays, tmp_path: Path) -> None:
+    student = {f"student/{key}": tensor.numpy() for key, tensor in drawn_mmdet(normed=True).items()}
+    path = write({**without(official, "student/", "teacher/"), **student}, tmp_path / "points.npz")
+    wrong = rf"^{re.escape(path)}: a step of a reppoints cannot be replayed, only those of retinanet and faster_rcnn$"
+    with pytest.raises(CheckpointError, match=wrong):
+        compare_file(path)
 
 
 def test_code_1_when_something_does_not_hold(official: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

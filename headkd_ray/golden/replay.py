@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from headkd_ray.detectors import (
+    KINDS,
     DenseDetector,
     Detections,
     Detector,
@@ -153,9 +154,8 @@ def _replay(golden: Golden, device: torch.device) -> Replay:
     run = Replay(student.loaded, teacher, device)
     detector = student.loaded.detector
     if type(detector) not in _OWN_LOSSES:
-        raise CheckpointError(
-            f"{golden.source}: has a {detector.spec.kind} student; only the steps of {_names(_OWN_LOSSES)} can be replayed"
-        )
+        known = " and ".join(kind.spec.model_fields["kind"].default for kind in KINDS if kind.detector in _OWN_LOSSES)
+        raise CheckpointError(f"{golden.source}: a step of a {detector.spec.kind} cannot be replayed, only those of {known}")
     model = _training_model(golden, student, teacher)
     for part in (detector, student.assistant, *student.adapters.values(), teacher.detector if teacher else None):
         if part is not None:
@@ -266,10 +266,6 @@ def _two_stage_step(run: Replay, student: TwoStageDetector, golden: Golden, x: T
     run.rois, run.roi_outputs = rois, head(run.features, rois.boxes, rois.image)
     losses |= {f"loss_roi_{name}": loss for name, loss in student.roi.losses([StageOutput(rois, run.roi_outputs)]).items()}
     return {names[name]: loss for name, loss in losses.items()}
-
-
-def _names(kinds: Iterable[type[Detector]]) -> str:
-    return " and ".join(kind.__name__ for kind in kinds)
 
 
 def _gradients(student: MMDetModel, names: dict[str, str]) -> dict[str, Tensor]:
