@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import ray
 
-from headkd_ray.cluster.connect import connected, unanswered
+from headkd_ray.cluster.alive import unanswered
+from headkd_ray.cluster.connect import connected
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import ClusterSpec
 
