@@ -44,8 +44,8 @@ def order() -> Order:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code: 3 = out of time, there is more to do."""
-    options = _parser().parse_args(arguments)
     with user_errors():
+        options = _parser().parse_args(arguments)
         try:
             _do(options)
         except OutOfTimeError:

@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for the page, the figures and the best job (default: analysis in the search's)")
     parser.add_argument("--csv", help="write the trials here, as CSV")
     parser.add_argument("--parquet", help="write the trials here, as Parquet")
-    options = parser.parse_args(arguments)
-    console = Terminal(soft_wrap=True)
     with user_errors():
+        options = parser.parse_args(arguments)
+        console = Terminal(soft_wrap=True)
         out = Folder.open(options.run) / "analysis" if options.out is None else Folder.open(options.out)
         analyze(options.run, out, console)
         for path, written in ((options.csv, "to_csv"), (options.parquet, "to_parquet")):

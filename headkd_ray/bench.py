@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--steps", type=positive, default=20, help="steps a stretch (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="stretches of each placement (default %(default)s)")
-    options = parser.parse_intermixed_args(arguments)
     with user_errors():
+        options = parser.parse_intermixed_args(arguments)
         job = load_job(options.job, options.overrides)
         if job.method not in ("akd", "head"):
             raise JobError(f"method: {job.method} has no teacher that could be placed; give a job of method head or akd")

@@ -95,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="detections of a class that count in an image (default: as in the checkpoint's training, or COCO's 100)",
     )
     parser.add_argument("--out", help="write the detections here, as a COCO results file")
-    options = parser.parse_args(arguments)
     with user_errors():
+        options = parser.parse_args(arguments)
         metrics = evaluate_checkpoint(
             options.checkpoint,
             options.data,

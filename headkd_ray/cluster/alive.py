@@ -51,7 +51,7 @@ def watched() -> Iterator[None]:
     left = threading.Event()
 
     def watch() -> None:
-        lost = _wait_for_loss(node.raylet_socket_name, node.gcs_address, away, left)
+        lost = wait_for_loss(node.raylet_socket_name, node.gcs_address, away, left)
         if lost is not None and not left.is_set():
             _end(lost)
 
@@ -62,7 +62,7 @@ def watched() -> Iterator[None]:
         left.set()
 
 
-def _wait_for_loss(raylet: str, head: str, away: float, left: threading.Event) -> str | None:
+def wait_for_loss(raylet: str, head: str, away: float, left: threading.Event) -> str | None:
     """What was lost; None once ``left`` is set.
 
     Args:
@@ -71,25 +71,31 @@ def _wait_for_loss(raylet: str, head: str, away: float, left: threading.Event) -
         away: seconds for which the head may be away.
     """
     answered = time.monotonic()
-    with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(1)
-        try:
-            line.connect(raylet)
-            while not left.is_set():
-                try:
-                    line.recv(1)  # it says nothing to who does not introduce himself: this returns when it has died
-                    break
-                except TimeoutError:
-                    pass
+    while not left.is_set():
+        with socket.socket(socket.AF_UNIX) as line:
+            try:
+                line.connect(raylet)
+            except OSError:
+                return f"this machine's part of Ray, the raylet, has died: {KILLED}"
+            line.settimeout(1)
+            while not left.is_set() and not _closed(line):
                 reason = unanswered(head)
                 if reason is None:
                     answered = time.monotonic()
                 elif time.monotonic() - answered > away:
                     silence = f"has not answered for {away:.0f} s ({reason})"
                     return f"the head of the Ray cluster, at {head}, {silence}: {KILLED}, or cannot be reached"
-        except OSError:  # it has died before, or just now
-            pass
-    return None if left.is_set() else f"this machine's part of Ray, the raylet, has died: {KILLED}"
+    return None
+
+
+def _closed(line: socket.socket) -> bool:
+    """Whether the other end is closed, which is what becomes of a dead process's; waits for it until ``line`` times out."""
+    try:
+        return line.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
 
 
 def _end(lost: str) -> None:
