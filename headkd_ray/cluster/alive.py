@@ -1,4 +1,4 @@
-"""Is Ray still there: the head of a cluster, which answers calls, and this machine's raylet, through which all of it goes."""
+"""Does Ray still live: the head of the cluster, and the raylet of this machine, through which every call goes."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def _closed(line: socket.socket) -> bool:
 
 
 def _end(lost: str) -> None:
-    Console().show_cursor()  # a progress bar hides it
-    print(
-        f"error: {lost}; start the same command again (a search with --resume): a training goes on from its last checkpoint",
-        file=sys.stderr,
-    )
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(2)
+    mend = "start the same command again (a search with --resume): a training goes on from its last checkpoint"
+    try:
+        Console().show_cursor()  # a progress bar hides it
+        print(f"error: {lost}; {mend}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(2)
