@@ -68,7 +68,7 @@ class Machines:
         """Nodes of a kind on which a process with such a title runs."""
         return [node for node in self.nodes[kind] if processes(title, raylet_of(node))]
 
-    def left_over(self, seconds: float = 30) -> list[str]:
+    def left_over(self, seconds: float = 120) -> list[str]:
         """Actors and placement groups that are there still, ``seconds`` after the last driver has ended; [] is good."""
         deadline = time.monotonic() + seconds
         while (found := self._alive()) and time.monotonic() < deadline:
@@ -130,7 +130,7 @@ def steps_told(run: Folder) -> list[dict[str, Any]]:
     return [record for record in records if "losses" in record]
 
 
-def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
+def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 600) -> None:
     """Wait until ``what()``. Raises RuntimeError if the driver ends first, or it takes too long."""
     deadline = time.monotonic() + seconds
     while not what():

@@ -44,6 +44,9 @@ TF_HEAD: dict[str, Any] = {
 }
 """Assistants for MICRO_STUDENT."""
 
+HANGS = 600
+"""Seconds after which a test believes that something hangs: far more than it takes, also where the machine is busy."""
+
 
 def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sections: Any) -> Job:
     """A supervised job that trains in seconds; ``sections`` replace or extend its sections, one level deep."""
@@ -97,8 +100,8 @@ def start_training(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
 
 
 def wait_for_lines(log: Path, count: int, process: subprocess.Popen[Any]) -> None:
-    """Until a run's log has so many lines. Fails if the process ends before, or two minutes pass."""
-    deadline = time.monotonic() + 120
+    """Until a run's log has so many lines. Fails if the process ends before, or it hangs."""
+    deadline = time.monotonic() + HANGS
     while not (log.exists() and len(log.read_text().splitlines()) >= count):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
         time.sleep(0.02)

@@ -20,6 +20,7 @@ from headkd_ray.cluster.alive import HEAD_AWAY, unanswered, wait_for_loss
 from headkd_ray.cluster.connect import connected
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import ClusterSpec
+from tests.support import HANGS
 
 
 @pytest.fixture
@@ -128,6 +129,6 @@ def test_a_real_ray_that_dies_ends_the_command_with_a_sentence(number: int, told
     assert process.stdout is not None
     pids = process.stdout.readline().split()
     os.kill(int(pids[number]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 2 and told in errors.splitlines()[-1]
     assert errors.splitlines()[-1].startswith("error: ") and "Traceback" not in errors
