@@ -28,8 +28,8 @@ SHOWN = 20
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
     with user_errors():
+        options = _parser().parse_args(arguments)
         shards = prepare(
             options.json,
             options.images,
