@@ -209,7 +209,9 @@ def test_a_replaced_photo_is_noticed(tmp_path: Path) -> None:
     prepare_split(files.json, files.images, files.out, shard_images=4)
     before = contents(files.out)
     photo = replace_photo(files)
-    with pytest.raises(DataError, match=r"image files have changed; replace the split with --overwrite(.|\n)*  - 0.jpg: has changed"):
+    with pytest.raises(
+        DataError, match=r"image files have changed; replace the split with --overwrite(.|\n)*  - 0.jpg: has changed"
+    ):
         prepare_split(files.json, files.images, files.out, shard_images=4)
     assert contents(files.out) == before, "what is there may be needed"
     replaced = prepare_split(files.json, files.images, files.out, shard_images=4, overwrite=True)
