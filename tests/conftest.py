@@ -35,7 +35,7 @@ def ray_cluster() -> Iterator[None]:
         try:
             ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
             break
-        except Exception:  # on a machine that is busy with other things Ray's agents miss the 15 s that they have
+        except Exception:  # on a busy machine Ray's agents miss their limit of 15 s
             if attempt == last:
                 raise
     yield

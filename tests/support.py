@@ -45,7 +45,7 @@ TF_HEAD: dict[str, Any] = {
 """TF-HEAD's assistants for MICRO_STUDENT."""
 
 HANGS = 600
-"""Seconds after which a test believes that something hangs: far more than it takes, also where the machine is busy."""
+"""Seconds after which a test assumes that something hangs; generous, for busy machines."""
 
 
 def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sections: Any) -> Job:

@@ -1,4 +1,4 @@
-"""An address at which no Ray cluster answers is reported within seconds, and so is a Ray that dies during a run."""
+"""An address at which no Ray cluster answers is reported within seconds, and so is a cluster that dies during a run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_cluster_answers(ray_cluster: None) -> None:
 
 @pytest.fixture
 def raylet(tmp_path: Path) -> Iterator[socket.socket]:
-    """A socket where a raylet would listen."""
+    """Yield a socket where a raylet would listen."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "raylet"))
         listening.listen()

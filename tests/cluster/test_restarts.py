@@ -189,7 +189,7 @@ def test_the_controller_or_a_worker_that_starts_is_killed(
 def test_a_run_whose_raylet_is_killed_is_told_and_goes_on_when_started_again(
     tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a Ray that the command starts for itself, which cannot outlive its raylet."""
+    """The command starts a Ray of its own, which cannot outlive its raylet."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     sections: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "optim": {"epochs": 4, "milestones": []}}
     job_file = tmp_path / "job.yaml"

@@ -80,7 +80,7 @@ def test_ctrl_c_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(("argument", "stream", "code"), [("--help", "stdout", 0), ("--no-such-option", "stderr", 2)])
 def test_help_and_wrong_options_may_meet_a_closed_pipe(argument: str, stream: str, code: int) -> None:
-    """``python -m headkd_ray.train --help | head -1``."""
+    """This happens in ``python -m headkd_ray.train --help | head -1``."""
     reader, writer = os.pipe()
     os.close(reader)
     streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
