@@ -115,7 +115,7 @@ from headkd_ray.job import ClusterSpec
 with user_errors(), connected(ClusterSpec()):
     node = ray._private.worker._global_node
     print(*(node.all_processes[name][0].process.pid for name in ("raylet", "gcs_server")), flush=True)
-    ray.get(ray.remote(time.sleep).remote(1000))
+    ray.get(ray.remote(lambda: time.sleep(1000)).remote())
 """
 
 
@@ -130,5 +130,6 @@ def test_a_real_ray_that_dies_ends_the_command_with_a_sentence(number: int, told
     pids = process.stdout.readline().split()
     os.kill(int(pids[number]), signal.SIGKILL)
     _, errors = process.communicate(timeout=HANGS)
-    assert process.returncode == 2 and told in errors.splitlines()[-1]
+    assert process.returncode == 2, errors
+    assert told in errors.splitlines()[-1]
     assert errors.splitlines()[-1].startswith("error: ") and "Traceback" not in errors
