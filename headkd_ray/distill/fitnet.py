@@ -42,7 +42,5 @@ class FitNet(Term):
 
     def distances(self, forward: StepForward) -> Losses:
         assert forward.teacher is not None
-        levels = zip(
-            self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False
-        )  # a level per adapter
+        levels = zip(self.adapters, forward.student.pyramid, forward.teacher.pyramid, strict=False)  # a level per adapter
         return {"loss_fitnet": torch.stack([mean_squared_error(adapt(own), target) for adapt, own, target in levels]).sum()}
