@@ -3,6 +3,7 @@
 # make quickstart TRAIN=... VAL=... IMAGES=... VAL_IMAGES=photos2    if the validation images are in another folder
 # make quickstart ARGS="--out runs/mine optim.epochs=6"           more arguments of python -m headkd_ray.quickstart
 # make test                                                       the tests
+# make test-fast                                                  those that train nothing, in two minutes
 # PYTHON=python3.12 make ...                                      chooses the Python (3.10 to 3.13) for the set-up
 
 PY := .venv/bin/python
@@ -10,13 +11,19 @@ PY := .venv/bin/python
 OWN := $(if $(TRAIN),--train "$$TRAIN") $(if $(VAL),--val "$$VAL") $(if $(IMAGES),--images "$$IMAGES") \
 	$(if $(VAL_IMAGES),--val-images "$$VAL_IMAGES")
 
-.PHONY: setup quickstart test lint lock
+# Tests that train nothing and start no Ray.
+FAST := tests/job tests/data tests/report tests/golden tests/test_architecture.py tests/test_storage.py tests/test_text.py
+
+.PHONY: setup quickstart test test-fast lint lock
 
 quickstart: setup
 	$(PY) -m headkd_ray.quickstart $(OWN) $(ARGS)
 
 test: setup
 	$(PY) -m pytest $(ARGS)
+
+test-fast: setup
+	$(PY) -m pytest $(FAST) $(ARGS)
 
 setup:
 	@sh setup.sh

@@ -45,10 +45,10 @@ def main() -> int:
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--images", type=positive, default=256, help="use at least this many images (default %(default)s)")
-    options = parser.parse_intermixed_args()
-    sums: dict[str, dict[str, float]] = {}
-    sizes: dict[str, Building] = {}
     with user_errors(), tempfile.TemporaryDirectory(prefix="headkd-bench-") as scratch:
+        options = parser.parse_intermixed_args()
+        sums: dict[str, dict[str, float]] = {}
+        sizes: dict[str, Building] = {}
         for dtype in ("fp16", "int8"):
             place = (f"teacher.cache.dtype={dtype}", f"teacher.cache.path={scratch}/{dtype}")
             job = load_job(options.job, [*options.overrides, *KEYS, *place, "optim.epochs=1", "optim.milestones=[]"])

@@ -44,8 +44,8 @@ def order() -> Order:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 3 if time ran out before everything was done."""
-    options = _parser().parse_args(arguments)
     with user_errors():
+        options = _parser().parse_args(arguments)
         try:
             _do(options)
         except OutOfTimeError:

@@ -16,9 +16,9 @@ Record = dict[str, Any]
 Rows = dict[str, dict[int, Record]]
 """Row -> seed -> record."""
 Order = Mapping[str, Mapping[str, Sequence[str]]]
-"""Tier -> row, in the order in which they are shown -> rows that it is compared with, its matched baseline first."""
+"""Tier -> row, in table order -> rows that it is compared with, its matched baseline first."""
 README_ROWS = ("baseline", "assist", "akd", "head", "tf_head")
-"""What the README shows of each tier."""
+"""Rows of each tier that the README shows."""
 
 
 def read(results: Path) -> list[Record]:
@@ -66,7 +66,7 @@ def insert(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def readme_section(records: Sequence[Record], order: Order) -> str:
-    """The short table: AP and the gain over the matched baseline, of README_ROWS."""
+    """Return the short tables: AP and the gain over the matched baseline, for README_ROWS."""
     parts = []
     for tier, rows in by_tier(records, order).items():
         lines = [f"Tier {tier}, {_machines(rows)}:", "", *_head("row", "seeds", "AP", "difference to its baseline")]

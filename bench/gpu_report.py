@@ -164,9 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_FOLDER", help="copied into docs/gpu first")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of performance.md and gpu (default: docs)")
-    options = parser.parse_args(arguments)
-    kept, document = options.docs / "gpu", options.docs / "performance.md"
     with user_errors():
+        options = parser.parse_args(arguments)
+        kept, document = options.docs / "gpu", options.docs / "performance.md"
         if options.results is not None:
             take(options.results, kept)
         found = section(load(kept), read(kept / EVIDENCE))

@@ -68,7 +68,7 @@ class Machines:
         """Return the nodes of a kind on which a process with this title runs."""
         return [node for node in self.nodes[kind] if processes(title, raylet_of(node))]
 
-    def left_over(self, seconds: float = 30) -> list[str]:
+    def left_over(self, seconds: float = 120) -> list[str]:
         """Return the actors and placement groups that still exist up to ``seconds`` after the last driver ended; [] is good."""
         deadline = time.monotonic() + seconds
         while (found := self._alive()) and time.monotonic() < deadline:
@@ -130,7 +130,7 @@ def logged_steps(run: Folder) -> list[dict[str, Any]]:
     return [record for record in records if "losses" in record]
 
 
-def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
+def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], seconds: float = 600) -> None:
     """Wait until ``what()`` is true. Raises RuntimeError if the driver ends first or it takes too long."""
     deadline = time.monotonic() + seconds
     while not what():

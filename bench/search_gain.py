@@ -44,8 +44,8 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of the search (local)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="run.seed of the trainings (default: 1 2 3)")
     parser.add_argument("--test", help="prepared split that the search has not seen")
-    options = parser.parse_args()
     with user_errors():
+        options = parser.parse_args()
         folder = SearchFolder.open(options.run)
         search = folder.search()
         best = best_trial(search, folder.trials(search))

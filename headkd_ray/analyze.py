@@ -74,9 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for the page, the figures and the best job (default: RUN/analysis)")
     parser.add_argument("--csv", help="also write the trials to this CSV file")
     parser.add_argument("--parquet", help="also write the trials to this Parquet file")
-    options = parser.parse_args(arguments)
-    console = Terminal(soft_wrap=True)
     with user_errors():
+        options = parser.parse_args(arguments)
+        console = Terminal(soft_wrap=True)
         out = Folder.open(options.run) / "analysis" if options.out is None else Folder.open(options.out)
         analyze(options.run, out, console)
         for path, written in ((options.csv, "to_csv"), (options.parquet, "to_parquet")):

@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--steps", type=positive, default=20, help="steps per stretch (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="stretches of each placement (default %(default)s)")
-    options = parser.parse_intermixed_args(arguments)
     with user_errors():
+        options = parser.parse_intermixed_args(arguments)
         job = load_job(options.job, options.overrides)
         if "akd" not in METHODS[job.method].terms:
             raise JobError(f"method: {job.method} has no teacher to place; give a job whose method is head or akd")

@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sample", type=positive, default=32, metavar="N", help="views that verify compares (default %(default)s)"
     )
-    options = parser.parse_intermixed_args(arguments)
     with user_errors():
+        options = parser.parse_intermixed_args(arguments)
         job = load_job(options.job, options.overrides)
         action = {"build": _build, "verify": lambda job: _verify(job, options.sample), "info": _info}[options.action]
         return action(job)

@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     given = sys.argv[1:] if arguments is None else arguments
-    command = parser.parse_args(given[:1]).command
+    with user_errors():
+        command = parser.parse_args(given[:1]).command
     code: int = importlib.import_module(f"headkd_ray.{command}").main(given[1:])
     return code
 

@@ -94,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="detections per image and class that count (default: as in the checkpoint's training, or COCO's 100)",
     )
     parser.add_argument("--out", help="write the detections to this file, as COCO results")
-    options = parser.parse_args(arguments)
     with user_errors():
+        options = parser.parse_args(arguments)
         metrics = evaluate_checkpoint(
             options.checkpoint,
             options.data,

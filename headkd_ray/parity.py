@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("parity", (__doc__ or "").splitlines()[0])
     parser.add_argument("golden", help="values of the official code, an .npz file (see tests/golden)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default %(default)s)")
-    options = parser.parse_args(arguments)
     with user_errors():
+        options = parser.parse_args(arguments)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise DataError("--device cuda: torch sees no GPU here; leave the option out to compare on the CPU")
         rows = compare_file(options.golden, options.device)

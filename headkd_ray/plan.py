@@ -31,8 +31,8 @@ MODEL = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_intermixed_args(arguments)
     with user_errors():
+        options = _parser().parse_intermixed_args(arguments)
         job = load_job(options.job, options.overrides)
         workers = options.workers or ([1] if job.cluster.workers == 0 else sorted({1, 2, 4, 8, job.cluster.most_workers}))
         prices = (options.price_per_gpu_hour, options.price_per_cpu_hour)

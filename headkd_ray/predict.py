@@ -244,8 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, help="folder for detections.json and the drawn images")
     parser.add_argument("--score", type=float, default=0.3, help="draw boxes of at least this score (default %(default)s)")
-    options = parser.parse_args(arguments)
     with user_errors():
+        options = parser.parse_args(arguments)
         out = Folder.open(options.out)
         images = find_images(listed(options.images), out)
         predicted = predict(options.checkpoint, images, out, options.score)

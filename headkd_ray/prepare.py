@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from headkd_ray.cli import command_parser, user_errors
+from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import META, ShardSet
@@ -28,8 +28,8 @@ SHOWN = 20
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
     with user_errors():
+        options = _parser().parse_args(arguments)
         shards = prepare(
             options.json,
             options.images,
@@ -81,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("json", metavar="COCO.json", help="annotations in COCO's detection format")
     parser.add_argument("images", metavar="IMAGES_DIR", help="folder that the JSON's file names are relative to")
     parser.add_argument("--out", required=True, metavar="OUT_DIR", help="folder to write")
-    parser.add_argument("--shard-images", type=_positive, default=512, metavar="N", help="images per shard file (default 512)")
-    parser.add_argument("--row-group", type=_positive, default=16, metavar="N", help="images read together (default 16)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one per CPU; more for remote images)")
+    parser.add_argument("--shard-images", type=positive, default=512, metavar="N", help="images per shard file (default 512)")
+    parser.add_argument("--row-group", type=positive, default=16, metavar="N", help="images read together (default 16)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: one per CPU; more for remote images)")
     parser.add_argument("--fix-boxes", action="store_true", help="clip or drop unusable boxes, and list them")
     parser.add_argument(
         "--exif",
@@ -97,16 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="values of 16-bit images that become black and white, for example 0 4095 (default 0 65535)",
     )
-    parser.add_argument("--max-megapixels", type=_positive, metavar="N", help="refuse larger images (default 178)")
+    parser.add_argument("--max-megapixels", type=positive, metavar="N", help="refuse larger images (default 178)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split in OUT_DIR")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 if __name__ == "__main__":

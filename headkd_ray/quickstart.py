@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of all three jobs")
-    options = parser.parse_args(arguments)
-    needed = (options.train, options.val, options.images)
-    if any((*needed, options.val_images)) and not all(needed):
-        parser.error("your own photos need --train, --val and --images together")
-    own = {"train": Split(options.train, options.images), "val": Split(options.val, options.val_images or options.images)}
-    started = time.perf_counter()
     with user_errors():
+        options = parser.parse_args(arguments)
+        needed = (options.train, options.val, options.images)
+        if any((*needed, options.val_images)) and not all(needed):
+            parser.error("your own photos need --train, --val and --images together")
+        own = {"train": Split(options.train, options.images), "val": Split(options.val, options.val_images or options.images)}
+        started = time.perf_counter()
         quickstart(own if all(needed) else None, options.out, options.jobs, options.overrides)
     Terminal().print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0

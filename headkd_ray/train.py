@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--print-config", action="store_true", help="print the complete job with all defaults, and exit")
-    options = parser.parse_intermixed_args(arguments)
     with user_errors():
+        options = parser.parse_intermixed_args(arguments)
         job = load_job(options.job, options.overrides)
         if options.print_config:
             print(masked(render_job(job)), end="")

@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("search", help="search file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the search file")
     parser.add_argument("--resume", action="store_true", help="continue the search of this name")
-    options = parser.parse_intermixed_args(arguments)
     with user_errors():
+        options = parser.parse_intermixed_args(arguments)
         search = load_search(options.search, options.overrides)
         check_optuna(search)
         folder = SearchFolder(Folder.open(search.spec.run.storage) / search.spec.run.name)

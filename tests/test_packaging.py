@@ -137,7 +137,7 @@ def test_everything_that_a_page_names_exists(page):
 
 
 def test_the_readme_is_short():
-    """What a newcomer needs; everything else is a page of its own, in docs/."""
+    """It has what a newcomer needs; everything else has a page of its own in docs/."""
     assert len(README.splitlines()) < 200
 
 

@@ -225,7 +225,7 @@ def test_other_mistakes_in_the_address(
     job = write(micro_job(tmp_path, drawn_splits), tmp_path)
     query = f"endpoint_override={s3}&scheme=http"
     cases = {
-        f"s3://nosuchbucket/runs?{query}": "there is no such bucket; make it, or correct the URI",
+        f"s3://nosuchbucket/runs?{query}": "there is no such bucket; create it, or correct the URI",
         f"s3://bucket/runs?{query}&regoin=x": "Unexpected query parameter in S3 URI: 'regoin'; correct the URI",
         "s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http": "cannot be reached; check the network",
         f"s3://nobody:nothing@bucket/runs?{query}": "has a password in it, which would be written into job.json",

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import ray
-from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import get_ray_address_from_environment
 
+from headkd_ray.cluster.alive import unanswered, watched
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import ClusterSpec
 
@@ -27,13 +26,13 @@ OWN_CLUSTER = {
 
 # Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-PATIENCE = 10.0
-"""Seconds that a cluster may take to answer: Ray itself would ask for minutes."""
 
 
 @contextmanager
 def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster of ``spec.address`` or ``RAY_ADDRESS``, or start one on this machine and stop it on leaving.
+
+    If it is lost meanwhile, the process ends with a sentence (``alive.watched``).
 
     Which cluster was joined is said on standard error: on a machine that others use, too, it may be theirs.
 
@@ -53,7 +52,8 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
     else:
         _join(address)
     try:
-        yield
+        with watched():
+            yield
     finally:
         ray.shutdown()
         for name in OWN_CLUSTER.keys() - before.keys():
@@ -89,18 +89,6 @@ def _running_here() -> str | None:
         if with_environment is not None:
             os.environ["RAY_ADDRESS"] = with_environment
     return address if address is not None and unanswered(address) is None else None  # else it is a dead one's
-
-
-def unanswered(address: str) -> str | None:
-    """Why no Ray cluster answers at ``host:port``; None if one does."""
-    with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=PATIENCE)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED:  # it does; ray.init says what it wants
-                return None
-            return str(error.details()).removeprefix("failed to connect to all addresses; last error: ")
-    return None
 
 
 def _join(address: str) -> None:

@@ -37,13 +37,13 @@ def with_restarts(fit: Callable[[], T], max_failures: int, note: Callable[[str],
         try:
             return fit()
         except (TrainingFailedError, RayActorError) as error:
+            _release(_reservations() - reserved)
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             if not isinstance(cause, WorkerGroupStartupTimeoutError):  # which is no loss: a node is still to come
                 losses += 1
                 if losses > max_failures or (isinstance(error, ControllerError) and not isinstance(cause, LOST)):
                     raise
                 note(f"a training process was lost; starting again from the last checkpoint ({losses} of {max_failures} times)")
-        _release(_reservations() - reserved)
 
 
 def _reservations() -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from headkd_ray.engine.checkpoint import SCORE, check
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
-from headkd_ray.engine.run import RunLog, finish, open_run, run_folder
+from headkd_ray.engine.run import finish, open_run, run_folder, run_log
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.engine.stop import stop_signals
 from headkd_ray.engine.streams import Streams
@@ -161,18 +161,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
 
-    with ExitStack() as files:
-
-        def open_sink(resumed_step: int) -> Sink:
-            log = files.enter_context(RunLog(run_folder(job), resumed_step, job.log.tensorboard, job.checkpoint.every_steps))
-
-            def sink(record: Record) -> None:
-                log(record)
-                log.sync()
-                config["queue"].put(record)
-
-            return sink
-
+    with run_log(run_folder(job), job, config["queue"].put) as open_sink:
         up = stop.wait.remote()
         try:
             last = fit(job, distributed, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))

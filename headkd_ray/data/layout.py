@@ -38,8 +38,8 @@ class Layout:
     def recipe(self) -> str:
         """SHA-256 of the annotations, the layout and the options; only shards with the same value belong together."""
         parts = [LAYOUT, self.shard_images, self.row_group, self.split.digest()]
-        asked = {"exif": self.options.exif, "range": self.options.value_range}
-        parts += [f"{name}={value}" for name, value in asked.items() if value is not None]
+        options = {"exif": self.options.exif, "range": self.options.value_range}
+        parts += [f"{name}={value}" for name, value in options.items() if value is not None]
         return _sha256("/".join(map(str, parts)))
 
     def fingerprint(self, upright: bool) -> str:

@@ -100,9 +100,9 @@ def check_same_range(ranges: Mapping[str, tuple[int, int] | None]) -> None:
     Args:
         ranges: ``Meta.value_range`` by split; None, for a split without such images, is compatible with any.
     """
-    told = {place: found for place, found in ranges.items() if found is not None}
-    if len(set(told.values())) > 1:
-        found = ", ".join(f"{place} from {low} to {high}" for place, (low, high) in told.items())
+    known = {place: found for place, found in ranges.items() if found is not None}
+    if len(set(known.values())) > 1:
+        found = ", ".join(f"{place} from {low} to {high}" for place, (low, high) in known.items())
         raise DataError(f"16-bit images are read with different ranges: {found}; prepare all splits with the same --range")
 
 

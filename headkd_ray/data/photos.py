@@ -142,9 +142,9 @@ class Tally:
         """Return the tally of one image whose size has been checked."""
         tally = cls()
         if facts.orientation > 1:
-            tells = facts.size != facts.upright_size
-            told = "upright" if (record.height, record.width) == facts.upright_size else "stored"
-            tally = replace(tally, **{told if tells else "unclear": 1})
+            decisive = facts.size != facts.upright_size
+            size = "upright" if (record.height, record.width) == facts.upright_size else "stored"
+            tally = replace(tally, **{size if decisive else "unclear": 1})
         if facts.values is not None:
             tally = replace(tally, deep=1, low=facts.values[0], high=facts.values[1])
         return tally
@@ -171,7 +171,7 @@ class Tally:
             elif self.stored:
                 why = f"the JSON has the stored size of {self.stored} of them"
             else:
-                why = "the JSON does not tell; if the boxes were drawn on the upright images, prepare with --exif apply"
+                why = "the JSON does not say; if the boxes were drawn on the upright images, prepare with --exif apply"
             lines.append(f"EXIF orientation: {_images(ignored)} used as stored, the orientation is ignored ({why})")
         return lines
 

@@ -129,20 +129,20 @@ class ShardSet:
             DataError: the split is missing, not completely prepared, damaged or in a newer format.
         """
         folder = Folder.open(uri, DataError)
-        mend = f"run: {PREPARE} {uri}"
+        remedy = f"run: {PREPARE} {uri}"
         try:
             meta = Meta.from_json(folder.read(META), folder.named(META))
             index = _read_index(folder, meta.row_group)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(_unprepared(folder, uri)) from error
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{uri}: cannot be read ({error}); check access, or {mend} --overwrite") from error
+            raise DataError(f"{uri}: cannot be read ({error}); check access, or {remedy} --overwrite") from error
         problems = []
         for shard, size in zip(meta.shards, folder.sizes([shard.name for shard in meta.shards]), strict=True):
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, should have {shard.bytes}"
-                problems.append(f"{folder.named(shard.name)}: {found}; copy it again, or {mend} --overwrite")
-        problems += [f"{folder.named(INDEX)}: {problem}; {mend} --overwrite" for problem in _check_index(index, meta)]
+                problems.append(f"{folder.named(shard.name)}: {found}; copy it again, or {remedy} --overwrite")
+        problems += [f"{folder.named(INDEX)}: {problem}; {remedy} --overwrite" for problem in _check_index(index, meta)]
         if problems:
             raise DataError(problems)
         return cls(folder, meta, index)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import LocalCheckpoints
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
-from headkd_ray.engine.run import RunLog, finish, open_run
+from headkd_ray.engine.run import finish, open_run, run_log
 from headkd_ray.engine.stop import stop_signals
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.job import Job
@@ -22,19 +20,7 @@ def train_here(job: Job, tell: Sink) -> Record:
     folder = open_run(job)
     checkpoints = LocalCheckpoints(folder)
 
-    with ExitStack() as files:
-
-        def open_sink(resumed_step: int) -> Sink:
-            log = files.enter_context(RunLog(folder, resumed_step, job.log.tensorboard, job.checkpoint.every_steps))
-
-            def sink(record: Record) -> None:
-                log(record)
-                log.sync()
-                tell(record)
-
-            return sink
-
-        asked_to_stop = files.enter_context(stop_signals())
+    with run_log(folder, job, tell) as open_sink, stop_signals() as asked_to_stop:
         last = fit(job, distributed, streams, checkpoints, open_sink, asked_to_stop)
     ranking = [checkpoints.folder / name for name in checkpoints.ranking()]
     return finish(folder, ranking, last, data_fingerprints(streams), tell)

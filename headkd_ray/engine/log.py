@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,8 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)  # hides what a killed run wrote past it
 
     def __call__(self, record: Record) -> None:
-        for name, value in _flatten(record):
-            if name not in ("step", "epoch", "steps"):
+        for name, value in flattened(record, "/"):
+            if name not in ("step", "epoch", "steps") and isinstance(value, (int, float)):
                 # Class names come from the user's data and may contain lone surrogates.
                 tag = name.encode("utf-8", "backslashreplace").decode("utf-8")
                 self.writer.add_scalar(tag, value, record["step"])
@@ -137,11 +137,10 @@ class TensorBoard:
         self.writer.close()
 
 
-def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
-    flat: list[tuple[str, float]] = []
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat += _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)):
-            flat.append((prefix + name, value))
-    return flat
+def flattened(mapping: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dictionaries, each with its keys joined by ``separator``; an empty dictionary is a value."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield prefix + key, value

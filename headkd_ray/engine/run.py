@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact
 from headkd_ray.engine.files import read_json, writing
-from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard
+from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard, flattened
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import CheckpointError, JobError, StorageError
 from headkd_ray.job import Job
@@ -55,7 +55,7 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
         return
-    before, after = (_flatten(keys) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
+    before, after = (dict(flattened(keys, ".")) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
     differing = [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
@@ -229,11 +229,22 @@ class RunLog:
         self.due, self.uploaded = False, time.monotonic()
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            flat.update(_flatten(item, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = item
-    return flat
+@contextmanager
+def run_log(run: Folder, job: Job, tell: Sink) -> Iterator[Callable[[int], Sink]]:
+    """Yield a function that opens the run's log at the step from which training resumes, and returns where records go.
+
+    Each record is written to the log, and then given to ``tell``. Leaving the context closes the log.
+    """
+    with ExitStack() as files:
+
+        def open_sink(resumed_step: int) -> Sink:
+            log = files.enter_context(RunLog(run, resumed_step, job.log.tensorboard, job.checkpoint.every_steps))
+
+            def sink(record: Record) -> None:
+                log(record)
+                log.sync()
+                tell(record)
+
+            return sink
+
+        yield open_sink

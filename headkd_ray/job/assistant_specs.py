@@ -41,8 +41,8 @@ class RCNNAssistantSpec(Spec):
     """Weight of the CKD term: its last fully connected layer teaches the student's last classification conv at the cell that
     proposed the RoI."""
     decouple: bool = True
-    """Whether the Linear between the two is one per anchor of a cell (the research branch's for a RetinaNet student) or one for
-    all anchors."""
+    """Whether CKD's Linear between the two layers is one per anchor of a cell (the research branch's for a RetinaNet student)
+    or one for all anchors."""
 
 
 class AssistantsSpec(Spec):

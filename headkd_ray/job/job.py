@@ -126,7 +126,7 @@ class DistillSpec(Spec):
     """Epochs with CKD (methods head, tf_head); its weight is 0 in later ones, while the assistants continue. The research
     branch stops it at the first drop of the learning rate. null = never stop."""
     rois: Literal["student", "teacher"] = "student"
-    """RoIs on which AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
+    """RoIs that AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
     ground-truth boxes and the teacher's own proposals, sampled once for each view, so that the teacher's outputs depend on the
     view alone and can be computed elsewhere or cached. (The assistant's ground-truth losses use the student's RoIs in both
     cases.) teacher needs a dense student and a Faster R-CNN teacher."""

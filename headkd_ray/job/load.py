@@ -89,10 +89,10 @@ def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
 
 
 def read_file(path: str | FilePath, needs: str = "a job has at least run, method and data") -> Draft:
-    """The file's values with the line of every key; ``needs`` is told of an empty one.
+    """Read the file's values with the line of every key; ``needs`` says in the message for an empty file what it must have.
 
     Raises:
-        JobError: no such file, not a text file, not YAML or not a mapping of keys.
+        JobError: the file is missing, or is not text, not YAML or not a mapping of keys.
     """
     try:
         with open(path, "rb") as file:

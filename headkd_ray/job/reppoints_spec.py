@@ -39,7 +39,7 @@ class RepPointsHeadSpec(DenseHeadSpec):
     gradient_mul: Fraction = 0.1
     """Share of the gradient that reaches the initial points through the deformable convs that sample there."""
     moment_mul: Fraction = 0.01
-    """Share of the gradient that reaches the two learned factors between the points' spread and half the box sides."""
+    """Share of the gradient that reaches the two learned factors that scale the points' spread to half the box sides."""
     base_scale: Scale = 4.0
     """A ground-truth box is an initial target on the coarsest level whose base_scale x stride is at most sqrt(width x height),
     in pixels, or on P3 if there is none; point losses are in units of base_scale x stride."""

@@ -15,7 +15,7 @@ class PoolSpec(Spec):
 
     actors: tuple[Processes, Processes] = (1, 1)
     """[fewest, most] teacher processes per train worker; Ray starts more while batches wait for a teacher (with rois: student,
-    the number stays at the fewest). A cache is built by the most."""
+    the number stays at the fewest). A cache is built by the largest number."""
     cpus: ShareOrNone = 1.0
     """CPUs that Ray reserves per process."""
     gpus: ShareOrNone = 0.0

@@ -212,7 +212,7 @@ class Cache:
             source = self.folder.fs.open_input_file(self.folder.at(name))
             with pq.ParquetFile(source, pre_buffer=self.folder.remote, page_checksum_verification=True) as file:
                 if not file.schema_arrow.equals(SCHEMA):
-                    raise pa.ArrowInvalid("other columns")
+                    raise pa.ArrowInvalid("unexpected columns")
                 if (file.schema_arrow.metadata or {}).get(b"recipe") != self.digest.encode():
                     raise CacheError(f"{self.folder.named(name)}: built with other settings or data; delete it and {BUILD}")
                 return file.read_row_group(group, use_threads=False)

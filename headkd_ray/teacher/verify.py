@@ -91,7 +91,7 @@ def same_rois(one: ViewTargets, other: ViewTargets) -> bool:
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the cosines (L, k) of features (L, k, D); 1 where either is zero."""
-    product = (one * other).sum(-1)
-    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    return np.where(norms > 0, product / np.where(norms > 0, norms, 1), 1.0)
+    """Return the cosines (L, k) of features (L, k, D): 1 where both are zero, 0 where only one is."""
+    lengths, others = np.linalg.norm(one, axis=-1), np.linalg.norm(other, axis=-1)
+    norms = lengths * others
+    return np.where(norms > 0, (one * other).sum(-1) / np.where(norms > 0, norms, 1), lengths == others)

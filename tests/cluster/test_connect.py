@@ -1,18 +1,26 @@
-"""An address at which no Ray cluster answers is reported within seconds; Ray itself would take minutes."""
+"""An address at which no Ray cluster answers is reported within seconds, and so is a cluster that dies during a run."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import ray
 
-from headkd_ray.cluster.connect import connected, unanswered
+from headkd_ray.cluster.alive import HEAD_AWAY, unanswered, wait_for_loss
+from headkd_ray.cluster.connect import connected
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import ClusterSpec
+from tests.support import HANGS
 
 
 @pytest.fixture
@@ -62,3 +70,66 @@ def test_nobody_listens_at_the_environment_s_address(no_ray: None, monkeypatch: 
 
 def test_a_cluster_answers(ray_cluster: None) -> None:
     assert unanswered(ray.get_runtime_context().gcs_address) is None
+
+
+@pytest.fixture
+def raylet(tmp_path: Path) -> Iterator[socket.socket]:
+    """Yield a socket where a raylet would listen."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "raylet"))
+        listening.listen()
+        yield listening
+
+
+def test_a_raylet_that_dies_is_noticed(raylet: socket.socket, tmp_path: Path, ray_cluster: None) -> None:
+    head = ray.get_runtime_context().gcs_address
+    done, lost = threading.Event(), []
+    thread = threading.Thread(target=lambda: lost.append(wait_for_loss(str(tmp_path / "raylet"), head, 0, done)))
+    thread.start()
+    line, _ = raylet.accept()
+    thread.join(2)
+    assert thread.is_alive(), "took a living one for dead"
+    raylet.close()
+    line.close()
+    thread.join()
+    assert lost[0] is not None and "the raylet, has died" in lost[0]
+    done.set()
+    assert wait_for_loss(str(tmp_path / "raylet"), head, 0, done) is None
+
+
+def test_a_head_that_is_away_too_long_is_noticed(raylet: socket.socket, tmp_path: Path) -> None:
+    head = free_port()
+    started = time.monotonic()
+    lost = wait_for_loss(str(tmp_path / "raylet"), head, 2, threading.Event())
+    assert lost is not None and f"at {head}, has not answered for 2 s (" in lost and "Connection refused" in lost
+    assert time.monotonic() - started > 2
+
+
+WAITS = """
+import time
+import ray
+from headkd_ray.cluster.connect import connected
+from headkd_ray.cli import user_errors
+from headkd_ray.job import ClusterSpec
+
+with user_errors(), connected(ClusterSpec()):
+    node = ray._private.worker._global_node
+    print(*(node.all_processes[name][0].process.pid for name in ("raylet", "gcs_server")), flush=True)
+    ray.get(ray.remote(lambda: time.sleep(1000)).remote())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "told"), [(0, "the raylet, has died"), (1, "has not answered for 9 s")])
+def test_a_real_ray_that_dies_ends_the_command_with_a_sentence(number: int, told: str) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": "local", HEAD_AWAY: "12"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    pids = process.stdout.readline().split()
+    os.kill(int(pids[number]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=HANGS)
+    assert process.returncode == 2, errors
+    assert told in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].startswith("error: ") and "Traceback" not in errors

@@ -15,7 +15,7 @@ from machines import Machines, logged_steps, wait_for
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
 from headkd_ray.train import train
-from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
+from tests.support import HANGS, assert_same_weights, micro_job, micro_teacher, student_weights
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def test_a_teacher_s_node_that_is_lost_costs_only_its_batches(
     wait_for(lambda: len(logged_steps(folder)) >= 2, driver)
     (node,) = machines.hosts(title, "teacher")
     machines.kill(node)
-    assert driver.wait(240) == 0, (tmp_path / "output").read_text()
+    assert driver.wait(HANGS) == 0, (tmp_path / "output").read_text()
     result = json.loads(folder.read("result.json"))
     assert_same_weights(student_weights(expected), student_weights(result))
     records = logged_steps(folder)
@@ -97,7 +97,7 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     machines.have("trainer", 2, cpus=2)
     wait_for(lambda: at_work(2), driver)
     driver.terminate()
-    assert driver.wait(60) == 143, (tmp_path / "output").read_text()
+    assert driver.wait(HANGS) == 143, (tmp_path / "output").read_text()
     records = logged_steps(folder)
     assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1))
     phases = [workers for workers, _ in groupby(record["workers"] for record in records)]

@@ -21,7 +21,7 @@ from machines import processes
 
 from headkd_ray.job import Job
 from headkd_ray.train import train
-from tests.support import assert_same_weights, micro_job, student_weights
+from tests.support import HANGS, assert_same_weights, micro_job, student_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def test_ray_job_stop_keeps_the_step_and_the_same_job_goes_on(tmp_path: Path, dr
     done = ray_job(head, *submit, "--no-wait", "--submission-id", "first", *TRAIN)
     assert done.returncode == 0, done.stdout + done.stderr
     log = tmp_path / "runs" / "stopped" / "log.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert time.monotonic() < deadline, ray_job(head, "logs", "first").stdout
         time.sleep(0.1)

@@ -26,6 +26,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError
 from headkd_ray.job import ClusterSpec, DataSpec
 from tests.data.coco_files import make_coco, spoil_images
+from tests.support import HANGS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -55,7 +56,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
         assert first.dtype == second.dtype and torch.equal(first, second), name
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = HANGS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "still not so"
@@ -99,7 +100,7 @@ def test_every_image_once_when_ranks_stream_at_the_same_time(shards: ShardSet, w
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=HANGS)
     assert steps == [list(range(steps_per_epoch(60, 3, world_size)))] * world_size
     assert Counter(image_id for ids in seen for image_id in ids) == Counter(shards.index.image_id.tolist())
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from machines import processes
 from ray.cloudpickle import register_pickle_by_value
 from ray.exceptions import ActorDiedError
@@ -34,7 +36,7 @@ from headkd_ray.engine.checkpoint import STATE_FILE, seal
 from headkd_ray.errors import CheckpointError, ClusterError
 from headkd_ray.storage import Folder
 from headkd_ray.train import train
-from tests.support import assert_same_weights, micro_job, student_weights
+from tests.support import HANGS, assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
 
 ON_RAY = {"workers": 1, "threads_per_worker": 1}
 
@@ -166,7 +168,7 @@ def test_the_controller_or_a_worker_that_starts_is_killed(
     killed: list[int] = []
 
     def kill() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANGS
         while not killed and time.monotonic() < deadline:
             for pid in processes(title):
                 os.kill(pid, signal.SIGKILL)
@@ -181,6 +183,30 @@ def test_the_controller_or_a_worker_that_starts_is_killed(
     assert_same_weights(
         student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), lambda record: None))
     )
+
+
+@pytest.mark.slow
+def test_a_run_whose_raylet_is_killed_is_told_and_goes_on_when_started_again(
+    tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command starts a Ray of its own, which cannot outlive its raylet."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    sections: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "optim": {"epochs": 4, "milestones": []}}
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(micro_job(tmp_path, drawn_splits, cluster=ON_RAY, **sections).model_dump(mode="json")))
+    process = start_training(job_file, stderr=subprocess.PIPE, text=True)
+    wait_for_lines(tmp_path / "run" / "log.jsonl", 5, process)
+    (raylet,) = [pid for pid in processes("", process.pid) if "/raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(raylet, signal.SIGKILL)
+    _, told = process.communicate(timeout=HANGS)
+    assert process.returncode == 2, told
+    assert "raylet, has died" in told.splitlines()[-1] and "Traceback" not in told
+    assert start_training(job_file).wait(HANGS) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log if "losses" in record] == list(range(1, 45))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    whole = train(micro_job(tmp_path, drawn_splits, "whole", **sections), lambda record: None)
+    assert_same_weights(student_weights(result), student_weights(whole))
 
 
 def reserved() -> list[str]:

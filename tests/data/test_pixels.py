@@ -76,7 +76,7 @@ def test_where_no_size_tells_the_user_is_told_what_to_do(files: CocoFiles, capsy
     assert main([files.json, files.images, "--out", files.out]) == 0
     message = capsys.readouterr().err
     assert message.strip() == (
-        "warning: EXIF orientation: 1 image is used as stored, the orientation is ignored (the JSON does not tell; "
+        "warning: EXIF orientation: 1 image is used as stored, the orientation is ignored (the JSON does not say; "
         "if the boxes were drawn on the upright images, prepare with --exif apply)"
     )
     assert torch.equal(shown(ShardSet.open(files.out), 3), stored)

@@ -1,4 +1,4 @@
-"""Kinds of detector are known in one place: whose files are recognised as which, and that nothing else asks for a kind."""
+"""Each kind of detector describes its own foreign files, and nothing else asks for a kind."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_there_are_files_of_every_kind_that_is_read() -> None:
 @pytest.mark.parametrize("name", MMDET)
 def test_one_kind_recognises_an_mmdet_file_and_knows_all_its_tensors(name: str) -> None:
     files = [[*BACKBONE, *MMDET[name]]]
-    if MMDET[name][0].startswith("bbox_head."):  # a student of the official HEAD, too, which has an R-CNN's head beside its own
+    if MMDET[name][0].startswith("bbox_head."):  # also as a student of the official HEAD, with an R-CNN head beside it
         files.append([*BACKBONE, *(key.replace("bbox_head.", "rpn_head.") for key in MMDET[name]), *ASSISTANT])
     for keys in files:
         found = [other for other, kind in zip(NAMES, KINDS, strict=True) if kind.mmdet and kind.mmdet.recognises(keys)]
@@ -71,7 +71,7 @@ def small_retinanet() -> RetinaNet:
 
 
 def as_mmdet(detector: RetinaNet, head: str) -> dict[str, Tensor]:
-    """The detector's tensors as mmdet would call them, ``{head}_cls`` and ``{head}_reg`` behind the towers."""
+    """Return the detector's tensors under mmdet's names, with ``{head}_cls`` and ``{head}_reg`` behind the towers."""
     names = {"cls_tower": "cls_convs", "box_tower": "reg_convs", "cls_out": f"{head}_cls", "box_out": f"{head}_reg"}
     state = {}
     for name, tensor in detector.state_dict().items():
@@ -121,7 +121,7 @@ CLASSES = {cls.__name__ for kind in KINDS for cls in (kind.spec, kind.head_spec,
 
 
 def questions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Comparisons with a kind's name, and isinstance and issubclass of a kind's own classes."""
+    """Yield comparisons with a kind's name, and isinstance and issubclass checks of a kind's own classes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare | ast.match_case):
             asks = any(isinstance(part, ast.Constant) and part.value in NAMES for part in parts(node))
@@ -138,7 +138,7 @@ def parts(node: ast.Compare | ast.match_case) -> Iterator[ast.AST]:
 
 
 def test_nothing_asks_what_kind_a_detector_is() -> None:
-    """The two families may be told apart; all else that differs from kind to kind is in the registry."""
+    """The two families may be told apart; everything else that differs between kinds is in the registry."""
     found = [
         f"{file.relative_to(PACKAGE)}: {ast.unparse(node)}"
         for file in sorted(PACKAGE.rglob("*.py"))

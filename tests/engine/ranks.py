@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from headkd_ray.engine.distributed import Distributed
+from tests.support import HANGS
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -26,7 +27,7 @@ def _rank(rank: int, size: int, scratch: str, work: Callable[..., Any], argument
     torch.set_num_threads(1)
     # With a timeout, so that a collective that only some ranks reach fails the test instead of hanging it.
     dist.init_process_group(
-        "gloo", init_method=f"file://{scratch}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{scratch}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=HANGS)
     )
     try:
         torch.save(work(Distributed(rank, size, torch.device("cpu")), *arguments), Path(scratch) / f"{rank}.pt")

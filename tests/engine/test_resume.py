@@ -26,7 +26,7 @@ from headkd_ray.engine.stop import stop_signals
 from headkd_ray.errors import CheckpointError, JobError, StoppedError, UserError
 from headkd_ray.storage import Folder
 from headkd_ray.train import main, train
-from tests.support import assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
+from tests.support import HANGS, assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
 
 
 def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
@@ -72,7 +72,7 @@ def test_sigterm_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path, dra
     process = start_training(job_file, stderr=subprocess.PIPE, text=True)
     wait_for_lines(tmp_path / "stopped" / "log.jsonl", 3, process)
     process.terminate()
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=HANGS)
     assert process.returncode == 143, told
     (last,) = re.findall(r"stopped as requested at step (\d+) of 44, with a checkpoint; .* resumes", told.splitlines()[-1])
     assert "Traceback" not in told and int(last) % 11, "stopped at the end of an epoch: nothing was tested"

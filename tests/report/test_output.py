@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 import sys
 from typing import TextIO
 
@@ -75,3 +76,14 @@ def test_ctrl_c_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> Non
         raise KeyboardInterrupt
     assert exit_.value.code == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C before the end\n"
+
+
+@pytest.mark.parametrize(("argument", "stream", "code"), [("--help", "stdout", 0), ("--no-such-option", "stderr", 2)])
+def test_help_and_wrong_options_may_meet_a_closed_pipe(argument: str, stream: str, code: int) -> None:
+    """This happens in ``python -m headkd_ray.train --help | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    done = subprocess.run([sys.executable, "-m", "headkd_ray.train", argument], **streams)
+    os.close(writer)
+    assert done.returncode == code and not done.stdout and not done.stderr

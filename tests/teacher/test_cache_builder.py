@@ -21,6 +21,7 @@ from headkd_ray.errors import CacheError, DataError
 from headkd_ray.job import FasterRCNNSpec, Job
 from headkd_ray.teacher import Builder, builder_of, soft_teacher
 from headkd_ray.teacher.cache_recipe import view_seed
+from headkd_ray.teacher.verify import cosine
 from tests.data.coco_files import make_coco
 from tests.detectors.micro import liven
 from tests.support import MICRO_TEACHER, micro_job
@@ -280,3 +281,10 @@ def test_what_cannot_be_built_is_said(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="a feature of the teacher is nan"):
         builder.build(1, 0)
     assert builder.cache.missing() == builder.cache.units()
+
+
+def test_a_lost_feature_does_not_count_as_agreement() -> None:
+    features = np.array([[[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]])
+    cached = np.array([[[6.0, 8.0], [0.0, 0.0], [1.0, 2.0], [0.0, 2.0]]])
+    np.testing.assert_allclose(cosine(features, cached), [[1, 1, 0, 0]])
+    np.testing.assert_allclose(cosine(cached, features), [[1, 1, 0, 0]])

@@ -23,7 +23,7 @@ from headkd_ray.tuning.on_ray.tuner import SearchState, _scheduler, search_on_ra
 from headkd_ray.tuning.search_file import load_search
 from headkd_ray.tuning.space import Search
 from headkd_ray.tuning.trial_records import SearchFolder, Trial
-from tests.support import MICRO_STUDENT, micro_job
+from tests.support import HANGS, MICRO_STUDENT, micro_job
 
 STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0}}}
 """A student that detects something, so that there is an AP to compare."""
@@ -219,7 +219,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
     folder = SearchFolder.open(str(tmp_path / "search"))
     with (tmp_path / "out.txt").open("w") as out:
         driver = subprocess.Popen(command, stdout=out, stderr=out)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + HANGS
         while not (
             folder.exists and any(_epochs(tmp_path, trial) in range(2, 11) for trial in folder.trials() if trial.number)
         ):
@@ -235,7 +235,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path, ask: Ask) -
 
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "is already a search: continue it (--resume)" in refused.stderr
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
     trials = folder.trials()
     assert [trial.state for trial in trials] == ["finished"] * 4
