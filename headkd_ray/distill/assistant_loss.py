@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import Detector, head_class
 from headkd_ray.detectors.base import Losses
-from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
@@ -26,7 +25,8 @@ class AssistantLoss(Term):
 
     @classmethod
     def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
-        if teacher is None or job.distill.assistant is None or answers_about_rois(teacher):
+        described = job.distill.assistant
+        if teacher is None or described is None or isinstance(teacher.detection_head, head_class(described)):
             return []
         return [
             "distill.assistant: describes an R-CNN head, but this teacher's assistant must have a head like its own, that of a "
