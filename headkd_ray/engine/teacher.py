@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headkd_ray.data.classes import listed
+from headkd_ray.data.classes import difference, listed
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights import with_classes
 from headkd_ray.engine.fetch import fetch_detector
-from headkd_ray.errors import CheckpointError
+from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.job import Job
 
 
@@ -44,6 +44,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     Raises:
         CheckpointError: unreadable, or without class names. (Whether it is of the kind that the method needs, ``build_trainee``
             knows.)
+        DataError: it knows none of the data's classes.
     """
     if job.teacher is None:
         return None
@@ -61,6 +62,12 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD lives on other kinds"] if own_kind else []
     if classes is None or classes == names:
         return Teacher(loaded.detector, "; ".join(notes) or None)
+    if not set(names) & set(classes):
+        who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
+        raise DataError(
+            f"{who} has {len(names)} classes, {data} has {len(classes)}; {difference(data, classes, who, names)}; a teacher "
+            "must know at least one class of the data (teacher.classes can name its outputs otherwise)"
+        )
     fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
     spelled = {name.casefold(): name for name in unused}
     alike = [f"{name!r} (the teacher's {spelled[name.casefold()]!r})" for name in fresh if name.casefold() in spelled]
