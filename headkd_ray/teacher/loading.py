@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headkd_ray.data.class_lists import listed
+from headkd_ray.data.class_lists import difference, listed
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights import with_classes
 from headkd_ray.detectors.weights.fetch import fetch_detector
-from headkd_ray.errors import CheckpointError
+from headkd_ray.errors import CheckpointError, DataError
 from headkd_ray.job import Job
 
 
@@ -46,6 +46,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     Raises:
         CheckpointError: the teacher is unreadable or does not name its classes. (``build_training_model`` checks whether it
             is of the kind that the method needs.)
+        DataError: the teacher knows none of the data's classes.
     """
     if job.teacher is None:
         return None
@@ -63,6 +64,12 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD expects another kind"] if own_kind else []
     if classes is None or classes == names:
         return Teacher(loaded.detector, "; ".join(notes) or None)
+    if not set(names) & set(classes):
+        who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
+        raise DataError(
+            f"{who} has {len(names)} classes, {data} has {len(classes)}; {difference(data, classes, who, names)}; a teacher "
+            "must know at least one class of the data (teacher.classes can name its outputs otherwise)"
+        )
     fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
     spelled = {name.casefold(): name for name in unused}
     alike = [f"{name!r} (the teacher's {spelled[name.casefold()]!r})" for name in fresh if name.casefold() in spelled]

@@ -21,6 +21,7 @@ from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, ShardSet
 from headkd_ray.errors import DataError
 from headkd_ray.prepare import main
 from tests.data.coco_files import CocoFiles, encoded, exif_photo, make_coco, pixels
+from tests.support import HANGS
 
 
 def contents(folder: str | Path) -> dict[str, str]:
@@ -127,16 +128,17 @@ def test_a_name_that_no_filesystem_allows(tmp_path: Path) -> None:
 
 def test_kill_9_keeps_finished_shards_and_the_rest_is_made(tmp_path: Path) -> None:
     files = make_coco(tmp_path, images=40)
+    suffixes = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    photos = {suffix: encoded(pixels(0, 900, 700), kind) for suffix, kind in suffixes.items()}
     for image in files.data["images"]:  # large, so that the kill falls in the middle
         image.update(width=900, height=700)
-        kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image["file_name"].rsplit(".")[1]]
-        (tmp_path / "images" / image["file_name"]).write_bytes(encoded(pixels(image["id"], 900, 700), kind))
+        (tmp_path / "images" / image["file_name"]).write_bytes(photos[image["file_name"].rsplit(".")[1]])
     files.save()
     command = [sys.executable, "-m", "headkd_ray.prepare", files.json, files.images, "--out", files.out]
     command += ["--shard-images", "4", "--row-group", "2", "--workers", "1"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, stderr=subprocess.DEVNULL)
     out = Path(files.out)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while len(list(out.glob("shard-*.parquet"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline, "ended or hung before it could be killed"
         time.sleep(0.002)

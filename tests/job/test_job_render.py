@@ -91,7 +91,7 @@ def jobs(draw: Any) -> Job:
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(jobs())
 def test_printed_config_loads_back_to_an_equal_job(tmp_path, job):
     path = tmp_path / "job.yaml"

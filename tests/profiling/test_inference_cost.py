@@ -17,7 +17,7 @@ def test_a_wider_student_costs_more(tmp_path: Path, drawn_splits: dict[str, str]
     jobs = [micro_job(tmp_path, drawn_splits, student=student) for student in (MICRO_STUDENT, wide)]
     narrow, wider = (inference_cost(job) for job in jobs)
     assert torch.equal(torch.get_rng_state(), before), "a training's own draws do not depend on it"
-    detector = build_detector(jobs[0].student, 16)
+    detector = build_detector(jobs[0].student, 8)
     assert round(narrow["params"] * 1e6) == sum(weight.numel() for weight in detector.parameters())
     assert all(0 < narrow[cost] for cost in ("params", "flops", "latency"))
     # Two more 3x3 convs of 16 channels in each of two towers, on 64x96 pixels' P3 to P7: 8x12 + 4x6 + 2x3 + 1x2 + 1x1 cells.

@@ -26,7 +26,7 @@ from tests.data.coco_files import make_coco
 from tests.detectors.micro import liven
 from tests.support import MICRO_TEACHER, micro_job
 
-CLASSES = 16
+CLASSES = 8
 BUDGET = 12
 
 
@@ -119,7 +119,7 @@ def test_the_stream_carries_what_the_teacher_says_of_each_batch(job: Job, shards
         assert torch.equal(direct.boxes[direct.truth], targets.boxes[targets.truth])
         torch.testing.assert_close(targets.boxes, direct.boxes, rtol=0, atol=1e-3)
         torch.testing.assert_close(targets.taps, direct.taps, rtol=2e-3, atol=1e-3)
-        assert targets.valid.any(1).all() and (targets.truth.sum(1) > 0).all() and targets.taps.any()
+        assert targets.valid.any(1).all() and targets.truth.any() and targets.taps.any()
         for image_id, view in zip(plain.image_ids.tolist(), plain.views.tolist(), strict=True):
             seen[view].add(image_id)
     assert seen[0] == seen[1] == set(shards.index.image_id.tolist())

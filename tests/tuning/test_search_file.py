@@ -220,9 +220,9 @@ def test_schema_is_fresh_and_describes_every_key() -> None:
         assert all(key.get("description") or key["$ref"] for key in section["properties"].values())
 
 
-def test_the_readme_s_search_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_s_search_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (block,) = re.findall(r"```yaml\n(run: .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```yaml\n(run: .*?)```", (ROOT / "docs/tuning.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "search.yaml").write_text(block)
     shown, committed = (load_search(file).spec for file in (tmp_path / "search.yaml", ROOT / "jobs/small/tune_tf_head.yaml"))
     assert (shown.run, shown.budget, shown.searcher.kind) == (committed.run, committed.budget, committed.searcher.kind)
