@@ -92,7 +92,8 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 def start_training(job_file: Path, **options: Any) -> subprocess.Popen[Any]:
     """The train command in a process of its own; ``options`` as ``subprocess.Popen`` has them."""
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]  # dependencies may be there
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     return subprocess.Popen([sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, **options)
 
 
