@@ -51,7 +51,8 @@ if .venv/bin/python -m pip --version >/dev/null 2>&1; then
     uv() { .venv/bin/python -m uv "$@"; }
 fi
 echo "setup: installing (a few GB, most of it torch)"
-uv pip install --python .venv/bin/python --require-hashes -r requirements.lock
+# Compiled here, once: Ray starts many processes, and where Python may not write next to the sources each would compile anew.
+uv pip install --python .venv/bin/python --compile-bytecode --require-hashes -r requirements.lock
 uv pip install --python .venv/bin/python --quiet --no-deps -e .
 cat requirements.lock pyproject.toml >"$stamp"
 echo "setup: done"
