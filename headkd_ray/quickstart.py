@@ -37,7 +37,7 @@ STAGES = {
 }
 """Titles of the stages, by the name of their job file and run."""
 PICTURE = "detections.png"
-SHOWN_SCORE = 0.3
+SHOWN_SCORE = 0.4
 """Minimum score of the detections in the picture."""
 
 
@@ -126,7 +126,7 @@ def _ray() -> AbstractContextManager[Any]:
     return connected(ClusterSpec())
 
 
-def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 6) -> tuple[bytes, str | None]:
+def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 4) -> tuple[bytes, str | None]:
     """Draw images of the split, one per row, with columns for ground truth and for each run's detections.
 
     Args:
