@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_told_and_not_tried_again(tmp_path: Path, drawn_split
 @pytest.mark.slow
 def test_a_loss_that_explodes_ends_the_run_at_once(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     job = micro_job(
-        tmp_path, drawn_splits, optim={"lr": 1e30, "lr_batch": None, "clip_norm": None, "warmup_steps": 0}, cluster=ON_RAY
+        tmp_path, drawn_splits, optim={"lr": 1000.0, "lr_batch": None, "clip_norm": None, "warmup_steps": 0}, cluster=ON_RAY
     )
     with pytest.raises(TrainingError, match=r"not finite.*lower optim\.lr"):
         train(job, _quiet)

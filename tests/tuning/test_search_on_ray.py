@@ -55,7 +55,7 @@ def run(search: Search, folder: SearchFolder) -> tuple[list[Trial], list[dict[st
 def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
     """Trial 0 is the base job, an exploding one is recorded, halving stops a worse one; a resumed search repeats none."""
     grid: dict[str, Any] = {
-        "space": {"optim.lr": {"choice": [0.01, 1e30, 1e-6]}},
+        "space": {"optim.lr": {"choice": [0.01, 1000.0, 1e-6]}},
         "job": {"optim": {"epochs": 2, "milestones": [1], "clip_norm": None, "warmup_steps": 0, "lr_batch": None}},
         "searcher": {"kind": "grid"},
         "scheduler": {"kind": "asha", "reduction": 2},
@@ -64,7 +64,7 @@ def test_a_search_on_ray(tmp_path: Path, ask: Ask, ray_cluster: None) -> None:
     trials, events = run(ask(**grid, budget={"trials": 2, "max_concurrent": 1}), folder)
     assert [(trial.number, trial.values, trial.state) for trial in trials] == [
         (0, {"optim.lr": 0.01}, "finished"),
-        (1, {"optim.lr": 1e30}, "failed"),
+        (1, {"optim.lr": 1000.0}, "failed"),
     ]
     assert trials[1].cause is not None and "not finite" in trials[1].cause and "lower optim.lr" in trials[1].cause
     assert [event["epoch"] for event in events if "epoch" in event] == [1, 2]
