@@ -95,6 +95,8 @@ def _without_boxes(split: str, out: Path) -> str:
     column = table.schema.get_field_index("boxes")
     none = np.zeros(len(table), np.int32)
     pq.write_table(table.set_column(column, table.schema.field(column), [none]), out / "index.parquet")
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps({**meta, "boxes": 0}))
     return str(out)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,15 @@ def test_what_a_killed_process_leaves_behind_is_deleted_by_the_next(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [other]
 
 
-def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_at_once() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, also where the shell that started the tests ignores it, as for background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_at_once(interruptible: None) -> None:
     def twice() -> None:
         with stop_signals() as requested:
             assert not requested()
