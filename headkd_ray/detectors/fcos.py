@@ -15,6 +15,7 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
+from headkd_ray.detectors.ops.fixed_size import constant
 from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum
 from headkd_ray.detectors.ops.matching import gather_rows, match_points
 from headkd_ray.detectors.ops.proposals import Detections, Found, best_pairs, conclude, flatten_cells
@@ -131,7 +132,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         The level is the one that boxes of its size belong to by ``regress_ranges``.
         """
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(1) * 0.5
-        level = torch.bucketize(reach, boxes.new_tensor(self.spec.regress_ranges))
+        level = torch.bucketize(reach, constant(self.spec.regress_ranges, boxes))
         return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
     @torch.no_grad()

@@ -59,8 +59,8 @@ class AKD(Term):
 
     def distances(self, forward: StepForward) -> Losses:
         assistant, teacher = forward.comparison
-        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, strict=True)
-        return {f"loss_akd_{i}": distance(adapt, own, theirs) for i, (adapt, own, theirs) in enumerate(pairs, start=1)}
+        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, assistant.counted, strict=True)
+        return {f"loss_akd_{i}": distance(*pair) for i, pair in enumerate(pairs, start=1)}
 
 
 def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
@@ -68,12 +68,12 @@ def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
     return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
 
 
-def distance(adapt: nn.Module, own: Tap, theirs: Tap) -> Tensor:
+def distance(adapt: nn.Module, own: Tap, theirs: Tap, counted: Tensor | None = None) -> Tensor:
     """Return the MSE between ``own``, adapted, and ``theirs``, which gets no gradient.
 
     They are rows (R, C) and (R, C'), or maps (B, C, H, W) and (B, C', H, W) whose MSEs are summed over levels. Rows of
-    ground-truth boxes count like any other.
+    ground-truth boxes count like any other; with ``counted`` (R,), only the rows that are True count.
     """
     if isinstance(own, Tensor) and isinstance(theirs, Tensor):
-        return mean_squared_error(adapt(own), theirs)
+        return mean_squared_error(adapt(own), theirs, counted)
     return torch.stack([mean_squared_error(adapt(o), t) for o, t in zip(own, theirs, strict=True)]).sum()

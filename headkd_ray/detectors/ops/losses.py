@@ -99,11 +99,22 @@ def binary_cross_entropy_sum(logits: Tensor, target: Tensor, counted: Tensor) ->
     return price.masked_fill(~counted, 0.0).sum()
 
 
-def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
-    """Return the mean of (student - target)^2, or 0, not NaN, if there are no elements. ``target`` gets no gradient."""
-    return F.mse_loss(student.float(), target.detach().float(), reduction="sum") / max(student.numel(), 1)
+def mean_squared_error(student: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the mean of (student - target)^2, or 0, not NaN, if there are no elements. ``target`` gets no gradient.
+
+    With ``counted`` (R,) both are rows (R, C), and only the rows that are True count.
+    """
+    student, target = student.float(), target.detach().float()
+    if counted is None:
+        return F.mse_loss(student, target, reduction="sum") / max(student.numel(), 1)
+    total = F.mse_loss(torch.where(counted.unsqueeze(1), student, target), target, reduction="sum")
+    return total / (counted.sum() * student.shape[1]).clamp(min=1)
 
 
 def cross_entropy_mean(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64 over R; 0 if R = 0."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
+    """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64; 0 if R = 0.
+
+    Rows whose label is -1 do not count.
+    """
+    total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
+    return total / (labels >= 0).sum().clamp(min=1)
