@@ -33,12 +33,12 @@ def build_optimizer(
     """Build the optimizer over the trainable parameters, and its schedule (``scheduler.step()`` once per optimizer step)."""
     free = [parameter for parameter in parameters if parameter.requires_grad]
     lr = peak_lr(spec, global_batch)
-    # One kernel for all parameters. Fused AdamW also counts its steps there; else their numbers would be read on the host.
-    fused = True if free and all(parameter.is_cuda for parameter in free) else None
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "sgd":
-        optimizer = torch.optim.SGD(free, lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=fused)
+        optimizer = torch.optim.SGD(free, lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
     else:
+        # One kernel for all parameters, which counts the steps on the GPU; by default the host counts them.
+        fused = True if all(parameter.is_cuda for parameter in free) else None
         optimizer = torch.optim.AdamW(free, lr=lr, weight_decay=spec.weight_decay, fused=fused)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))
 

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+OPTIONS = {"enable_fp_fusion": False}
+"""Without fused multiply-adds, IoUs are rounded as on the CPU, so that both keep the same boxes."""
+
 
 def greedy_nms(boxes: Tensor, iou: float) -> Tensor:
     """Return the mask (G, K) of the ``boxes`` (G, K, 4) float32, best first, that survive NMS within their own group."""
@@ -18,8 +21,7 @@ def greedy_nms(boxes: Tensor, iou: float) -> Tensor:
     width = triton.next_power_of_2(count)
     warps = min(max(width // 256, 1), 8)
     with torch.cuda.device_of(boxes):
-        # Without fused multiply-adds, IoUs are rounded as on the CPU, so that both keep the same boxes.
-        _greedy[(groups,)](boxes.contiguous(), keep, count, _below(iou), width, num_warps=warps, enable_fp_fusion=False)
+        _greedy[(groups,)](boxes.contiguous(), keep, count, _below(iou), width, num_warps=warps, **OPTIONS)
     return keep.view(torch.bool)
 
 
