@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import nms
 
+from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.ops import fixed_size
 from headkd_ray.distill import TrainingModel
 from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.job import OptimSpec
 from headkd_ray.soft_targets import SoftTargets
-from tests.detectors.micro import batch, whole
+from headkd_ray.teacher import SoftTeacher
+from tests.detectors.micro import batch, faster_rcnn_spec, whole
 from tests.gpu.models import PAIRS, model_of, step
 
 RAISED_BY_FAKE_TENSORS = (DataDependentOutputException, DynamicOutputShapeException, FakeTensorDeviceMismatchError)
@@ -128,6 +130,15 @@ def test_soft_targets_that_come_with_the_batch_are_compared_without_a_wait() -> 
     with FakeTensorMode(), NoWaits():
         losses = traced(model, GPU, targets=targets.map(lambda tensor: empty(tensor, GPU)))
     assert {"loss_akd_2", "loss_ckd"} < losses.keys()
+
+
+def test_a_teacher_that_chooses_its_own_rois_in_the_step_still_waits() -> None:
+    """This is the only such part in the process of a training step; docs/performance.md has what it costs."""
+    teacher = build_detector(faster_rcnn_spec(), 3)
+    soft_teacher = SoftTeacher(teacher, budget=16, seed=0, pad=32)
+    with FakeTensorMode(), NoWaits(), pytest.raises(DynamicOutputShapeException):
+        claim(teacher, GPU)
+        soft_teacher(whole({name: empty(tensor, GPU) for name, tensor in batch().items()}))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torchvision.ops import nms
 
 _CUDA_BOXES = 20_000
 """Most boxes per NMS call on a GPU, whose bit mask needs N^2 / 8 bytes (here 50 MB)."""
+
+_WIDEST = 8192
+"""Most boxes of a group that the kernel keeps in a GPU's registers."""
 
 
 @torch.library.custom_op("headkd_ray::nms_mask", mutates_args=(), schema="(Tensor boxes, int[] counts, float iou) -> Tensor")
@@ -33,14 +37,13 @@ def nms_mask(boxes: Tensor, counts: Sequence[int], iou: float) -> Tensor:
 
 @nms_mask.register_kernel("cuda")
 def _nms_mask_on_gpu(boxes: Tensor, counts: Sequence[int], iou: float) -> Tensor:
-    """Compute :func:`nms_mask` without a wait, or with torchvision's NMS where torch came without Triton."""
+    """Compute :func:`nms_mask` without a wait or, where Triton does not work or a group is too wide, with torchvision's NMS."""
     batch, groups, widest = len(boxes), len(counts), max(counts, default=0)
     # Groups are padded with boxes without area, which overlap none.
     table = torch.stack([F.pad(part, (0, 0, 0, widest - part.shape[1])) for part in boxes.split(list(counts), dim=1)], dim=1)
-    if find_spec("triton") is not None:
-        from headkd_ray.detectors.ops.nms_kernel import greedy_nms
-
-        keep = greedy_nms(table.flatten(0, 1), iou)
+    kernel = _kernel(boxes.device) if widest <= _WIDEST else None
+    if kernel is not None:
+        keep = kernel(table.flatten(0, 1), iou)
     else:
         rank = torch.arange(widest, 0, -1, dtype=boxes.dtype, device=boxes.device).repeat(batch * groups)
         group = torch.arange(batch * groups, device=boxes.device).repeat_interleave(widest)
@@ -48,6 +51,27 @@ def _nms_mask_on_gpu(boxes: Tensor, counts: Sequence[int], iou: float) -> Tensor
         keep[grouped_nms(table.reshape(-1, 4), rank, group, iou)] = True
     parts = keep.view(batch, groups, widest).unbind(1)
     return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], dim=1)
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, float], Tensor] | None:
+    """Return the Triton kernel, or warn and return None if it does not work on ``device``.
+
+    Triton compiles when a kernel is first called, for which it needs a C compiler.
+    """
+    try:
+        from headkd_ray.detectors.ops.nms_kernel import greedy_nms
+
+        greedy_nms(torch.zeros(1, 64, 4, device=device), 0.5)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        warnings.warn(
+            f"Triton cannot run the NMS kernel on {device} ({reason[-1]}). Training goes on with torchvision's NMS, for which the "
+            "host waits in every step. Triton needs a C compiler, such as gcc.",
+            stacklevel=2,
+        )
+        return None
+    return greedy_nms
 
 
 @nms_mask.register_fake

@@ -19,7 +19,7 @@ def greedy_nms(boxes: Tensor, iou: float) -> Tensor:
     groups, count, _ = boxes.shape
     keep = torch.empty(groups, count, dtype=torch.int8, device=boxes.device)
     width = triton.next_power_of_2(count)
-    warps = min(max(width // 256, 1), 8)
+    warps = min(max(width // 256, 1), 16)
     with torch.cuda.device_of(boxes):
         _greedy[(groups,)](boxes.contiguous(), keep, count, _below(iou), width, num_warps=warps, **OPTIONS)
     return keep.view(torch.bool)
