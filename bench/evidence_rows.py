@@ -83,9 +83,28 @@ def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
     yield "tf_head_rcnn_warm", Row("retinanet", f"{stopping} {later}", alone, lr_of="tf_head")
 
 
+def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
+    """Yield rows that compare features in Pearson's distance, at the weights and learning rates chosen for those in MSE."""
+    keys, taught = "distill.distance=pearson", ("baseline", "akd", "head")
+    yield "akd_pearson", Row("retinanet", f"method=akd {keys}", taught[:2], "teacher", "akd")
+    yield "head_pearson", Row("retinanet", f"method=head {keys}", (*taught, "akd_pearson"), "teacher", "head")
+    fcos = f"'distill.assistants.fcos={{head: {heads.fcos}}}'"
+    rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}'"
+    stopping = f"method=tf_head distill.ckd_epochs=8 {keys}"
+    yield "tf_head_pearson", Row("retinanet", f"{stopping} {fcos} {rcnn}", ("baseline", "tf_head"), lr_of="tf_head")
+    halved = f"method=head distill.ckd_weight=1.0 distill.ckd_epochs=11 {keys}"
+    yield "fcos_head_pearson", Row("fcos", halved, ("fcos_baseline", "fcos_head"), "teacher", "fcos_head")
+    asked = f"method=head {VIEWS} distill.roi_budget=64 'distill.assistant={heads.sampling(64)}' distill.rois=teacher {keys}"
+    cached = f"{asked} teacher.placement=cache teacher.cache.dtype=int8"
+    yield (
+        "head_cache_64_int8_pearson",
+        Row("retinanet", cached, ("baseline_views", "head_cache_64_int8"), "teacher", "head"),
+    )
+
+
 def _tier(heads: Heads) -> dict[str, Row]:
     teachers = {"teacher": Row("teacher"), "retina_teacher": Row("retina_teacher")}
-    return teachers | dict([*ladder(heads, "retinanet"), *others(heads), *caches(heads)])
+    return teachers | dict([*ladder(heads, "retinanet"), *others(heads), *standardised(heads), *caches(heads)])
 
 
 MICRO = Heads(

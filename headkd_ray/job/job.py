@@ -107,6 +107,9 @@ class DistillSpec(Spec):
     copy_head: bool = True
     """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
     including the pyramid's channels."""
+    distance: Literal["mse", "pearson"] = "mse"
+    """How AKD and CKD compare a feature with its target. mse = their mean squared difference (the paper); pearson = that of
+    features standardised over channels, so that a weight means the same for any teacher, layer and width."""
     akd_weight: Weight = 2.0
     """Weight of each AKD term, one per fully connected layer of the assistant (methods akd, head)."""
     ckd_weight: Weight = 2.0

@@ -26,7 +26,9 @@ def students(bench: Bench) -> list[str]:
 @pytest.mark.parametrize("tier", ROWS)
 def test_every_promised_row_is_there(tier: str):
     rows = ["teacher", "retina_teacher", *LADDER, "fitnet"]
-    rows += ["tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes", "fcos_baseline", "fcos_head", "baseline_views"]
+    rows += ["tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes", "fcos_baseline", "fcos_head"]
+    rows += ["akd_pearson", "head_pearson", "tf_head_pearson", "fcos_head_pearson", "head_cache_64_int8_pearson"]
+    rows += ["baseline_views"]
     for rois in (64, 128, 256):
         rows += [f"head_inline_{rois}", f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"]
     more = {
@@ -66,11 +68,14 @@ def test_rows_differ_from_what_they_are_compared_with_in_nothing_but_the_method(
 
 def test_rows_are_the_methods_that_they_are_called(tier: Bench):
     jobs = {row: plan(tier, row, 0).job for row in tier.rows}
-    named = {row: row.removesuffix("_mnv2") for row in jobs}
+    named = {row: row.removesuffix("_mnv2").removesuffix("_pearson") for row in jobs}
     methods = dict.fromkeys(("teacher", "retina_teacher", "baseline", "fcos_baseline", "baseline_views"), "supervised")
     methods |= {row: row for row in ("assist", "copy_only", "akd", "head", "fitnet")}
     methods |= {row: "tf_head" for row in tier.rows if row.startswith("tf_head")}
     assert {row: job.method for row, job in jobs.items()} == {row: methods.get(named[row], "head") for row in jobs}
+
+    distances = {row: job.distill.distance for row, job in jobs.items()}
+    assert distances == {row: "pearson" if row.endswith("_pearson") else "mse" for row in jobs}
 
     roi, milestones = _roi(jobs["teacher"]), jobs["head"].optim.milestones
     for row in (row for row in jobs if named[row] == "assist"):
@@ -137,8 +142,9 @@ def test_teachers_are_as_the_methods_need_them(tier: Bench):
 def test_seeds_share_a_cache_and_other_rows_do_not(micro: Bench):
     rows = [row for row in micro.rows if "cache" in row]
     paths = {row: {_teacher(plan(micro, row, seed).job).cache.path for seed in (0, 1)} for row in rows}
-    assert [len(own) for own in paths.values()] == [1] * 6
-    assert len(set().union(*paths.values())) == 6
+    assert [len(own) for own in paths.values()] == [1] * len(rows)
+    assert paths.pop("head_cache_64_int8_pearson") == paths["head_cache_64_int8"], "how features are compared does not matter"
+    assert len(set().union(*paths.values())) == len(paths) == 6
 
 
 def test_a_key_follows_what_decides_the_figures(micro: Bench, tmp_path: Path):
