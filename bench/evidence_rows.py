@@ -84,10 +84,14 @@ def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
 
 
 def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
-    """Yield rows that compare features in Pearson's distance, at the weights and learning rates chosen for those in MSE."""
+    """Yield rows that compare features in Pearson's distance; ``head_pearson`` also at half and twice the paper's weights."""
     keys, taught = "distill.distance=pearson", ("baseline", "akd", "head")
     yield "akd_pearson", Row("retinanet", f"method=akd {keys}", taught[:2], "teacher", "akd")
     yield "head_pearson", Row("retinanet", f"method=head {keys}", (*taught, "akd_pearson"), "teacher", "head")
+    for name, weight in {"half": 1.0, "double": 4.0}.items():
+        weights = f"distill.akd_weight={weight} distill.ckd_weight={weight}"
+        against = ("baseline", "head_pearson")
+        yield f"head_pearson_{name}", Row("retinanet", f"method=head {keys} {weights}", against, "teacher", "head")
     fcos = f"'distill.assistants.fcos={{head: {heads.fcos}}}'"
     rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}'"
     stopping = f"method=tf_head distill.ckd_epochs=8 {keys}"
