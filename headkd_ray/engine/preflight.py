@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -20,13 +20,16 @@ from headkd_ray.teacher import open_cache
 from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
-def preflight(job: Job) -> None:
+def preflight(job: Job, found: Iterable[str] = ()) -> None:
     """Open the splits, compare classes, load the teacher, build the models and probe the storage, leaving nothing behind.
+
+    Args:
+        found: problems that are known already, to be told with the others.
 
     Raises:
         UserError: lists all problems found.
     """
-    problems: list[str] = []
+    problems = list(found)
     splits: dict[str, ShardSet] = {}
     for name in ("train", "val"):
         try:

@@ -199,6 +199,10 @@ class CheckpointSpec(Spec):
     """Optimizer steps between checkpoints within an epoch; null = only at epoch ends."""
 
 
+Place = Annotated[str, Field(min_length=1, max_length=200)]
+"""Name of an experiment or project of a tracking service."""
+
+
 class LogSpec(Spec):
     """What a run reports while it trains."""
 
@@ -206,6 +210,12 @@ class LogSpec(Spec):
     """Optimizer steps between log lines."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
+    mlflow: Place | None = None
+    """Also track the run in MLflow, in the experiment of this name; MLFLOW_TRACKING_URI in the environment names the server.
+    Needs pip install 'headkd-ray[mlflow]'."""
+    wandb: Place | None = None
+    """Also track the run in Weights & Biases, in the project of this name; WANDB_MODE=offline, WANDB_ENTITY and the like belong
+    into the environment. Needs pip install 'headkd-ray[wandb]'."""
 
 
 class ClusterSpec(Spec):
