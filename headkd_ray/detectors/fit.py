@@ -10,8 +10,16 @@ from headkd_ray.errors import CheckpointError
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
-    """Load ``tensors`` into ``module``; if they do not fit, raise as :func:`check_fit` does."""
+    """Load ``tensors`` into ``module``.
+
+    Raises CheckpointError if they do not fit (as :func:`check_fit` does), or if some have values that are not finite.
+    """
     check_fit(module, tensors, source, origin)
+    broken = [
+        f"{(origin or {}).get(name, name)}: has values that are not finite" for name, t in tensors.items() if not _finite(t)
+    ]
+    if broken:
+        raise CheckpointError(broken, headline=f"{source}: {len(broken)} tensors hold NaN or infinity; the file is of no use")
     module.load_state_dict({**module.state_dict(), **tensors})
 
 
@@ -32,6 +40,10 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, ori
     ]
     if problems:
         raise CheckpointError(problems, headline=f"{source}: {len(problems)} tensors do not fit the model")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _shape(tensor: Tensor) -> str:

@@ -59,7 +59,9 @@ def _digest(teacher: Detector, classes: bool) -> str:
 
     The RoI head's box layer is left out, for it is never run, and so is its class layer unless ``classes``.
     """
-    found = hashlib.sha256(teacher.spec.model_dump_json(exclude={"backbone": {"weights"}}).encode())
+    found = hashlib.sha256(
+        teacher.spec.model_dump_json(exclude={"backbone": {"weights"}, "checkpoint": True, "classes": True}).encode()
+    )
     for name, tensor in sorted(teacher.state_dict().items()):
         if name.startswith("roi.box_out.") or (name.startswith("roi.cls_out.") and not classes):
             continue  # these layers are adapted to the data's classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes, load_checkpoint
@@ -21,6 +22,26 @@ def fetch_detector(place: str, all_outputs: bool = False) -> LoadedDetector:
     """
     loaded = _fetch(place)
     return loaded if all_outputs else drop_unused_classes(loaded)
+
+
+def fetch_named(place: str, classes: tuple[str, ...] | None, key: str) -> LoadedDetector:
+    """Load the checkpoint at a path or a URI with a name for each of its outputs.
+
+    Args:
+        classes: names of all outputs, unused ones included; None = those that the file gives, without "N/A".
+        key: the job key of ``classes``, for messages.
+
+    Raises:
+        CheckpointError: as :func:`fetch_detector`; or the file names no classes and none are given, or ``classes`` are more or
+            fewer than the outputs.
+    """
+    loaded = fetch_detector(place, all_outputs=classes is not None)
+    names = classes or loaded.classes
+    if names is None:
+        raise CheckpointError(f"{place}: does not name its classes; list them in order in {key}")
+    if len(names) != loaded.detector.num_classes:
+        raise CheckpointError(f"{place}: has {loaded.detector.num_classes} classes, but {key} names {len(names)}")
+    return replace(loaded, classes=names)
 
 
 def _fetch(place: str) -> LoadedDetector:
