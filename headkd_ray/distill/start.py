@@ -45,7 +45,7 @@ def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
     place = job.student.checkpoint
     if place is None:
         return None
-    loaded = fetch_named(place, job.student.classes, "student.classes")
+    loaded = fetch_named("student", place, job.student.classes)
     known = loaded.classes
     assert known is not None
     classes = known if classes is None else classes

@@ -49,7 +49,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     """
     if job.teacher is None:
         return None
-    loaded = fetch_named(job.teacher.checkpoint, job.teacher.classes, "teacher.classes")
+    loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
     names = loaded.classes
     assert names is not None
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind

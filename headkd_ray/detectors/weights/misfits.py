@@ -54,7 +54,7 @@ def check_architecture(mine: DenseDetectorSpec | TwoStageDetectorSpec, other: An
         return
     problems = [f"{section}.{key}: {_shown(a)} in the job, {_shown(b)} in the checkpoint" for key, (a, b) in differing.items()]
     changes = " ".join(shlex.quote(f"{section}.{key}={_shown(b)}") for key, (_, b) in differing.items())
-    raise CheckpointError([*problems, f"to start from it, change the job so: {changes}"])
+    raise CheckpointError([*problems, f"to start from it, set {changes}"])
 
 
 def _backbones(mine: BackboneSpec, theirs: BackboneSpec) -> Iterator[tuple[str, tuple[Any, Any]]]:
