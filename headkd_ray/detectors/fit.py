@@ -15,11 +15,10 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: M
     Raises CheckpointError if they do not fit (as :func:`check_fit` does), or if some have values that are not finite.
     """
     check_fit(module, tensors, source, origin)
-    broken = [
-        f"{(origin or {}).get(name, name)}: has values that are not finite" for name, t in tensors.items() if not _finite(t)
-    ]
+    broken = {(origin or {}).get(name, name): count for name, tensor in tensors.items() if (count := _not_finite(tensor))}
     if broken:
-        raise CheckpointError(broken, headline=f"{source}: {len(broken)} tensors hold NaN or infinity; the file is of no use")
+        problems = [f"{name}: {count} values are NaN or infinite" for name, count in broken.items()]
+        raise CheckpointError(problems, headline=f"{source}: its training has failed, or it is damaged; use another one:")
     module.load_state_dict({**module.state_dict(), **tensors})
 
 
@@ -42,8 +41,8 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, ori
         raise CheckpointError(problems, headline=f"{source}: {len(problems)} tensors do not fit the model")
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+def _not_finite(tensor: Tensor) -> int:
+    return int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
 
 
 def _shape(tensor: Tensor) -> str:

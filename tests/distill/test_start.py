@@ -287,8 +287,8 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
         detector.head.cls_out.bias[0] = bad  # type: ignore[union-attr, index]
     save_detector(tmp_path / "bad", detector, NAMES)
     assert refused(job_from(tmp_path / "bad", spec)).splitlines() == [
-        f"student.checkpoint: {tmp_path}/bad: 1 tensors hold NaN or infinity; the file is of no use",
-        "  - head.cls_out.bias: has values that are not finite",
+        f"student.checkpoint: {tmp_path}/bad: its training has failed, or it is damaged; use another one:",
+        "  - head.cls_out.bias: 1 values are NaN or infinite",
     ]
 
 
