@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
     save_detector(tmp_path / "bad", detector, NAMES)
     assert refused(job_from(tmp_path / "bad", spec)).splitlines() == [
         f"student.checkpoint: {tmp_path}/bad: its training has failed, or it is damaged; use another one:",
-        "  - head.cls_out.bias: 1 values are NaN or infinite",
+        "  - head.cls_out.bias: 1 of 5 values are NaN or infinite",
     ]
 
 
