@@ -14,7 +14,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from headkd_ray.detectors import DenseDetector, Detector, build_detector
-from headkd_ray.detectors.weights import load_checkpoint, save_detector
+from headkd_ray.detectors.weights import load_checkpoint, misfits, save_detector
 from headkd_ray.distill import build_training_model
 from headkd_ray.distill.start import Start, load_start
 from headkd_ray.errors import UserError
@@ -298,3 +298,28 @@ def test_a_file_that_is_no_detector(tmp_path: Path) -> None:
     torch.save(resnet18(weights=None).state_dict(), tmp_path / "resnet.pth")
     told = refused(job_from(tmp_path / "resnet.pth", retinanet_spec()))
     assert told.startswith(f"student.checkpoint: {tmp_path}/resnet.pth: neither an mmdet nor a torchvision detector")
+
+
+def test_these_keys_decide_what_weights_mean() -> None:
+    """Beside the backbone's. A new key of a detector is among them, until it is declared to matter in training alone."""
+    compared = {key for make in SPECS.values() for key in dict(misfits._flat(make().model_dump()))}
+    anchors = {"anchors.base_scale", "anchors.octave_scales", "anchors.ratios", "anchors.rounding"}
+    roi = {"convs", "conv_channels", "conv_norm", "fcs", "fc_channels", "pool", "sampling_ratio", "aligned", "finest_scale"}
+    sections = {
+        "neck": {"channels", "extra", "relu_before_p7", "norm", "norm_groups"},
+        "head": {
+            "convs",
+            "channels",
+            "norm_groups",
+            "points",
+            "norm_on_bbox",
+            "centerness_on_reg",
+            "reg_max",
+            "point_channels",
+        },
+        "rpn": {"convs", *anchors},
+        "roi": {*roi, "class_agnostic", "stds"},
+        "pixels": {"mean", "std"},
+    }
+    sections["head"] |= anchors
+    assert compared == {"kind", *(f"{section}.{key}" for section, keys in sections.items() for key in keys)}
