@@ -44,7 +44,7 @@ def outputs_by_name(who: str, known: Sequence[str], classes: Sequence[str]) -> l
     fresh, unused = [n for n in classes if n not in known], [n for n in known if n not in classes]
     alike = differing_in_case(who, known, classes)
     return [
-        *([f"new weights for classes that {who} does not know: {listed(fresh)}"] if fresh else []),
+        *([f"new weights for classes that {who} does not know: {listed(fresh, 100)}"] if fresh else []),
         *([f"warning: not matched because the letter case differs: {', '.join(alike)}"] if alike else []),
         *([f"left out because the data does not have them: {listed(unused)}"] if unused else []),
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from headkd_ray.data.class_lists import check_common, listed, outputs_by_name
 from headkd_ray.detectors.build import AnyDetector
+from headkd_ray.detectors.state_dict import add_to_digest
 from headkd_ray.detectors.weights import LoadedDetector, load_by_name
 from headkd_ray.detectors.weights.fetch import fetch_named
 from headkd_ray.detectors.weights.misfits import check_architecture
@@ -63,7 +64,7 @@ def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
     taken = [name for name in classes if name in known]
     notes = [
         f"the student starts from {place} ({loaded.source})",
-        f"its outputs for {len(taken)} of {len(classes)} classes are taken: {listed(taken)}",
+        f"its outputs for {len(taken)} of {len(classes)} classes are taken: {listed(taken, 100)}",
         *outputs_by_name("the checkpoint", known, classes),
         *loaded.notes,
     ]
@@ -73,7 +74,5 @@ def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
 def _fingerprint(detector: AnyDetector) -> str:
     """Return the SHA-256 of all tensors."""
     found = hashlib.sha256()
-    for name, tensor in sorted(detector.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().numpy().data)
+    add_to_digest(found, detector.state_dict())
     return found.hexdigest()

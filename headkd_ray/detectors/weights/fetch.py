@@ -33,7 +33,7 @@ def fetch_named(section: str, place: str, classes: tuple[str, ...] | None) -> Lo
 
     Raises:
         CheckpointError: as :func:`fetch_detector`, with the job key in front; or the file names no classes and none are given,
-            or ``classes`` are more or fewer than the outputs or have a name twice.
+            or they are more or fewer than the outputs or have a name twice.
     """
     try:
         loaded = fetch_detector(place, all_outputs=classes is not None)
@@ -53,7 +53,10 @@ def fetch_named(section: str, place: str, classes: tuple[str, ...] | None) -> Lo
         )
     twice = sorted({name for name in names if names.count(name) > 1} - {UNUSED})
     if twice:
-        raise CheckpointError(f"{section}.classes: {', '.join(map(repr, twice))} is there more than once")
+        who = f"{section}.classes:" if classes else f"{section}.checkpoint: {place} names its classes itself, but"
+        raise CheckpointError(
+            f"{who} {', '.join(map(repr, twice))} is there more than once; {section}.classes needs other names"
+        )
     return replace(loaded, classes=names)
 
 
