@@ -13,6 +13,7 @@ from headkd_ray.detectors import DenseDetector, Detector, GroundTruth, Proposals
 from headkd_ray.detectors.base import DenseOutputs, Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.rois import sample_rois
+from headkd_ray.detectors.towers import first_convs
 from headkd_ray.job import RoIHeadSpec
 
 Sampler = Callable[[Proposals, GroundTruth, RoIHeadSpec, int, "torch.Generator | None"], RoIs]
@@ -51,6 +52,20 @@ class StudentForward:
         outputs = student.head(pyramid)
         losses = student.head.losses(outputs, truth)
         return cls(student, truth, losses, pyramid, pyramid, outputs.taps[0], outputs, None)
+
+    def tower(self, tap: int, conv: int | None) -> Tap:
+        """Return the feature of a dense student that CKD trains, or a two-stage student's only one.
+
+        It is the output of the tower of that ``tap``, 0 = classes and 1 = boxes, after its last conv or, counted from 1, its
+        ``conv``, whose tower is then run once more up to there.
+        """
+        if self.outputs is None:
+            return self.lead
+        assert isinstance(self.student, DenseDetector)
+        head = self.student.head
+        if conv is None or conv == head.spec.convs:
+            return self.outputs.taps[tap]
+        return [first_convs((head.cls_tower, head.box_tower)[tap], conv)(level) for level in self.pyramid]
 
     def rois_for(self, head: RoIHead, sample: Sampler = sample_rois, generator: torch.Generator | None = None) -> RoIs:
         """Return the RoIs that ``head`` learns at: sampled proposals of a dense student, or a two-stage student's own RoIs."""

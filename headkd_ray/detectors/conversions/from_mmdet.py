@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from headkd_ray.detectors.conversions import shapes
 from headkd_ray.detectors.conversions.conversion import Conversion
 from headkd_ray.detectors.conversions.shapes import State
@@ -39,10 +37,6 @@ class MMDetConversion(Conversion, ABC):
             ShapeError: a tensor that is needed is missing, or there is no such head here.
         """
 
-    def completed(self, state: State) -> State:
-        """Return ``state``, under our names, with the tensors that mmdet leaves out and our heads have."""
-        return state
-
 
 def _as_it_is(spec: Any, said: Mapping[str, Any]) -> Any:
     return spec
@@ -62,7 +56,7 @@ class DenseFromMMDet(MMDetConversion):
     switches: Callable[[Any, Mapping[str, Any]], Any] = _as_it_is
     """Sets in the head's spec what no tensor's shape tells, from the head's section of the training config."""
     norms: bool = True
-    """Whether the towers may have norms; beside a norm mmdet's convs have no bias."""
+    """Whether the towers may have norms."""
     relu_before_p7: bool = False
     """Whether mmdet's own files without a config have a ReLU before P7 where P6 is on P5."""
 
@@ -90,15 +84,6 @@ class DenseFromMMDet(MMDetConversion):
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         head, num_classes = self.head(state)
         return {"head": head}, num_classes
-
-    def completed(self, state: State) -> State:
-        """Return ``state`` with zeros for the biases of the towers' convs if none has one (``bias='auto'`` beside a norm)."""
-        if not self.norms:
-            return state
-        towers = ("head.cls_tower.", "head.box_tower.")
-        convs = [name for name, tensor in state.items() if name.startswith(towers) and tensor.dim() == 4]
-        biases = {name.removesuffix("weight") + "bias": torch.zeros(state[name].shape[0]) for name in convs}
-        return state if biases.keys() & state.keys() else {**state, **biases}
 
 
 @dataclass(frozen=True, kw_only=True)

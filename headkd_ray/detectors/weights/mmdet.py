@@ -79,7 +79,7 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
         raise CheckpointError(f"{source}: has no tensors of a head, only of {_rooms(state)}; it is no whole mmdet detector")
     kind, conversion = found
     config = MMDetConfig.of(meta, source)
-    ours = dict(conversion.completed({name: state[key] for key, name in names.items()}))
+    ours = {name: state[key] for key, name in names.items()}
     with shapes.inferring(source):
         pixels, is_bgr = config.pixels(normalisation)
         if is_bgr:
