@@ -26,6 +26,10 @@ class MMDetConversion(Conversion, ABC):
         """Return {mmdet key: our name} of the heads' tensors among ``keys``; keys that this kind does not have are left out."""
 
     @abstractmethod
+    def detection_head(self, state: State, in_channels: int) -> tuple[Any, int]:
+        """Return the spec of the head that detects, as in :meth:`sections`, and the number of classes."""
+
+    @abstractmethod
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         """Return the heads' specs by their keys in the detector's spec (head; rpn, roi), and the number of classes.
 
@@ -44,8 +48,7 @@ def _as_it_is(spec: Any, said: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFromMMDet(MMDetConversion):
-    """A conversion of a dense head: ``bbox_head`` in plain mmdet, and ``rpn_head`` in HEAD's two-headed students, whose
-    ``roi_head`` is the assistant."""
+    """A conversion of a dense head: ``bbox_head`` in plain mmdet, and ``rpn_head`` in HEAD's students that propose RoIs."""
 
     layers: Mapping[str, str]
     """{mmdet's name: ours} of the layers behind the towers."""
@@ -66,8 +69,6 @@ class DenseFromMMDet(MMDetConversion):
         return {key: name for key, name in named if name is not None}
 
     def _name(self, key: str, is_normed: bool) -> str | None:
-        if key.startswith("roi_head.bbox_head."):
-            return box_head_name(key.removeprefix("roi_head.bbox_head."), "assistant.")
         room, _, rest = key.partition(".")
         if room not in ("bbox_head", "rpn_head"):
             return None
@@ -80,6 +81,9 @@ class DenseFromMMDet(MMDetConversion):
             return f"head.{self.layers[match[1]]}.{match[2]}" if match[1] in self.layers else None
         matches = ((re.fullmatch(pattern, rest), replacement) for pattern, replacement in self.others.items())
         return next((f"head.{match.expand(replacement)}" for match, replacement in matches if match), None)
+
+    def detection_head(self, state: State, in_channels: int) -> tuple[DenseHeadSpec, int]:
+        return self.head(state)
 
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         head, num_classes = self.head(state)
@@ -107,6 +111,9 @@ class TwoStageFromMMDet(MMDetConversion):
         if match := re.fullmatch(r"rpn_head\.(rpn_cls|rpn_reg)\.(weight|bias)", key):
             return f"rpn.{_RPN[match[1]]}.{match[2]}"
         return None
+
+    def detection_head(self, state: State, in_channels: int) -> tuple[BoxHeadSpec, int]:
+        return self.roi(state, in_channels)
 
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         rpn = shapes.rpn(state, self.rpn)
