@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headkd_ray.detectors import DenseDetector, Detector, GroundTruth, Proposals, RoIHead, RoIs, TwoStageDetector
+from headkd_ray.detectors import DenseDetector, Detector, GroundTruth, Proposals, RoIHead, RoIs, StageOutput, TwoStageDetector
 from headkd_ray.detectors.base import DenseOutputs, Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.rois import sample_rois
@@ -45,13 +45,20 @@ class StudentForward:
         pyramid = student.features(x)
         if isinstance(student, TwoStageDetector):
             losses, stages = student.losses_and_stages(pyramid, truth, generator)
-            # P6 of a two-stage student is pooled from P5 and has no conv of its own, so P7 is pooled from P6 likewise.
-            levels = [*pyramid[1:], F.max_pool2d(pyramid[-1], 1, stride=2)]
-            return cls(student, truth, losses, pyramid, levels, stages[0].outputs.taps[-1], None, stages[0].rois)
+            return cls.of_stages(student, truth, losses, pyramid, stages)
         assert isinstance(student, DenseDetector)
         outputs = student.head(pyramid)
         losses = student.head.losses(outputs, truth)
         return cls(student, truth, losses, pyramid, pyramid, outputs.taps[0], outputs, None)
+
+    @classmethod
+    def of_stages(
+        cls, student: Detector, truth: GroundTruth, losses: Losses, pyramid: list[Tensor], stages: Sequence[StageOutput]
+    ) -> StudentForward:
+        """Return the outputs of a two-stage ``student`` whose RoI head said ``stages``."""
+        # P6 of a two-stage student is pooled from P5 and has no conv of its own, so P7 is pooled from P6 likewise.
+        levels = [*pyramid[1:], F.max_pool2d(pyramid[-1], 1, stride=2)]
+        return cls(student, truth, losses, pyramid, levels, stages[0].outputs.taps[-1], None, stages[0].rois)
 
     def tower(self, tap: int, conv: int | None) -> Tap:
         """Return the feature of a dense student that CKD trains, or a two-stage student's only one.
