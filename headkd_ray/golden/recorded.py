@@ -120,7 +120,8 @@ class _Step:
         assert forward.outputs is not None
         outputs: DenseOutputs = forward.outputs
         wanted = self.golden.scalars("losses_json")
-        official = names.student_losses(list(forward.losses), "_rpn" if any(n.endswith("_rpn") for n in wanted) else "")
+        has_suffix = any(name.endswith("_rpn") for name in wanted) if wanted else bool(self.official)
+        official = names.student_losses(list(forward.losses), "_rpn" if has_suffix else "")
         self._own_losses(head, lambda: {official[name]: loss for name, loss in head.losses(outputs, self.truth).items()})
         best = [m.unflatten(1, (-1, student.num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
         self.record.features = forward.pyramid
