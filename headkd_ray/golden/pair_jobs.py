@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from headkd_ray.detectors import DenseHead, Detector, RoIHead
-from headkd_ray.detectors.fcos import FCOSHead
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import Adapter, MMDetModel
 from headkd_ray.distill import TrainingModel, build_training_model
@@ -39,6 +38,10 @@ PAIRS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     },
 }
 """The keys of ``distill`` by the kinds of student and teacher, where the official configs differ from the paper's pair."""
+HEAD_KEYS: Mapping[str, Mapping[str, Any]] = {"fcos": {"box_loss": "giou"}}
+"""The keys of TF-HEAD's assistants, by official name, that differ from those of a student of the same kind."""
+GT_WEIGHTS: Mapping[str, Mapping[bool, float]] = {"fcos": {True: 0.5, False: 1.0}}
+"""``gt_weight`` by official name and ``conv_bias``: FCOS beside an R-CNN has such biases, FCOS alone is a plain one without."""
 
 
 class OfficialModel(NamedTuple):
@@ -134,13 +137,11 @@ def _tf_head(student: MMDetModel, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the distill section of TF-HEAD; without adapters the assistants only learn from labels, without warm-up."""
     assistants: dict[str, Any] = {}
     for name, official in names.items():
-        head = student.assistants[official]
-        keys: dict[str, Any] = {} if student.adapters else {"ckd_weight": 0.0}
-        if isinstance(head, FCOSHead):
-            # FCOS alone is a plain one of weight 1, but with the IoU loss that it has beside an R-CNN.
-            head.spec = head.spec.replace({"box_loss": "giou"})
-            keys["gt_weight"] = 0.5 if head.spec.conv_bias else 1.0
-        assistants[name] = {**keys, "head": head.spec.model_dump()}
+        head: Any = student.assistants[official]
+        head.spec = head.spec.replace(HEAD_KEYS.get(official, {}))
+        weights = GT_WEIGHTS.get(official, {})
+        keys = {"gt_weight": weights[head.spec.conv_bias]} if weights else {}
+        assistants[name] = {**keys, **({} if student.adapters else {"ckd_weight": 0.0}), "head": head.spec.model_dump()}
     return {"assistants": assistants, **({} if student.adapters else {"warmup_steps": 0})}
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors import (
-    CascadeHead,
     DenseDetector,
     DenseHead,
     Detector,
@@ -202,7 +201,7 @@ class _Step:
 
     def _accuracies(self, head: RoIHead, stages: Sequence[StageOutput], suffix: str) -> None:
         for number, stage in enumerate(stages):
-            self.record.accuracies[(f"s{number}.acc" if isinstance(head, CascadeHead) else "acc") + suffix] = stage
+            self.record.accuracies[(f"s{number}.acc" if len(head.stages) > 1 else "acc") + suffix] = stage
 
     def _akd(self, term: AKD, forward: StepForward) -> None:
         (assistant,) = self.model.assistants.values()
