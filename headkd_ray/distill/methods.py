@@ -49,8 +49,8 @@ def build_training_model(
     terms: list[Term] = []
     for name, plan in plans.items():  # an assistant before its adapters: seeded runs draw initial weights in this order
         assistants[name] = _assistant(plan, student, teacher, copy=job.distill.copy_head)
-        terms += [kind.build(parts, name) for kind in kinds if kind.per_assistant]
-    terms += [kind.build(parts, "") for kind in kinds if not kind.per_assistant]
+        terms += [term for kind in kinds if kind.per_assistant for term in kind.build_all(parts, name)]
+    terms += [term for kind in kinds if not kind.per_assistant for term in kind.build_all(parts, "")]
     return TrainingModel(student, assistants, terms, teacher if _in_the_step(job, terms) else None)
 
 

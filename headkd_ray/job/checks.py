@@ -120,6 +120,28 @@ def _ckd_epochs(get: Get) -> Iterator[tuple[str, str]]:
         yield "distill.ckd_epochs", f"{stop} is not before the end of training (optim.epochs is {epochs}); null = never stop"
 
 
+def _ckd_places(get: Get) -> Iterator[tuple[str, str]]:
+    """Check which layers CKD reads: towers and their convs are a dense student's, and a box tower a dense target's."""
+    towers, conv, method, kind = get("distill.ckd_towers"), get("distill.ckd_conv"), get("method"), get("student.kind")
+    defaults = DistillSpec()
+    changed = [
+        key for key in ("ckd_towers", "ckd_conv", "ckd_bias", "warm_ckd") if get(f"distill.{key}") != getattr(defaults, key)
+    ]
+    if "ckd" not in METHODS[method].terms:
+        yield from ((f"distill.{key}", f"method {method} has no CKD; remove the key, or use method head") for key in changed)
+        return
+    if len(set(towers)) < len(towers):
+        yield "distill.ckd_towers", f"{list(towers)} names a tower twice"
+    if issubclass(SPECS[kind], TwoStageDetectorSpec):
+        places = [key for key in ("ckd_towers", "ckd_conv") if key in changed]
+        yield from ((f"distill.{key}", f"a {kind} student has no towers; remove the key") for key in places)
+        return
+    if conv is not None and conv > (depth := get("student.head.convs")):
+        yield "distill.ckd_conv", f"{conv} is above student.head.convs ({depth})"
+    if "box" in towers and method == "tf_head" and get("distill.assistants.rcnn") is not None:
+        yield "distill.ckd_towers", "the rcnn assistant has no box tower to imitate; use [cls], or remove that assistant"
+
+
 def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
     if get("method") == "copy_only" and not get("distill.copy_head"):
         yield "distill.copy_head", "method copy_only copies the teacher's head; use true, or method assist for a fresh one"
@@ -306,6 +328,7 @@ CHECKS: tuple[Check, ...] = (
     _tf_assistants,
     _tf_head_weights,
     _ckd_epochs,
+    _ckd_places,
     _copy_only_copies,
     _milestones,
     _short_sides,

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from typing_extensions import Self
 
 from headkd_ray.job.backbone_kwargs import check_kwargs
-from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Length, Mean, Octaves, Ratio, Scale
+from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Layers, Length, Mean, Octaves, Ratio, Scale
 
 
 class Spec(BaseModel):
@@ -215,7 +215,8 @@ class RPNSamplerSpec(SamplerSpec):
 class DenseHeadSpec(Spec):
     """The keys that every dense head has."""
 
-    if TYPE_CHECKING:  # each subclass declares them after its own keys
+    if TYPE_CHECKING:  # each subclass declares them among its own keys
+        convs: Layers
         proposals: ProposalSpec
         postprocess: PostprocessSpec
 

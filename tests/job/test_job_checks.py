@@ -135,6 +135,27 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "teacher.pool.actors",
             "[3, 2] is not [fewest, most]",
         ),
+        (
+            {"method": "akd", "distill": {"ckd_conv": 2}},
+            "distill.ckd_conv",
+            "method akd has no CKD; remove the key, or use method head",
+        ),
+        ({"distill": {"ckd_conv": 5}}, "distill.ckd_conv", "5 is above student.head.convs (4)"),
+        ({"distill": {"ckd_towers": ["box", "box"]}}, "distill.ckd_towers", "['box', 'box'] names a tower twice"),
+        (
+            {"student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}, "distill": {"ckd_towers": ["cls", "box"]}},
+            "distill.ckd_towers",
+            "a faster_rcnn student has no towers; remove the key",
+        ),
+        (
+            {
+                "method": "tf_head",
+                "teacher": None,
+                "distill": {"assistants": {"rcnn": {}, "fcos": {}}, "ckd_towers": ["cls", "box"]},
+            },
+            "distill.ckd_towers",
+            "the rcnn assistant has no box tower to imitate; use [cls], or remove that assistant",
+        ),
     ],
 )
 def test_each_contradiction_alone(changes, key, message):
