@@ -311,6 +311,7 @@ def test_these_keys_decide_what_weights_mean() -> None:
             "convs",
             "channels",
             "norm_groups",
+            "conv_bias",
             "points",
             "norm_on_bbox",
             "centerness_on_reg",

@@ -84,6 +84,8 @@ def _architecture(spec: DenseDetectorSpec | TwoStageDetectorSpec, classes: int) 
         unused.append("neck.norm_groups")
     if keys["neck.extra"] == "pool":
         unused.append("neck.relu_before_p7")
+    if keys.get("head.norm_groups") is None:  # without a norm, convs always have biases
+        unused.append("head.conv_bias")
     if keys.get("roi.convs") == 0:
         unused += ["roi.conv_channels", "roi.conv_norm"]
     if classes == 1:
