@@ -99,16 +99,9 @@ def binary_cross_entropy_sum(logits: Tensor, target: Tensor, counted: Tensor) ->
     return price.masked_fill(~counted, 0.0).sum()
 
 
-def mean_squared_error(student: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return the mean of (student - target)^2, or 0, not NaN, if there are no elements. ``target`` gets no gradient.
-
-    With ``counted`` (R,) both are rows (R, C), and only the rows that are True count.
-    """
-    student, target = student.float(), target.detach().float()
-    if counted is None:
-        return F.mse_loss(student, target, reduction="sum") / max(student.numel(), 1)
-    total = F.mse_loss(torch.where(counted.unsqueeze(1), student, target), target, reduction="sum")
-    return total / (counted.sum() * student.shape[1]).clamp(min=1)
+def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of (student - target)^2, or 0, not NaN, if there are no elements. ``target`` gets no gradient."""
+    return F.mse_loss(student.float(), target.detach().float(), reduction="sum") / max(student.numel(), 1)
 
 
 def cross_entropy_mean(logits: Tensor, labels: Tensor) -> Tensor:

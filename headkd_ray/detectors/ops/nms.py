@@ -66,8 +66,8 @@ def _kernel(device: torch.device) -> Callable[[Tensor, float], Tensor] | None:
     except Exception as error:
         reason = str(error).strip().splitlines() or [repr(error)]
         warnings.warn(
-            f"Triton cannot run the NMS kernel on {device} ({reason[-1]}). Training goes on with torchvision's NMS, for which the "
-            "host waits in every step. Triton needs a C compiler, such as gcc.",
+            f"Triton cannot run the NMS kernel on {device} ({reason[-1]}). Training goes on with torchvision's NMS, for which "
+            "the host waits in every step. Triton needs a C compiler, such as gcc.",
             stacklevel=2,
         )
         return None
