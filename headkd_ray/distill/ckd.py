@@ -19,8 +19,9 @@ from headkd_ray.detectors import DenseDetector, Detector, RoIs, TwoStageDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.losses import mean_squared_error
-from headkd_ray.distill.akd import adapter, distance
+from headkd_ray.distill.akd import adapter
 from headkd_ray.distill.assistants import DenseAssistant
+from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
@@ -65,6 +66,7 @@ class CKD(Term):
         stop: int | None = None,
         tap: int = 0,
         conv: int | None = None,
+        distance: Distance = mean_squared_error,
     ) -> None:
         """``assistant`` is the name of the one that is the target; None = the teacher is.
 
@@ -73,6 +75,7 @@ class CKD(Term):
         super().__init__(weight, warmup_steps, stop)
         self.adapter = adapter
         self.anchors = anchors
+        self.distance = distance
         self.assistant = assistant
         self.tap = tap
         self.conv = conv
@@ -102,7 +105,7 @@ class CKD(Term):
         warmup_steps = spec.warmup_steps if spec.warm_ckd else 0
         stop = None if spec.ckd_epochs is None else spec.ckd_epochs * parts.steps_per_epoch
         name = assistant if parts.teacher is None else None
-        return cls(adapt, anchors, name, plan.ckd_weight, warmup_steps, stop, tap, spec.ckd_conv)
+        return cls(adapt, anchors, name, plan.ckd_weight, warmup_steps, stop, tap, spec.ckd_conv, DISTANCES[spec.distance])
 
     def distances(self, forward: StepForward) -> Losses:
         student = forward.student
@@ -114,27 +117,27 @@ class CKD(Term):
         target = features.taps[self.tap] if self.tap else features.lead
         name = "loss_ckd" if self.assistant is None else f"loss_{self.assistant}_ckd"
         own = student.tower(self.tap, self.conv)
-        return {name + ("_box" if self.tap else ""): self.distance(own, target, output.rois(student))}
+        return {name + ("_box" if self.tap else ""): self.compare(own, target, output.rois(student))}
 
-    def distance(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:
+    def compare(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:
         """Return the distance of the student's feature ``own``, adapted, from ``target``, which gets no gradient.
 
         ``rois`` are those whose rows either side has; None if both are maps. Where cells are read, RoIs that came from no cell
         (ground-truth boxes) are left out on both sides.
         """
         if isinstance(own, Tensor) == isinstance(target, Tensor):
-            return distance(self.adapter, own, target)
+            return adapted_distance(self.distance, self.adapter, own, target)
         assert rois is not None
         kept = rois.from_proposal
         if isinstance(target, Tensor):
             assert not isinstance(own, Tensor)
-            return mean_squared_error(self.adapt(self.rows(own, rois), rois.cells[kept, 3]), target[kept])
+            return self.distance(self.adapt(self.rows(own, rois), rois.cells[kept, 3]), target[kept])
         assert isinstance(own, Tensor)
         # The RPN's level i (P2 to P6) has half the stride of the dense head's level i (P3 to P7), so coordinates are halved.
         # The anchors are equally large: 8 cells of the one are 4 of the other.
         level, y, x, anchor = rois.cells[kept].unbind(1)
         cells = torch.stack([level, y // 2, x // 2, anchor], dim=1)
-        return mean_squared_error(self.adapter(own[kept]), read_cells(target, rois.image[kept], cells))
+        return self.distance(self.adapter(own[kept]), read_cells(target, rois.image[kept], cells))
 
     def rows(self, taps: Sequence[Tensor], rois: RoIs) -> Tensor:
         """Return S (R', width), the student's maps ``taps`` at the anchor cells of the ``rois`` that came from one."""

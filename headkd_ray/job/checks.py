@@ -173,7 +173,7 @@ def _eval_short_side(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
-    if get("student.backbone.weights") != "none":
+    if get("student.backbone.weights") != "none" or get("student.checkpoint") is not None:
         return
     frozen = get("student.backbone.frozen_stages")
     remedy = "set student.backbone.weights (timm, or a file) or"
@@ -181,6 +181,21 @@ def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
         yield "student.backbone.frozen_stages", f"{frozen} would freeze random initial weights; {remedy} frozen_stages: 0"
     if get("student.backbone.norm_eval"):
         yield "student.backbone.norm_eval", f"true would keep BatchNorm from learning its statistics; {remedy} norm_eval: false"
+
+
+def _start(get: Get) -> Iterator[tuple[str, str]]:
+    if get("student.checkpoint") is None:
+        if get("student.classes") is not None:
+            yield "student.classes", "names the outputs of student.checkpoint, which is not given; the data has its own names"
+        return
+    weights, method = get("student.backbone.weights"), get("method")
+    if weights != "none":
+        yield (
+            "student.backbone.weights",
+            f"{weights} and student.checkpoint both give the backbone's initial weights; use none here, or remove the other",
+        )
+    if method == "fitnet" and get("distill.copy_head"):
+        yield "distill.copy_head", "true would replace the head of student.checkpoint with the teacher's; use false"
 
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
@@ -320,6 +335,7 @@ CHECKS: tuple[Check, ...] = (
     _eval_short_side,
     _max_detections,
     _random_weights_must_learn,
+    _start,
     _pyramid,
     _cascade_stages,
     _regress_ranges,

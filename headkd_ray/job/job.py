@@ -108,6 +108,9 @@ class DistillSpec(Spec):
     copy_head: bool = True
     """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
     including the pyramid's channels."""
+    distance: Literal["mse", "pearson"] = "mse"
+    """How AKD and CKD compare a feature with its target. mse = their mean squared difference (the paper); pearson = that of
+    features standardised over channels, so that a weight means the same for any teacher, layer and width."""
     akd_weight: Weight = 2.0
     """Weight of each AKD term, one per fully connected layer of the assistant (methods akd, head)."""
     ckd_weight: Weight = 2.0
@@ -209,6 +212,10 @@ class CheckpointSpec(Spec):
     """Optimizer steps between checkpoints within an epoch; null = only at epoch ends."""
 
 
+Place = Annotated[str, Field(min_length=1, max_length=200)]
+"""Name of an experiment or project of a tracking service."""
+
+
 class LogSpec(Spec):
     """What a run reports while it trains."""
 
@@ -216,6 +223,12 @@ class LogSpec(Spec):
     """Optimizer steps between log lines."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
+    mlflow: Place | None = None
+    """Also track the run in MLflow, in the experiment of this name; MLFLOW_TRACKING_URI in the environment names the server.
+    Needs pip install 'headkd-ray[mlflow]'."""
+    wandb: Place | None = None
+    """Also track the run in Weights & Biases, in the project of this name; WANDB_MODE=offline, WANDB_ENTITY and the like belong
+    into the environment. Needs pip install 'headkd-ray[wandb]'."""
 
 
 class ClusterSpec(Spec):

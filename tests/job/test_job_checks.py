@@ -68,6 +68,21 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         ),
         ({"student": {"kind": "retinanet", "backbone": {"frozen_stages": 0}}}, "student.backbone.norm_eval", "true would keep"),
         (
+            {"student": {"kind": "retinanet", "checkpoint": "c.pth", "backbone": {"weights": "timm"}}},
+            "student.backbone.weights",
+            "timm and student.checkpoint both give the backbone's initial weights; use none",
+        ),
+        (
+            {"student": {"kind": "retinanet", "classes": ["a"], "backbone": {"weights": "timm"}}},
+            "student.classes",
+            "names the outputs of student.checkpoint, which is not given",
+        ),
+        (
+            {"method": "fitnet", "student": {"kind": "retinanet", "checkpoint": "c.pth"}},
+            "distill.copy_head",
+            "true would replace the head of student.checkpoint with the teacher's; use false",
+        ),
+        (
             {"student": {"kind": "retinanet", "backbone": {"weights": "timm"}, "neck": {"extra": "pool"}}},
             "student.neck.extra",
             "pool makes no P7",
@@ -147,6 +162,12 @@ def test_each_contradiction_alone(changes, key, message):
     ((found_key, found_message),) = found(**changes)
     assert found_key == key
     assert found_message.startswith(message)
+
+
+def test_a_student_from_a_checkpoint_may_freeze_stages_and_norms():
+    assert (
+        found(student={"kind": "retinanet", "checkpoint": "c.pth", "backbone": {"frozen_stages": 4, "norm_eval": True}}) == []
+    )
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn"])

@@ -71,7 +71,7 @@ def save_detector(folder: str | Path, detector: Detector, classes: Sequence[str]
     card = {
         "format": FORMAT,
         "classes": list(classes),
-        "spec": detector.spec.model_dump(mode="json"),
+        "spec": detector.spec.model_dump(mode="json", exclude={"checkpoint", "classes"}),  # they only say how it started
         "sha256": _sha256(folder / WEIGHTS),
         "meta": meta or {},
     }
