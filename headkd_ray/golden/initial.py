@@ -54,6 +54,7 @@ def _errors(wanted: Sequence[float], ours: Tensor) -> Iterator[float]:
     """Yield the differences of mean, deviation and greatest magnitude, each in units of what is allowed."""
     mean, deviation, greatest = wanted
     own_mean, own_deviation, count = float(ours.mean()), float(ours.std(correction=0)), ours.numel()
+    deviation = 0.0 if count == 1 else deviation  # an estimate from one number would be NaN
     own_greatest = float(ours.abs().max())
     if min(deviation, own_deviation) <= EXACT:  # constant on one side at least
         yield from (abs(a - b) / EXACT for a, b in ((mean, own_mean), (deviation, own_deviation), (greatest, own_greatest)))
