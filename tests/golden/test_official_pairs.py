@@ -330,7 +330,7 @@ def narrow_adapter(arrays: Arrays) -> None:
         (narrow_adapter, r"the adapters in .* do not fit its heads \(0: 60x32x1x1; 6: 432x32\)"),
         (with_teacher, "has a teacher, but 2 assistants in student/...; HEAD has 1"),
         (
-            lambda arrays: [with_teacher(arrays), without("roi_head")(arrays)],
+            lambda arrays: [with_teacher(arrays), without("student/roi_head")(arrays)],
             "the assistant fcos in student/... is not a head like that of the faster_rcnn in teacher/...",
         ),
         (without("fcos.conv_cls.weight"), "(?s)the architecture cannot be read.*assistant fcos: missing: head.cls_out.weight"),
