@@ -28,6 +28,7 @@ from headkd_ray.job.keys import (
 )
 from headkd_ray.job.messages import none_of, problem_of, show
 from headkd_ray.job.module_specs import Spec
+from headkd_ray.job.provided import job_name, provided_jobs
 from headkd_ray.job.yaml_tree import YamlError, parse, position
 
 SomeSpec = TypeVar("SomeSpec", bound=Spec)
@@ -131,6 +132,8 @@ def as_line(problem: Problem) -> str:
 
 
 def _similar_file(path: FilePath) -> str:
+    if (name := job_name(path.as_posix())) in provided_jobs():
+        return f"; the package has a job of this name, which this copies: python -m headkd_ray.jobs copy {name}"
     names = [str(job) for job in path.parent.glob("*.yaml")]
     similar = difflib.get_close_matches(str(path), names, n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
