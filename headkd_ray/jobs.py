@@ -1,7 +1,7 @@
 """List the job files that come with the package, or copy them to edit: ``python -m headkd_ray.jobs copy head --to jobs``.
 
-Without arguments the names are listed. A search file is copied with the job that it searches, and every file with its JSON Schema,
-with which editors complete and check the keys.
+Without arguments the names are listed. A search file is copied with the job that it searches, and all with their JSON Schema,
+which lets editors complete and check the keys.
 """
 
 from __future__ import annotations
