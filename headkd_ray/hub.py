@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headkd_ray.errors import CheckpointError, StorageError
+from headkd_ray.errors import CheckpointError, StorageError, UserError
 
 SCHEME = "hf://"
 EXTRA = 'python -m pip install "headkd-ray[hub]"'
@@ -86,14 +86,19 @@ def upload(name: str, content: Mapping[str, bytes], message: str, private: bool)
     """Write files to the repository ``name``, which is created if need be, in one commit; return the commit's URL.
 
     Args:
-        private: whether a new repository is private; one that is there stays as it is.
+        private: create a new repository as private, and write to none that is public. False = as the account does by default.
 
     Raises:
-        StorageError: no write access or no network, or huggingface_hub is not installed.
+        StorageError: no write access or no network, the repository is not private although it should be, or huggingface_hub is
+            not installed.
     """
     with _plain_errors(Repository(name)) as hub:
         api = hub.HfApi()
         api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise StorageError(
+                f"{SCHEME}{name}: is a public repository already; make it private first, or push without --private"
+            )
         operations = [hub.CommitOperationAdd(file, data) for file, data in content.items()]
         return str(api.create_commit(name, operations, commit_message=message).commit_url)
 
@@ -116,6 +121,8 @@ def _plain_errors(repository: Repository) -> Iterator[Any]:
     where = constants.ENDPOINT
     try:
         yield hub
+    except UserError:
+        raise
     except Exception as error:
         match error:
             case errors.GatedRepoError():

@@ -86,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("repository", metavar="OWNER/NAME", help="model repository on the hub; created if need be")
     parser.add_argument("--license", help="the hub's identifier of a licence, for the card (apache-2.0, cc-by-4.0, other, ...)")
     parser.add_argument(
-        "--private", action="store_true", help="create the repository as private (default: as your account does)"
+        "--private",
+        action="store_true",
+        help="create a private repository, and push to no public one (default: as your account does)",
     )
     parser.add_argument(
         "--to-folder", metavar="DIR", help="write the files into this folder, to look at them, and upload nothing"

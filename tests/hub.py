@@ -144,7 +144,8 @@ class Handler(BaseHTTPRequestHandler):
         if len(found) == 3:
             return found
         sha, files = found
-        return 200, {"_id": "1", "id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files]}, {}
+        siblings = [{"rfilename": path} for path in files]
+        return 200, {"_id": "1", "id": name, "sha": sha, "private": name in self.hub.private, "siblings": siblings}, {}
 
     def tree(self, body: bytes, name: str, revision: str) -> Reply:
         found = self.find(name, revision)

@@ -153,16 +153,16 @@ def test_only_the_checkpoint_s_files_are_fetched(hub: Hub, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "cache").glob("*/snapshots/*/*")} == set(FILES[1:])
 
 
-def test_cached_files_serve_without_a_network(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cached_files_serve_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Path(micro_teacher(tmp_path / "teacher", ["cat"]))
     hub.put("me/tiny", {name: (checkpoint / name).read_bytes() for name in FILES[1:]})
     assert fetch_detector("hf://me/tiny").classes == ("cat",)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert fetch_detector("hf://me/tiny").classes == ("cat",)
-    said = refused(capsys, evaluate.main, "hf://me/other", str(tmp_path))
-    assert said.startswith("error: ")
+    with pytest.raises(
+        UserError, match=r"^hf://me/other: http://127\.0\.0\.1:9 cannot be reached, and the files are not in the"
+    ):
+        fetch_detector("hf://me/other")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,15 @@ def test_a_push_without_network_is_told_in_a_sentence(
     said = refused(capsys, push.main, micro_teacher(tmp_path / "teacher", ["cat"]), "me/tiny")
     assert said.startswith("error: hf://me/tiny: http://127.0.0.1:9 cannot be used (ConnectError: ")
     assert said.endswith("; check the network")
+
+
+def test_nothing_meant_to_be_private_goes_into_a_public_repository(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.put("me/tiny", {})
+    said = refused(capsys, push.main, micro_teacher(tmp_path / "teacher", ["cat"]), "me/tiny", "--private")
+    assert said.startswith("error: hf://me/tiny: is a public repository already; make it private first")
+    assert hub.files("me/tiny") == {}
 
 
 def test_what_is_no_checkpoint_of_ours_is_not_pushed(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
