@@ -51,7 +51,7 @@ def test_declared_dependencies_are_the_imported_ones():
     packages = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"headkd_ray"}
     distributions = packages_distributions()
     imported = {canonicalize_name(distributions[package][0]) for package in packages}
-    optional = PROJECT["optional-dependencies"]["tune"]
+    optional = [line for extra in ("hub", "tune") for line in PROJECT["optional-dependencies"][extra]]
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + optional}
     assert imported == declared - {"scikit-learn"}, "scikit-learn is Optuna's, which does not declare it"
 
@@ -75,7 +75,7 @@ def test_lock_pins_every_dependency_with_hashes_and_names_no_place():
         assert "--hash=sha256:" in entry, entry[:80]
         pinned = Requirement(entry.split(" --hash")[0])
         pins.setdefault(pinned.name.lower(), []).append(str(pinned.specifier).removeprefix("=="))
-    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"] + PROJECT["optional-dependencies"]["tune"]:
+    for line in [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]:
         needed = Requirement(line)
         versions = pins[needed.name.lower()]
         assert all(needed.specifier.contains(version) for version in versions), f"{line}: run make lock"
