@@ -6,6 +6,7 @@ huggingface_hub's own commands, ``HF_TOKEN`` or ``hf auth login`` gives access, 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,6 +136,10 @@ def _plain_errors(repository: Repository) -> Iterator[Any]:
                 said = f"{where} refuses ({_reason(error)}); {REFUSED.get(error.response.status_code, 'try again later')}"
             case errors.LocalEntryNotFoundError():
                 said = f"{where} cannot be reached, and the files are not in the cache; check the network"
+            case OSError(errno=int() as code) if not isinstance(error, ConnectionError):
+                said = (
+                    f"the cache {constants.HF_HUB_CACHE} cannot be written ({os.strerror(code)}); set HF_HOME to another folder"
+                )
             case _:  # connection errors are of whichever HTTP library this version of huggingface_hub uses
                 said = f"{where} cannot be used ({type(error).__name__}: {' '.join(str(error).split())}); check the network"
         raise StorageError(f"{repository.address}: {said}") from error

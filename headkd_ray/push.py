@@ -11,12 +11,12 @@ import json
 import sys
 from typing import Any
 
-from headkd_ray import hub
+from headkd_ray import __version__, hub
 from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.detectors.weights.native import CARD, WEIGHTS
 from headkd_ray.engine.files import read_json
-from headkd_ray.engine.run import JOB_FILE, RESULT_FILE
+from headkd_ray.engine.run import JOB_FILE, finished
 from headkd_ray.errors import CheckpointError, StorageError
 from headkd_ray.report.model_card import model_card
 from headkd_ray.storage import Folder
@@ -60,10 +60,9 @@ def _run_of(checkpoint: Folder, meta: dict[str, Any]) -> tuple[dict[str, Any] | 
         if not place.has(JOB_FILE):
             continue
         job = read_json(place, JOB_FILE, StorageError, "restore it, or push a copy of the checkpoint's folder")
-        if job.get("run", {}).get("name") != meta.get("run"):
+        if not isinstance(job.get("run"), dict) or job["run"].get("name") != meta.get("run"):
             break
-        result = read_json(place, RESULT_FILE, StorageError, "delete it and train again") if place.has(RESULT_FILE) else {}
-        return job, result.get("data", {})
+        return job, (finished(place) or {}).get("data", {})
     return None, {}
 
 
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_folder(files, options.to_folder)
             print(f"wrote {', '.join(files)} into {printable(options.to_folder)}")
         else:
-            url = hub.upload(repository, files, f"Checkpoint of headkd_ray, from {options.checkpoint}", options.private)
+            url = hub.upload(repository, files, f"Push a checkpoint with headkd_ray {__version__}", options.private)
             print(f"pushed {', '.join(files)}: {printable(url)}")
             print(f"use it: python -m headkd_ray.predict hf://{repository} IMAGES --out found")
     return 0

@@ -245,6 +245,17 @@ def test_what_is_no_checkpoint_of_ours_is_not_pushed(hub: Hub, tmp_path: Path, c
     assert not hub.commits
 
 
+def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Path(micro_teacher(tmp_path / "teacher", ["cat"]))
+    hub.put("me/tiny", {name: (checkpoint / name).read_bytes() for name in FILES[1:]})
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"^hf://me/tiny: the cache .*/file cannot be written \(.*\); set HF_HOME to another folder$"
+    ):
+        fetch_detector("hf://me/tiny")
+
+
 def test_without_huggingface_hub_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r'^hf://me/tiny needs huggingface_hub .* pip install "headkd-ray\[hub\]"$'):

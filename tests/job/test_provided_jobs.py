@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from headkd_ray import jobs
+from headkd_ray.errors import JobError
 from headkd_ray.job import load_job
 from headkd_ray.job.load import read_file
 from headkd_ray.job.provided import job_folder, provided_jobs
@@ -112,11 +114,21 @@ def test_what_cannot_be_copied_is_told(
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [("jobs/small/head.yaml", "small/head"), ("tf_head.yaml", "tf_head"), ("jobs/head", "head")]
+    ("path", "command"),
+    [
+        ("jobs/small/head.yaml", "copy small/head"),
+        ("tf_head.yaml", "copy tf_head --to ."),
+        ("my jobs/small/head.yaml", "copy small/head --to 'my jobs'"),
+        ("jobs/head", "copy head"),
+    ],
 )
-def test_a_job_that_only_the_package_has_is_offered(path: str, name: str) -> None:
-    with pytest.raises(Exception, match=f"^{path}: no such file; .*: python -m headkd_ray.jobs copy {name}$"):
+def test_a_job_that_only_the_package_has_is_offered(path: str, command: str) -> None:
+    with pytest.raises(JobError) as caught:
         load_job(path)
+    said, _, offered = str(caught.value).partition("python -m headkd_ray.jobs ")
+    assert said.startswith(f"{path}: no such file; the package has a job of this name") and offered == command
+    assert jobs.main(shlex.split(offered)) == 0
+    load_job(path if path.endswith(".yaml") else f"{path}.yaml")
 
 
 def test_mentioned_jobs_are_provided() -> None:
