@@ -121,13 +121,13 @@ def test_names_in_a_card_cannot_be_markdown_or_html() -> None:
     model = {
         "classes": ["a|b", "<img src=x>", "*c*", "two\nlines"],
         "spec": {"kind": "fcos", "backbone": {"name": "resnet18"}},
-        "meta": {"method": "head", "metrics": {"AP": None, "per_class": {"a|b": 1}}},
+        "meta": {"method": "tf_head", "metrics": {"AP": None, "per_class": {"a|b": 1}}},
     }
     job = {"run": {"name": "```\n<b>"}, "data": {"train": "s3://bucket/x?X-Amz-Signature=abc"}}
     card = model_card("me/tiny", model, job)
     assert "\n\na\\|b, &lt;img src=x&gt;, \\*c\\*, two lines\n\n" in card and "\n| a\\|b | 1.0 |\n" in card
     assert "\n````yaml\n" in card and "abc" not in card
-    assert "| – | – |" in card and "knowledge-distillation" in card
+    assert "by the method tf\\_head; see [HEAD" in card and "| – | – |" in card and "knowledge-distillation" in card
 
 
 def test_a_second_push_replaces_the_files_and_a_commit_still_names_the_first(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from headkd_ray.report.tables import HEADLINE
-from headkd_ray.text import masked, printable
+from headkd_ray.text import printable
 
 LIBRARY = "headkd_ray"
 PAPER = "[HEAD: HEtero-Assists Distillation for Heterogeneous Object Detectors](https://arxiv.org/abs/2207.05345)"
@@ -33,8 +33,8 @@ def model_card(
         licence: the hub's identifier of a licence (``apache-2.0``); None = the card names none.
     """
     meta, spec = model.get("meta", {}), model["spec"]
-    kind, method = spec["kind"], meta.get("method")
-    distilled = isinstance(method, str) and method != "supervised"
+    kind, method = spec["kind"], _escaped(str(meta.get("method", "supervised")))
+    distilled = method != "supervised"
     tags = [LIBRARY, "object-detection", kind, *(["knowledge-distillation"] if distilled else [])]
     front = {"library_name": LIBRARY, "pipeline_tag": "object-detection", "tags": tags}
     if licence is not None:
@@ -43,9 +43,9 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {_escaped(repository.rpartition('/')[2])}",
         f"An object detector: `{kind}` with the backbone `{spec['backbone']['name']}`, for {len(model['classes'])} classes. "
-        f"Trained with {LIBRARY}" + (f" by the method `{method}` of {PAPER}." if distilled else "."),
+        f"Trained with {LIBRARY}" + (f" by the method {method}; see {PAPER}." if distilled else "."),
         "## Use\n\n```sh\n"
-        "python -m pip install headkd-ray\n"
+        'python -m pip install "headkd-ray[hub]"\n'
         f"python -m headkd_ray.predict hf://{repository} photos --out found\n"
         f"python -m headkd_ray.evaluate hf://{repository} data/val\n```",
         "## Classes\n\n" + ", ".join(map(_escaped, model["classes"])),
@@ -103,4 +103,4 @@ def _fenced(text: str) -> str:
     """Return YAML as a block of code, which nothing in the text can end."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{masked(text)}{fence}"
+    return f"{fence}yaml\n{printable(text)}{fence}"
