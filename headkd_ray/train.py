@@ -30,8 +30,9 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.engine.run import finished, only_one, run_folder
+    from headkd_ray.trackers import tracker_problems, tracking
 
-    preflight(job)
+    preflight(job, tracker_problems(job))
     run = run_folder(job)
     result = finished(run)
     if result is not None:
@@ -40,14 +41,22 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
             "trained now; to train again, choose another run.name"
         )
         return result
-    with only_one(run):
+    with only_one(run), tracking(job, run, tell) as trackers:
         if job.cluster.workers == 0:
             from headkd_ray.engine.local import train_here
 
-            return train_here(job, tell)
-        from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
+            result = train_here(job, trackers)
+        else:
+            from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
 
-        return train_on_ray(job, tell)
+            result = train_on_ray(job, trackers)
+        if trackers:
+            from headkd_ray.data.shards import ShardSet
+            from headkd_ray.pictures import compare
+
+            picture, _ = compare(ShardSet.open(job.data.val), {job.run.name: result})
+            trackers.finish(result, picture)
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from headkd_ray.storage import Folder
 from tests.hub import READ, WRITE, Hub, serve
 from tests.support import MICRO_TEACHER, edit, micro_job, micro_teacher
 
+ONE_EPOCH = {"epochs": 1, "milestones": []}
 FILES = ["README.md", "model.json", "model.safetensors"]
 
 
@@ -43,8 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def run(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> Path:
     """Return the folder of a finished run of one epoch."""
     storage = tmp_path_factory.mktemp("runs")
-    optim, evaluation = {"epochs": 1, "milestones": []}, {"every_epochs": 1}
-    job = micro_job(storage, drawn_splits, "taught", student=MICRO_TEACHER, optim=optim, eval=evaluation)
+    job = micro_job(storage, drawn_splits, "taught", student=MICRO_TEACHER, optim=ONE_EPOCH, eval={"every_epochs": 1})
     (storage / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
     assert train.main([str(storage / "job.yaml")]) == 0
     return storage / "taught"
@@ -74,9 +74,14 @@ def test_a_pushed_student_is_a_checkpoint_for_every_command(
     assert own.read_bytes() == pushed.read_bytes()
     image = next((Path(drawn_splits["val"]).parent / "images").glob("*.jpg"))
     assert predict.main([f"hf://me/tiny@{hub.sha('me/tiny', 1)}", str(image), "--out", str(tmp_path / "found")]) == 0
-    job = micro_job(tmp_path, drawn_splits, method="akd", teacher={"checkpoint": "hf://me/tiny@main"}, optim={"epochs": 1})
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
-    assert train.main([str(tmp_path / "job.yaml"), "optim.milestones=[]", "eval.every_epochs=1"]) == 0
+    taught = {"method": "akd", "teacher": {"checkpoint": "hf://me/tiny@main"}}
+    for sections in (taught, {"student": {**MICRO_TEACHER, "checkpoint": "hf://me/tiny"}}):
+        job = micro_job(tmp_path, drawn_splits, f"run{len(sections)}", optim=ONE_EPOCH, eval={"every_epochs": 1}, **sections)
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
+        assert train.main([str(tmp_path / "job.yaml")]) == 0
+    gone = ["run.name=gone", "student.checkpoint=hf://me/gone", "teacher.checkpoint=hf://me/gone", "method=akd"]
+    said = refused(capsys, train.main, str(tmp_path / "job.yaml"), *gone)
+    assert "teacher.checkpoint: hf://me/gone: no such model repository" in said
 
 
 def test_the_card_tells_what_the_run_was(hub: Hub, run: Path, drawn_splits: dict[str, str], tmp_path: Path) -> None:

@@ -69,6 +69,6 @@ class AKD(Term):
         return {f"loss_akd_{i}": adapted_distance(self.distance, *pair) for i, pair in enumerate(pairs, start=1)}
 
 
-def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
+def adapter(own: int, theirs: int, maps: bool, bias: bool = True) -> nn.Module:
     """Create a trainable layer from width ``own`` to ``theirs``: a 1x1 conv for ``maps``, a Linear for rows."""
-    return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
+    return nn.Conv2d(own, theirs, 1, bias=bias) if maps else nn.Linear(own, theirs, bias=bias)

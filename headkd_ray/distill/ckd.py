@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headkd_ray.detectors import DenseDetector, RoIs, TwoStageDetector
+from headkd_ray.detectors import DenseDetector, Detector, RoIs, TwoStageDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.losses import mean_squared_error
@@ -24,6 +24,10 @@ from headkd_ray.distill.assistants import DenseAssistant
 from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
+from headkd_ray.job import Job
+
+TOWERS = ("cls", "box")
+"""The towers of dense heads by their names in ``distill.ckd_towers``, in the order of their taps."""
 
 
 def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
@@ -44,8 +48,9 @@ def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
 class CKD(Term):
     """The CKD loss: ``loss_ckd`` if a teacher is the target, ``loss_{assistant}_ckd`` if an assistant is.
 
-    It trains an ``adapter`` from the width of the student's feature to the target's: a 1x1 conv between maps, else a Linear.
-    With ``anchors`` > 1 ("decouple") ``adapter`` holds one Linear for each anchor of a cell, side by side, and so has that many
+    It compares the classification towers of dense heads or, with ``tap`` 1, their box towers (``loss_ckd_box``). It trains an
+    ``adapter`` from the width of the student's feature to the target's: a 1x1 conv between maps, else a Linear. With
+    ``anchors`` > 1 ("decouple") ``adapter`` holds one Linear for each anchor of a cell, side by side, and so has that many
     times the outputs. All are computed and one per row is kept, which avoids sorting the rows by anchor.
     """
 
@@ -59,43 +64,60 @@ class CKD(Term):
         weight: float = 1.0,
         warmup_steps: int = 0,
         stop: int | None = None,
+        tap: int = 0,
+        conv: int | None = None,
         distance: Distance = mean_squared_error,
     ) -> None:
-        """``assistant`` is the name of the one that is the target; None = the teacher is."""
+        """``assistant`` is the name of the one that is the target; None = the teacher is.
+
+        ``tap`` and ``conv`` are what :meth:`StudentForward.tower` takes.
+        """
         super().__init__(weight, warmup_steps, stop)
         self.adapter = adapter
         self.anchors = anchors
         self.distance = distance
         self.assistant = assistant
+        self.tap = tap
+        self.conv = conv
         self.reads_teacher = "head" if assistant is None else "nothing"
 
     @classmethod
-    def build(cls, parts: Parts, assistant: str) -> CKD:
+    def build_all(cls, parts: Parts, assistant: str) -> list[Term]:
+        """Build a term for each of ``distill.ckd_towers``."""
+        return [cls.build(parts, assistant, TOWERS.index(tower)) for tower in parts.job.distill.ckd_towers]
+
+    @classmethod
+    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+        if isinstance(teacher, TwoStageDetector) and "box" in job.distill.ckd_towers:
+            return [f"distill.ckd_towers: a {teacher.spec.kind} teacher has no box tower to imitate; use [cls]"]
+        return []
+
+    @classmethod
+    def build(cls, parts: Parts, assistant: str, tap: int = 0) -> CKD:
         student, plan, spec = parts.student, parts.plans[assistant], parts.job.distill
         helper = parts.assistants[assistant]
         target = helper.head if parts.teacher is None else parts.teacher.detection_head
         own, theirs, anchors = student.detection_head.lead_channels, target.lead_channels, 1
-        if isinstance(student, TwoStageDetector):
-            adapt = adapter(own, theirs, maps=False)
-        elif isinstance(helper, DenseAssistant):
-            adapt = adapter(own, theirs, maps=True)
-        else:
-            assert isinstance(student, DenseDetector)
-            anchors = student.head.anchors.per_cell if plan.decouple else 1
-            adapt = adapter(own, anchors * theirs, maps=False)
+        maps = isinstance(student, DenseDetector) and isinstance(helper, DenseAssistant)
+        if isinstance(student, DenseDetector) and not maps and plan.decouple:
+            anchors = student.head.anchors.per_cell
+        adapt = adapter(own, anchors * theirs, maps, spec.ckd_bias)
+        warmup_steps = spec.warmup_steps if spec.warm_ckd else 0
         stop = None if spec.ckd_epochs is None else spec.ckd_epochs * parts.steps_per_epoch
         name = assistant if parts.teacher is None else None
-        return cls(adapt, anchors, name, plan.ckd_weight, spec.warmup_steps, stop, DISTANCES[spec.distance])
+        return cls(adapt, anchors, name, plan.ckd_weight, warmup_steps, stop, tap, spec.ckd_conv, DISTANCES[spec.distance])
 
     def distances(self, forward: StepForward) -> Losses:
         student = forward.student
         if self.assistant is None:
-            output, target = forward.comparison.assistant, forward.comparison.teacher.lead
+            output, features = forward.comparison
         else:
             output = forward.assistant(self.assistant)
-            target = output.features.lead
+            features = output.features
+        target = features.taps[self.tap] if self.tap else features.lead
         name = "loss_ckd" if self.assistant is None else f"loss_{self.assistant}_ckd"
-        return {name: self.compare(student.lead, target, output.rois(student))}
+        own = student.tower(self.tap, self.conv)
+        return {name + ("_box" if self.tap else ""): self.compare(own, target, output.rois(student))}
 
     def compare(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:
         """Return the distance of the student's feature ``own``, adapted, from ``target``, which gets no gradient.

@@ -70,7 +70,8 @@ def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
     """Read a job file.
 
     Relative paths inside a job (``data.train``, ``data.val``, ``teacher.checkpoint``, ``run.storage``,
-    ``student.backbone.weights``) stay as written: they are relative to the command's current folder, not to the job file.
+    ``student.checkpoint``, ``student.backbone.weights``) stay as written: they are relative to the command's current folder,
+    not to the job file.
 
     Args:
         path: the YAML file (YAML 1.2: ``1e-3`` is a number, ``yes`` is text).

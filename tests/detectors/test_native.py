@@ -14,7 +14,16 @@ from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import DetectorSpec
 from headkd_ray.storage import Folder
-from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, reppoints_spec, retinanet_spec
+from tests.detectors.micro import (
+    batch,
+    cascade_spec,
+    faster_rcnn_spec,
+    fcos_spec,
+    gfl_spec,
+    liven,
+    reppoints_spec,
+    retinanet_spec,
+)
 
 CLASSES = ("ant", "bee", "wasp")
 
@@ -44,6 +53,20 @@ def test_loading_needs_no_initial_backbone_weights(tmp_path: Path) -> None:
     detector.spec = spec.replace({"backbone.weights": "/gone/resnet.pth"})
     save_detector(tmp_path, detector, CLASSES)
     assert load_detector(tmp_path).detector.num_classes == 3
+
+
+@pytest.mark.parametrize("spec", [fcos_spec, gfl_spec, reppoints_spec])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_card_from_before_a_key_means_what_its_tensors_tell(spec: Any, biased: bool, tmp_path: Path) -> None:
+    """Tower convs had a bias beside a norm before there was ``conv_bias``."""
+    detector = build_detector(spec(conv_bias=biased), 3)
+    save_detector(tmp_path, detector, CLASSES)
+    card = json.loads((tmp_path / "model.json").read_text())
+    del card["spec"]["head"]["conv_bias"]
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    loaded = load_detector(tmp_path).detector
+    assert loaded.spec == detector.spec
+    assert all(map(torch.equal, loaded.state_dict().values(), detector.state_dict().values()))
 
 
 def test_class_names_must_be_as_many_as_outputs(tmp_path: Path) -> None:
