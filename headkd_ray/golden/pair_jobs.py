@@ -63,7 +63,8 @@ def official_model(student: MMDetModel, teacher: LoadedDetector | None, source: 
         DataError: they are of no method here.
     """
     if teacher is None and len(student.adapters) not in (0, len(student.assistants)):
-        raise DataError(f"{source}: has student/_distiller._adapts.*, but no teacher/... to distill from")
+        count = f"{len(student.adapters)} adapters in student/_distiller._adapts.* for {len(student.assistants)} assistants"
+        raise DataError(f"{source}: has {count}, which is not TF-HEAD, and no teacher/... to distill from")
     if teacher is not None and len(student.assistants) > 1:
         raise DataError(f"{source}: has a teacher, but {len(student.assistants)} assistants in student/...; HEAD has 1")
     names = _names(student, teacher)
