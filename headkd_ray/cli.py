@@ -32,6 +32,8 @@ COMMANDS = {
     "evaluate": "COCO metrics of a checkpoint",
     "predict": "detect on images",
     "parity": "compare this code with values of the official code",
+    "push": "upload a checkpoint and its model card to the Hugging Face Hub",
+    "jobs": "list the job files that come with the package, or copy them",
 }
 """Name, which is a module of this package with a function ``main``, and what it does."""
 

@@ -238,7 +238,7 @@ def listed(places: Sequence[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("predict", __doc__)
-    parser.add_argument("checkpoint", help="student folder of a run, or an mmdet .pth file")
+    parser.add_argument("checkpoint", help="student folder of a run, hf://owner/name, or an mmdet .pth file")
     parser.add_argument(
         "images", nargs="+", help="image files (JPEG, PNG, WebP), folders of them, or - for a list on standard input"
     )

@@ -72,7 +72,7 @@ class CKD(Term):
     ) -> None:
         """``assistant`` is the name of the one that is the target; None = the teacher is.
 
-        ``tap`` and ``conv`` are what :meth:`StudentForward.tower` takes.
+        ``tap`` and ``conv`` are what :meth:`StudentForward.ckd_feature` takes.
         """
         super().__init__(weight, warmup_steps, stop)
         self.adapter = adapter
@@ -118,7 +118,7 @@ class CKD(Term):
             features = output.features
         target = features.taps[self.tap] if self.tap else features.lead
         name = "loss_ckd" if self.assistant is None else f"loss_{self.assistant}_ckd"
-        own = student.tower(self.tap, self.conv)
+        own = student.ckd_feature(self.tap, self.conv)
         return {name + ("_box" if self.tap else ""): self.compare(own, target, output.rois(student))}
 
     def compare(self, own: Tap, target: Tap, rois: RoIs | None) -> Tensor:

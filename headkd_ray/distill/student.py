@@ -33,7 +33,8 @@ class StudentForward:
     levels: list[Tensor]
     """P3 to P7, the input of dense heads."""
     lead: Tap
-    """The feature that CKD trains: a dense student's last classification conv, a two-stage one's last fc (of stage one)."""
+    """A dense student's last classification conv, which CKD trains if not told otherwise; a two-stage one's last fc (of stage
+    one)."""
     outputs: DenseOutputs | None
     """The outputs of a dense student's head; None for a two-stage one."""
     rois: RoIs | None
@@ -60,7 +61,7 @@ class StudentForward:
         levels = [*pyramid[1:], F.max_pool2d(pyramid[-1], 1, stride=2)]
         return cls(student, truth, losses, pyramid, levels, stages[0].outputs.taps[-1], None, stages[0].rois)
 
-    def tower(self, tap: int, conv: int | None) -> Tap:
+    def ckd_feature(self, tap: int, conv: int | None) -> Tap:
         """Return the feature of a dense student that CKD trains, or a two-stage student's only one.
 
         It is the output of the tower of that ``tap``, 0 = classes and 1 = boxes, after its last conv or, counted from 1, its

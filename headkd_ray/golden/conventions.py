@@ -94,19 +94,19 @@ def own_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_class
 
 
 def file_rois(golden: Golden, own: RoIs) -> RoIs:
-    """Return the RoIs of the file in its order, with their labels and cells as ``own`` has them.
+    """Return the RoIs of the file, with its boxes and in its order, with their labels and cells as ``own`` has them.
 
-    Features and losses at them do not suffer from the rounding of proposals, which are compared by themselves. Returns ``own``
-    if the file has no boxes of RoIs, or others than ``own``.
+    Features and losses at its boxes do not suffer from the rounding of proposals, which are compared by themselves. Boxes that
+    the file does not have are those of ``own``, and so are all RoIs if the file has others.
     """
-    batch = len(golden.tensor("images"))
-    tables = golden.per_image("rois", batch)
     place = places_of_rois(golden, own)
-    if tables is None or place is None or sum(map(len, tables)) != len(place):
+    if place is None:
         return own
-    boxes = torch.cat([table[:, :4] for table in tables]).float().to(own.boxes.device)
-    place = place.to(own.boxes.device)
-    return RoIs(boxes, own.image[place], own.cells[place], own.labels[place], own.targets[place])
+    ordered = RoIs(*(field[place.to(field.device)] for field in own))
+    tables = golden.per_image("rois", len(golden.tensor("images")))
+    if tables is None or sum(map(len, tables)) != len(place):
+        return ordered
+    return ordered._replace(boxes=torch.cat([table[:, :4] for table in tables]).float().to(own.boxes.device))
 
 
 def places_of_rois(golden: Golden, own: RoIs) -> Tensor | None:

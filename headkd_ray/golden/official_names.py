@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from headkd_ray.detectors import DenseHead, RoIHead
@@ -13,16 +14,8 @@ from headkd_ray.detectors.retinanet import RetinaHead
 
 Head = DenseHead[Any] | RoIHead
 
-_LOSSES: dict[str, str] = {
-    "cls": "loss_cls",
-    "box": "loss_bbox",
-    "centerness": "loss_centerness",
-    "dfl": "loss_dfl",
-    "init": "loss_pts_init",
-    "refine": "loss_pts_refine",
-}
-"""{our short name: mmdet's} of the losses of all heads."""
-_RPN_LOSSES = {"loss_rpn_cls": "loss_rpn_cls", "loss_rpn_box": "loss_rpn_bbox"}
+_LOSSES = {"box": "bbox", "init": "pts_init", "refine": "pts_refine"}
+"""{our short name: mmdet's} of the losses of all heads, where they differ."""
 _DENSE_FEATURES: Mapping[type[DenseHead[Any]], tuple[str, ...]] = {
     RetinaHead: ("retina_cls", "retina_reg"),
     FCOSHead: ("fcos_cls", "fcos_reg"),
@@ -33,24 +26,12 @@ _DENSE_FEATURES: Mapping[type[DenseHead[Any]], tuple[str, ...]] = {
 
 
 def loss_name(short: str) -> str:
-    """Return mmdet's name of a head's loss, of a cascade's stage with the stage in front, as in ``s0.loss_cls``."""
-    stage, _, loss = short.rpartition("_")
-    return f"{stage}.{_LOSSES[loss]}" if stage else _LOSSES[loss]
-
-
-def student_losses(ours: Sequence[str], suffix: str) -> dict[str, str]:
-    """Return {our name: the official one} of a student's own losses.
-
-    ``suffix`` is that of a dense student's, ``_rpn`` where its head proposes RoIs or has assistants beside it.
-    """
-    return {
-        name: _RPN_LOSSES[name]
-        if name in _RPN_LOSSES
-        else loss_name(name.removeprefix("loss_roi_"))
-        if name.startswith("loss_roi_")
-        else loss_name(name.removeprefix("loss_")) + suffix
-        for name in ours
-    }
+    """Return mmdet's name of a loss of ours: loss_bbox of box, loss_rpn_bbox of rpn_box, s0.loss_bbox of s0_box."""
+    part, _, loss = short.rpartition("_")
+    name = _LOSSES.get(loss, loss)
+    if re.fullmatch(r"s\d+", part):
+        return f"{part}.loss_{name}"
+    return f"loss_{part}_{name}" if part else f"loss_{name}"
 
 
 def assistant_suffix(assistant: str) -> str:

@@ -17,7 +17,7 @@ from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.methods import ASSIST
 from headkd_ray.errors import DataError, JobError
 from headkd_ray.golden.official_names import Head
-from headkd_ray.job import Job
+from headkd_ray.job import AssistantsSpec, Job
 
 PAIRS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("fcos", "faster_rcnn"): {"warm_assistant": True, "ckd_weight": 1.0},
@@ -63,11 +63,13 @@ def official_model(student: MMDetModel, teacher: LoadedDetector | None, source: 
         DataError: they are of no method here.
     """
     if teacher is None and len(student.adapters) not in (0, len(student.assistants)):
-        raise DataError(f"{source}: has student/_distiller._adapts.*, but no teacher/... to distill from")
+        count = f"{len(student.adapters)} adapters in student/_distiller._adapts.* for {len(student.assistants)} assistants"
+        raise DataError(f"{source}: has {count}, which is not TF-HEAD, and no teacher/... to distill from")
     if teacher is not None and len(student.assistants) > 1:
         raise DataError(f"{source}: has a teacher, but {len(student.assistants)} assistants in student/...; HEAD has 1")
     names = _names(student, teacher)
     detector, heavy = student.loaded.detector, None if teacher is None else teacher.detector
+    _check_assistants(student, heavy, names, source)
     try:
         job = Job.model_validate(_job(student, heavy, names))
         with torch.random.fork_rng(devices=[]):
@@ -84,6 +86,21 @@ def official_model(student: MMDetModel, teacher: LoadedDetector | None, source: 
     for name, official in names.items():
         model.assistants[name].head = student.assistants[official]
     return OfficialModel(model, names, {name: parameter.detach() for name, parameter in initial.items()})
+
+
+def _check_assistants(student: MMDetModel, teacher: Detector | None, names: Mapping[str, str], source: str) -> None:
+    """Raise DataError unless the assistants are TF-HEAD's or, beside a teacher, of its kind."""
+    known = {ASSIST, *AssistantsSpec.model_fields}
+    if unknown := [official for name, official in names.items() if name not in known]:
+        raise DataError(f"{source}: the assistant {unknown[0]} in student/... needs a teacher of its kind in teacher/...")
+    for official, head in student.assistants.items() if teacher is not None else ():
+        assert teacher is not None
+        own, theirs = len(head.tap_channels), len(teacher.detection_head.tap_channels)
+        if isinstance(head, RoIHead) != isinstance(teacher.detection_head, RoIHead) or own != theirs:
+            kind = teacher.spec.kind
+            raise DataError(
+                f"{source}: the assistant {official} in student/... is not a head like that of the {kind} in teacher/..."
+            )
 
 
 def _head(model: TrainingModel, assistant: str) -> Head:

@@ -120,8 +120,7 @@ class _Step:
         outputs: DenseOutputs = forward.outputs
         wanted = self.golden.scalars("losses_json")
         has_suffix = any(name.endswith("_rpn") for name in wanted) if wanted else bool(self.official)
-        official = names.student_losses(list(forward.losses), "_rpn" if has_suffix else "")
-        self._own_losses(head, lambda: {official[name]: loss for name, loss in head.losses(outputs, self.truth).items()})
+        self._own_losses(head, lambda: renamed(head.losses(outputs, self.truth), "loss_", "_rpn" if has_suffix else ""))
         best = [m.unflatten(1, (-1, student.num_classes)).amax(2).sigmoid().detach() for m in outputs.logits]
         self.record.features = forward.pyramid
         self.record.proposed = Proposed.of(
@@ -141,8 +140,7 @@ class _Step:
         outputs = rpn(pyramid)
         rpn.spec = rpn.spec.replace({"sampler": ALL})
         _take_all(student.roi)
-        official = names.student_losses(["loss_rpn_cls", "loss_rpn_box"], "")
-        self._own_losses(rpn, lambda: {official[name]: loss for name, loss in rpn.losses(outputs, self.truth).items()})
+        self._own_losses(rpn, lambda: renamed(rpn.losses(outputs, self.truth), "loss_"))
         proposals, rules = rpn.proposals(outputs, self.truth.sizes), rpn.spec.train_proposals
         best = [m.sigmoid().detach() for m in outputs.logits]
         to_boxes = partial(decode, clamp_shrink=rpn.spec.clamp_shrink)
@@ -150,9 +148,8 @@ class _Step:
         self.record.proposed = Proposed.of(proposals, rules, best, outputs.deltas, to_boxes, rpn.anchors, self.truth.sizes)
         rois = self._sample(proposals, self.truth, student.roi.stages[0].spec, student.num_classes)
         stages = student.roi.stage_outputs(pyramid, rois, self.truth)
-        losses = {f"loss_roi_{name}": loss for name, loss in student.roi.losses(stages).items()}
-        official = names.student_losses(list(losses), "")
-        self.record.losses |= {official[name]: loss for name, loss in losses.items()}
+        losses = student.roi.losses(stages)
+        self.record.losses |= renamed(losses)
         self._accuracies(student.roi, stages, "")
         taps = [tap for stage in stages for tap in stage.outputs.taps]
         for name, tap in zip(names.feature_names(student.roi), taps, strict=True):
@@ -179,12 +176,10 @@ class _Step:
 
     def _assistant(self, term: AssistantLoss, forward: StepForward) -> None:
         official = self.official[term.assistant]
-        head, prefix = self.model.assistants[term.assistant].head, f"loss_{term.assistant}_"
-        suffix = names.assistant_suffix(official)
+        head, suffix = self.model.assistants[term.assistant].head, names.assistant_suffix(official)
 
         def compute(forward: StepForward) -> Losses:
-            losses = term(forward, self.step).items()
-            return {names.loss_name(name.removeprefix(prefix)) + suffix: loss for name, loss in losses}
+            return renamed(term(forward, self.step), f"loss_{term.assistant}_", suffix)
 
         assert isinstance(head, DenseHead | RoIHead)
         if isinstance(head, DenseHead):
@@ -218,7 +213,7 @@ class _Step:
         (loss,) = term(forward, self.step).values()
         self.record.losses[names.ckd_loss(assistant, towers, term.tap)] = loss
         student = forward.student
-        own = student.tower(term.tap, term.conv)
+        own = student.ckd_feature(term.tap, term.conv)
         if isinstance(own, Tensor):
             self.record.add("rcnn_bbox_adapted", term.adapter(own))
             return
@@ -251,6 +246,11 @@ class _Step:
         }
         for name, taps in self.record.rows.items():
             self.record.cell_rows[f"{name}_filtered"] = [tap[kept] for tap in taps if len(tap) == len(kept)]
+
+
+def renamed(losses: Losses, prefix: str = "", suffix: str = "") -> Losses:
+    """Return ``losses``, whose names here start with ``prefix``, by their official names, which end with ``suffix``."""
+    return {names.loss_name(name.removeprefix(prefix)) + suffix: loss for name, loss in losses.items()}
 
 
 def _take_all(head: RoIHead) -> None:

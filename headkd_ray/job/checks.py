@@ -122,11 +122,11 @@ def _ckd_epochs(get: Get) -> Iterator[tuple[str, str]]:
 
 def _ckd_places(get: Get) -> Iterator[tuple[str, str]]:
     """Check which layers CKD reads: towers and their convs are a dense student's, and a box tower a dense target's."""
-    towers, conv, method, kind = get("distill.ckd_towers"), get("distill.ckd_conv"), get("method"), get("student.kind")
+    conv, method, kind = get("distill.ckd_conv"), get("method"), get("student.kind")
+    towers = tuple(get("distill.ckd_towers"))  # a list as a file has it, a tuple if it is the default
+    values = {"ckd_towers": towers, **{key: get(f"distill.{key}") for key in ("ckd_conv", "ckd_bias", "warm_ckd")}}
     defaults = DistillSpec()
-    changed = [
-        key for key in ("ckd_towers", "ckd_conv", "ckd_bias", "warm_ckd") if get(f"distill.{key}") != getattr(defaults, key)
-    ]
+    changed = [key for key, value in values.items() if value != getattr(defaults, key)]
     if "ckd" not in METHODS[method].terms:
         yield from ((f"distill.{key}", f"method {method} has no CKD; remove the key, or use method head") for key in changed)
         return

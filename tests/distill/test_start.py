@@ -262,6 +262,11 @@ def test_a_backbone_may_be_written_in_other_words(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_without_effect_may_differ(tmp_path: Path) -> None:
+    save_detector(tmp_path / "own", build_detector(fcos_spec(norm_groups=None), len(NAMES)), NAMES)
+    started(job_from(tmp_path / "own", fcos_spec(norm_groups=None, conv_bias=False)))  # there is no norm
+
+
 def test_another_kind_is_refused(own: Path) -> None:
     assert "student.kind: retinanet in the job, fcos in the checkpoint; a detector starts only from one of its own kind" in (
         refused(job_from(own, retinanet_spec()))
@@ -304,23 +309,13 @@ def test_these_keys_decide_what_weights_mean() -> None:
     """Beside the backbone's. A new key of a detector is among them, until it is declared to matter in training alone."""
     compared = {key for make in SPECS.values() for key in dict(misfits._flat(make().model_dump()))}
     anchors = {"anchors.base_scale", "anchors.octave_scales", "anchors.ratios", "anchors.rounding"}
+    towers = {"convs", "channels", "norm_groups", "conv_bias"}
     roi = {"convs", "conv_channels", "conv_norm", "fcs", "fc_channels", "pool", "sampling_ratio", "aligned", "finest_scale"}
     sections = {
         "neck": {"channels", "extra", "relu_before_p7", "norm", "norm_groups"},
-        "head": {
-            "convs",
-            "channels",
-            "norm_groups",
-            "conv_bias",
-            "points",
-            "norm_on_bbox",
-            "centerness_on_reg",
-            "reg_max",
-            "point_channels",
-        },
+        "head": {*towers, *anchors, "points", "norm_on_bbox", "centerness_on_reg", "reg_max", "point_channels"},
         "rpn": {"convs", *anchors},
         "roi": {*roi, "class_agnostic", "stds"},
         "pixels": {"mean", "std"},
     }
-    sections["head"] |= anchors
     assert compared == {"kind", *(f"{section}.{key}" for section, keys in sections.items() for key in keys)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from headkd_ray.distill import TrainingModel
 from headkd_ray.distill.ckd import CKD
 from headkd_ray.distill.step_forward import StepForward
+from headkd_ray.errors import UserError
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.pair_jobs import PAIRS
 from headkd_ray.golden.quantities import check
 from headkd_ray.golden.replay import Replay, replay
 from headkd_ray.job import DistillSpec, load_job
-from headkd_ray.parity import main
+from headkd_ray.parity import compare_file, main
 from tests.golden.official_files import (
     CASCADE,
     CLASSES,
@@ -301,6 +303,48 @@ def test_a_wrong_input_of_the_official_tf_head_file_is_noticed(key: str, change:
         arrays = {name: file[name] for name in file.files if name != "grad_norms_json"}
     arrays[key] = arrays[key] + arrays[key].dtype.type(change)
     assert expected in failing(arrays)
+
+
+def without(*parts: str) -> Callable[[Arrays], Any]:
+    return lambda arrays: [arrays.pop(key) for key in list(arrays) if any(part in key for part in parts)]
+
+
+def with_teacher(arrays: Arrays) -> None:
+    """Add the teacher of the other official file."""
+    with np.load(TF_HEAD.with_name("official_head_r18.npz")) as file:
+        arrays |= {key: file[key] for key in file.files if key.startswith("teacher/")}
+
+
+def narrow_adapter(arrays: Arrays) -> None:
+    for last in ("weight", "bias"):
+        arrays[f"student/_distiller._adapts.0._adapt.{last}"] = arrays[f"student/_distiller._adapts.0._adapt.{last}"][:60]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            without("_adapts.6"),
+            "has 1 adapters in .* for 2 assistants, which is not TF-HEAD, and no teacher/... to distill from",
+        ),
+        (narrow_adapter, r"the adapters in .* do not fit its heads \(0: 60x32x1x1; 6: 432x32\)"),
+        (with_teacher, "has a teacher, but 2 assistants in student/...; HEAD has 1"),
+        (
+            lambda arrays: [with_teacher(arrays), without("student/roi_head")(arrays)],
+            "the assistant fcos in student/... is not a head like that of the faster_rcnn in teacher/...",
+        ),
+        (without("fcos.conv_cls.weight"), "(?s)the architecture cannot be read.*assistant fcos: missing: head.cls_out.weight"),
+        (lambda arrays: arrays.update(frozen_json=np.array("{}")), "frozen_json: not a JSON list"),
+    ],
+)
+def test_files_of_no_method_end_with_a_clear_error(spoil: Callable[[Arrays], Any], message: str, tmp_path: Path) -> None:
+    with np.load(TF_HEAD) as file:
+        arrays = {key: file[key] for key in file.files}
+    spoil(arrays)
+    np.savez(tmp_path / "spoilt.npz", **arrays)
+    with pytest.raises(UserError, match=message) as caught:
+        compare_file(str(tmp_path / "spoilt.npz"))
+    assert "spoilt.npz: " in str(caught.value)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

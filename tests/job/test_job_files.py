@@ -41,6 +41,7 @@ def test_every_promised_job_is_there():
     assert [f"{name}.yaml" for name in paper] == PAPER
     evidence = ["fcos", "retina_teacher", "retinanet", "teacher"]
     folders = {"": paper, "small/": small, "evidence/micro/": evidence, "evidence/standard/": [*evidence, "mnv2"]}
+    folders["evidence/pretrained/"] = ["retinanet", "teacher"]
     assert sorted([*OWN, *(f"{folder}{name}.yaml" for folder, names in folders.items() for name in names)]) == FILES
 
 

@@ -130,7 +130,10 @@ def _assistants(state: Mapping[str, Tensor], detector: AnyDetector) -> dict[str,
     """Return the assistants of the shapes in ``state``, under mmdet's names, with initial weights."""
     channels, made = detector.spec.neck.channels, {}
     for name, (conversion, names) in mmdet_assistants(state).items():
-        spec, num_classes = conversion.detection_head({ours: state[key] for key, ours in names.items()}, channels)
+        try:
+            spec, num_classes = conversion.detection_head({ours: state[key] for key, ours in names.items()}, channels)
+        except shapes.ShapeError as error:
+            raise shapes.ShapeError([f"assistant {name}: {problem}" for problem in error.problems], error.headline) from error
         make: Any = head_class(spec)
         strides = detector.strides[:ROI_LEVELS] if issubclass(make, RoIHead) else STRIDES
         made[name] = make(spec, channels, num_classes, strides)
