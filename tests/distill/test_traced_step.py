@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import nms
 
+from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.ops import fixed_size
 from headkd_ray.distill import TrainingModel
 from headkd_ray.engine.optim import build_optimizer
-from headkd_ray.job import OptimSpec
+from headkd_ray.engine.step import Learner, train_step
+from headkd_ray.job import Job, OptimSpec
 from headkd_ray.soft_targets import SoftTargets
 from headkd_ray.teacher import SoftTeacher
 from tests.detectors.micro import batch, faster_rcnn_spec, whole
@@ -91,30 +93,19 @@ def empty(tensor: Tensor, device: torch.device) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def traced(model: TrainingModel, device: torch.device, **given: Any) -> dict[str, Tensor]:
-    """Return the losses of one forward pass, traced with fake tensors on ``device``. Must run under a FakeTensorMode."""
+def claimed(model: TrainingModel, device: torch.device) -> Batch:
+    """Claim a model and its teacher for ``device``, and return a batch there."""
     claim(model, device)
     if model.teacher is not None:
         claim(model.teacher, device)
-    data = whole({name: empty(tensor, device) for name, tensor in batch().items()})
-    losses: dict[str, Tensor] = model(replace(data, **given), 5)
-    return losses
-
-
-def update(model: nn.Module, optimizer: str) -> None:
-    """Clip the gradients and take an optimizer step."""
-    nn.utils.clip_grad_norm_(model.parameters(), 20.0)
-    spec = OptimSpec.model_validate({"optimizer": optimizer})
-    stepper, schedule = build_optimizer(spec, model.parameters(), global_batch=16, steps_per_epoch=10)
-    stepper.step()
-    schedule.step()
+    return whole({name: empty(tensor, device) for name, tensor in batch().items()})
 
 
 @pytest.mark.parametrize(("method", "student", "teacher"), cases(QUICK))
 def test_a_forward_pass_never_waits_for_the_gpu(method: str, student: str, teacher: str | None) -> None:
     model = model_of(method, student, teacher)
     with FakeTensorMode(), NoWaits():
-        losses = traced(model, GPU)
+        losses = model(claimed(model, GPU), 5)
     assert len(losses) >= 2
     assert {name: (loss.device, loss.shape) for name, loss in losses.items() if (loss.device, loss.shape) != (GPU, ())} == {}
 
@@ -123,7 +114,8 @@ def test_soft_targets_that_come_with_the_batch_are_compared_without_a_wait() -> 
     model, count = model_of("head", "retinanet", "faster_rcnn"), len(batch()["images"])
     targets = SoftTargets.empty(count, budget=16, layers=2, width=24)
     with FakeTensorMode(), NoWaits():
-        losses = traced(model, GPU, targets=targets.map(lambda tensor: empty(tensor, GPU)))
+        data = replace(claimed(model, GPU), targets=targets.map(lambda tensor: empty(tensor, GPU)))
+        losses = model(data, 5)
     assert {"loss_akd_2", "loss_ckd"} < losses.keys()
 
 
@@ -145,15 +137,22 @@ def test_an_update_never_waits_for_the_gpu(optimizer: str) -> None:
         claim(model, GPU)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        update(model, optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 20.0)
+        stepper, schedule = build_optimizer(OptimSpec.model_validate({"optimizer": optimizer}), model.parameters(), 16, 10)
+        stepper.step()
+        schedule.step()
 
 
 @pytest.mark.parametrize(("method", "student", "teacher"), cases({("head", "retinanet")}))
 def test_no_shape_of_a_whole_step_depends_on_values(method: str, student: str, teacher: str | None, fixed_here: None) -> None:
     model = model_of(method, student, teacher)
+    job = Job.model_validate({"run": {"name": "test"}, "method": "supervised", "data": {"train": "t", "val": "v"}})
+    noted = []
     with FakeTensorMode():
-        torch.stack(list(traced(model, CPU).values())).sum().backward()
-        update(model, "sgd")
+        data = claimed(model, CPU)
+        learner = Learner(0, model, *build_optimizer(job.optim, model.parameters(), 16, 10), ema=None)
+        train_step(learner, job, iter([data]), note=lambda losses, _: noted.append(losses))
+    assert len(noted[0]) >= 3
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
