@@ -45,7 +45,8 @@ def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, 
     level = roi_levels(rois, len(features), spec.finest_scale)
     order = level.argsort(stable=True)
     rows = torch.cat([image.to(rois).unsqueeze(1), rois], dim=1)[order]
-    parts = rows.split(level.bincount(minlength=len(features)).tolist())
+    counts = (level.unsqueeze(1) == torch.arange(len(features), device=level.device)).sum(0)
+    parts = rows.split(counts.tolist())
     pooled = [
         roi_align(f.float(), part, spec.pool, 1 / stride, spec.sampling_ratio, spec.aligned)
         for f, stride, part in zip(features, strides, parts, strict=True)
@@ -130,13 +131,12 @@ class BoxHead(RoIHead):
         box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
         return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
 
-    @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        return self.conclude(self(features, boxes, image), boxes, image, sizes)
+    def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
+        return self(features, boxes, image), boxes
 
     @torch.no_grad()
     def conclude(self, outputs: BoxOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Turn ``outputs`` for ``rois`` into detections; the other arguments are those of :meth:`detect`."""
+        """Turn ``outputs`` for ``rois`` into detections; ``image`` (R,) is the image of each RoI."""
         rules = self.spec.postprocess
         scores = outputs.logits.float().softmax(-1)[:, :-1]
         row, label = (scores > rules.score).nonzero(as_tuple=True)
