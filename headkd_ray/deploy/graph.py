@@ -17,6 +17,7 @@ from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.ops.boxes import clip, decode, exceeds
 from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.proposals import best_anchors, filtered
+from headkd_ray.detectors.ops.tracing import at_most
 from headkd_ray.detectors.rpn import RPN, RPNOutputs
 
 
@@ -93,7 +94,7 @@ def _two_stage(detector: TwoStageDetector, x: Tensor, sizes: Tensor) -> GraphDet
     boxes = boxes.expand(-1, -1, classes, -1).transpose(1, 2)  # (B, C, P, 4)
     passed = (scores > rules.score) & valid.unsqueeze(-1)
     scores = scores.where(passed, REJECTED).transpose(1, 2).where(exceeds(boxes, rules.min_size), REJECTED)  # (B, C, P)
-    kept = survivors(boxes.flatten(0, 1), scores.flatten(0, 1).unsqueeze(1), rules.nms_iou).squeeze(1).unflatten(0, (-1, classes))
+    kept = survivors(boxes.flatten(0, 1), scores.flatten(0, 1).unsqueeze(1), rules.nms_iou).reshape(scores.shape)
     labels = torch.arange(classes, device=x.device)[:, None].expand_as(scores)
     return _best(boxes.flatten(1, 2), scores.where(kept, REJECTED).flatten(1), labels.flatten(1), rules.max_detections)
 
@@ -109,7 +110,8 @@ def _scored_rois(detector: TwoStageDetector, x: Tensor, sizes: Tensor) -> tuple[
     boxes = decode(outputs.deltas.float(), rois.unsqueeze(1), spec.stds, spec.clamp_shrink)  # (R, C or 1, 4)
     scores = outputs.logits.float().softmax(-1)[:, :-1]
     boxes = clip(boxes, sizes[image])
-    return boxes.unflatten(0, (batch, count)), scores.unflatten(0, (batch, count)), valid
+    # Not unflatten: it makes constants of traced sizes.
+    return boxes.reshape(batch, count, *boxes.shape[1:]), scores.reshape(batch, count, detector.num_classes), valid
 
 
 def _proposals(rpn: RPN, outputs: RPNOutputs, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,13 +121,13 @@ def _proposals(rpn: RPN, outputs: RPNOutputs, sizes: Tensor) -> tuple[Tensor, Te
     passed = exceeds(boxes, rules.min_size)
     mine = cells[..., 0].unsqueeze(1) == torch.arange(len(rpn.anchors.strides), device=boxes.device)[:, None]
     kept = survivors(boxes, scores.unsqueeze(1).where(mine & passed.unsqueeze(1), REJECTED), rules.nms_iou).any(1)
-    best, row = scores.where(kept, REJECTED).topk(torch.sym_min(rules.post_nms, scores.shape[1]), dim=1)
+    best, row = scores.where(kept, REJECTED).topk(at_most(rules.post_nms, scores.shape[1]), dim=1)
     return gather_rows(boxes, row), best >= 0
 
 
 def _best(boxes: Tensor, scores: Tensor, labels: Tensor, limit: int) -> GraphDetections:
     """Return the best ``limit`` rows of boxes (B, K, 4), scores (B, K) and labels (B, K) that are not REJECTED."""
-    best, row = scores.topk(torch.sym_min(limit, scores.shape[1]), dim=1)
+    best, row = scores.topk(at_most(limit, scores.shape[1]), dim=1)
     real = best >= 0
     return GraphDetections(
         gather_rows(boxes, row).where(real.unsqueeze(-1), 0.0),

@@ -59,7 +59,7 @@ class Anchors:
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """Return the anchors for pyramid levels ``features`` (B, C, H, W), on their device."""
         shapes = tuple((f.shape[-2], f.shape[-1]) for f in features)
-        if torch.compiler.is_compiling():  # a graph computes them from the sizes that it is run with
+        if torch.jit.is_tracing():  # the graph computes them from the sizes that it is run with
             return self._make(shapes, features[0].device)
         key = (shapes, features[0].device)
         if key not in self._memo:

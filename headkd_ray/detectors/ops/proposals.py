@@ -15,6 +15,7 @@ from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import clip, exceeds
 from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.nms import grouped_nms, pack
+from headkd_ray.detectors.ops.tracing import at_most
 from headkd_ray.job import PostprocessSpec, ProposalSpec
 
 Decode = Callable[[Tensor, Tensor], Tensor]
@@ -76,7 +77,7 @@ def best_anchors(
     tables, offset = [], 0
     for level, (score, delta) in enumerate(zip(scores, flatten_cells(deltas, 4), strict=True)):
         score = score.float().permute(0, 2, 3, 1).flatten(1)
-        top, index = score.topk(torch.sym_min(spec.pre_nms, score.shape[1]), dim=1)
+        top, index = score.topk(at_most(spec.pre_nms, score.shape[1]), dim=1)
         boxes = decode(gather_rows(delta, index).float(), grid.boxes[offset + index])
         tables.append((boxes, top, anchors.cells(index, level, grid.shapes[level][1])))
         offset += grid.counts[level]
@@ -105,12 +106,12 @@ def best_pairs(logits: Tensor, limit: int, quality: Tensor | None = None) -> tup
     # The best K (anchor, class) pairs lie on the best K anchors, so only the anchors need the large sort.
     best = logits.amax(2)
     rank = best if quality is None else best.float().sigmoid() * quality
-    _, anchor = rank.topk(torch.sym_min(limit, rank.shape[1]), dim=1)
+    _, anchor = rank.topk(at_most(limit, rank.shape[1]), dim=1)
     scores = gather_rows(logits, anchor).float().sigmoid()
     if quality is not None:
         scores = (scores * quality.gather(1, anchor).unsqueeze(2)).sqrt()
     pairs = scores.flatten(1)
-    score, pair = pairs.topk(torch.sym_min(limit, pairs.shape[1]), dim=1)
+    score, pair = pairs.topk(at_most(limit, pairs.shape[1]), dim=1)
     num_classes = logits.shape[2]
     return anchor.gather(1, pair // num_classes), score, pair % num_classes
 
