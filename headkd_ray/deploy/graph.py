@@ -19,6 +19,7 @@ from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.proposals import best_anchors, filtered
 from headkd_ray.detectors.ops.tracing import at_most
 from headkd_ray.detectors.rpn import RPN, RPNOutputs
+from headkd_ray.engine.evaluation import in_original_pixels
 
 
 class Inputs(NamedTuple):
@@ -57,8 +58,7 @@ class DetectionGraph(nn.Module):
             found = _dense(self.detector, x, sizes)
         else:
             found = _two_stage(self.detector, x, sizes)
-        scale = (original_sizes.float() / sizes.float()).flip(-1).repeat(1, 2).unsqueeze(1)
-        return found._replace(boxes=clip(found.boxes * scale, original_sizes))
+        return found._replace(boxes=in_original_pixels(found.boxes, sizes, original_sizes))
 
 
 class RawGraph(nn.Module):
@@ -69,14 +69,18 @@ class RawGraph(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """Return the maps of each level of a dense head; the scored boxes of each RoI of a two-stage detector."""
+        """Return the head's outputs; the arguments are those of :class:`Inputs`.
+
+        Of a dense head these are its maps, named with the number of their level, 0 = finest. Of a two-stage detector they are
+        ``boxes`` (B, P, C, 4), or (B, P, 1, 4) if class-agnostic, in pixels of the input, and ``scores`` (B, P, C), 0 for padding.
+        """
         x = self.detector.normalise(images.permute(0, 3, 1, 2), sizes)
         if isinstance(self.detector, DenseDetector):
             outputs = self.detector.head(self.detector.features(x))._asdict()
             maps = {name: levels for name, levels in outputs.items() if name != "taps"}
             return {f"{name}_{level}": m for name, levels in maps.items() for level, m in enumerate(levels)}
-        boxes, scores, _ = _scored_rois(self.detector, x, sizes)
-        return {"boxes": boxes, "scores": scores}
+        boxes, scores, valid = _scored_rois(self.detector, x, sizes)
+        return {"boxes": boxes, "scores": scores.where(valid.unsqueeze(-1), 0.0)}
 
 
 def _dense(detector: DenseDetector, x: Tensor, sizes: Tensor) -> GraphDetections:
