@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ from headkd_ray.deploy.description import Description, read_metadata
 from headkd_ray.deploy.extras import needs_extra
 from headkd_ray.detectors import Detector
 from headkd_ray.engine.evaluation import in_original_pixels
-from headkd_ray.errors import CheckpointError
+from headkd_ray.errors import CheckpointError, ExportError
 
 
 class Arrays(NamedTuple):
@@ -63,21 +64,37 @@ class OnnxNetwork:
             import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; it warns of what its own optimiser does
+        options.log_severity_level = 4  # nothing: what goes wrong is raised
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common base but this
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{path}: ONNX Runtime cannot read this file ({first}); export it again") from error
+        self._path = path
         self.description: Description = read_metadata(self._session.get_modelmeta().custom_metadata_map, path)
 
     def __call__(self, batch: Batch) -> Arrays:
         return Arrays(*self.run(batch))
 
     def run(self, batch: Batch) -> Sequence[Any]:
-        """Return the file's outputs, in its order."""
+        """Return the file's outputs, in its order.
+
+        Raises:
+            ExportError: ONNX Runtime cannot run the file on this batch.
+        """
         given = graph_inputs(batch)
-        outputs: Sequence[Any] = self._session.run(None, {each.name: given[each.name] for each in self._session.get_inputs()})
+        try:
+            outputs: Sequence[Any] = self._session.run(
+                None, {each.name: given[each.name] for each in self._session.get_inputs()}
+            )
+        except Exception as error:  # its errors have no common base but this
+            node = re.search(r"running (\w+ node)\. Name:('[^']*')", str(error))
+            what = " ".join(node.groups()) if node else str(error).strip().splitlines()[0]
+            height, width = batch.images.shape[2:]
+            raise ExportError(
+                f"{self._path}: ONNX Runtime cannot run this file on an input of {height} x {width} pixels ({what}); export it "
+                "with a fixed input, --size H W"
+            ) from error
         return outputs
 
 

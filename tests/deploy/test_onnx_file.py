@@ -21,6 +21,7 @@ from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import batch_of
+from headkd_ray.errors import ExportError
 from tests.detectors.micro import SPECS, batch, liven
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -159,3 +160,12 @@ def test_the_metadata_says_how_to_use_the_file() -> None:
     assert (entries["short_side"], entries["long_side"], entries["pad"], entries["size"]) == (96, 160, 32, None)
     assert entries["mean"] == list(detector.spec.pixels.mean) and entries["score"] == detector.spec.head.postprocess.score
     assert entries["kind"] == "gfl" and entries["outputs"] == "detections" and entries["precision"] == "float32"
+
+
+def test_an_input_that_the_file_cannot_take() -> None:
+    file = file_of("fcos", size=(96, 128))
+    with pytest.raises(ExportError) as error:
+        file(batch_of(photo(50, 90), file.description.view))
+    said = str(error.value)
+    assert said.startswith("model.onnx: ONNX Runtime cannot run this file on an input of 96 x 160 pixels (")
+    assert said.endswith("); export it with a fixed input, --size H W") and "\n" not in said
