@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headkd_ray.deploy.agreement import Agreement
 from headkd_ray.deploy.description import Description, describe
+from headkd_ray.deploy.exported import as_openvino
 from headkd_ray.deploy.graph import DetectionGraph, RawGraph
 from headkd_ray.deploy.networks import OnnxNetwork, TorchNetwork, graph_inputs
 from headkd_ray.deploy.onnx_file import onnx_bytes
@@ -92,6 +93,29 @@ def test_the_file_detects_what_the_detector_detects(variant: str) -> None:
     assert agreement.box < 0.01 and agreement.score < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["gfl", "faster_rcnn"])
+def test_openvino_reads_the_same_file(kind: str) -> None:
+    pytest.importorskip("openvino")
+    detector = detector_of(kind)
+    description = description_of(detector)
+    model = as_openvino(onnx_bytes(detector, description), description).open()
+    assert model.description == description
+    ours, theirs = Predictor(TorchNetwork(detector, CPU), description), Predictor(model, model.description)
+    agreement = Agreement()
+    for number, (height, width) in enumerate([(40, 60), (300, 90)]):
+        pixels = photo(height, width, number)
+        agreement.add(ours.detect(pixels), theirs.detect(pixels), number)
+    assert agreement.detections > 30 and agreement.holds, agreement
+
+
+def test_openvino_says_what_it_cannot_read() -> None:
+    pytest.importorskip("openvino")
+    detector = detector_of("reppoints")
+    with pytest.raises(ExportError) as error:
+        as_openvino(onnx_bytes(detector, description_of(detector)), description_of(detector))
+    assert str(error.value).startswith("--to openvino: OpenVINO cannot read this detector's ONNX file (")
+
+
 def test_a_batch_of_different_sizes() -> None:
     data, detector = batch(), detector_of("retinanet")
     file = file_of("retinanet")
@@ -167,5 +191,5 @@ def test_an_input_that_the_file_cannot_take() -> None:
     with pytest.raises(ExportError) as error:
         file(batch_of(photo(50, 90), file.description.view))
     said = str(error.value)
-    assert said.startswith("model.onnx: ONNX Runtime cannot run this file on an input of 96 x 160 pixels (")
+    assert said.startswith("model.onnx: cannot be run on an input of 96 x 160 pixels (")
     assert said.endswith("); export it with a fixed input, --size H W") and "\n" not in said
