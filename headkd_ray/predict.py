@@ -19,12 +19,9 @@ from rich.progress import track
 from torch import Tensor
 
 from headkd_ray.cli import command_parser, user_errors
-from headkd_ray.data.images import FULL_RANGE, Reading, decode
-from headkd_ray.detectors.weights import LoadedDetector
-from headkd_ray.detectors.weights.fetch import fetch_detector
-from headkd_ray.engine.distributed import Distributed
-from headkd_ray.engine.inference import detect_images, trained_range, view_spec
-from headkd_ray.errors import CheckpointError, DataError, StorageError, UserError
+from headkd_ray.data.images import Reading, decode
+from headkd_ray.deploy.predictor import Predictor, load
+from headkd_ray.errors import DataError, StorageError, UserError
 from headkd_ray.memory import enough_memory
 from headkd_ray.report.draw import draw_found, jpeg
 from headkd_ray.report.fonts import drawable
@@ -72,12 +69,9 @@ def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: fl
         StorageError: ``out`` is not writable.
     """
     out.check_writable()
-    loaded = fetch_detector(checkpoint)
-    for note in loaded.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
-    names = _class_names(checkpoint, loaded)
-    reading = Reading(value_range=trained_range(loaded.meta) or FULL_RANGE)
-    content = _detect(loaded, names, images, reading)
+    predictor = load(checkpoint, note=lambda note: print(f"note: {printable(note)}", file=sys.stderr))
+    names = dict(zip(predictor.description.category_ids, predictor.classes, strict=True))
+    content = _detect(predictor, names, images)
     out.create()
     try:
         out.write(RESULT, json.dumps(content).encode())
@@ -88,21 +82,11 @@ def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: fl
     shown, undrawable = drawable(names)
     if undrawable is not None:
         print(f"note: {printable(undrawable)}", file=sys.stderr)
-    return Predicted(content, list(_draw(content, images, reading, out, shown, score)))
+    return Predicted(content, list(_draw(content, images, predictor.reading, out, shown, score)))
 
 
-def _class_names(checkpoint: str, loaded: LoadedDetector) -> dict[int, str]:
-    """Return the detector's class names by category id, in the order of its outputs."""
-    if loaded.classes is None:
-        raise CheckpointError(f"{checkpoint}: does not name its classes; a headkd_ray student or an mmdet .pth with meta does")
-    category_ids = loaded.meta.get("category_ids", list(range(1, len(loaded.classes) + 1)))
-    return dict(zip(category_ids, loaded.classes, strict=True))
-
-
-def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[ImageFile], reading: Reading) -> dict[str, Any]:
+def _detect(predictor: Predictor, names: Mapping[int, str], images: Sequence[ImageFile]) -> dict[str, Any]:
     """Detect objects in all images, and return the content of ``detections.json``."""
-    device = Distributed.alone().device
-    detector, spec = loaded.detector.to(device), view_spec(loaded.meta)
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -112,16 +96,16 @@ def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[I
     annotations = content["annotations"]
     for image_id, file in enumerate(_track(images, "detecting"), start=1):
         try:
-            image = _read(file, reading)
+            image = _read(file, predictor.reading)
         except DataError as error:
             content["problems"].append({"file_name": file.label, "problem": str(error)})
             continue
         content["images"].append({"id": image_id, "file_name": file.label, "height": image.shape[1], "width": image.shape[2]})
         with enough_memory(file.label, "images are processed one at a time: set CUDA_VISIBLE_DEVICES= to use the CPU"):
-            (found,) = detect_images(detector, [image], spec, list(names), device)
-        for entry in found:
+            found = predictor.detect(image)
+        for entry in found.to_coco(image_id):
             area = entry["bbox"][2] * entry["bbox"][3]
-            annotations.append({**entry, "id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0})
+            annotations.append({**entry, "id": len(annotations) + 1, "area": area, "iscrowd": 0})
     return content
 
 
