@@ -71,8 +71,8 @@ def parts(times: Times, maker: BatchMaker, pending: PendingBatch) -> None:
     views = [maker.view(sample.image_id, number) for sample in pending.samples]
     shown = zip(decoded, pending.samples, views, strict=True)
     timed(times, "view", count, lambda: [apply_view(pixels, sample.boxes, view) for pixels, sample, view in shown])
-    examples = [maker.example(sample, number) for sample in pending.samples]
-    timed(times, "collate", count, lambda: collate(examples, pending.step, maker.spec.pad))
+    examples = [maker.example(sample, number, view) for sample, view in zip(pending.samples, views, strict=True)]
+    timed(times, "pad", count, lambda: collate(examples, pending.step, maker.spec.pad))
 
 
 def main() -> int:

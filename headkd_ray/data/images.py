@@ -1,9 +1,9 @@
 """Decode image bytes to pixels. This is the only decoder, so that prepare checks exactly what training will see.
 
-Pillow opens every file and says what it is. simplejpeg then decodes a sound JPEG, which both do with libjpeg-turbo, to the same
-pixels; Pillow takes a third longer, for the way from its memory to an array, and decodes all the rest. torchvision gives the
-same pixels too, but its decoders are deprecated since 0.29, and its import takes several seconds in every data process. All
-release the GIL while they decode, but Pillow not for WebP; there, Ray's processes help and threads do not.
+simplejpeg decodes sound JPEGs, and Pillow all the rest: it gives the same pixels, but takes twice as long for reading a header in
+Python and for the way from its own memory to an array. torchvision gives the same pixels too, but its decoders are deprecated
+since 0.29, and its import takes several seconds in every data process. All release the GIL while they decode, but Pillow not
+for WebP; there, Ray's processes help and threads do not.
 """
 
 from __future__ import annotations
@@ -98,45 +98,48 @@ def decode(
         TooLargeError: the image has more than ``max_pixels``.
         ValueError: the image is damaged or truncated, or does not have ``size``.
     """
-    reading, image = reading or Reading(), _open(data, max_pixels)
-    stored = (image.height, image.width)
+    reading = reading or Reading()
+    pixels = _sound_jpeg(data, reading, size, max_pixels)
+    if pixels is None:
+        pixels = _any_image(data, reading, size, max_pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[:3]
+
+
+def _sound_jpeg(
+    data: bytes, reading: Reading, size: tuple[int, int] | None, max_pixels: int | None
+) -> NDArray[np.uint8] | None:
+    """Return the pixels of a JPEG, (H, W, 4), the last without meaning; None if it is anything else or Pillow has to look at it.
+
+    Four bytes a pixel cost nothing here, and resizing is faster with them.
+    """
+    if not data.startswith(b"\xff\xd8") or (reading.upright and _has_orientation(data)):
+        return None
     try:
-        turn = None
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        as_wanted = size in (None, (height, width)) and (max_pixels is None or height * width <= max_pixels)
+        if not as_wanted or colours not in ("YCbCr", "RGB", "Gray"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGBX")
+    except ValueError:  # some damage is forgiven by Pillow; of the rest it says more
+        return None
+
+
+def _any_image(data: bytes, reading: Reading, size: tuple[int, int] | None, max_pixels: int | None) -> NDArray[np.uint8]:
+    """Return the pixels of an image of any kind, (H, W, 3), decoded by Pillow. Raises the errors of ``decode``."""
+    image = _open(data, max_pixels)
+    try:
+        values = _deep_values(image, data)
+        rgb = image if values is None else Image.fromarray(_to_bytes(values, reading.value_range))
+        rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")  # which copies even an RGB image
+        stored = (image.height, image.width)
         if reading.upright or (size is not None and size != stored):
-            turn = _turn(image, _orientation(image, data), size, reading.upright)
-        pixels = _jpeg_pixels(image, data) if turn is None else None
-        if pixels is None:
-            pixels = _pillow_pixels(image, data, reading, turn)
+            rgb = _turned(rgb, _orientation(image, data), size, reading.upright)
+        pixels = np.array(rgb)  # a copy, because torch needs writable memory
     except (OSError, SyntaxError, ValueError, MemoryError) as error:  # SyntaxError: raised by Pillow for a broken PNG
         raise ValueError(f"cannot be decoded ({error})") from error
     if size is not None and pixels.shape[:2] != size:
         raise ValueError(f"has {stored[1]} x {stored[0]} pixels, should have {size[1]} x {size[0]}")
-    return torch.from_numpy(pixels).permute(2, 0, 1)[:3]
-
-
-def _jpeg_pixels(image: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint8] | None:
-    """Return the pixels of a sound JPEG, (H, W, 4), of which the last are meaningless; None if Pillow has to look at it.
-
-    Four bytes a pixel cost nothing here, and resizing is faster with them.
-    """
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-        return None
-    pixels = np.empty((image.height, image.width, 4), dtype=np.uint8)
-    try:
-        found = simplejpeg.decode_jpeg(data, "RGBX", buffer=pixels)
-    except ValueError:  # of damage that Pillow forgives, too
-        return None
-    return pixels if found.shape == pixels.shape else None
-
-
-def _pillow_pixels(
-    image: ImageFile.ImageFile, data: bytes, reading: Reading, turn: Image.Transpose | None
-) -> NDArray[np.uint8]:
-    """Return the pixels of any image, (H, W, 3)."""
-    values = _deep_values(image, data)
-    rgb = image if values is None else Image.fromarray(_to_bytes(values, reading.value_range))
-    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")  # which copies even an RGB image
-    return np.array(rgb if turn is None else rgb.transpose(turn))  # a copy, because torch needs writable memory
+    return pixels
 
 
 def inspect(data: bytes, max_pixels: int | None = MAX_PIXELS) -> ImageFacts:
@@ -171,6 +174,10 @@ def _other(data: bytes) -> str:
     return next((f" but {name}" for name in names), "" if data else " but an empty file")
 
 
+def _has_orientation(data: bytes) -> bool:
+    return any(name in data for name in (b"Exif", b"Orientation")) and _orientation(_open(data, None), data) != 1
+
+
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
     # Pillow decodes a whole PNG to look for EXIF after its pixels, but almost no PNG has any.
     if image.format == "PNG" and not any(name in data for name in (b"eXIf", b"Raw profile type", b"Orientation")):
@@ -182,10 +189,10 @@ def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
     return value if isinstance(value, int) and value in TURNS else 1
 
 
-def _turn(image: Image.Image, orientation: int, size: tuple[int, int] | None, upright: bool) -> Image.Transpose | None:
+def _turned(image: Image.Image, orientation: int, size: tuple[int, int] | None, upright: bool) -> Image.Image:
     if size is not None and orientation >= 5 and image.width != image.height:
         upright = size == (image.width, image.height)
-    return TURNS.get(orientation) if upright else None
+    return image.transpose(TURNS[orientation]) if upright and orientation in TURNS else image
 
 
 def _deep_values(image: ImageFile.ImageFile, data: bytes) -> NDArray[Any] | None:
