@@ -96,8 +96,8 @@ def collate(
     It uses NumPy because in a prefetch thread each torch copy would start its own OpenMP team next to the training's.
 
     Args:
-        sizes: the heights and widths of the examples' images, which lets ``examples`` be an iterator: each image is copied while
-            it is in the processor's cache, and its memory is free for the next one.
+        sizes: heights and widths of the examples' images. With these, ``examples`` may be an iterator: each image is copied
+            while it is in the processor's cache, and its memory is free for the next one.
     """
     if sizes is None:
         examples = list(examples)

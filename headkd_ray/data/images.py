@@ -1,7 +1,7 @@
 """Decode image bytes to pixels. This is the only decoder, so that prepare checks exactly what training will see.
 
-simplejpeg decodes sound JPEGs, and Pillow all the rest: it gives the same pixels, but takes twice as long for reading a header in
-Python and for the way from its own memory to an array. torchvision gives the same pixels too, but its decoders are deprecated
+simplejpeg decodes sound JPEGs, and Pillow all the rest. Pillow gives the same pixels, but takes twice as long: it reads headers
+in Python, and its pixels have a long way to an array. torchvision gives the same pixels too, but its decoders are deprecated
 since 0.29, and its import takes several seconds in every data process. All release the GIL while they decode, but Pillow not
 for WebP; there, Ray's processes help and threads do not.
 """
@@ -108,9 +108,9 @@ def decode(
 def _sound_jpeg(
     data: bytes, reading: Reading, size: tuple[int, int] | None, max_pixels: int | None
 ) -> NDArray[np.uint8] | None:
-    """Return the pixels of a JPEG, (H, W, 4), the last without meaning; None if it is anything else or Pillow has to look at it.
+    """Return the pixels of a JPEG, (H, W, 4); None if Pillow has to decode the image: another format, to be turned, damaged.
 
-    Four bytes a pixel cost nothing here, and resizing is faster with them.
+    The fourth byte has no meaning. It costs nothing here, and makes resizing faster.
     """
     if not data.startswith(b"\xff\xd8") or (reading.upright and _has_orientation(data)):
         return None
