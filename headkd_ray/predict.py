@@ -1,275 +1,77 @@
-"""Detect objects in images: ``python -m headkd_ray.predict runs/head/student photos --out found``.
+"""Detect objects in images and videos: ``python -m headkd_ray.predict runs/head/student photos --out found``.
 
-Images are given as files, as folders (including subfolders), or as ``-`` for a list of these on standard input, one per line;
-each is a local path or a URI. Images that cannot be read are skipped and reported at the end, with exit code 2.
+They are given as files, as folders (including subfolders), as patterns (``'photos/**/*.jpg'``), or as ``-`` for a list of these on
+standard input, one per line; each is a local path or a URI. What cannot be read is skipped and reported at the end, with exit
+code 2. With ``--workers`` millions of images are detected in by Ray; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import argparse
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable
 
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-
-from headkd_ray.cli import command_parser, user_errors
-from headkd_ray.data.images import FULL_RANGE, Reading, decode
-from headkd_ray.detectors.weights import LoadedDetector
-from headkd_ray.detectors.weights.fetch import fetch_detector
-from headkd_ray.engine.distributed import Distributed
-from headkd_ray.engine.inference import detect_images, trained_range, view_spec
-from headkd_ray.errors import CheckpointError, DataError, StorageError, UserError
-from headkd_ray.memory import enough_memory
-from headkd_ray.report.draw import draw_found, jpeg
-from headkd_ray.report.fonts import drawable
+from headkd_ray.cli import command_parser, positive, user_errors
+from headkd_ray.deploy.predictor import load
+from headkd_ray.errors import UserError
+from headkd_ray.job import ClusterSpec
+from headkd_ray.predicting.inputs import find_inputs, places_of
+from headkd_ray.predicting.parts import FORMATS, PARQUET, PART_IMAGES, PartsRequest
+from headkd_ray.predicting.video import why_no_videos
+from headkd_ray.predicting.whole import Predicted, predict_here
 from headkd_ray.storage import Folder
 from headkd_ray.text import printable
 
-Item = TypeVar("Item")
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-RESULT = "detections.json"
 SHOWN = 20
 """Maximum number of problems that are printed."""
-LONGEST_STEM = 120
-"""Maximum bytes of an image's name in its picture's file name; file systems allow 255 in total, encrypted ones 143."""
+SCORE = 0.3
+BATCH_SIZE = 4
 
 
-class ImageFile(NamedTuple):
-    """An image file to detect objects in."""
+def predict(
+    checkpoint: str, places: str | Iterable[str], out: str, score: float = SCORE, batch_size: int = BATCH_SIZE
+) -> Predicted:
+    """Detect objects in images and videos in this process, and write ``detections.json`` and pictures.
 
-    folder: Folder
-    name: str
-    """Path of the file within ``folder``."""
-    label: str
-    """Name of the image in messages and as ``file_name`` in the result."""
-
-
-class Predicted(NamedTuple):
-    """The result of ``predict``."""
-
-    content: dict[str, Any]
-    """Content of ``detections.json``."""
-    unwritten: list[str]
-    """Name and reason for each picture that could not be drawn or written."""
-
-
-def predict(checkpoint: str, images: Sequence[ImageFile], out: Folder, score: float) -> Predicted:
-    """Detect objects and write ``<out>/detections.json``, then ``<out>/<number>_<name>.jpg`` with boxes of at least ``score``.
-
-    The JSON is a COCO data set whose annotations have a ``score`` and whose image ids are positions in ``images``, from 1; its
-    ``problems`` list the images that could not be read. It is written first, so that it is safe whatever happens to the
-    pictures.
+    Args:
+        checkpoint: as for ``headkd_ray.load``: a student's folder, an mmdet or torchvision file, or an ``.onnx`` file.
+        places: files, folders and patterns, each a path or a URI.
+        out: folder or URI for ``detections.json``, a COCO data set whose annotations have a ``score``, and for the pictures.
+        score: boxes of at least this score are drawn.
+        batch_size: images of one padded size that pass through the network together.
 
     Raises:
         CheckpointError: unreadable, or without class names.
+        DataError: there is nothing to detect in, a folder cannot be read, or a package is missing that videos need.
+        DeviceMemoryError: a batch needs more memory than is available.
         StorageError: ``out`` is not writable.
     """
-    out.check_writable()
-    loaded = fetch_detector(checkpoint)
-    for note in loaded.notes:
+    folder = Folder.open(out)
+    inputs = list(find_inputs([places] if isinstance(places, str) else places, folder, why_no_videos()))
+    folder.check_writable()
+    predictor = load(checkpoint)
+    for note in predictor.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
-    names = _class_names(checkpoint, loaded)
-    reading = Reading(value_range=trained_range(loaded.meta) or FULL_RANGE)
-    content = _detect(loaded, names, images, reading)
-    out.create()
-    try:
-        out.write(RESULT, json.dumps(content).encode())
-    except OSError as error:
-        raise StorageError(
-            f"{out.named(RESULT)}: cannot be written ({_reason(error)}); make room or choose another --out"
-        ) from error
-    shown, undrawable = drawable(names)
-    if undrawable is not None:
-        print(f"note: {printable(undrawable)}", file=sys.stderr)
-    return Predicted(content, list(_draw(content, images, reading, out, shown, score)))
+    return predict_here(predictor, inputs, folder, score, batch_size)
 
 
-def _class_names(checkpoint: str, loaded: LoadedDetector) -> dict[int, str]:
-    """Return the detector's class names by category id, in the order of its outputs."""
-    if loaded.classes is None:
-        raise CheckpointError(f"{checkpoint}: does not name its classes; a headkd_ray student or an mmdet .pth with meta does")
-    category_ids = loaded.meta.get("category_ids", list(range(1, len(loaded.classes) + 1)))
-    return dict(zip(category_ids, loaded.classes, strict=True))
+def predict_parts(checkpoint: str, places: str | Iterable[str], out: str, workers: int, request: PartsRequest) -> Predicted:
+    """Detect objects in images with processes on a Ray cluster, and write the detections in parts, in the order of the images.
 
-
-def _detect(loaded: LoadedDetector, names: Mapping[int, str], images: Sequence[ImageFile], reading: Reading) -> dict[str, Any]:
-    """Detect objects in all images, and return the content of ``detections.json``."""
-    device = Distributed.alone().device
-    detector, spec = loaded.detector.to(device), view_spec(loaded.meta)
-    content: dict[str, Any] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": category, "name": name} for category, name in names.items()],
-        "problems": [],
-    }
-    annotations = content["annotations"]
-    for image_id, file in enumerate(_track(images, "detecting"), start=1):
-        try:
-            image = _read(file, reading)
-        except DataError as error:
-            content["problems"].append({"file_name": file.label, "problem": str(error)})
-            continue
-        content["images"].append({"id": image_id, "file_name": file.label, "height": image.shape[1], "width": image.shape[2]})
-        with enough_memory(file.label, "images are processed one at a time: set CUDA_VISIBLE_DEVICES= to use the CPU"):
-            (found,) = detect_images(detector, [image], spec, list(names), device)
-        for entry in found:
-            area = entry["bbox"][2] * entry["bbox"][3]
-            annotations.append({**entry, "id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0})
-    return content
-
-
-def _draw(
-    content: Mapping[str, Any],
-    images: Sequence[ImageFile],
-    reading: Reading,
-    out: Folder,
-    names: Mapping[int, str],
-    score: float,
-) -> Iterator[str]:
-    """Write a picture of every image, and yield the name and the reason of each that could not be written."""
-    found: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
-    for entry in content["annotations"]:
-        found[entry["image_id"]].append(entry)
-    digits = max(4, len(str(len(images))))
-    for image_id in _track(list(found), "drawing"):
-        file = images[image_id - 1]
-        stem = PurePosixPath(file.name).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
-        name = f"{image_id:0{digits}d}_{stem}.jpg"
-        try:
-            out.write(name, jpeg(draw_found(_read(file, reading), found[image_id], names, score)))
-        except (OSError, ValueError) as error:
-            yield f"{out.named(name)}: cannot be written ({_reason(error)})"
-        except UserError as error:
-            yield f"{out.named(name)}: cannot be written ({error})"
-
-
-def _read(file: ImageFile, reading: Reading) -> Tensor:
-    """Read an image's pixels: uint8 (3, H, W), RGB, turned upright according to its EXIF orientation.
-
-    Raises DataError, whose text does not name the file.
+    A prediction that was stopped goes on with the parts that are missing.
     """
-    try:
-        return decode(file.folder.read(file.name), reading)
-    except OSError as error:
-        raise DataError(f"cannot be read ({_reason(error)})") from error
-    except StorageError as error:
-        raise DataError(f"cannot be read ({error})") from error
-    except ValueError as error:
-        raise DataError(f"{error}; give JPEG, PNG or WebP files") from error
-
-
-def _reason(error: Exception) -> str:
-    code = getattr(error, "errno", None)
-    return os.strerror(code) if code else str(error)
-
-
-def _track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Yield ``items``, and show a progress bar in a terminal."""
-    console = Console(stderr=True)
-    yield from track(items, what, console=console, transient=True, disable=not console.is_terminal)
-
-
-def find_images(places: Sequence[str], out: Folder) -> list[ImageFile]:
-    """Return the images that ``places`` name, in order and without repeats; a folder stands for its images, sorted by path.
-
-    Files in ``out`` are ignored, because they are pictures that were drawn before.
-
-    Raises:
-        DataError: there are no images, or a folder cannot be read.
-        StorageError: a store denies access or cannot be reached.
-    """
-    found: dict[tuple[str, str], ImageFile] = {}
-    for place in places:
-        folder = Folder.open(place, DataError)
-        if folder.exists:
-            files = [ImageFile(folder, name, folder.named(name)) for name in _images_in(folder, out)]
-        else:
-            parent, name = Folder.of_file(place, DataError)
-            files = [ImageFile(parent, name, place)]
-        for file in files:
-            found.setdefault((file.folder.fs.type_name, file.folder.at(file.name)), file)
-    if not found:
-        raise DataError(f"{', '.join(places) or 'standard input'}: no {', '.join(sorted(SUFFIXES))} files")
-    return list(found.values())
-
-
-def _images_in(folder: Folder, out: Folder) -> list[str]:
-    """Return the paths of the images in a folder and its subfolders, and print a note on files that are ignored."""
-    if (folder.fs.type_name, folder.path) == (out.fs.type_name, out.path):
-        raise DataError(
-            f"{out.uri}: holds the images and is also --out; choose another --out, or the next prediction would mistake the "
-            "drawn pictures for images"
-        )
-    try:
-        names = folder.files()
-    except OSError as error:
-        raise DataError(f"{error.filename or folder.uri}: cannot be read ({_reason(error)})") from error
-    images, others = list[str](), Counter[str]()
-    for name in names:
-        suffix = PurePosixPath(name).suffix.lower()
-        if folder.at(name).startswith(f"{out.path}/") and folder.fs.type_name == out.fs.type_name:
-            continue
-        if suffix in SUFFIXES:
-            images.append(name)
-        else:
-            others[suffix or "without a suffix"] += 1
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        print(f"note: {folder.uri}: files that are not named as JPEG, PNG or WebP are left out ({kinds})", file=sys.stderr)
-    return images
-
-
-def listed(places: Sequence[str]) -> list[str]:
-    """Return ``places`` with ``-`` replaced by the lines of standard input."""
-    named: list[str] = []
-    for place in places:
-        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n") if place == "-" else [place]
-        named += [line for line in (line.removesuffix("\r") for line in lines) if line]
-    return named
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = command_parser("predict", __doc__)
-    parser.add_argument("checkpoint", help="student folder of a run, or an mmdet .pth file")
-    parser.add_argument(
-        "images", nargs="+", help="image files (JPEG, PNG, WebP), folders of them, or - for a list on standard input"
-    )
-    parser.add_argument("--out", required=True, help="folder for detections.json and the drawn images")
-    parser.add_argument("--score", type=float, default=0.3, help="draw boxes of at least this score (default %(default)s)")
     with user_errors():
-        options = parser.parse_args(arguments)
-        out = Folder.open(options.out)
-        images = find_images(listed(options.images), out)
-        predicted = predict(options.checkpoint, images, out, options.score)
-        content = predicted.content
-        print(f"{len(content['annotations'])} detections on {len(content['images'])} images: {out.named(RESULT)}")
-        _raise_problems(predicted, len(images), out)
+        options = _parser().parse_args(arguments)
+        predicted = predict(options.checkpoint, places_of(options.images), options.out, options.score, options.batch_size)
+        print(f"{predicted.detections} detections on {predicted.images} images: {printable(predicted.result)}")
+        _raise_problems(predicted, options.out)
     return 0
 
 
-def _raise_problems(predicted: Predicted, images: int, out: Folder) -> None:
-    """Raise a UserError that lists the images that could not be read and the pictures that could not be written, if any."""
-    unread = [f"{problem['file_name']}: {problem['problem']}" for problem in predicted.content["problems"]]
-    lines = unread + predicted.unwritten
-    said: list[str] = []
-    if unread:
-        others = f" (the others are in {out.uri})" if len(unread) < images else ""
-        said.append(f"{len(unread)} of {images} images could not be read{others}")
-    if predicted.unwritten:
-        pictures = "1 picture" if len(predicted.unwritten) == 1 else f"{len(predicted.unwritten)} pictures"
-        said.append(f"{pictures} could not be written (all detections are in {out.named(RESULT)})")
-    if lines:
-        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        raise UserError(lines[:SHOWN] + more, "; ".join(said) + ":")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("predict", __doc__)
+    return parser

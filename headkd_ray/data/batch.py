@@ -118,6 +118,14 @@ def collate(examples: Sequence[Example], step: int, pad: int, budget: int = 0) -
     )
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return batches (at least one) of equal (H, W) and G, without targets, as a single batch."""
+    if len(batches) == 1:
+        return batches[0]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
+    return replace(batches[0], **tensors)
+
+
 def idle_batch(step: int, side: int, pad: int) -> Batch:
     """Make a batch of one blank square image of about ``side`` pixels, for a rank that has no image left in ``step``."""
     side = -(-side // pad) * pad

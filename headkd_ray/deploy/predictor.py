@@ -29,8 +29,10 @@ Picture = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 class Predictor:
     """A detector that can be called on images: ``predictor = headkd_ray.load("runs/head/student"); predictor("photo.jpg")``."""
 
-    def __init__(self, network: Network, description: Description) -> None:
+    def __init__(self, network: Network, description: Description, notes: Sequence[str] = ()) -> None:
         self.network, self.description = network, description
+        self.notes = notes
+        """What its user should know about how the file was read."""
         self.reading = Reading(value_range=description.value_range or FULL_RANGE)
         """How image files become pixels."""
 
@@ -57,11 +59,17 @@ class Predictor:
 
     def detect(self, pixels: Tensor) -> ImageDetections:
         """Detect objects in ``pixels`` (3, H, W) uint8, RGB."""
-        found = self.network(self.batch(pixels))
-        boxes, scores, labels = (rows[0][found.labels[0] >= 0] for rows in found)
-        return ImageDetections(
-            boxes, scores, labels, self.classes, self.description.category_ids, (pixels.shape[1], pixels.shape[2])
-        )
+        return self.detect_batch(self.batch(pixels))[0]
+
+    def detect_batch(self, batch: Batch) -> list[ImageDetections]:
+        """Detect objects in the images of a batch, and return an entry for each."""
+        found = self.network(batch)
+        names = self.classes, self.description.category_ids
+        detections = []
+        for number, (height, width) in enumerate(batch.original_sizes.tolist()):
+            boxes, scores, labels = (rows[number][found.labels[number] >= 0] for rows in found)
+            detections.append(ImageDetections(boxes, scores, labels, *names, (height, width)))
+        return detections
 
 
 def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:
@@ -87,7 +95,8 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:
         return Predictor(network, network.description)
     loaded = fetch_detector(place)
     description = describe(loaded, place)
-    return Predictor(TorchNetwork(loaded.detector, torch.device(device) if device else Distributed.alone().device), description)
+    network = TorchNetwork(loaded.detector, torch.device(device) if device else Distributed.alone().device)
+    return Predictor(network, description, loaded.notes)
 
 
 def _pixels(image: Picture, number: int, reading: Reading) -> Tensor:
