@@ -29,10 +29,8 @@ Picture = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 class Predictor:
     """A detector that can be called on images: ``predictor = headkd_ray.load("runs/head/student"); predictor("photo.jpg")``."""
 
-    def __init__(self, network: Network, description: Description, notes: Sequence[str] = ()) -> None:
+    def __init__(self, network: Network, description: Description) -> None:
         self.network, self.description = network, description
-        self.notes = notes
-        """What its user should know about how the file was read."""
         self.reading = Reading(value_range=description.value_range or FULL_RANGE)
         """How image files become pixels."""
 
@@ -95,8 +93,7 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:
         return Predictor(network, network.description)
     loaded = fetch_detector(place)
     description = describe(loaded, place)
-    network = TorchNetwork(loaded.detector, torch.device(device) if device else Distributed.alone().device)
-    return Predictor(network, description, loaded.notes)
+    return Predictor(TorchNetwork(loaded.detector, torch.device(device) if device else Distributed.alone().device), description)
 
 
 def _pixels(image: Picture, number: int, reading: Reading) -> Tensor:
