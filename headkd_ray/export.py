@@ -1,4 +1,4 @@
-"""Export a detector, and prove the file: ``python -m headkd_ray.export runs/head/student --to onnx --val data/val --out found``.
+"""Export a detector and prove the file: ``python -m headkd_ray.export runs/head/student --to onnx --val data/val --out files``.
 
 The file runs on the validation images beside the checkpoint; a float file whose detections differ is not written. AP, size and
 latency of both are printed. ``onnx-int8`` is calibrated on training images (``--calibrate data/train``).
@@ -158,7 +158,7 @@ def _refuse_another(request: Request, loaded: LoadedDetector, exact: Entrant | N
         return
     if not tried.agreement.holds:
         raise ExportError(
-            f"{exact.name}: not written, because {tried.agreement.alone} of {tried.agreement.detections} detections differ from "
+            f"{exact.name}: not written, because {tried.agreement.alone} of {tried.agreement.detections} detections are not "
             f"the checkpoint's: {tried.agreement.example}"
         )
     network = exact.predictor.network
@@ -192,7 +192,7 @@ def _report(request: Request, entrants: Sequence[Entrant], tried: Tried | None, 
             {
                 "name": entrant.name,
                 "format": entrant.format,
-                "bytes": entrant.bytes,
+                "bytes": entrant.size,
                 "metrics": None if metrics is None else metrics.as_dict(),
                 "latency": {str(threads): time._asdict() for threads, time in times.items()},
             }

@@ -33,8 +33,8 @@ class Entrant:
     format: str
     """How it is stored, for the table."""
     predictor: Predictor
-    bytes: int
-    """Size of its weights, or of its file."""
+    size: int
+    """Size of its weights, or of its file, in bytes."""
     content: bytes | None = None
     """Content of its file; None = it is a checkpoint."""
 

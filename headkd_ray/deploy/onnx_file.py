@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +36,8 @@ def check_packages() -> None:
 def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
     """Return the ONNX file of ``detector``, in float32, which ``description`` describes.
 
-    It is traced (torch's TorchScript exporter): in a graph made by ``torch.export``, sizes are symbolic expressions, and those of
-    a whole detector took a minute to reason about and did not hold for maps of one cell.
+    It is traced (torch's TorchScript exporter). ``torch.export`` makes symbolic expressions of sizes instead: for a whole
+    detector it took minutes to reason about them, and they did not hold for maps of one cell.
 
     Raises:
         ExportError: torch cannot express the detector in ONNX.
@@ -49,24 +51,28 @@ def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
     with torch.no_grad():
         outputs = list(graph.eval()(*given)) if description.outputs == "raw" else list(GraphDetections._fields)
     _register_operators()
-    content = io.BytesIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints the graph that it gives up on
-            warnings.simplefilter("ignore")  # of the tracer, about what is meant to be constant
-            torch.onnx.export(
-                graph.eval(),
-                tuple(given),
-                content,
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-                dynamic_axes=_variable(inputs, outputs, description),
-            )
-    except Exception as error:  # the exporter's errors have no common base
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"--to onnx: torch cannot express this detector in ONNX ({first})") from error
-    model = onnx.load_model_from_string(content.getvalue())
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "model.onnx"
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):  # it prints the graph that it gives up on
+                warnings.simplefilter("ignore")  # of the tracer, about what is meant to be constant
+                torch.onnx.export(
+                    graph.eval(),
+                    tuple(given),
+                    target,
+                    dynamo=False,
+                    opset_version=OPSET,
+                    input_names=inputs,
+                    output_names=outputs,
+                    dynamic_axes=_variable(inputs, outputs, description),
+                )
+        except Exception as error:  # the exporter's errors have no common base
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ExportError(f"--to onnx: torch cannot express this detector in ONNX ({first})") from error
+        model = onnx.load(target)
     model.producer_name, model.producer_version = "headkd_ray", description.headkd_ray
     onnx.helper.set_model_props(model, description.as_metadata())
     written: bytes = model.SerializeToString()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,15 @@ class Predictor:
         return detections
 
 
-def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:
+def load(
+    path: str | os.PathLike[str], device: str | None = None, note: Callable[[str], object] = lambda note: None
+) -> Predictor:
     """Load a checkpoint or an exported ``.onnx`` file for detection.
 
     Args:
         path: a student's folder, an mmdet or torchvision file with class names, or an ``.onnx`` file; also a URI.
         device: torch device of a checkpoint, as in ``"cuda:1"``; None = the first GPU, else the CPU. ONNX runs on the CPU.
+        note: called with each sentence that the user should know about how the file was read.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another origin, does not name its classes, or was exported raw.
@@ -92,6 +95,8 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:
             raise CheckpointError(f"{place}: was exported with --raw and does not detect by itself; export it without --raw")
         return Predictor(network, network.description)
     loaded = fetch_detector(place)
+    for sentence in loaded.notes:
+        note(sentence)
     description = describe(loaded, place)
     return Predictor(TorchNetwork(loaded.detector, torch.device(device) if device else Distributed.alone().device), description)
 

@@ -31,7 +31,7 @@ def quantised(content: bytes, description: Description, batches: Iterator[Batch]
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # imported late
+    class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:
             batch = next(batches, None)
             return None if batch is None else {name: array for name, array in graph_inputs(batch).items() if name in inputs}

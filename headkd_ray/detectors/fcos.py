@@ -136,7 +136,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
 
     @torch.no_grad()
     def candidates(self, outputs: FCOSOutputs) -> list[Found]:
-        """Return the best pairs of point and class of each level, scored by probability and centerness as ``spec.score`` says."""
+        """Return the best pairs of point and class of each level, scored as ``spec.score`` says."""
         grid = self.anchors.grid(outputs.logits)
         rules, root = self.spec.postprocess, self.spec.score == "sqrt"
         found, offset = [], 0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import Detections, Detector

@@ -72,7 +72,10 @@ def propose(
 def best_anchors(
     scores: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Anchors, sizes: Tensor, spec: ProposalSpec, decode: Decode
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return clipped boxes (B, K, 4), scores (B, K) and cells (B, K, 4) of the best anchors of all levels; see :func:`propose`."""
+    """Return clipped boxes (B, K, 4), scores (B, K) and cells (B, K, 4) of the best anchors of all levels, before NMS.
+
+    The arguments are those of :func:`propose`.
+    """
     grid = anchors.grid(scores)
     tables, offset = [], 0
     for level, (score, delta) in enumerate(zip(scores, flatten_cells(deltas, 4), strict=True)):
@@ -133,7 +136,7 @@ def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num
 
 
 def filtered(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec) -> tuple[Found, Tensor]:
-    """Join ``levels``, clip their boxes to ``sizes`` (B, 2), and return them with the mask (B, K) of those that pass ``rules``."""
+    """Join ``levels`` and clip their boxes to ``sizes`` (B, 2); also return the mask (B, K) of those that pass ``rules``."""
     found = Found(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
     found = found._replace(boxes=clip(found.boxes, sizes))
     return found, (found.entry > rules.score) & exceeds(found.boxes, rules.min_size)
