@@ -32,9 +32,7 @@ class CocoWriter:
         self._files = {name: self._stack.enter_context(tempfile.TemporaryFile()) for name in LISTS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()
 
     def add(self, name: str, entry: Mapping[str, Any]) -> None:

@@ -78,9 +78,7 @@ class VideoReader:
         self.rate = self._stream.average_rate or self._stream.guessed_rate or self.rate
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()
 
     def __iter__(self) -> Iterator[Frame]:
@@ -194,9 +192,7 @@ class VideoWriter:
         stream.codec_context.time_base = Fraction(1, CLOCK)
         return stream
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._stack, _os_errors():
             if self._stream is None:
                 self._container.close()

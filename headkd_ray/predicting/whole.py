@@ -34,6 +34,8 @@ class Predicted:
 
     result: str
     """Path or URI of the file, or of the folder of parts, with the detections."""
+    inputs: int
+    """Number of files that were named."""
     images: int = 0
     """Number of images and frames that were read."""
     detections: int | None = 0
@@ -63,7 +65,7 @@ def predict_here(predictor: Predictor, inputs: Sequence[InputFile], out: Folder,
     """
     with CocoWriter() as coco, Progress(console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         out.create()
-        run = _Run(predictor, out, score, batch_size, coco, max(4, len(str(len(inputs)))))
+        run = _Run(predictor, out, score, batch_size, coco, len(inputs))
         try:
             for _ in bar.track(run.over(inputs), total=len(inputs), description="detecting"):
                 pass
@@ -81,17 +83,15 @@ def predict_here(predictor: Predictor, inputs: Sequence[InputFile], out: Folder,
 class _Run:
     """The state of ``predict_here``."""
 
-    def __init__(
-        self, predictor: Predictor, out: Folder, score: float, batch_size: int, coco: CocoWriter, digits: int
-    ) -> None:
+    def __init__(self, predictor: Predictor, out: Folder, score: float, batch_size: int, coco: CocoWriter, count: int) -> None:
         self.predictor, self.out, self.score, self.batch_size = predictor, out, score, batch_size
-        self.coco, self.digits = coco, digits
+        self.coco, self.digits = coco, max(4, len(str(count)))
         self.names = dict(zip(predictor.description.category_ids, predictor.classes, strict=True))
         self.drawn_names, undrawable = drawable(self.names)
         if undrawable is not None:
             print(f"note: {printable(undrawable)}", file=sys.stderr)
         self.next_id = 1
-        self.predicted = Predicted(out.named(RESULT))
+        self.predicted = Predicted(out.named(RESULT), count)
 
     def over(self, inputs: Sequence[InputFile]) -> Iterator[None]:
         """Detect in all inputs, and yield after each of them."""
