@@ -1,7 +1,8 @@
 """Detect objects in images and videos: ``python -m headkd_ray.predict runs/head/student photos --out found``.
 
-They are given as files, as folders (including subfolders), as patterns ("photos/**/*.jpg"), or as - for a list of these on standard
-input, one per line; each is a local path or a URI. What cannot be read is skipped and reported at the end, with exit code 2.
+They are given as files, as folders (including subfolders), as patterns ("photos/**/*.jpg"), or as - for a list of these on
+standard input, one per line; each is a local path or a URI. What cannot be read is skipped and reported at the end, with exit
+code 2.
 
 With --workers, processes on a Ray cluster detect in any number of images, and write the detections in parts; the same command
 goes on where it was stopped.
@@ -80,7 +81,7 @@ def predict_parts(
     The images are listed once. A call that was stopped, by whatever, goes on with the parts that are missing if it is repeated.
 
     Args:
-        checkpoint, places, out, batch_size: as for :func:`predict`, without videos; all machines of the cluster must reach them.
+        checkpoint, places, out, batch_size: as for :func:`predict`, without videos; all nodes of the cluster must reach them.
         cluster: ``workers`` processes with ``cpus_per_worker`` and ``gpus_per_worker`` each, and the cluster's address.
         output: format of the parts: a row for each image (``predicting.part_files.SCHEMA``).
         part_images: images of a part.
@@ -125,7 +126,9 @@ def _load(checkpoint: str | os.PathLike[str], device: str | None = None) -> Pred
 
 
 def _strings(places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterable[str]:
-    return [os.fspath(places)] if isinstance(places, str | os.PathLike) else map(os.fspath, places)
+    if isinstance(places, str | os.PathLike):
+        places = [places]
+    return (os.fspath(place) for place in places)
 
 
 def _bar() -> Progress:
@@ -157,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "images",
         nargs="+",
-        help="images (JPEG, PNG, WebP), videos, folders of them, patterns, or - for a list on standard input",
+        help="images (JPEG, PNG, WebP), videos, folders, patterns, or - for a list on standard input",
     )
     parser.add_argument("--out", required=True, help="folder for the detections and the drawn images")
     parser.add_argument("--score", type=float, help="draw boxes of at least this score (default 0.3)")

@@ -236,8 +236,8 @@ class Folder:
 
     @_plainly
     def open_file(self, name: str) -> Any:
-        """Open a file for reading, as a seekable binary file object that is a context manager. Raises OSError as ``read`` does."""
-        return self.fs.open_input_file(self.at(name)) if self.remote else open(self.at(name), "rb")  # noqa: SIM115
+        """Open a file for reading: a seekable binary file and context manager. Raises OSError as ``read`` does."""
+        return self.fs.open_input_file(self.at(name)) if self.remote else open(self.at(name), "rb")
 
     @_plainly
     def create(self) -> None:

@@ -1,11 +1,12 @@
 """Make the parts of a prediction with Ray Data: actors that hold the detector and take one part after another.
 
-A row of the Dataset is a part's number, so what passes through Ray is small however large the images are: an actor reads a part's
-images itself, ahead of its network, and writes the part itself. A lost actor is restarted, and gets its part again.
+A row of the Dataset is a part's number, so what passes through Ray is small however large the images are: an actor reads the
+images of a part ahead of its network, and writes the part itself. A lost actor is restarted, and gets its part again.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,12 +67,13 @@ class MakeParts:
 
 
 def make_on_ray(spec: ClusterSpec, plan: Plan, out: str, batch_size: int, parts: Sequence[int]) -> Iterator[int]:
-    """Make ``parts`` with ``spec.workers`` processes, and yield the number of images of each part that is finished, in any order.
+    """Make ``parts`` with ``spec.workers`` processes, and yield the number of images of each finished part, in any order.
 
     Raises:
         ClusterError: the processes do not fit the cluster, or die.
         UserError: what a process could not go on with.
     """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells what it does
     with connected(spec):
         gpus = check_predictors(spec)
         job = PartJob(plan, out, batch_size, spec.cpus_per_worker, gpus)

@@ -72,8 +72,8 @@ class RawGraph(nn.Module):
         """Return the head's outputs; the arguments are those of :class:`Inputs`.
 
         Of a dense head these are its maps, named with the number of their level, 0 = finest. Of P RoIs of a two-stage detector
-        they are ``boxes`` (B, P, C, 4), or (B, P, 1, 4) if class-agnostic, in pixels of the input, and ``scores`` (B, P, C), 0 in
-        the padding.
+        they are ``boxes`` (B, P, C, 4), or (B, P, 1, 4) if class-agnostic, in pixels of the input, and ``scores`` (B, P, C), 0
+        in the padding.
         """
         x = self.detector.normalise(images.permute(0, 3, 1, 2), sizes)
         if isinstance(self.detector, DenseDetector):

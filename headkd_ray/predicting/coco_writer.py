@@ -29,7 +29,7 @@ class CocoWriter:
         """Number of entries of each list."""
 
     def __enter__(self) -> CocoWriter:
-        self._files = {name: self._stack.enter_context(tempfile.TemporaryFile()) for name in LISTS}
+        self._files = {name: self._stack.enter_context(tempfile.TemporaryFile()) for name in LISTS}  # noqa: SIM115
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:

@@ -112,8 +112,8 @@ def _files_of(place: str, out: Folder, no_videos: str | None) -> Iterator[InputF
             return
         if _same(folder, out):
             raise DataError(
-                f"{out.uri}: holds the images and is also --out; choose another --out, or the next prediction would mistake the "
-                "drawn pictures for images"
+                f"{out.uri}: holds the images and is also --out; choose another --out, or the next prediction would mistake "
+                "the drawn pictures for images"
             )
         names = walk(folder, lambda path: not _same(folder / path, out))
     label: Callable[[str], str] = folder.named if shown is None else str
