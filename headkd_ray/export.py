@@ -26,7 +26,7 @@ from headkd_ray.deploy.graph import RawGraph
 from headkd_ray.deploy.networks import OnnxNetwork
 from headkd_ray.deploy.onnx_file import check_packages, onnx_bytes
 from headkd_ray.deploy.quantise import quantised
-from headkd_ray.deploy.trial import Track, Tried, detect_side_by_side, pixels_of, raw_error
+from headkd_ray.deploy.side_by_side import Track, Tried, detect_side_by_side, pixels_of, raw_error
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.errors import ExportError, UserError
 from headkd_ray.report.export_table import export_table

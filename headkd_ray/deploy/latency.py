@@ -15,7 +15,7 @@ from headkd_ray.data.batch import Batch
 
 WARM_UP, LEAST, MOST = 3, 5, 50
 """Passes that are not timed; least and largest number of those that are."""
-SECONDS = 10.0
+SECONDS = 5.0
 """Time after which no further pass is started, if there were LEAST."""
 
 
