@@ -19,7 +19,7 @@ from typing import get_args
 from pydantic import ValidationError
 from rich.progress import Progress
 
-from headkd_ray.cli import command_parser, positive, user_errors
+from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.deploy.predictor import Predictor, load
 from headkd_ray.errors import StorageError, UserError
 from headkd_ray.job import ClusterSpec
@@ -118,7 +118,7 @@ def predict_parts(
                 "the cluster share, or a URI"
             )
         problems = problems_in(folder, plan.parts)
-    return Predicted(folder.uri, plan.images, plan.images - len(problems), None, problems)
+    return Predicted(folder.uri, plan.images, 0, plan.images - len(problems), None, problems)
 
 
 def _load(checkpoint: str | os.PathLike[str], device: str | None = None) -> Predictor:
@@ -207,7 +207,8 @@ def _raise_problems(predicted: Predicted, out: str) -> None:
     unread, lines, said = len(predicted.problems), predicted.problems + predicted.unwritten, list[str]()
     if unread:
         others = f" (the others are in {out})" if predicted.images else ""
-        said.append(f"{unread} of {predicted.inputs} images could not be read{others}")
+        what = "images and videos could not be read, or not to their end" if predicted.videos else "images could not be read"
+        said.append(f"{unread} of {predicted.inputs} {what}{others}")
     if predicted.unwritten:
         pictures = "1 picture" if len(predicted.unwritten) == 1 else f"{len(predicted.unwritten)} pictures"
         said.append(f"{pictures} could not be written (all detections are in {predicted.result})")
@@ -215,6 +216,8 @@ def _raise_problems(predicted: Predicted, out: str) -> None:
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         raise UserError(lines[:SHOWN] + more, "; ".join(said) + ":")
 
+
+callable_as(__name__, predict)
 
 if __name__ == "__main__":
     sys.exit(main())

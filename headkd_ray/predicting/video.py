@@ -123,14 +123,15 @@ class VideoReader:
 def _missing(count: int, damaged: int, stopped: str | None, end: float, expected: tuple[int, float | None]) -> str | None:
     """Say what of a video was not read; None if nothing is missing."""
     frames, seconds = expected
-    read = f"{count} frames were read, {end:.1f} s"
+    of_frames = f" of {frames}" if frames else ""
+    of_seconds = f", {end:.1f} of {seconds:.1f} s" if seconds is not None and not frames else ""
+    read = f"{count}{of_frames} frames were read{of_seconds}"
     if stopped is not None:
         return f"cannot be read to its end ({stopped}); {read}"
     tolerance = 0.02 * seconds + 0.5 if seconds is not None else 0.0  # lengths in headers are estimates in some formats
     if not count or count < 0.98 * frames - 1 or (seconds is not None and end < seconds - tolerance):
-        whole = f"{seconds:.1f} s" if seconds is not None else f"{frames} frames"
-        return f"is cut off or damaged; {read} of {whole}"
-    return f"has {damaged} damaged parts; {read}" if damaged else None
+        return f"is cut off or damaged; {read}"
+    return f"is damaged; {read}, some of them incompletely" if damaged else None
 
 
 def _upright(frame: Any) -> Tensor:

@@ -36,6 +36,8 @@ class Predicted:
     """Path or URI of the file, or of the folder of parts, with the detections."""
     inputs: int
     """Number of files that were named."""
+    videos: int = 0
+    """Number of videos among them."""
     images: int = 0
     """Number of images and frames that were read."""
     detections: int | None = 0
@@ -65,9 +67,9 @@ def predict_here(predictor: Predictor, inputs: Sequence[InputFile], out: Folder,
     """
     with CocoWriter() as coco, Progress(console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         out.create()
-        run = _Run(predictor, out, score, batch_size, coco, len(inputs))
+        run = _Run(predictor, out, score, batch_size, coco, inputs)
         try:
-            for _ in bar.track(run.over(inputs), total=len(inputs), description="detecting"):
+            for _ in bar.track(run.over(), total=len(inputs), description="detecting"):
                 pass
         except BaseException:
             if coco.counts["images"]:
@@ -83,19 +85,21 @@ def predict_here(predictor: Predictor, inputs: Sequence[InputFile], out: Folder,
 class _Run:
     """The state of ``predict_here``."""
 
-    def __init__(self, predictor: Predictor, out: Folder, score: float, batch_size: int, coco: CocoWriter, count: int) -> None:
+    def __init__(
+        self, predictor: Predictor, out: Folder, score: float, batch_size: int, coco: CocoWriter, inputs: Sequence[InputFile]
+    ) -> None:
         self.predictor, self.out, self.score, self.batch_size = predictor, out, score, batch_size
-        self.coco, self.digits = coco, max(4, len(str(count)))
+        self.coco, self.inputs, self.digits = coco, inputs, max(4, len(str(len(inputs))))
         self.names = dict(zip(predictor.description.category_ids, predictor.classes, strict=True))
         self.drawn_names, undrawable = drawable(self.names)
         if undrawable is not None:
             print(f"note: {printable(undrawable)}", file=sys.stderr)
         self.next_id = 1
-        self.predicted = Predicted(out.named(RESULT), count)
+        self.predicted = Predicted(out.named(RESULT), len(inputs), sum(file.is_video for file in inputs))
 
-    def over(self, inputs: Sequence[InputFile]) -> Iterator[None]:
+    def over(self) -> Iterator[None]:
         """Detect in all inputs, and yield after each of them."""
-        for is_video, files in groupby(inputs, key=lambda file: file.is_video):
+        for is_video, files in groupby(self.inputs, key=lambda file: file.is_video):
             if not is_video:
                 yield from self._photos(files)
                 continue
