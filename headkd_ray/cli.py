@@ -70,8 +70,8 @@ def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 def callable_as(module: str, function: Callable[..., object]) -> None:
     """Make a command's module callable, so that ``headkd_ray.train(job)`` calls ``headkd_ray.train.train``.
 
-    A command and its function have one name, and Python sets a package's attribute of that name to the module whenever the module
-    is imported; so it is the module that has to be callable.
+    A command and its function have one name, and Python sets a package's attribute of that name to the module whenever the
+    module is imported; so it is the module that has to be callable.
     """
     sys.modules[module].__class__ = type("CommandModule", (ModuleType,), {"__call__": staticmethod(function)})
     sys.modules[module].__dict__["__signature__"] = inspect.signature(function)

@@ -6,9 +6,9 @@ On a laptop: ``python -m headkd_ray.train jobs/small/head.yaml cluster.workers=0
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headkd_ray.cli import callable_as, command_parser, user_errors
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    job: Job | str | os.PathLike[str],
+    job: Job | str | Path,
     tell: Sink = lambda record: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Record:
