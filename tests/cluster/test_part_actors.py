@@ -18,7 +18,7 @@ from tests.support import HANGS, micro_teacher
 
 ray = pytest.importorskip("ray")
 
-IMAGES = 120
+IMAGES = 60
 
 
 @pytest.fixture
