@@ -31,7 +31,7 @@ COMMANDS = {
     "bench": "measure what each placement of the teacher costs",
     "evaluate": "COCO metrics of a checkpoint",
     "predict": "detect on images",
-    "export": "write a detector as an ONNX file, and prove it",
+    "export": "write a detector as an ONNX or OpenVINO file, and prove it",
     "parity": "compare this code with values of the official code",
 }
 """Name, which is a module of this package with a function ``main``, and what it does."""
