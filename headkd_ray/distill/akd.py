@@ -65,7 +65,7 @@ class AKD(Term):
 
     def distances(self, forward: StepForward) -> Losses:
         assistant, teacher = forward.comparison
-        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, strict=True)
+        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, assistant.counted, strict=True)
         return {f"loss_akd_{i}": adapted_distance(self.distance, *pair) for i, pair in enumerate(pairs, start=1)}
 
 

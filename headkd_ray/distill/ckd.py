@@ -10,6 +10,7 @@ rows     maps     a RoI's row, with the target's map at the cell that proposed t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from headkd_ray.detectors import DenseDetector, Detector, RoIs, TwoStageDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.head_features import Tap
+from headkd_ray.detectors.ops.fixed_size import constant, rows_that_count
 from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.distill.akd import adapter
 from headkd_ray.distill.assistants import DenseAssistant
-from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance
+from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance, distance_of_counted
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
@@ -34,14 +36,14 @@ def read_cells(maps: Sequence[Tensor], image: Tensor, cells: Tensor) -> Tensor:
     """Read the features (R, C) of ``maps`` (B, C, H_l, W_l) at ``cells`` (R, 4: level, y, x, anchor) of ``image`` (R,).
 
     Several RoIs may read one cell. The lookup is an embedding because, unlike indexing, its backward pass sums repeated rows
-    in a fixed order on CPU and GPU.
+    in a fixed order on CPU and GPU. Cells of -1 read any.
     """
     rows = [m.flatten(2).transpose(1, 2) for m in maps]
     table = torch.cat(rows, dim=1)
-    counts = torch.tensor([r.shape[1] for r in rows], device=cells.device)
-    widths = torch.tensor([m.shape[3] for m in maps], device=cells.device)
-    level, y, x, _ = cells.unbind(1)
-    index = image * table.shape[1] + (counts.cumsum(0) - counts)[level] + y * widths[level] + x
+    starts = constant(list(accumulate((r.shape[1] for r in rows), initial=0)), cells)
+    widths = constant([m.shape[3] for m in maps], cells)
+    level, y, x, _ = cells.clamp(min=0).unbind(1)
+    index = image * table.shape[1] + starts[level] + y * widths[level] + x
     return F.embedding(index, table.flatten(0, 1))
 
 
@@ -126,18 +128,20 @@ class CKD(Term):
         (ground-truth boxes) are left out on both sides.
         """
         if isinstance(own, Tensor) == isinstance(target, Tensor):
-            return adapted_distance(self.distance, self.adapter, own, target)
+            return adapted_distance(self.distance, self.adapter, own, target, None if rois is None else rois.counted)
         assert rois is not None
-        kept = rois.from_proposal
         if isinstance(target, Tensor):
             assert not isinstance(own, Tensor)
-            return self.distance(self.adapt(self.rows(own, rois), rois.cells[kept, 3]), target[kept])
+            counted, (target, image, cells) = rows_that_count(rois.from_proposal, target, rois.image, rois.cells)
+            adapted = self.adapt(read_cells(own, image, cells), cells[:, 3])
+            return distance_of_counted(self.distance, adapted, target, counted)
         assert isinstance(own, Tensor)
+        counted, (own, image, cells) = rows_that_count(rois.from_proposal, own, rois.image, rois.cells)
         # The RPN's level i (P2 to P6) has half the stride of the dense head's level i (P3 to P7), so coordinates are halved.
         # The anchors are equally large: 8 cells of the one are 4 of the other.
-        level, y, x, anchor = rois.cells[kept].unbind(1)
+        level, y, x, anchor = cells.unbind(1)
         cells = torch.stack([level, y // 2, x // 2, anchor], dim=1)
-        return self.distance(self.adapter(own[kept]), read_cells(target, rois.image[kept], cells))
+        return distance_of_counted(self.distance, self.adapter(own), read_cells(target, image, cells), counted)
 
     def rows(self, taps: Sequence[Tensor], rois: RoIs) -> Tensor:
         """Return S (R', width), the student's maps ``taps`` at the anchor cells of the ``rois`` that came from one."""
@@ -149,4 +153,4 @@ class CKD(Term):
         adapted = self.adapter(rows).unflatten(1, (self.anchors, -1))
         if self.anchors == 1:
             return adapted.squeeze(1)
-        return adapted.gather(1, anchor[:, None, None].expand(-1, 1, adapted.shape[2])).squeeze(1)
+        return adapted.gather(1, anchor.clamp(min=0)[:, None, None].expand(-1, 1, adapted.shape[2])).squeeze(1)

@@ -227,9 +227,10 @@ class WholeDetectorSpec(Spec):
     kind: str
     checkpoint: Text | None = None
     """A whole trained detector to start from: a folder of ours (model.safetensors + model.json), or an mmdet or torchvision
-    file, local or remote. It must have the architecture that the other keys describe; its outputs are matched with the data's
-    classes by name, and outputs for classes that it does not know start fresh. A relative path is resolved against the
-    command's current folder. null = backbone.weights, and everything else fresh. A resumed run does not read it again."""
+    file; a path, a URI, or hf://owner/name@revision on the Hugging Face Hub. It must have the architecture that the other keys
+    describe; its outputs are matched with the data's classes by name, and outputs for classes that it does not know start
+    fresh. A relative path is resolved against the command's current folder. null = backbone.weights, and everything else
+    fresh. A resumed run does not read it again."""
     classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Class names in the order of the outputs in student.checkpoint, when that file does not name them; null = read from it.
     (The classes that are learned are the data's.)"""

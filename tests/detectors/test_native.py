@@ -1,5 +1,6 @@
 import json
 import resource
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import load_checkpoint, load_detector, save_detector
+from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import DetectorSpec
+from headkd_ray.storage import Folder
 from tests.detectors.micro import (
     batch,
     cascade_spec,
@@ -171,3 +174,15 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "run" / "student" / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a readable weight file"):
         load_checkpoint(tmp_path / "run" / "student")
+
+
+def test_a_remote_checkpoint_s_problems_name_its_own_place(tmp_path: Path) -> None:
+    """Also in the headline over several problems: the temporary copy is gone when the user reads it."""
+    save_detector(tmp_path / "student", build_detector(retinanet_spec(), 3), CLASSES)
+    card = tmp_path / "student" / "model.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "classes": [], "more": 1}))
+    far = Folder.open(f"memory://{uuid.uuid4()}/student")
+    far.copy_from(Folder.open(tmp_path / "student"))
+    with pytest.raises(CheckpointError) as caught:
+        fetch_detector(far.uri)
+    assert caught.value.headline == f"{far.uri}/model.json: not a checkpoint card" and len(caught.value.problems) == 2
