@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headkd_ray.cli import user_errors
+from headkd_ray.detectors.safe_load import read_file
 from headkd_ray.errors import UserError
 
 MODELS = ("lite0", "lite2")
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         options.out.mkdir(parents=True, exist_ok=True)
         for model in MODELS:
-            weights = torch.load(weights_file(model), map_location="cpu", weights_only=True)
+            weights = read_file(weights_file(model))
             save_file(in_timm_names(model, weights), options.out / f"efficientnet_{model}.safetensors")
             print(f"{options.out / f'efficientnet_{model}.safetensors'}: {len(weights)} tensors")
     return 0

@@ -55,6 +55,10 @@ class DiskError(StorageError):
     """A file cannot be written: the disk is full or read-only, or a quota is used up."""
 
 
+class ExportError(UserError):
+    """A detector cannot be exported, or the exported file does not detect what the checkpoint detects."""
+
+
 class TrainingError(UserError):
     """Training cannot continue because the loss is not finite."""
 

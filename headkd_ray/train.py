@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headkd_ray.cli import command_parser, user_errors
+from headkd_ray.cli import callable_as, command_parser, user_errors
 from headkd_ray.job import Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
     from headkd_ray.engine.log import Record, Sink
 
 
-def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None) -> Record:
+def train(
+    job: Job | str | Path,
+    tell: Sink = lambda record: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Record:
     """Check everything, train where ``job.cluster`` says, and return the result; a run that has ended is not trained again.
 
     Args:
+        job: a job, or the path of a job file.
         tell: receives the log records.
         note: receives a sentence about the run if it has already ended.
     """
@@ -32,6 +38,8 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
     from headkd_ray.engine.run import finished, only_one, run_folder
     from headkd_ray.trackers import tracker_problems, tracking
 
+    if not isinstance(job, Job):
+        job = load_job(job)
     preflight(job, tracker_problems(job))
     run = run_folder(job)
     result = finished(run)
@@ -79,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"student: {printable(result['student'])}")
     return 0
 
+
+callable_as(__name__, train)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.boxes import clip, decode
 from headkd_ray.detectors.ops.fixed_size import fixed_size
 from headkd_ray.detectors.ops.nms import pack
-from headkd_ray.detectors.ops.proposals import Detections, Proposals
+from headkd_ray.detectors.ops.proposals import Proposals
 from headkd_ray.detectors.ops.rois import RoIs, sample_rois
 from headkd_ray.detectors.roi_head import BoxHead, BoxOutputs, deltas_of
 from headkd_ray.detectors.two_stage import TwoStageDetector
@@ -47,16 +47,15 @@ class CascadeHead(RoIHead):
             f"s{i}_{name}": weight * loss for i, (stage, said, weight) in stages for name, loss in stage.losses([said]).items()
         }
 
-    @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detect at test settings: boxes are the last stage's, scores average all stages, each at the RoI that reached it."""
+    def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
+        """Run all stages: deltas are the last one's, logits average all stages, each at the RoI that reached it."""
         outputs = self.stages[0](features, boxes, image)
         logits = [outputs.logits]
         for before, stage in pairwise(self.stages):
             boxes = moved(before, outputs, boxes, image, sizes)
             outputs = stage(features, boxes, image)
             logits.append(outputs.logits)
-        return self.stages[-1].conclude(BoxOutputs([], self._average(logits), outputs.deltas), boxes, image, sizes)
+        return BoxOutputs([], self._average(logits), outputs.deltas), boxes
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:
         """Combine the stages' logits into (R, C + 1) float32 ones whose softmax is the score."""

@@ -18,7 +18,7 @@ from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
 from headkd_ray.detectors.ops.fixed_size import constant
 from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum, mean_over_workers
 from headkd_ray.detectors.ops.matching import gather_rows, match_points
-from headkd_ray.detectors.ops.proposals import Detections, Found, best_pairs, conclude, flatten_cells
+from headkd_ray.detectors.ops.proposals import Found, best_pairs, flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, FCOSHeadSpec, FCOSSpec
 
@@ -138,8 +138,8 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
     @torch.no_grad()
-    def detect(self, outputs: FCOSOutputs, sizes: Tensor) -> Detections:
-        """Detect at test settings, scored by class probability and centerness as ``spec.score`` says."""
+    def candidates(self, outputs: FCOSOutputs) -> list[Found]:
+        """Return the best pairs of point and class of each level, scored as ``spec.score`` says."""
         grid = self.anchors.grid(outputs.logits)
         rules, root = self.spec.postprocess, self.spec.score == "sqrt"
         found, offset = [], 0
@@ -155,7 +155,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
             boxes = self.boxes_at(distances, point, grid.boxes[offset : offset + count])
             found.append(Found(boxes, score, score if root else score * quality.gather(1, point), label))
             offset += count
-        return conclude(found, sizes, rules, self.num_classes)
+        return found
 
 
 def _centerness(distances: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class GFLHead(DenseHead[GFLOutputs]):
         return (bins.softmax(-1) * self._distances).sum(-1)  # not a matrix product, which autocast would round
 
     def box_maps(self, outputs: GFLOutputs) -> list[Tensor]:
-        return [self._mean(bins.unflatten(1, (4, -1)).movedim(2, -1)) for bins in outputs.bins]
+        sides = [bins.reshape(bins.shape[0], 4, -1, *bins.shape[2:]) for bins in outputs.bins]
+        return [self._mean(bins.movedim(2, -1)) for bins in sides]
 
     def decode(self, predicted: Tensor, reference: Tensor) -> Tensor:
         return decode_distances(predicted / self.spec.base_scale, reference)

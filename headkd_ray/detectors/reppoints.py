@@ -108,7 +108,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         Returns the distances (B, 4, H, W) from the cell's own point to the left, top, right and bottom side, in strides; they
         are negative where the point lies outside.
         """
-        y, x = points.unflatten(1, (POINTS, 2)).unbind(2)
+        y, x = points.reshape(points.shape[0], POINTS, 2, *points.shape[2:]).unbind(2)
         factor = _damp(self.moment_transfer, self.spec.moment_mul).exp()
         half_width, half_height = x.std(1) * factor[0], y.std(1) * factor[1]  # std's gradient is 0, not NaN, without spread
         x, y = x.mean(1), y.mean(1)

@@ -19,6 +19,7 @@ from headkd_ray.detectors.ops.fixed_size import constant, fixed_size
 from headkd_ray.detectors.ops.losses import cross_entropy_mean, l1_sum
 from headkd_ray.detectors.ops.proposals import Detections, suppress
 from headkd_ray.detectors.ops.rois import RoIs
+from headkd_ray.detectors.ops.tracing import as_sizes
 from headkd_ray.job import RoIHeadSpec
 
 
@@ -44,9 +45,13 @@ def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, 
     level = roi_levels(rois, len(features), spec.finest_scale)
     if fixed_size(rois):
         return _pool_side_by_side(features, strides, rois, image, level, spec)
-    order = level.argsort(stable=True)
+    order = (level * rois.shape[0] + torch.arange(rois.shape[0], device=level.device)).argsort()  # within a level, as they come
     rows = torch.cat([image.to(rois).unsqueeze(1), rois], dim=1)[order]
-    parts = rows.split(level.bincount(minlength=len(features)).tolist())
+    counts = (level.unsqueeze(1) == torch.arange(len(features), device=level.device)).sum(0)
+    parts, end = [], 0
+    for count in as_sizes(counts):
+        parts.append(rows[end : end + count])
+        end = end + count
     pooled = [
         roi_align(f.float(), part, spec.pool, 1 / stride, spec.sampling_ratio, spec.aligned)
         for f, stride, part in zip(features, strides, parts, strict=True)
@@ -159,13 +164,12 @@ class BoxHead(RoIHead):
         box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
         return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / (rois.labels >= 0).sum().clamp(min=1)}
 
-    @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        return self.conclude(self(features, boxes, image), boxes, image, sizes)
+    def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
+        return self(features, boxes, image), boxes
 
     @torch.no_grad()
     def conclude(self, outputs: BoxOutputs, rois: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Turn ``outputs`` for ``rois`` into detections; the other arguments are those of :meth:`detect`."""
+        """Turn ``outputs`` for ``rois`` into detections; ``image`` (R,) is the image of each RoI."""
         rules = self.spec.postprocess
         scores = outputs.logits.float().softmax(-1)[:, :-1]
         row, label = (scores > rules.score).nonzero(as_tuple=True)

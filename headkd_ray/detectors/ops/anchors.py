@@ -60,6 +60,8 @@ class Anchors:
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """Return the anchors for pyramid levels ``features`` (B, C, H, W), on their device."""
         shapes = tuple((f.shape[-2], f.shape[-1]) for f in features)
+        if torch.jit.is_tracing():  # the graph computes them from the sizes that it is run with
+            return self._make(shapes, features[0].device)
         key = (shapes, features[0].device)
         if key not in self._memo:
             if len(self._memo) >= 16:  # multi-scale training has a few dozen shapes; drop the oldest
@@ -74,7 +76,7 @@ class Anchors:
             corner = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)[:, :, None].expand(-1, -1, self.per_cell, -1)
             boxes.append((corner.flip(-1).repeat(1, 1, 1, 2) + self.base(stride).to(device, non_blocking=True)).reshape(-1, 4))
             origins.append(corner.reshape(-1, 2))
-        counts = tuple(len(level) for level in boxes)
+        counts = tuple(level.shape[0] for level in boxes)
         return AnchorGrid(torch.cat(boxes), torch.cat(origins), counts, shapes)
 
     def _steps(self, shapes: Sequence[Shape]) -> list[Shape]:
