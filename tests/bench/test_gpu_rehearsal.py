@@ -1,4 +1,4 @@
-"""``bash bench/gpu.sh`` on a bare machine: the interpreter has no Ray, pydantic, simplejpeg or pycocotools; wheels bring them."""
+"""``bash bench/gpu.sh`` on a bare machine: Ray, pydantic, simplejpeg and pycocotools come as wheels."""
 
 from __future__ import annotations
 
