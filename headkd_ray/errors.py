@@ -55,8 +55,16 @@ class DiskError(StorageError):
     """A file cannot be written: the disk is full or read-only, or a quota is used up."""
 
 
+class ExportError(UserError):
+    """A detector cannot be exported, or the exported file does not detect what the checkpoint detects."""
+
+
 class TrainingError(UserError):
     """Training cannot continue because the loss is not finite."""
+
+
+class TrackerError(UserError):
+    """An experiment tracker cannot be reached, or refuses the run."""
 
 
 class DeviceMemoryError(UserError):

@@ -136,6 +136,14 @@ def _placed(example: Example, padded: NDArray[np.uint8], size: tuple[int, int]) 
     return replace(example, image=image)
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return batches (at least one) of equal (H, W) and G, without targets, as a single batch."""
+    if len(batches) == 1:
+        return batches[0]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
+    return replace(batches[0], **tensors)
+
+
 def idle_batch(step: int, side: int, pad: int) -> Batch:
     """Make a batch of one blank square image of about ``side`` pixels, for a rank that has no image left in ``step``."""
     side = -(-side // pad) * pad

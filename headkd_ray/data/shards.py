@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,13 @@ class ShardSet:
         Raises DataError if it is damaged or belongs to another split.
         """
         return read_truth(self.folder, ANNOTATIONS, self.meta, self.index.image_id.tolist())
+
+    def samples(self, limit: int | None = None) -> Iterator[Sample]:
+        """Yield the first ``limit`` samples in the order of the shards; None = all. Raises DataError as ``read_group`` does."""
+        size = self.index.row_group
+        places = list(zip(self.index.shard.tolist(), self.index.row.tolist(), strict=True))[:limit]
+        for (shard, group), members in groupby(places, lambda place: (place[0], place[1] // size)):
+            yield from self.read_group(shard, group, [row for _, row in members])
 
     def read_group(self, shard: int, group: int, rows: Sequence[int]) -> list[Sample]:
         """Return samples from one row group of one shard.

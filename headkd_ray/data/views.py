@@ -29,6 +29,8 @@ class View:
     """Limit of the longer side in pixels, which takes precedence over ``short_side``."""
     flip: bool = False
     """Whether the image is mirrored left to right."""
+    canvas: tuple[int, int] | None = None
+    """Height and width in pixels that the image has to fit into as well; None = no such limit."""
 
 
 def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
@@ -52,6 +54,8 @@ def eval_view(spec: DataSpec) -> View:
 def view_size(height: int, width: int, view: View) -> tuple[int, int]:
     """Return the height and width in pixels of an image of (height, width) under ``view``."""
     scale = min(view.short_side / min(height, width), view.long_side / max(height, width))
+    if view.canvas is not None:
+        scale = min(scale, view.canvas[0] / height, view.canvas[1] / width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 

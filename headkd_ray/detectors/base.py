@@ -102,11 +102,15 @@ OutputsT = TypeVar("OutputsT", bound=DenseOutputs)
 class DenseHead(nn.Module, ABC, Generic[OutputsT]):
     """A head that predicts at every cell of every pyramid level, with ``num_classes`` sigmoid classes.
 
-    It detects, and it proposes RoIs to an assistant that is a RoI head. A subclass sets ``anchors``, and names its layer of
-    class logits ``cls_out`` (anchor-major), so that a checkpoint can be adapted to other classes.
+    It detects, and it proposes RoIs to an assistant that is a RoI head. A subclass sets ``anchors`` and the two towers, and
+    names its layer of class logits ``cls_out`` (anchor-major), so that a checkpoint can be adapted to other classes.
     """
 
     spec: DenseHeadSpec
+    cls_tower: nn.Sequential
+    """The convs in front of the class logits; see ``towers.py``."""
+    box_tower: nn.Sequential
+    """The convs in front of the boxes."""
     anchors: Anchors
     """The reference boxes of the cells; an anchor-free head has one square per cell."""
 
@@ -165,7 +169,12 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
 
     @torch.no_grad()
     def detect(self, outputs: OutputsT, sizes: Tensor) -> Detections:
-        """Detect at test settings, scored by class probability; ``sizes`` (B, 2) are unpadded (h, w)."""
+        """Detect at test settings; ``sizes`` (B, 2) are unpadded (h, w)."""
+        return conclude(self.candidates(outputs), sizes, self.spec.postprocess, self.num_classes)
+
+    @torch.no_grad()
+    def candidates(self, outputs: OutputsT) -> list[Found]:
+        """Return the best ``pre_nms`` pairs of anchor and class of each level, scored by class probability."""
         grid, rules = self.anchors.grid(outputs.logits), self.spec.postprocess
         logits, maps = flatten_cells(outputs.logits, self.num_classes), flatten_cells(self.box_maps(outputs), 4)
         found, offset = [], 0
@@ -174,7 +183,7 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
             boxes = self.boxes_at(level_boxes, anchor, grid.boxes[offset : offset + count])
             found.append(Found(boxes, score, score, label))
             offset += count
-        return conclude(found, sizes, rules, self.num_classes)
+        return found
 
     def boxes_at(self, predicted: Tensor, anchor: Tensor, reference: Tensor) -> Tensor:
         """Decode the boxes (B, K, 4) of the anchors at indices ``anchor`` (B, K) of one level.
@@ -230,5 +239,14 @@ class RoIHead(nn.Module, ABC):
         """Compute the supervised losses by name, float32 scalars, at the RoIs of ``outputs``."""
 
     @abstractmethod
+    def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
+        """Run all stages at test settings on RoIs ``boxes`` (R, 4) of images ``image`` (R,).
+
+        ``sizes`` (B, 2) are unpadded (h, w). Returns the outputs that detect, and the RoIs (R, 4) that they belong to.
+        """
+
+    @torch.no_grad()
     def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detect at test settings from RoIs ``boxes`` (R, 4) of images ``image`` (R,); ``sizes`` (B, 2) are unpadded (h, w)."""
+        """Detect at test settings; the arguments are those of :meth:`final`."""
+        outputs, rois = self.final(features, boxes, image, sizes)
+        return self.stages[-1].conclude(outputs, rois, image, sizes)

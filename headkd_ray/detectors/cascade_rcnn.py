@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.boxes import clip, decode
+from headkd_ray.detectors.ops.fixed_size import fixed_size
 from headkd_ray.detectors.ops.nms import pack
-from headkd_ray.detectors.ops.proposals import Detections, Proposals
+from headkd_ray.detectors.ops.proposals import Proposals
 from headkd_ray.detectors.ops.rois import RoIs, sample_rois
 from headkd_ray.detectors.roi_head import BoxHead, BoxOutputs, deltas_of
 from headkd_ray.detectors.two_stage import TwoStageDetector
@@ -46,16 +47,15 @@ class CascadeHead(RoIHead):
             f"s{i}_{name}": weight * loss for i, (stage, said, weight) in stages for name, loss in stage.losses([said]).items()
         }
 
-    @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> Detections:
-        """Detect at test settings: boxes are the last stage's, scores average all stages, each at the RoI that reached it."""
+    def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
+        """Run all stages: deltas are the last one's, logits average all stages, each at the RoI that reached it."""
         outputs = self.stages[0](features, boxes, image)
         logits = [outputs.logits]
         for before, stage in pairwise(self.stages):
             boxes = moved(before, outputs, boxes, image, sizes)
             outputs = stage(features, boxes, image)
             logits.append(outputs.logits)
-        return self.stages[-1].conclude(BoxOutputs([], self._average(logits), outputs.deltas), boxes, image, sizes)
+        return BoxOutputs([], self._average(logits), outputs.deltas), boxes
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:
         """Combine the stages' logits into (R, C + 1) float32 ones whose softmax is the score."""
@@ -73,7 +73,11 @@ def refine(head: BoxHead, said: StageOutput, sizes: Tensor) -> Proposals:
     """
     rois = said.rois
     kept = rois.from_proposal
-    boxes = moved(head, said.outputs, rois.boxes, rois.image, sizes, rois.labels)[kept]
+    boxes = moved(head, said.outputs, rois.boxes, rois.image, sizes, rois.labels)
+    if fixed_size(boxes):
+        boxes, cells, valid = (rows.unflatten(0, (len(sizes), -1)) for rows in (boxes, rois.cells, kept))
+        return Proposals(boxes, valid.float(), cells.masked_fill(~valid.unsqueeze(-1), -1), valid)
+    boxes = boxes[kept]
     fields = {"boxes": (boxes, 0), "cells": (rois.cells[kept], -1)}
     valid, packed = pack(rois.image[kept], len(sizes), len(boxes), fields)
     return Proposals(packed["boxes"], valid.float(), packed["cells"], valid)
@@ -88,9 +92,10 @@ def moved(
     A class-specific head uses the deltas of a RoI's class in ``labels`` (R,), or of its most likely class if it is background
     or unlabelled.
     """
-    likeliest = outputs.logits[:, :-1].argmax(1)
-    labels = likeliest if labels is None else torch.where(labels < head.num_classes, labels, likeliest)
-    boxes = decode(deltas_of(outputs, labels).float(), rois, head.spec.stds, head.spec.clamp_shrink)
+    classes = outputs.logits[:, :-1].argmax(1)
+    if labels is not None:
+        classes = torch.where((labels >= 0) & (labels < head.num_classes), labels, classes)
+    boxes = decode(deltas_of(outputs, classes).float(), rois, head.spec.stds, head.spec.clamp_shrink)
     return clip(boxes.unsqueeze(1), sizes[image]).squeeze(1)
 
 

@@ -55,8 +55,8 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         # Each cell has one square anchor with a side of one stride, whose centre is the cell's own point.
         self.anchors = Anchors(AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,)), strides)
         width = spec.point_channels
-        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
-        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
         self.init_conv = nn.Conv2d(spec.channels, width, 3, padding=1)
         self.init_out = nn.Conv2d(width, 2 * POINTS, 1)
         self.cls_conv = DeformConv2d(spec.channels, width, KERNEL, padding=KERNEL // 2, bias=False)
@@ -108,7 +108,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         Returns the distances (B, 4, H, W) from the cell's own point to the left, top, right and bottom side, in strides; they
         are negative where the point lies outside.
         """
-        y, x = points.unflatten(1, (POINTS, 2)).unbind(2)
+        y, x = points.reshape(points.shape[0], POINTS, 2, *points.shape[2:]).unbind(2)
         factor = _damp(self.moment_transfer, self.spec.moment_mul).exp()
         half_width, half_height = x.std(1) * factor[0], y.std(1) * factor[1]  # std's gradient is 0, not NaN, without spread
         x, y = x.mean(1), y.mean(1)

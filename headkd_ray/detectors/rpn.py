@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,6 +82,12 @@ class RPN(nn.Module):
     def proposals(self, outputs: RPNOutputs, sizes: Tensor) -> Proposals:
         """Propose RoIs by the training rules in train mode, else by the test rules; they carry no gradient."""
         rules = self.spec.train_proposals if self.training else self.spec.test_proposals
-        scores = [logits.float().sigmoid() for logits in outputs.logits]
-        to_boxes = partial(decode, clamp_shrink=self.spec.clamp_shrink)
-        return propose(scores, outputs.deltas, self.anchors, sizes, rules, to_boxes)
+        return propose(*self.scored(outputs), self.anchors, sizes, rules, self.decode)
+
+    def scored(self, outputs: RPNOutputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return objectness (B, A, H, W) in 0..1 and box deltas (B, A * 4, H, W) of each level."""
+        return [logits.float().sigmoid() for logits in outputs.logits], outputs.deltas
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Turn ``deltas`` (..., 4) at ``anchors`` (..., 4) into boxes (..., 4) in pixels."""
+        return decode(deltas, anchors, clamp_shrink=self.spec.clamp_shrink)

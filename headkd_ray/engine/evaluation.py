@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import Detections, Detector
@@ -52,10 +53,7 @@ def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int | N
     Args:
         category_ids: as in :func:`predict`.
     """
-    scale = batch.original_sizes.float() / batch.sizes.float()  # (B, 2) h, w
-    factors = scale[:, [1, 0, 1, 0]][:, None]
-    limits = batch.original_sizes.float()[:, [1, 0, 1, 0]][:, None]
-    boxes = torch.minimum((found.boxes.float() * factors).clamp_min(0), limits)
+    boxes = in_original_pixels(found.boxes, batch.sizes, batch.original_sizes)
     xywh = torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1).tolist()
     rows = zip(batch.image_ids.tolist(), xywh, found.scores.tolist(), found.labels.tolist(), strict=True)
     return [
@@ -66,6 +64,13 @@ def coco_results(found: Detections, batch: Batch, category_ids: Sequence[int | N
         ]
         for image_id, *columns in rows
     ]
+
+
+def in_original_pixels(boxes: Tensor, sizes: Tensor, original_sizes: Tensor) -> Tensor:
+    """Scale ``boxes`` (B, N, 4) from images of ``sizes`` (B, 2) h, w to their ``original_sizes`` (B, 2), and clip them."""
+    factors = (original_sizes.float() / sizes.float())[:, [1, 0, 1, 0]][:, None]
+    limits = original_sizes.float()[:, [1, 0, 1, 0]][:, None]
+    return torch.minimum((boxes.float() * factors).clamp_min(0), limits)
 
 
 def evaluate(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional as F
 
-from headkd_ray.data.batch import Example, collate
+from headkd_ray.data.batch import Batch, Example, collate
 from headkd_ray.data.images import FULL_RANGE
 from headkd_ray.data.views import apply_view, eval_view
 from headkd_ray.detectors import Detector
@@ -56,8 +58,20 @@ def detect_images(
     """
     detector.eval()
     for position, image in enumerate(images):
-        shown, _ = apply_view(image, np.zeros((0, 4), np.float32), eval_view(spec))
-        height, width = image.shape[1:]
-        example = Example(shown, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), position, (height, width))
-        batch = collate([example], step=0, pad=spec.pad).to(device)
+        batch = batch_of(image, spec, position).to(device)
         yield coco_results(detector(batch.images, batch.sizes), batch, category_ids)[0]
+
+
+def batch_of(image: Tensor, spec: DataSpec, image_id: int = 0, canvas: tuple[int, int] | None = None) -> Batch:
+    """Return ``image`` (3, H, W) uint8, RGB, as evaluation shows it: a batch of one, on the CPU.
+
+    Args:
+        canvas: height and width of the batch in pixels, into which the image is made to fit; None = as its size requires.
+    """
+    nothing, height, width = np.zeros((0, 4), np.float32), image.shape[1], image.shape[2]
+    shown, _ = apply_view(image, nothing, replace(eval_view(spec), canvas=canvas))
+    batch = collate([Example(shown, nothing, np.zeros(0, np.int64), image_id, (height, width))], step=0, pad=spec.pad)
+    if canvas is None:
+        return batch
+    missing = (canvas[1] - batch.images.shape[3], canvas[0] - batch.images.shape[2])
+    return replace(batch, images=F.pad(batch.images, (0, missing[0], 0, missing[1])))

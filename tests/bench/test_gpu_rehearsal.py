@@ -1,4 +1,4 @@
-"""``bash bench/gpu.sh`` on a bare machine: Ray, pydantic, simplejpeg and pycocotools come as wheels."""
+"""``bash bench/gpu.sh`` on a bare machine: the interpreter lacks Ray, pydantic, simplejpeg, pycocotools; wheels bring them."""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import clip, exceeds
+from headkd_ray.detectors.ops.fixed_size import fixed_size
 from headkd_ray.detectors.ops.matching import gather_rows
-from headkd_ray.detectors.ops.nms import grouped_nms, pack
+from headkd_ray.detectors.ops.nms import grouped_nms, nms_mask, pack
+from headkd_ray.detectors.ops.tracing import at_most
 from headkd_ray.job import PostprocessSpec, ProposalSpec
 
 Decode = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +24,10 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 
 
 class Proposals(NamedTuple):
-    """The proposals of a batch, sorted by score within each image; P is the largest number in an image."""
+    """The proposals of a batch, sorted by score within each image.
+
+    P is the largest number in an image or, where shapes must not depend on values, the largest that is allowed.
+    """
 
     boxes: Tensor
     """(B, P, 4) float32, pixels of the network input, clipped to the unpadded image."""
@@ -59,23 +64,41 @@ def propose(
     ``scores`` (B, A, H, W) per level are in 0..1; ``deltas`` (B, A * 4, H, W) per level are what ``decode`` turns into boxes;
     ``sizes`` (B, 2) are unpadded (h, w).
     """
+    boxes, score, cells = best_anchors(scores, deltas, anchors, sizes, spec, decode)
+    kept = exceeds(boxes, spec.min_size)
+    counts = [min(spec.pre_nms, count) for count in anchors.grid(scores).counts]
+    kept &= nms_mask(boxes.masked_fill(~kept.unsqueeze(-1), 0.0), counts, spec.nms_iou)  # no area: suppresses no other box
+    best = score.masked_fill(~kept, -1.0).argsort(dim=1, descending=True, stable=True)[:, : spec.post_nms]
+    valid = kept.gather(1, best)
+    if not fixed_size(boxes):
+        width = int(valid.sum(1).max())
+        best, valid = best[:, :width], valid[:, :width]
+    padding = ~valid
+    return Proposals(
+        boxes=gather_rows(boxes, best).masked_fill_(padding.unsqueeze(-1), 0),
+        scores=score.gather(1, best).masked_fill_(padding, 0),
+        cells=gather_rows(cells, best).masked_fill_(padding.unsqueeze(-1), -1),
+        valid=valid,
+    )
+
+
+def best_anchors(
+    scores: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Anchors, sizes: Tensor, spec: ProposalSpec, decode: Decode
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return clipped boxes (B, K, 4), scores (B, K) and cells (B, K, 4) of the best anchors of all levels, before NMS.
+
+    The arguments are those of :func:`propose`.
+    """
     grid = anchors.grid(scores)
     tables, offset = [], 0
     for level, (score, delta) in enumerate(zip(scores, flatten_cells(deltas, 4), strict=True)):
         score = score.float().permute(0, 2, 3, 1).flatten(1)
-        top, index = score.topk(min(spec.pre_nms, score.shape[1]), dim=1)
+        top, index = score.topk(at_most(spec.pre_nms, score.shape[1]), dim=1)
         boxes = decode(gather_rows(delta, index).float(), grid.boxes[offset + index])
         tables.append((boxes, top, anchors.cells(index, level, grid.shapes[level][1])))
         offset += grid.counts[level]
     boxes, score, cells = (torch.cat(column, dim=1) for column in zip(*tables, strict=True))
-    boxes = clip(boxes, sizes)
-
-    image, row = exceeds(boxes, spec.min_size).nonzero(as_tuple=True)
-    boxes, score, cells = boxes[image, row], score[image, row], cells[image, row]
-    keep = grouped_nms(boxes, score, image * len(scores) + cells[:, 0], spec.nms_iou)
-    fields = {"boxes": (boxes[keep], 0), "scores": (score[keep], 0), "cells": (cells[keep], -1)}
-    valid, packed = pack(image[keep], len(sizes), spec.post_nms, fields)
-    return Proposals(packed["boxes"], packed["scores"], packed["cells"], valid)
+    return clip(boxes, sizes), score, cells
 
 
 class Found(NamedTuple):
@@ -99,23 +122,22 @@ def best_pairs(logits: Tensor, limit: int, quality: Tensor | None = None) -> tup
     # The best K (anchor, class) pairs lie on the best K anchors, so only the anchors need the large sort.
     best = logits.amax(2)
     rank = best if quality is None else best.float().sigmoid() * quality
-    _, anchor = rank.topk(min(limit, rank.shape[1]), dim=1)
+    _, anchor = rank.topk(at_most(limit, rank.shape[1]), dim=1)
     scores = gather_rows(logits, anchor).float().sigmoid()
     if quality is not None:
         scores = (scores * quality.gather(1, anchor).unsqueeze(2)).sqrt()
     pairs = scores.flatten(1)
-    score, pair = pairs.topk(min(limit, pairs.shape[1]), dim=1)
+    score, pair = pairs.topk(at_most(limit, pairs.shape[1]), dim=1)
     num_classes = logits.shape[2]
     return anchor.gather(1, pair // num_classes), score, pair % num_classes
 
 
 def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num_classes: int) -> Detections:
     """Turn the candidates of all ``levels`` into detections: clip to ``sizes`` (B, 2), filter and suppress by ``rules``."""
-    found = Found(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
-    boxes = clip(found.boxes, sizes)
-    image, row = ((found.entry > rules.score) & exceeds(boxes, rules.min_size)).nonzero(as_tuple=True)
+    found, passed = filtered(levels, sizes, rules)
+    image, row = passed.nonzero(as_tuple=True)
     return suppress(
-        boxes[image, row],
+        found.boxes[image, row],
         found.scores[image, row],
         found.labels[image, row],
         image,
@@ -124,6 +146,13 @@ def conclude(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec, num
         iou=rules.nms_iou,
         limit=rules.max_detections,
     )
+
+
+def filtered(levels: Sequence[Found], sizes: Tensor, rules: PostprocessSpec) -> tuple[Found, Tensor]:
+    """Join ``levels`` and clip their boxes to ``sizes`` (B, 2); also return the mask (B, K) of those that pass ``rules``."""
+    found = Found(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
+    found = found._replace(boxes=clip(found.boxes, sizes))
+    return found, (found.entry > rules.score) & exceeds(found.boxes, rules.min_size)
 
 
 def suppress(
