@@ -1,7 +1,7 @@
 """Train HEAD and its baselines on real photos, with several seeds. The rows are listed in ``evidence_rows.py``.
 
     python bench/evidence.py prepare --images DIR --train A.json --val B.json --test C.json     pack the photos, once
-    python bench/evidence.py search [ROW ...]          choose each row's learning rate on val: 3 values, a seed of its own
+    python bench/evidence.py search [ROW ...]          choose each row's learning rate on val: 4 values, a seed of its own
     python bench/evidence.py run ROW ... [--seeds 0 1 2]     train, evaluate on test once, append to docs/results.jsonl
     python bench/evidence.py all                       every row, seed after seed
     python bench/evidence.py table                     rewrite the tables of README.md and docs/results.md

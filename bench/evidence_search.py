@@ -15,7 +15,7 @@ from headkd_ray.errors import TrainingError
 from headkd_ray.job import load_job
 
 SEARCH_SEED = 100
-SEARCH_FACTORS = (0.5, 1.0, 2.0)
+SEARCH_FACTORS = (0.5, 1.0, 2.0, 4.0)
 """Learning rates tried for each row, as multiples of the one in its job file."""
 
 

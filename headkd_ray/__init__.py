@@ -1,7 +1,13 @@
-"""HEAD, heterogeneous distillation of object detectors, on Ray."""
+"""HEAD, heterogeneous distillation of object detectors, on Ray.
+
+The commands are functions, too: ``headkd_ray.prepare``, ``train``, ``evaluate``, ``export`` and ``predict``. Each is the module
+of the command, which can be called; ``headkd_ray.load`` returns a detector to be called on images. docs/api.md describes them.
+"""
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +16,15 @@ if TYPE_CHECKING:
     from headkd_ray.deploy.predictor import Predictor
 
 __version__ = "0.1.0"
+
+COMMANDS = ("prepare", "train", "evaluate", "export", "predict")
+"""Modules that can be called."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in COMMANDS:  # imported at first use: torch takes seconds
+        return importlib.import_module(f"headkd_ray.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from headkd_ray.errors import StoppedError, UserError
 from headkd_ray.report.output import forgive_output, lost_output
@@ -33,6 +35,8 @@ COMMANDS = {
     "predict": "detect on images",
     "export": "write a detector as an ONNX or OpenVINO file, and prove it",
     "parity": "compare this code with values of the official code",
+    "push": "upload a checkpoint and its model card to the Hugging Face Hub",
+    "jobs": "list the job files that come with the package, or copy them",
 }
 """Name, which is a module of this package with a function ``main``, and what it does."""
 
@@ -63,6 +67,16 @@ def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def callable_as(module: str, function: Callable[..., object]) -> None:
+    """Make a command's module callable, so that ``headkd_ray.train(job)`` calls ``headkd_ray.train.train``.
+
+    A command and its function have one name, and Python sets a package's attribute of that name to the module whenever the
+    module is imported; so it is the module that has to be callable.
+    """
+    sys.modules[module].__class__ = type("CommandModule", (ModuleType,), {"__call__": staticmethod(function)})
+    sys.modules[module].__dict__["__signature__"] = inspect.signature(function)
 
 
 @contextmanager

@@ -63,6 +63,10 @@ class TrainingError(UserError):
     """Training cannot continue because the loss is not finite."""
 
 
+class TrackerError(UserError):
+    """An experiment tracker cannot be reached, or refuses the run."""
+
+
 class DeviceMemoryError(UserError):
     """A GPU, or the machine, has too little memory for the requested sizes."""
 

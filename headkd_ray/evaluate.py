@@ -9,7 +9,7 @@ from contextlib import closing
 
 from rich.progress import track
 
-from headkd_ray.cli import command_parser, positive, user_errors
+from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.batch_stream import BatchMaker, local_stream
 from headkd_ray.data.epoch_order import eval_windows
 from headkd_ray.data.meta import check_same_range
@@ -85,7 +85,7 @@ def evaluate_checkpoint(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("evaluate", (__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", help="student folder of a run, or an mmdet or torchvision .pth file")
+    parser.add_argument("checkpoint", help="student folder of a run, hf://owner/name, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
     parser.add_argument("--batch-size", type=positive, default=2, help="images per forward pass (default %(default)s)")
     parser.add_argument(
@@ -107,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_metrics({options.checkpoint: metrics.as_dict()})
     return 0
 
+
+callable_as(__name__, evaluate_checkpoint)
 
 if __name__ == "__main__":
     sys.exit(main())

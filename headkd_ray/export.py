@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 
 import headkd_ray
-from headkd_ray.cli import command_parser, positive, user_errors
+from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.deploy.description import Description, describe
 from headkd_ray.deploy.entrants import Entrant, Warn, load_sound, scoring_on
@@ -285,6 +285,8 @@ def agreement_sentence(row: dict[str, Any]) -> str:
         f"scores within {found['score']:.1g}"
     )
 
+
+callable_as(__name__, export)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from headkd_ray.cli import command_parser, positive, user_errors
+from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import META, ShardSet
@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split in OUT_DIR")
     return parser
 
+
+callable_as(__name__, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

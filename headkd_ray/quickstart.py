@@ -15,16 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_splits
 from headkd_ray.job import ClusterSpec, Job, load_job
+from headkd_ray.job.provided import job_folder
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
-from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
-from headkd_ray.report.fonts import drawable
 from headkd_ray.report.tables import class_table, headline_table
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -37,8 +34,6 @@ STAGES = {
 }
 """Titles of the stages, by the name of their job file and run."""
 PICTURE = "detections.png"
-SHOWN_SCORE = 0.4
-"""Minimum score of the detections in the picture."""
 
 
 class Split(NamedTuple):
@@ -57,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val-images", help="folder of your validation images (default: that of --images)")
     parser.add_argument("--out", default="runs/quickstart", help="output folder (default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml"
+        "--jobs",
+        type=Path,
+        default=job_folder() / "small",
+        help="folder with your own teacher.yaml, baseline.yaml and head.yaml (default: the micro jobs of this package)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of all three jobs")
     with user_errors():
@@ -105,6 +103,8 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
     metrics = {name: results[name]["best"] for name in results}
     console.print(headline_table(metrics))
     console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))
+    from headkd_ray.pictures import compare  # imported late, with timm, which takes seconds
+
     sheet, note = compare(ShardSet.open(splits["val"]), results)
     if note is not None:
         console.print(f"note: {note}")
@@ -124,46 +124,6 @@ def _ray() -> AbstractContextManager[Any]:
     from headkd_ray.cluster.connect import connected  # imported late, because Ray takes seconds
 
     return connected(ClusterSpec())
-
-
-def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 4) -> tuple[bytes, str | None]:
-    """Draw images of the split, one per row, with columns for ground truth and for each run's detections.
-
-    Args:
-        results: result of each run, as returned by ``train``.
-    Returns:
-        The picture as PNG, and a note on class names that cannot be drawn, if any.
-    """
-    from headkd_ray.detectors.weights.fetch import fetch_detector
-    from headkd_ray.engine.inference import detect_images, view_spec
-
-    rows_of_first_group = list(range(min(images, len(shards.index))))
-    samples = shards.read_group(0, 0, rows_of_first_group)
-    pixels = [sample.pixels() for sample in samples]
-    names, note = drawable(dict(enumerate(shards.meta.classes)))
-    columns = [
-        [
-            draw(
-                image,
-                torch.from_numpy(sample.boxes),
-                torch.from_numpy(sample.labels),
-                [names[label] for label in sample.labels.tolist()],
-                TILE,
-            )
-            for image, sample in zip(pixels, samples, strict=True)
-        ]
-    ]
-    titles = ["ground truth"]
-    for name, result in results.items():
-        loaded = fetch_detector(result["student"])
-        known, _ = drawable(dict(enumerate(loaded.classes or shards.meta.classes)))
-        found = detect_images(loaded.detector, pixels, view_spec(loaded.meta), list(known), torch.device("cpu"))
-        columns.append(
-            [draw_found(image, entries, known, SHOWN_SCORE, TILE) for image, entries in zip(pixels, found, strict=True)]
-        )
-        average_precision = result["best"]["AP"]
-        titles.append(name if average_precision is None else f"{name}: AP {average_precision:.1f}")
-    return contact_sheet(list(zip(*columns, strict=True)), titles), note
 
 
 if __name__ == "__main__":

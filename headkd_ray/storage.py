@@ -16,7 +16,7 @@ import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -43,8 +43,9 @@ REASONS = {
     # The response to a HEAD request has no body to name the error; expired credentials get status 400 there.
     r"EXPIRED_TOKEN|ExpiredToken|TokenRefreshRequired|status 400\) No response body": "the credentials have expired; sign in "
     f"again, or {CREDENTIALS}",
-    r"ACCESS_DENIED": "access denied: the credentials are missing, wrong or lack a permission (cluster/iam/storage.json "
-    f"lists those that are needed); {CREDENTIALS}",
+    r"ACCESS_DENIED": "access denied: the credentials are missing, wrong or lack a permission (reading needs "
+    "s3:GetBucketLocation, s3:ListBucket and s3:GetObject, writing also s3:PutObject, s3:DeleteObject and "
+    f"s3:AbortMultipartUpload); {CREDENTIALS}",
     r"NO_SUCH_BUCKET": "there is no such bucket; create it, or correct the URI",
     r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|status 5\d\d": "the storage service has a problem; try again later",
     r"NETWORK_CONNECTION": "cannot be reached; check the network and, if it is not AWS, the URI's endpoint_override and scheme",
@@ -179,6 +180,18 @@ class Folder:
         return bool(self.fs.get_file_info(self.path).type == pafs.FileType.Directory)
 
     @_plainly
+    def entries(self) -> list[tuple[str, bool]]:
+        """Return the name of each file and folder directly in the folder, sorted, and whether it is a folder.
+
+        Raises OSError (FileNotFoundError if there is no folder).
+        """
+        if not self.remote:  # Python, as in ``exists``
+            with os.scandir(self.path) as found:
+                return sorted((entry.name, entry.is_dir()) for entry in found)
+        infos = self.fs.get_file_info(pafs.FileSelector(self.path))
+        return sorted((info.base_name, info.type == pafs.FileType.Directory) for info in infos)
+
+    @_plainly
     def files(self) -> list[str]:
         """Return the sorted paths, relative to the folder, of the files in it and in all folders below it.
 
@@ -223,17 +236,23 @@ class Folder:
             return file.read()
 
     @_plainly
+    def open_file(self, name: str) -> Any:
+        """Open a file for reading: a seekable binary file and context manager. Raises OSError as ``read`` does."""
+        return self.fs.open_input_file(self.at(name)) if self.remote else open(self.at(name), "rb")
+
+    @_plainly
     def create(self) -> None:
         """Create the folder and its parents."""
         self.fs.create_dir(self.path, recursive=True)
 
     @_plainly
-    def write(self, name: str, content: bytes) -> None:
-        """Write a whole file atomically; the folder must exist."""
+    def write(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """Write a whole file, given at once or in pieces, atomically; the folder must exist."""
         draft = name if self.fs.type_name in OBJECT_STORES else name + ".tmp"
         try:
             with self.fs.open_output_stream(self.at(draft)) as stream:
-                stream.write(content)
+                for piece in [content] if isinstance(content, bytes) else content:
+                    stream.write(piece)
             if draft != name:
                 self.publish(name)
         except OSError:

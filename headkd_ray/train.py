@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headkd_ray.cli import command_parser, user_errors
+from headkd_ray.cli import callable_as, command_parser, user_errors
 from headkd_ray.job import Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
@@ -20,18 +21,26 @@ if TYPE_CHECKING:
     from headkd_ray.engine.log import Record, Sink
 
 
-def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None) -> Record:
+def train(
+    job: Job | str | Path,
+    tell: Sink = lambda record: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Record:
     """Check everything, train where ``job.cluster`` says, and return the result; a run that has ended is not trained again.
 
     Args:
+        job: a job, or the path of a job file.
         tell: receives the log records.
         note: receives a sentence about the run if it has already ended.
     """
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.engine.run import finished, only_one, run_folder
+    from headkd_ray.trackers import tracker_problems, tracking
 
-    preflight(job)
+    if not isinstance(job, Job):
+        job = load_job(job)
+    preflight(job, tracker_problems(job))
     run = run_folder(job)
     result = finished(run)
     if result is not None:
@@ -40,20 +49,28 @@ def train(job: Job, tell: Sink, note: Callable[[str], None] = lambda text: None)
             "trained now; to train again, choose another run.name"
         )
         return result
-    with only_one(run):
+    with only_one(run), tracking(job, run, tell) as trackers:
         if job.cluster.workers == 0:
             from headkd_ray.engine.local import train_here
 
-            return train_here(job, tell)
-        from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
+            result = train_here(job, trackers)
+        else:
+            from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
 
-        return train_on_ray(job, tell)
+            result = train_on_ray(job, trackers)
+        if trackers:
+            from headkd_ray.data.shards import ShardSet
+            from headkd_ray.pictures import compare
+
+            picture, _ = compare(ShardSet.open(job.data.val), {job.run.name: result})
+            trackers.finish(result, picture)
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("train", (__doc__ or "").splitlines()[0])
-    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--print-config", action="store_true", help="print the complete job with all defaults, and exit")
     with user_errors():
@@ -70,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"student: {printable(result['student'])}")
     return 0
 
+
+callable_as(__name__, train)
 
 if __name__ == "__main__":
     sys.exit(main())

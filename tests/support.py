@@ -72,12 +72,12 @@ def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sectio
     return Job.model_validate(job)
 
 
-def micro_teacher(folder: Path, classes: Sequence[str], seed: int = 3) -> str:
-    """Save a micro Faster R-CNN with random weights in ``folder`` and return its address."""
+def micro_teacher(folder: Path, classes: Sequence[str], seed: int = 3, **meta: Any) -> str:
+    """Save a micro Faster R-CNN with random weights, and ``meta``, in ``folder`` and return its address."""
     torch.manual_seed(seed)
     detector = build_detector(FasterRCNNSpec.model_validate(MICRO_TEACHER), len(classes))
     liven(detector)
-    save_detector(folder, detector, tuple(classes))
+    save_detector(folder, detector, tuple(classes), meta)
     return str(folder)
 
 

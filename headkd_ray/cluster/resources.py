@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray
 
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import Job, PoolSpec
+from headkd_ray.job import ClusterSpec, Job, PoolSpec
 
 GROWS = "HEADKD_RAY_NODES"
 """Environment variable with which a cluster file lists the nodes that its autoscaler may add to the head, as JSON, for example
@@ -106,6 +106,25 @@ def check_pool(job: Job) -> None:
     problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside={})
     if problems:
         raise ClusterError(problems)
+
+
+def check_predictors(spec: ClusterSpec) -> float:
+    """Check that the processes of a prediction fit the cluster, and return the GPUs of each.
+
+    Raises ClusterError, which names the options of the command.
+    """
+    count, cpus = spec.fewest_workers, spec.cpus_per_worker
+    nodes, has = _nodes()
+    there = sum(node.get("GPU", 0.0) for node in nodes)
+    gpus = float(there >= count) if spec.gpus_per_worker is None else spec.gpus_per_worker
+    places = sum(_places(node, cpus, gpus) for node in nodes)
+    if places < count:
+        asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        raise ClusterError(
+            f"--workers {count}: each requests {asked}, and the cluster {has} room for {places}; lower --workers, "
+            "--cpus-per-worker or --gpus-per-worker"
+        )
+    return gpus
 
 
 def _nodes() -> tuple[list[dict[str, float]], str]:

@@ -58,11 +58,17 @@ class Predictor:
 
     def detect(self, pixels: Tensor) -> ImageDetections:
         """Detect objects in ``pixels`` (3, H, W) uint8, RGB."""
-        found = self.network(self.batch(pixels))
-        boxes, scores, labels = (rows[0][found.labels[0] >= 0] for rows in found)
-        return ImageDetections(
-            boxes, scores, labels, self.classes, self.description.category_ids, (pixels.shape[1], pixels.shape[2])
-        )
+        return self.detect_batch(self.batch(pixels))[0]
+
+    def detect_batch(self, batch: Batch) -> list[ImageDetections]:
+        """Detect objects in the images of a batch, and return an entry for each."""
+        found = self.network(batch)
+        names = self.classes, self.description.category_ids
+        detections = []
+        for number, (height, width) in enumerate(batch.original_sizes.tolist()):
+            boxes, scores, labels = (rows[number][found.labels[number] >= 0] for rows in found)
+            detections.append(ImageDetections(boxes, scores, labels, *names, (height, width)))
+        return detections
 
 
 def load(

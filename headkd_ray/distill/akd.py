@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.base import Losses
-from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill.assistants import DenseAssistant
+from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
@@ -27,9 +26,16 @@ class AKD(Term):
     per_assistant = True
     reads_teacher = "head"
 
-    def __init__(self, adapters: Sequence[nn.Module], weight: float = 1.0, warmup_steps: int = 0) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[nn.Module],
+        weight: float = 1.0,
+        warmup_steps: int = 0,
+        distance: Distance = mean_squared_error,
+    ) -> None:
         super().__init__(weight, warmup_steps)
         self.adapters = nn.ModuleList(adapters)
+        self.distance = distance
 
     @classmethod
     def build(cls, parts: Parts, assistant: str) -> AKD:
@@ -37,7 +43,7 @@ class AKD(Term):
         helper, spec = parts.assistants[assistant], parts.job.distill
         widths = zip(helper.head.tap_channels, parts.teacher.detection_head.tap_channels, strict=True)
         adapters = [adapter(own, theirs, maps=isinstance(helper, DenseAssistant)) for own, theirs in widths]
-        return cls(adapters, spec.akd_weight, spec.warmup_steps)
+        return cls(adapters, spec.akd_weight, spec.warmup_steps, DISTANCES[spec.distance])
 
     @classmethod
     def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
@@ -59,21 +65,10 @@ class AKD(Term):
 
     def distances(self, forward: StepForward) -> Losses:
         assistant, teacher = forward.comparison
-        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, strict=True)
-        return {f"loss_akd_{i}": distance(adapt, own, theirs) for i, (adapt, own, theirs) in enumerate(pairs, start=1)}
+        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, assistant.counted, strict=True)
+        return {f"loss_akd_{i}": adapted_distance(self.distance, *pair) for i, pair in enumerate(pairs, start=1)}
 
 
-def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
+def adapter(own: int, theirs: int, maps: bool, bias: bool = True) -> nn.Module:
     """Create a trainable layer from width ``own`` to ``theirs``: a 1x1 conv for ``maps``, a Linear for rows."""
-    return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
-
-
-def distance(adapt: nn.Module, own: Tap, theirs: Tap) -> Tensor:
-    """Return the MSE between ``own``, adapted, and ``theirs``, which gets no gradient.
-
-    They are rows (R, C) and (R, C'), or maps (B, C, H, W) and (B, C', H, W) whose MSEs are summed over levels. Rows of
-    ground-truth boxes count like any other.
-    """
-    if isinstance(own, Tensor) and isinstance(theirs, Tensor):
-        return mean_squared_error(adapt(own), theirs)
-    return torch.stack([mean_squared_error(adapt(o), t) for o, t in zip(own, theirs, strict=True)]).sum()
+    return nn.Conv2d(own, theirs, 1, bias=bias) if maps else nn.Linear(own, theirs, bias=bias)

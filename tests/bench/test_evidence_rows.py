@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from evidence_plan import Bench, plan
 from evidence_rows import ROWS
+from safetensors.torch import save_file
 
 from headkd_ray.detectors import build_detector
 from headkd_ray.distill import build_training_model
 from headkd_ray.errors import DataError
 from headkd_ray.job import FasterRCNNSpec, Job, RetinaNetSpec, warnings
+from tests.bench.conftest import real_rows
 from tests.support import edit
 
 LADDER = ["baseline", "assist", "copy_only", "akd", "head"]
@@ -23,10 +26,13 @@ def students(bench: Bench) -> list[str]:
     return [row for row in bench.rows if row not in bench.teachers]
 
 
-@pytest.mark.parametrize("tier", ROWS)
+@pytest.mark.parametrize("tier", ["micro", "standard"])
 def test_every_promised_row_is_there(tier: str):
     rows = ["teacher", "retina_teacher", *LADDER, "fitnet"]
-    rows += ["tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes", "fcos_baseline", "fcos_head", "baseline_views"]
+    rows += ["tf_head_fcos", "tf_head_rcnn", "tf_head", "tf_head_noes", "fcos_baseline", "fcos_head"]
+    rows += ["akd_pearson", "head_pearson", "head_pearson_half", "head_pearson_double", "tf_head_pearson", "fcos_head_pearson"]
+    rows += ["head_cache_64_int8_pearson"]
+    rows += ["baseline_views"]
     for rois in (64, 128, 256):
         rows += [f"head_inline_{rois}", f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"]
     more = {
@@ -66,11 +72,14 @@ def test_rows_differ_from_what_they_are_compared_with_in_nothing_but_the_method(
 
 def test_rows_are_the_methods_that_they_are_called(tier: Bench):
     jobs = {row: plan(tier, row, 0).job for row in tier.rows}
-    named = {row: row.removesuffix("_mnv2") for row in jobs}
+    named = {row: row.removesuffix("_mnv2").removesuffix("_pearson") for row in jobs}
     methods = dict.fromkeys(("teacher", "retina_teacher", "baseline", "fcos_baseline", "baseline_views"), "supervised")
     methods |= {row: row for row in ("assist", "copy_only", "akd", "head", "fitnet")}
     methods |= {row: "tf_head" for row in tier.rows if row.startswith("tf_head")}
     assert {row: job.method for row, job in jobs.items()} == {row: methods.get(named[row], "head") for row in jobs}
+
+    distances = {row: job.distill.distance for row, job in jobs.items()}
+    assert distances == {row: "pearson" if "_pearson" in row else "mse" for row in jobs}
 
     roi, milestones = _roi(jobs["teacher"]), jobs["head"].optim.milestones
     for row in (row for row in jobs if named[row] == "assist"):
@@ -105,6 +114,35 @@ def test_tiers_differ_in_size_alone():
         assert micro[row].keys.count("=") == standard[row].keys.count("=")
 
 
+def test_the_pretrained_rows_differ_in_the_method_and_the_distance_alone(tmp_path: Path, data: Path):
+    weights = tmp_path / "data" / "weights"
+    weights.mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        (tmp_path / "data" / split).symlink_to(data / split, target_is_directory=True)
+    for model in ("lite0", "lite2"):
+        save_file(timm.create_model(f"tf_efficientnet_{model}").state_dict(), weights / f"efficientnet_{model}.safetensors")
+    bench = real_rows("pretrained", tmp_path, tmp_path / "data")
+    jobs = {row: plan(bench, row, 1).job for row in bench.rows}
+    assert list(jobs) == [
+        *("teacher", "baseline", "akd", "head", "tf_head", "akd_pearson", "head_pearson", "tf_head_pearson"),
+    ]
+    for row, job in jobs.items():
+        assert warnings(job) == []
+        assert job.student.backbone.weights == str(weights / f"efficientnet_lite{2 if row == 'teacher' else 0}.safetensors")
+        if row != "teacher":
+            own, alone = plan(bench, row, 1), plan(bench, "baseline", 1)
+            assert own.matched == alone.matched and job.optim.epochs == job.eval.every_epochs
+            assert job.distill.distance == ("pearson" if row.endswith("_pearson") else "mse")
+            assert job.method == {"baseline": "supervised"}.get(row, row.removesuffix("_pearson"))
+            assert job.method != "tf_head" or job.distill.ckd_epochs == job.optim.milestones[0]
+    keys = {row: plan(bench, row, 1).key for row in jobs}
+    moved = replace(bench, data=(tmp_path / "data").rename(tmp_path / "moved"))
+    assert {row: plan(moved, row, 1).key for row in jobs} == keys, "where the weights lie does not matter"
+    teacher = build_detector(plan(moved, "teacher", 0).job.student, 17)
+    for row in ("head", "tf_head"):
+        build_training_model(plan(moved, row, 0).job, 17, teacher if row == "head" else None, steps_per_epoch=10)
+
+
 def test_micro_models_are_as_small_as_they_are_called(micro: Bench):
     jobs = {row: plan(micro, row, 0).job for row in micro.rows}
     teachers = {row: build_detector(jobs[row].student, 17) for row in micro.teachers}
@@ -137,8 +175,9 @@ def test_teachers_are_as_the_methods_need_them(tier: Bench):
 def test_seeds_share_a_cache_and_other_rows_do_not(micro: Bench):
     rows = [row for row in micro.rows if "cache" in row]
     paths = {row: {_teacher(plan(micro, row, seed).job).cache.path for seed in (0, 1)} for row in rows}
-    assert [len(own) for own in paths.values()] == [1] * 6
-    assert len(set().union(*paths.values())) == 6
+    assert [len(own) for own in paths.values()] == [1] * len(rows)
+    assert paths.pop("head_cache_64_int8_pearson") == paths["head_cache_64_int8"], "how features are compared does not matter"
+    assert len(set().union(*paths.values())) == len(paths) == 6
 
 
 def test_a_key_follows_what_decides_the_figures(micro: Bench, tmp_path: Path):

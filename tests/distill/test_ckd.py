@@ -2,8 +2,9 @@ import torch
 from torch import nn
 
 from headkd_ray.detectors import RoIs
-from headkd_ray.distill.akd import AKD, distance
+from headkd_ray.distill.akd import AKD
 from headkd_ray.distill.ckd import CKD, read_cells
+from headkd_ray.distill.distances import adapted_distance
 
 SHAPES = [(6, 9), (3, 5), (2, 3), (1, 2), (1, 1)]
 CHANNELS = 4
@@ -61,7 +62,7 @@ def test_ckd_drops_ground_truth_rows_from_both_sides() -> None:
     ckd = CKD(nn.Linear(CHANNELS, 6))
     rows = ckd.rows(features, rois(cells, image))
     assert torch.equal(rows, torch.stack([features[0][0, :, 1, 2], features[2][1, :, 1, 1]]))
-    loss = ckd.distance(features, taught, rois(cells, image)).double()
+    loss = ckd.compare(features, taught, rois(cells, image)).double()
     exact = rows.double() @ ckd.adapter.weight.double().T + ckd.adapter.bias.double()
     torch.testing.assert_close(loss, ((exact - taught[[1, 3]].double()) ** 2).sum() / 12, rtol=1e-5, atol=1e-8)
 
@@ -73,7 +74,7 @@ def test_ckd_of_a_roi_student_reads_a_dense_target_at_half_the_cell() -> None:
     own, target, ckd = torch.randn(4, 6), maps(), CKD(nn.Linear(6, CHANNELS))
     seen = torch.stack([target[0][0, :, 5, 2], target[1][1, :, 2, 4], target[4][1, :, 0, 0]]).double()
     exact = own[1:].double() @ ckd.adapter.weight.double().T + ckd.adapter.bias.double()
-    loss = ckd.distance(own, target, rois(cells, image))
+    loss = ckd.compare(own, target, rois(cells, image))
     torch.testing.assert_close(loss.double(), ((exact - seen) ** 2).mean(), rtol=1e-5, atol=1e-8)
     loss.backward()
     assert all(f.grad is None for f in target)
@@ -83,14 +84,14 @@ def test_ckd_of_a_roi_student_and_a_roi_target_counts_all_rows() -> None:
     cells, image = torch.tensor([[-1, -1, -1, 0], [0, 1, 4, 2]]), torch.tensor([0, 0])
     own, target, ckd = torch.randn(2, 6), torch.randn(2, 5), CKD(nn.Linear(6, 5))
     exact = own.double() @ ckd.adapter.weight.double().T + ckd.adapter.bias.double()
-    loss = ckd.distance(own, target, rois(cells, image)).double()
+    loss = ckd.compare(own, target, rois(cells, image)).double()
     torch.testing.assert_close(loss, ((exact - target.double()) ** 2).mean(), rtol=1e-5, atol=1e-8)
 
 
 def test_only_ground_truth_rows_cost_nothing_and_give_zero_gradients() -> None:
     cells, image = torch.tensor([[-1, -1, -1, 0]]), torch.tensor([0])
     features, ckd = maps(), CKD(nn.Linear(CHANNELS, 6))
-    loss = ckd.distance(features, torch.randn(1, 6), rois(cells, image))
+    loss = ckd.compare(features, torch.randn(1, 6), rois(cells, image))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and (p.grad == 0).all() for p in (*ckd.parameters(), *features))
@@ -100,7 +101,8 @@ def test_akd_is_one_mean_squared_error_a_layer() -> None:
     torch.manual_seed(2)
     akd = AKD([nn.Linear(3, 5), nn.Linear(3, 5)])
     taps, taught = [torch.randn(7, 3) for _ in range(2)], [torch.randn(7, 5, requires_grad=True) for _ in range(2)]
-    losses = [distance(adapter, own, theirs) for adapter, own, theirs in zip(akd.adapters, taps, taught, strict=True)]
+    pairs = zip(akd.adapters, taps, taught, strict=True)
+    losses = [adapted_distance(akd.distance, *pair) for pair in pairs]
     for i, loss in enumerate(losses):
         adapter = akd.adapters[i]
         exact = taps[i].double() @ adapter.weight.double().T + adapter.bias.double()

@@ -1,0 +1,162 @@
+"""Which images and videos are meant by the places that a user names."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from headkd_ray.errors import DataError
+from headkd_ray.predicting.file_tree import is_pattern, matching, split_pattern, walk
+from headkd_ray.storage import Folder
+from headkd_ray.text import printable
+
+IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+SHOWN = 5
+"""Maximum number of suffixes that a note on files that are left out names."""
+
+
+class InputFile(NamedTuple):
+    """An image or a video to detect objects in."""
+
+    folder: Folder
+    name: str
+    """Path of the file within ``folder``."""
+    label: str
+    """Name of the file in messages, and as ``file_name`` in the result."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the file is named as a video."""
+        return suffix_of(self.name) in VIDEOS
+
+    @property
+    def address(self) -> str:
+        """The file's URI, or its absolute path."""
+        return self.folder.named(self.name) if self.folder.remote else self.folder.at(self.name)
+
+
+class _Seen:
+    """The files that were listed before, in a temporary database, which is on disk once it is large."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None)
+        self._database.execute("CREATE TABLE seen (file BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def is_new(self, file: InputFile) -> bool:
+        """Remember a file, and return whether it was new."""
+        key = os.fsencode(f"{file.folder.fs.type_name}:{file.folder.at(file.name)}")
+        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+
+
+def places_of(given: Iterable[str]) -> Iterator[str]:
+    """Yield the given places, with ``-`` replaced by the lines of standard input."""
+    for place in given:
+        if place != "-":
+            yield place
+            continue
+        for line in sys.stdin.buffer:
+            named = os.fsdecode(line).removesuffix("\n").removesuffix("\r")
+            if named:
+                yield named
+
+
+def find_inputs(places: Iterable[str], out: Folder, no_videos: str | None = None) -> Iterator[InputFile]:
+    """Yield the images and videos that ``places`` name, in order and without repeats.
+
+    A folder or a pattern stands for its files, sorted by path. Files in ``out`` are left out, because they are what was drawn
+    before. Notes on files that are left out are printed on standard error.
+
+    Args:
+        places: files, folders and patterns, each a path or a URI.
+        no_videos: why videos cannot be taken; None = they can.
+
+    Raises:
+        DataError: there is nothing to detect in, a folder cannot be read, or a video is named although there is ``no_videos``.
+        StorageError: a store denies access or cannot be reached.
+    """
+    seen, found, named = _Seen(), False, list[str]()
+    for place in places:
+        named, count = [*named, place][: SHOWN + 1], 0
+        for file in _files_of(place, out, no_videos):
+            count += 1
+            if seen.is_new(file):
+                found = True
+                yield file
+        if not count and is_pattern(place):
+            raise DataError(f"{place}: matches no images and no videos")
+    if not found:
+        where = ", ".join(named[:SHOWN]) + (", …" if len(named) > SHOWN else "")
+        raise DataError(f"{where or 'standard input'}: no {', '.join(sorted(IMAGES))} files, and no videos")
+
+
+def _files_of(place: str, out: Folder, no_videos: str | None) -> Iterator[InputFile]:
+    if is_pattern(place):
+        base, pattern = split_pattern(place)
+        folder = Folder.open(base, DataError)
+        shown = pattern if base == "." else None
+        names = matching(folder, pattern)
+    else:
+        folder, shown = Folder.open(place, DataError), None
+        if not folder.exists:
+            parent, name = Folder.of_file(place, DataError)
+            file = InputFile(parent, name, place)
+            if file.is_video and no_videos is not None:
+                raise DataError(f"{place}: is a video; {no_videos}")
+            yield file
+            return
+        if _same(folder, out):
+            raise DataError(
+                f"{out.uri}: holds the images and is also --out; choose another --out, or the next prediction would mistake "
+                "the drawn pictures for images"
+            )
+        names = walk(folder, lambda path: not _same(folder / path, out))
+    label: Callable[[str], str] = folder.named if shown is None else str
+    try:
+        yield from (InputFile(folder, name, label(name)) for name in _taken(names, place, out, folder, no_videos))
+    except OSError as error:
+        raise DataError(f"{error.filename or folder.uri}: cannot be read ({reason_of(error)})") from error
+
+
+def _taken(names: Iterable[str], place: str, out: Folder, folder: Folder, no_videos: str | None) -> Iterator[str]:
+    """Yield the names of images and videos, then print a note on the others."""
+    others, videos = Counter[str](), 0
+    for name in names:
+        if folder.at(name).startswith(f"{out.path}/") and folder.fs.type_name == out.fs.type_name:
+            continue
+        suffix = suffix_of(name)
+        if suffix in IMAGES or (suffix in VIDEOS and no_videos is None):
+            yield name
+        elif suffix in VIDEOS:
+            videos += 1
+        else:
+            others[suffix or "without a suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(SHOWN))
+        _note(f"{place}: files that are not named as JPEG, PNG or WebP are left out ({kinds})")
+    if videos:
+        _note(f"{place}: {videos} videos are left out; {no_videos}")
+
+
+def _same(one: Folder, other: Folder) -> bool:
+    return (one.fs.type_name, one.path) == (other.fs.type_name, other.path)
+
+
+def _note(text: str) -> None:
+    print(f"note: {printable(text)}", file=sys.stderr)
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file's name, in lower case."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file cannot be read or written, without its name."""
+    code = getattr(error, "errno", None)
+    return os.strerror(code) if code else str(error)
