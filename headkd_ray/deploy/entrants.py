@@ -49,9 +49,10 @@ class Entrant:
     def of_file(cls, file: Exported) -> Entrant:
         """Return the entrant of an exported file."""
         network = file.open()
-        runtime = "ONNX" if len(file.files) == 1 else "OpenVINO"
-        predictor = Predictor(network, network.description)
-        return cls(file.path, f"{runtime} {network.description.precision}", predictor, file.size, file)
+        kind = "ONNX" if len(file.files) == 1 else "OpenVINO"
+        if network.description.precision != "float32":
+            kind = f"{kind} {network.description.precision}"
+        return cls(file.path, kind, Predictor(network, network.description), file.size, file)
 
     @property
     def detects(self) -> bool:

@@ -21,6 +21,7 @@ from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.errors import ExportError
 
 OPSET = 18
+"""Version of the ONNX operators; the least that has all that is used is 16."""
 TRACED = 128
 """Least height and width of the example with which a graph is traced, in pixels; its sizes stay variable."""
 
@@ -46,11 +47,9 @@ def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model.onnx"
         try:
-            with (
-                warnings.catch_warnings(),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):  # it prints the graph that it gives up on
-                warnings.simplefilter("ignore")  # of the tracer, about what is meant to be constant
+            # The exporter prints a graph that it gives up on; the tracer warns of what is meant to be constant.
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
                 torch.onnx.export(
                     graph.eval(),
                     tuple(given),
