@@ -21,7 +21,7 @@ import headkd_ray
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.deploy.description import Description, describe
-from headkd_ray.deploy.entrants import Entrant, Warn, load_sound, scoring_on
+from headkd_ray.deploy.entrants import Entrant, Warn, load_as_trained, scoring_on
 from headkd_ray.deploy.exported import Exported, as_openvino
 from headkd_ray.deploy.extras import needs_extra
 from headkd_ray.deploy.graph import RawGraph
@@ -84,11 +84,11 @@ def export(request: Request, warn: Warn = lambda warning: None) -> dict[str, Any
     out, report_file = Folder.open(request.out), None if request.json is None else Folder.of_file(request.json)
     for folder in (out, *(report_file or ())[:1]):
         folder.check_writable()
-    loaded = load_sound(request.checkpoint, warn)
+    loaded = load_as_trained(request.checkpoint, warn)
     description = _description(request, loaded)
     shards = None if request.val is None else ShardSet.open(request.val)
     calibration = None if request.calibrate is None else ShardSet.open(request.calibrate)
-    others = {place: load_sound(place, warn) for place in request.beside if place != request.checkpoint}
+    others = {place: load_as_trained(place, warn) for place in request.beside if place != request.checkpoint}
     scorings = {}
     if shards is not None:
         for place, other in {request.checkpoint: loaded, **others}.items():

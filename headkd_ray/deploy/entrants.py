@@ -20,7 +20,6 @@ from headkd_ray.detectors.weights import LoadedDetector, keeping
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.engine.inference import trained_range
 from headkd_ray.engine.scoring import Scoring, recorded_detections, scoring_of
-from headkd_ray.errors import CheckpointError
 from headkd_ray.job.job import MAX_DETECTIONS
 
 Warn = Callable[[str], object]
@@ -49,9 +48,10 @@ class Entrant:
     def of_file(cls, file: Exported) -> Entrant:
         """Return the entrant of an exported file."""
         network = file.open()
-        runtime = "ONNX" if len(file.files) == 1 else "OpenVINO"
-        predictor = Predictor(network, network.description)
-        return cls(file.path, f"{runtime} {network.description.precision}", predictor, file.size, file)
+        kind = "ONNX" if len(file.files) == 1 else "OpenVINO"
+        if network.description.precision != "float32":
+            kind = f"{kind} {network.description.precision}"
+        return cls(file.path, kind, Predictor(network, network.description), file.size, file)
 
     @property
     def detects(self) -> bool:
@@ -75,22 +75,15 @@ class Entrant:
             return measure(self.predictor.network, batches)
 
 
-def load_sound(place: str, warn: Warn) -> LoadedDetector:
-    """Load a checkpoint whose weights are all finite, with limits on detections as in its training.
+def load_as_trained(place: str, warn: Warn) -> LoadedDetector:
+    """Load a checkpoint, with limits on detections as in its training.
 
     Raises:
-        CheckpointError: it cannot be read, or holds NaN or infinite values.
+        CheckpointError: it cannot be read, or holds values that are not finite.
     """
     loaded = fetch_detector(place)
     for note in loaded.notes:
         warn(f"{place}: {note}")
-    broken = [name for name, tensor in loaded.detector.state_dict().items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise CheckpointError(
-            f"{place}: holds NaN or infinite values, in {', '.join(broken[:3])}{more}: its training diverged, or the file is "
-            "damaged; use an earlier checkpoint"
-        )
     most = recorded_detections(loaded.meta)
     return keeping(loaded, most) if most > MAX_DETECTIONS else loaded
 

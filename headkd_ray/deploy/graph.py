@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headkd_ray.deploy.sampled_conv import without_deform_conv
 from headkd_ray.deploy.static_nms import REJECTED, survivors
 from headkd_ray.detectors import DenseDetector, TwoStageDetector
 from headkd_ray.detectors.build import AnyDetector
@@ -49,7 +50,7 @@ class DetectionGraph(nn.Module):
 
     def __init__(self, detector: AnyDetector) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector = without_deform_conv(detector)
 
     def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> GraphDetections:
         """Detect; the arguments are those of :class:`Inputs`."""
@@ -66,7 +67,7 @@ class RawGraph(nn.Module):
 
     def __init__(self, detector: AnyDetector) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector = without_deform_conv(detector)
 
     def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Return the head's outputs; the arguments are those of :class:`Inputs`.

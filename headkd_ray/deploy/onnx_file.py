@@ -20,8 +20,8 @@ from headkd_ray.deploy.static_nms import REJECTED
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.errors import ExportError
 
-OPSET = 19
-"""The first with DeformConv, which RepPoints needs."""
+OPSET = 18
+"""Version of the ONNX operators; the least that has all that is used is 16."""
 TRACED = 128
 """Least height and width of the example with which a graph is traced, in pixels; its sizes stay variable."""
 
@@ -43,15 +43,13 @@ def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
     inputs = list(Inputs._fields)[: len(given)]
     with torch.no_grad():
         outputs = list(graph.eval()(*given)) if description.outputs == "raw" else list(GraphDetections._fields)
-    _register_operators()
+    _register_operator()
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model.onnx"
         try:
-            with (
-                warnings.catch_warnings(),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):  # it prints the graph that it gives up on
-                warnings.simplefilter("ignore")  # of the tracer, about what is meant to be constant
+            # The exporter prints a graph that it gives up on; the tracer warns of what is meant to be constant.
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
                 torch.onnx.export(
                     graph.eval(),
                     tuple(given),
@@ -89,10 +87,9 @@ def _variable(inputs: list[str], outputs: list[str], description: Description) -
     return axes
 
 
-def _register_operators() -> None:
-    """Tell torch's exporter how to write the operators that it does not know itself."""
+def _register_operator() -> None:
+    """Tell torch's exporter how to write the operator that is not torch's."""
     torch.onnx.register_custom_op_symbolic("headkd_ray::survivors", _survivors, OPSET)
-    torch.onnx.register_custom_op_symbolic("torchvision::deform_conv2d", _deform_conv, OPSET)
 
 
 @parse_args("v", "v", "f")
@@ -109,35 +106,3 @@ def _survivors(g: Any, boxes: Any, scores: Any, iou: float) -> Any:
     ones = g.op("Expand", constant([1], torch.int32), count)
     none = g.op("Expand", constant([0], torch.int32), g.op("Shape", scores))
     return g.op("Cast", g.op("ScatterND", none, listed, ones), to_i=torch.onnx.TensorProtoDataType.BOOL)
-
-
-@parse_args("v", "v", "v", "v", "v", "i", "i", "i", "i", "i", "i", "i", "i", "b")
-def _deform_conv(
-    g: Any,
-    features: Any,
-    weight: Any,
-    offsets: Any,
-    mask: Any,
-    bias: Any,
-    stride_down: int,
-    stride_across: int,
-    pad_down: int,
-    pad_across: int,
-    dilation_down: int,
-    dilation_across: int,
-    groups: int,
-    offset_groups: int,
-    masked: bool,
-) -> Any:
-    """Write torchvision's deformable conv; the detectors' have no mask, and a bias of zeros."""
-    return g.op(
-        "DeformConv",
-        features,
-        weight,
-        offsets,
-        strides_i=[stride_down, stride_across],
-        pads_i=[pad_down, pad_across, pad_down, pad_across],
-        dilations_i=[dilation_down, dilation_across],
-        group_i=groups,
-        offset_group_i=offset_groups,
-    )

@@ -10,7 +10,7 @@ from typing import Any
 from headkd_ray.data.batch import Batch
 from headkd_ray.deploy.description import Description
 from headkd_ray.deploy.networks import first_line, graph_inputs
-from headkd_ray.errors import ExportError
+from headkd_ray.errors import ExportError, UserError
 
 QUANTISED = ["Conv", "Gemm", "MatMul"]
 """The operators that compute in 8 bits. Only the network has them: post-processing stays in float."""
@@ -26,6 +26,7 @@ def quantised(content: bytes, description: Description, batches: Iterator[Batch]
 
     Raises:
         ExportError: ONNX Runtime cannot quantise the file.
+        UserError: raised by ``batches``.
     """
     import onnx
     from onnxruntime import quantization
@@ -54,6 +55,8 @@ def quantised(content: bytes, description: Description, batches: Iterator[Batch]
                 calibrate_method=quantization.CalibrationMethod.MinMax,
                 extra_options={"CalibMovingAverage": True},
             )
+        except UserError:  # of the batches
+            raise
         except Exception as error:  # its errors have no common base
             raise ExportError(f"--to onnx-int8: ONNX Runtime cannot quantise this detector ({first_line(error)})") from error
         model = onnx.load(target)
