@@ -36,5 +36,5 @@ lint: setup
 # Newest versions of all dependencies, for every Python and platform that we run on.
 lock:
 	$(PY) -m uv pip compile --quiet --universal --upgrade --python-version 3.10 --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" --extra dev --extra tune pyproject.toml -o requirements.lock
+		--custom-compile-command "make lock" --extra dev --extra hub --extra tune pyproject.toml -o requirements.lock
 	@! grep -n "://" requirements.lock

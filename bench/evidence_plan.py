@@ -89,6 +89,9 @@ def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
         taught_by, places["teacher.checkpoint"] = teacher.key, bench.storage / teacher.job.run.name / "student"
     keys = [*shlex.split(spec.keys), *(f"{key}={json.dumps(str(place))}" for key, place in places.items())]
     job = load_job(bench.jobs / f"{spec.job}.yaml", [*keys, f"run.seed={seed}"])
+    weights = Path(job.student.backbone.weights)
+    if weights.suffix:  # a file, which lies with the data
+        job = job.replace({"student.backbone.weights": str(bench.data / "weights" / weights.name)})
     decides = _decides(bench, job)
     search = _digest(decides)
     if lr is None and spec.lr_of is not None:
@@ -119,6 +122,8 @@ def _decides(bench: Bench, job: Job) -> dict[str, Any]:
     found = {name: {} for name in sections} | job.model_dump(mode="json", include=set(sections), exclude_defaults=True)
     for section, places in {"data": ("train", "val"), "teacher": ("checkpoint",), "optim": ("lr",)}.items():
         found[section] = {key: value for key, value in found[section].items() if key not in places}
+    if Path(job.student.backbone.weights).suffix:
+        found["student"]["backbone"]["weights"] = Path(job.student.backbone.weights).name
     splits = {split: bench.fingerprint(split) for split in ("train", "val", "test")}
     return {**found, "kind": job.student.kind, "eval": job.eval.every_epochs, "splits": splits}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evidence_plan import Row
 
@@ -18,6 +18,8 @@ class Heads:
     """Number of RoIs per image that the teacher itself trains on."""
     fcos: str
     """The FCOS student's head; a test compares it with the student's job file."""
+    stop: int = 8
+    """Epochs with CKD in TF-HEAD: until the learning rate drops first, as in the research branch."""
 
     def sampling(self, rois: int) -> str:
         return self.roi.format(rois)
@@ -45,7 +47,7 @@ def others(heads: Heads) -> Iterator[tuple[str, Row]]:
     # The research branch's weights, and its stop of CKD at the first drop of the learning rate.
     fcos = f"'distill.assistants.fcos={{head: {heads.fcos}}}'"
     rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}'"
-    stopping = "method=tf_head distill.ckd_epochs=8"
+    stopping = f"method=tf_head distill.ckd_epochs={heads.stop}"
     yield "tf_head_fcos", Row("retinanet", f"{stopping} {fcos}", alone, lr_of="tf_head")
     yield "tf_head_rcnn", Row("retinanet", f"{stopping} {rcnn}", alone, lr_of="tf_head")
     yield "tf_head", Row("retinanet", f"{stopping} {fcos} {rcnn}", (*alone, "tf_head_noes"))
@@ -94,7 +96,7 @@ def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
         yield f"head_pearson_{name}", Row("retinanet", f"method=head {keys} {weights}", against, "teacher", "head")
     fcos = f"'distill.assistants.fcos={{head: {heads.fcos}}}'"
     rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}'"
-    stopping = f"method=tf_head distill.ckd_epochs=8 {keys}"
+    stopping = f"method=tf_head distill.ckd_epochs={heads.stop} {keys}"
     yield "tf_head_pearson", Row("retinanet", f"{stopping} {fcos} {rcnn}", ("baseline", "tf_head"), lr_of="tf_head")
     halved = f"method=head distill.ckd_weight=1.0 distill.ckd_epochs=11 {keys}"
     yield "fcos_head_pearson", Row("fcos", halved, ("fcos_baseline", "fcos_head"), "teacher", "fcos_head")
@@ -104,6 +106,15 @@ def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
         "head_cache_64_int8_pearson",
         Row("retinanet", cached, ("baseline_views", "head_cache_64_int8"), "teacher", "head"),
     )
+
+
+def pretrained(heads: Heads) -> dict[str, Row]:
+    """Return the rows of the tier whose backbones start from ImageNet weights: each method in both distances."""
+    rows = {"teacher": Row("teacher"), **dict(ladder(heads, "retinanet")), **dict(standardised(heads))}
+    rows["tf_head"] = dict(others(heads))["tf_head"]
+    names = ("teacher", "baseline", "akd", "head", "tf_head", "akd_pearson", "head_pearson", "tf_head_pearson")
+    kept = {name: rows[name] for name in names}
+    return {name: replace(row, against=tuple(other for other in row.against if other in kept)) for name, row in kept.items()}
 
 
 def _tier(heads: Heads) -> dict[str, Row]:
@@ -121,8 +132,15 @@ STANDARD = Heads(
     rois=128,
     fcos="{regress_ranges: [32, 64, 128, 256]}",
 )
+PRETRAINED = Heads(
+    roi="{{fc_channels: 512, finest_scale: 42, sampler: {{size: {}}}}}",
+    rois=64,
+    fcos="{convs: 2, channels: 64, norm_groups: 8, tower_std: null, regress_ranges: [48, 96, 192, 384]}",
+    stop=5,
+)
 ROWS: dict[str, dict[str, Row]] = {
     "micro": _tier(MICRO) | dict(ablations(MICRO)),
+    "pretrained": pretrained(PRETRAINED),
     "standard": _tier(STANDARD) | dict(ladder(STANDARD, "mnv2", "_mnv2")),
 }
 """Tier -> rows, in the order in which they are trained and shown."""

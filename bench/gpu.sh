@@ -5,7 +5,7 @@
 #     bash bench/gpu.sh --device cpu --tiny      the rehearsal
 #     bash bench/gpu.sh --parts evidence         parts by name; bash bench/gpu.sh --help says which there are
 #
-# What bash bench/gpu_wheels.sh has put into .wheels-gpu (Ray, pydantic, pycocotools) is unpacked and used. Afterwards
+# What bash bench/gpu_wheels.sh has put into .wheels-gpu (Ray, pydantic, simplejpeg ...) is unpacked and used. Afterwards
 # python bench/gpu_report.py RESULTS_FOLDER writes the tables of docs/performance.md.
 #
 # PYTHON=...           the interpreter (default python3)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Collects what bench/gpu.sh needs on a machine that has torch but no Ray, no pydantic, no pycocotools and no network:
+# Collects what bench/gpu.sh needs on a machine that has torch but no network, and lacks Ray, pydantic, simplejpeg and the
+# libraries of COCO's metrics:
 #
-#     bash bench/gpu_wheels.sh            fills .wheels-gpu (36 MB, git-ignored); bench/gpu.sh unpacks it
+#     bash bench/gpu_wheels.sh            fills .wheels-gpu (37 MB, git-ignored); bench/gpu.sh unpacks it
 #
 # PYTHON=...   an interpreter with pip (default python3); it need not be of the target's version
 # TARGET=3.12  Python of the machine with the GPU (Linux, x86-64)
@@ -23,7 +24,7 @@ fetch() {  # fetch FOLDER PIP_ARGUMENTS...
 
 # Those that have to fit each other come with what they need, the others alone.
 fetch "$work/wheels" "pydantic>=2.11" jsonschema
-fetch "$work/wheels" --no-deps "pycocotools>=2.0.8"
+fetch "$work/wheels" --no-deps "faster-coco-eval>=1.6.5" "pycocotools>=2.0.8" "simplejpeg>=1.8.2"
 rm -f "$work"/wheels/{attrs,typing_extensions}-*.whl  # the target has them
 
 # Ray, without what training and its data never import: 79 MB become 33.

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("bench", __doc__)
     parser.add_argument("subject", choices=("teacher",))
-    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--steps", type=positive, default=20, help="steps per stretch (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="stretches of each placement (default %(default)s)")

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("cache", __doc__)
     parser.add_argument("action", choices=("build", "verify", "info"))
-    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument(
         "--sample", type=positive, default=32, metavar="N", help="views that verify compares (default %(default)s)"

@@ -35,6 +35,8 @@ COMMANDS = {
     "predict": "detect on images",
     "export": "write a detector as an ONNX file, and prove it",
     "parity": "compare this code with values of the official code",
+    "push": "upload a checkpoint and its model card to the Hugging Face Hub",
+    "jobs": "list the job files that come with the package, or copy them",
 }
 """Name, which is a module of this package with a function ``main``, and what it does."""
 

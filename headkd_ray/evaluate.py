@@ -85,7 +85,7 @@ def evaluate_checkpoint(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("evaluate", (__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", help="student folder of a run, or an mmdet or torchvision .pth file")
+    parser.add_argument("checkpoint", help="student folder of a run, hf://owner/name, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
     parser.add_argument("--batch-size", type=positive, default=2, help="images per forward pass (default %(default)s)")
     parser.add_argument(

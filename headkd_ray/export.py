@@ -22,19 +22,22 @@ from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.deploy.description import Description, describe
 from headkd_ray.deploy.entrants import Entrant, Warn, load_sound, scoring_on
+from headkd_ray.deploy.exported import Exported, as_openvino
+from headkd_ray.deploy.extras import needs_extra
 from headkd_ray.deploy.graph import RawGraph
-from headkd_ray.deploy.networks import OnnxNetwork
-from headkd_ray.deploy.onnx_file import check_packages, onnx_bytes
+from headkd_ray.deploy.networks import FileNetwork
+from headkd_ray.deploy.onnx_file import onnx_bytes
 from headkd_ray.deploy.quantise import quantised
 from headkd_ray.deploy.side_by_side import Track, Tried, detect_side_by_side, pixels_of, raw_error
 from headkd_ray.detectors.weights import LoadedDetector
+from headkd_ray.engine.inference import batch_of
 from headkd_ray.errors import ExportError, UserError
 from headkd_ray.report.export_table import export_table
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
 from headkd_ray.text import warn as print_warning
 
-TARGETS = {"onnx": "model.onnx", "onnx-int8": "model-int8.onnx"}
+TARGETS = {"onnx": "model.onnx", "onnx-int8": "model-int8.onnx", "openvino": "model.xml and model.bin"}
 """Names of the files by target."""
 TIMED_IMAGES = 8
 """Number of images, the first of the split, with which latency is measured."""
@@ -85,25 +88,22 @@ def export(request: Request, warn: Warn = lambda warning: None) -> dict[str, Any
     description = _description(request, loaded)
     shards = None if request.val is None else ShardSet.open(request.val)
     calibration = None if request.calibrate is None else ShardSet.open(request.calibrate)
-    others = {place: load_sound(place, warn) for place in request.beside}
+    others = {place: load_sound(place, warn) for place in request.beside if place != request.checkpoint}
     scorings = {}
     if shards is not None:
         for place, other in {request.checkpoint: loaded, **others}.items():
             scorings[place] = scoring_on(shards, str(request.val), other, place, warn)
 
     checkpoint = Entrant.of_checkpoint(request.checkpoint, loaded.detector, description)
-    files = [Entrant.of_file(*each) for each in _files(request, loaded, description, calibration).items()]
+    files = [Entrant.of_file(file) for file in _files(request, loaded, description, calibration)]
     beside = [Entrant.of_checkpoint(place, other.detector, describe(other, place)) for place, other in others.items()]
     entrants, tried = [checkpoint, *files, *beside], None
     if shards is not None:
         scorings |= {file.name: scorings[request.checkpoint] for file in files}
-        exact = next((file for file in files if file.predictor.description.precision == "float32"), None)
-        detecting = [entrant for entrant in entrants if entrant.detects or entrant.content is None]
-        compared = exact.name if exact is not None and exact.detects else None
-        tried = detect_side_by_side(
-            detecting, scorings, compared, shards, request.images, _progress("checking", shards, request.images)
-        )
-        _refuse_another(request, loaded, exact, tried, shards)
+        detecting = [entrant for entrant in entrants if entrant.detects]
+        tried = detect_side_by_side(detecting, scorings, shards, request.images, _progress("checking", shards, request.images))
+        for file in filter(lambda file: file.exact, files):
+            _refuse_another(request, loaded, file, tried, shards, warn)
     _write(files, out)
     report = _report(request, entrants, tried, shards)
     if report_file is not None:
@@ -124,7 +124,12 @@ def _check(request: Request) -> None:
         problems.append("--beside and --images belong to the check on validation images; give --val, or leave them out")
     if problems:
         raise UserError(problems)
-    check_packages()
+    with needs_extra("onnx", f"--to {request.targets[0]}"):
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    if "openvino" in request.targets:
+        with needs_extra("openvino", "--to openvino"):
+            import openvino  # noqa: F401
 
 
 def _description(request: Request, loaded: LoadedDetector) -> Description:
@@ -137,49 +142,57 @@ def _description(request: Request, loaded: LoadedDetector) -> Description:
     return description.model_copy(update={"size": request.size, "outputs": "raw" if request.raw else "detections"})
 
 
-def _files(
-    request: Request, loaded: LoadedDetector, description: Description, calibration: ShardSet | None
-) -> dict[str, bytes]:
-    """Return the content of each file by name."""
+def _files(request: Request, loaded: LoadedDetector, description: Description, calibration: ShardSet | None) -> list[Exported]:
+    """Make the file of each target."""
     content = onnx_bytes(loaded.detector, description)
-    files = {TARGETS["onnx"]: content} if "onnx" in request.targets else {}
-    if calibration is not None:
-        limit = request.calibration_images
-        shown = _progress("calibrating", calibration, limit)(calibration.samples(limit))
-        checkpoint = Entrant.of_checkpoint(request.checkpoint, loaded.detector, description)
-        batches = (checkpoint.predictor.batch(pixels_of(sample)) for sample in shown)
-        files[TARGETS["onnx-int8"]] = quantised(content, description.model_copy(update={"precision": "int8"}), batches)
+    files = []
+    for target in dict.fromkeys(request.targets):
+        if target == "openvino":
+            files.append(as_openvino(content, description))
+        elif calibration is not None and target == "onnx-int8":
+            limit = request.calibration_images
+            shown = _progress("calibrating", calibration, limit)(calibration.samples(limit))
+            batches = (batch_of(pixels_of(sample), description.view, canvas=description.size) for sample in shown)
+            eight = quantised(content, description.model_copy(update={"precision": "int8"}), batches)
+            files.append(Exported(TARGETS[target], {TARGETS[target]: eight}))
+        else:
+            files.append(Exported(TARGETS[target], {TARGETS[target]: content}))
     return files
 
 
-def _refuse_another(request: Request, loaded: LoadedDetector, exact: Entrant | None, tried: Tried, shards: ShardSet) -> None:
-    """Raise ExportError if the float file's outputs are not those of the checkpoint."""
-    if exact is None:
-        return
-    if not tried.agreement.holds:
-        raise ExportError(
-            f"{exact.name}: not written, because {tried.agreement.alone} of {tried.agreement.detections} detections are not "
-            f"the checkpoint's: {tried.agreement.example}"
-        )
-    network = exact.predictor.network
-    if not exact.detects and isinstance(network, OnnxNetwork):
+def _refuse_another(
+    request: Request, loaded: LoadedDetector, file: Entrant, tried: Tried, shards: ShardSet, warn: Warn
+) -> None:
+    """Raise ExportError if the outputs of a float file are not those of the checkpoint."""
+    if not file.detects:
+        network = file.predictor.network
+        assert isinstance(network, FileNetwork)
         shown = _progress("comparing", shards, request.images)
         worst = raw_error(RawGraph(loaded.detector).eval(), network, shards, request.images, shown)
         if worst > RAW_ERROR:
-            raise ExportError(f"{exact.name}: not written, because its outputs differ from the checkpoint's by {worst:.1%}")
+            raise ExportError(f"{file.name}: not written, because its outputs differ from the checkpoint's by {worst:.1%}")
+        return
+    agreement = tried.agreements[file.name]
+    if not agreement.holds:
+        raise ExportError(
+            f"{file.name}: not written, because {agreement.alone} of {agreement.detections} detections are not the "
+            f"checkpoint's: {agreement.example}"
+        )
+    if not agreement.detections:
+        warn(
+            f"{file.name}: nothing is proved, because the checkpoint detects nothing with a score above "
+            f"{file.predictor.description.score} on the images of {request.val}"
+        )
 
 
 def _write(files: Sequence[Entrant], out: Folder) -> None:
     out.create()
-    for file in files:
-        assert file.content is not None
+    for name, content in [each for file in files if file.file is not None for each in file.file.files.items()]:
         try:
-            out.write(file.name, file.content)
+            out.write(name, content)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ExportError(
-                f"{out.named(file.name)}: cannot be written ({reason}); make room or choose another --out"
-            ) from error
+            raise ExportError(f"{out.named(name)}: cannot be written ({reason}); make room or choose another --out") from error
 
 
 def _report(request: Request, entrants: Sequence[Entrant], tried: Tried | None, shards: ShardSet | None) -> dict[str, Any]:
@@ -187,6 +200,7 @@ def _report(request: Request, entrants: Sequence[Entrant], tried: Tried | None, 
     rows = []
     for entrant in entrants:
         metrics = tried.metrics.get(entrant.name) if tried is not None else None
+        agreement = tried.agreements.get(entrant.name) if tried is not None else None
         times = entrant.latencies(images) if images else {}
         rows.append(
             {
@@ -194,6 +208,7 @@ def _report(request: Request, entrants: Sequence[Entrant], tried: Tried | None, 
                 "format": entrant.format,
                 "bytes": entrant.size,
                 "metrics": None if metrics is None else metrics.as_dict(),
+                "agreement": None if agreement is None else agreement.as_dict(),
                 "latency": {str(threads): time._asdict() for threads, time in times.items()},
             }
         )
@@ -202,7 +217,6 @@ def _report(request: Request, entrants: Sequence[Entrant], tried: Tried | None, 
         "val": request.val,
         "images": 0 if shards is None else min(request.images or len(shards.index), len(shards.index)),
         "size": request.size,
-        "agreement": None if tried is None or not tried.agreement.detections else tried.agreement.as_dict(),
         "cpu": platform.processor() or platform.machine(),
         "versions": {"headkd_ray": headkd_ray.__version__, "torch": torch.__version__},
         "rows": rows,
@@ -253,22 +267,22 @@ def main(arguments: list[str] | None = None) -> int:
         )
         report = export(request, print_warning)
         terminal = Terminal()
-        if report["agreement"] is not None:
-            terminal.print(agreement_sentence(report))
+        for row in report["rows"]:
+            if row["agreement"] is not None and row["agreement"]["detections"]:
+                terminal.print(agreement_sentence(row), soft_wrap=True)
         terminal.print(export_table(report["rows"]))
-        out = Folder.open(options.out)
-        for target in dict.fromkeys(options.to):
-            terminal.print(f"written: {out.named(TARGETS[target])}", soft_wrap=True)
+        written = " and ".join(TARGETS[target] for target in dict.fromkeys(options.to))
+        terminal.print(f"written to {options.out}: {written}", soft_wrap=True)
     return 0
 
 
-def agreement_sentence(report: dict[str, Any]) -> str:
-    """Say how far the float file's detections agree with the checkpoint's."""
-    found = report["agreement"]
+def agreement_sentence(row: dict[str, Any]) -> str:
+    """Say how far a float file's detections agree with the checkpoint's."""
+    found = row["agreement"]
     same = found["detections"] - found["alone"]
     return (
-        f"{same} of {found['detections']} detections on {report['images']} images are the checkpoint's: boxes within "
-        f"{found['box']:.2g} px, scores within {found['score']:.1g}"
+        f"{row['name']}: {same} of {found['detections']} detections are the checkpoint's, boxes within {found['box']:.1g} px "
+        f"and scores within {found['score']:.1g}"
     )
 
 

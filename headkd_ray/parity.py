@@ -55,7 +55,7 @@ def render(rows: Sequence[Row]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("parity", (__doc__ or "").splitlines()[0])
-    parser.add_argument("golden", help="values of the official code, an .npz file (see tests/golden)")
+    parser.add_argument("golden", help="values of the official code: an .npz file, as the source code has in tests/golden")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default %(default)s)")
     with user_errors():
         options = parser.parse_args(arguments)

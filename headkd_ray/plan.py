@@ -84,7 +84,7 @@ def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("plan", __doc__)
-    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument(
         "--workers", type=positive, nargs="+", metavar="K", help="numbers of workers (default: 1, 2, 4, 8 and the job's)"

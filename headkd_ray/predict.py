@@ -156,7 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("predict", __doc__)
-    parser.add_argument("checkpoint", help="student folder of a run, an exported .onnx file, or an mmdet or torchvision file")
+    parser.add_argument(
+        "checkpoint", help="student folder of a run, hf://owner/name, an exported .onnx file, or an mmdet or torchvision file"
+    )
     parser.add_argument(
         "images",
         nargs="+",

@@ -19,6 +19,7 @@ from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_splits
 from headkd_ray.job import ClusterSpec, Job, load_job
+from headkd_ray.job.provided import job_folder
 from headkd_ray.prepare import prepare
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import class_table, headline_table
@@ -51,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val-images", help="folder of your validation images (default: that of --images)")
     parser.add_argument("--out", default="runs/quickstart", help="output folder (default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=Path, default=Path("jobs/small"), help="folder of teacher.yaml, baseline.yaml, head.yaml"
+        "--jobs",
+        type=Path,
+        default=job_folder() / "small",
+        help="folder with your own teacher.yaml, baseline.yaml and head.yaml (default: the micro jobs of this package)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of all three jobs")
     with user_errors():

@@ -28,13 +28,13 @@ class SoftTargets(NamedTuple):
         return SoftTargets(*(change(tensor) for tensor in self))
 
     @classmethod
-    def empty(cls, batch: int, budget: int, layers: int, width: int) -> SoftTargets:
-        """Return targets that are all padding, on the CPU."""
+    def empty(cls, batch: int, budget: int, layers: int, width: int, device: torch.device | str = "cpu") -> SoftTargets:
+        """Return targets that are all padding, on ``device``."""
         return cls(
-            boxes=torch.zeros(batch, budget, 4),
-            truth=torch.zeros(batch, budget, dtype=torch.bool),
-            valid=torch.zeros(batch, budget, dtype=torch.bool),
-            taps=torch.zeros(batch, layers, budget, width),
+            boxes=torch.zeros(batch, budget, 4, device=device),
+            truth=torch.zeros(batch, budget, dtype=torch.bool, device=device),
+            valid=torch.zeros(batch, budget, dtype=torch.bool, device=device),
+            taps=torch.zeros(batch, layers, budget, width, device=device),
         )
 
 

@@ -43,8 +43,9 @@ REASONS = {
     # The response to a HEAD request has no body to name the error; expired credentials get status 400 there.
     r"EXPIRED_TOKEN|ExpiredToken|TokenRefreshRequired|status 400\) No response body": "the credentials have expired; sign in "
     f"again, or {CREDENTIALS}",
-    r"ACCESS_DENIED": "access denied: the credentials are missing, wrong or lack a permission (cluster/iam/storage.json "
-    f"lists those that are needed); {CREDENTIALS}",
+    r"ACCESS_DENIED": "access denied: the credentials are missing, wrong or lack a permission (reading needs "
+    "s3:GetBucketLocation, s3:ListBucket and s3:GetObject, writing also s3:PutObject, s3:DeleteObject and "
+    f"s3:AbortMultipartUpload); {CREDENTIALS}",
     r"NO_SUCH_BUCKET": "there is no such bucket; create it, or correct the URI",
     r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|status 5\d\d": "the storage service has a problem; try again later",
     r"NETWORK_CONNECTION": "cannot be reached; check the network and, if it is not AWS, the URI's endpoint_override and scheme",

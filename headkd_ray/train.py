@@ -70,7 +70,7 @@ def train(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("train", (__doc__ or "").splitlines()[0])
-    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
     parser.add_argument("--print-config", action="store_true", help="print the complete job with all defaults, and exit")
     with user_errors():

@@ -34,7 +34,7 @@ def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[T
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("tune", __doc__)
-    parser.add_argument("search", help="search file (YAML)")
+    parser.add_argument("search", help="search file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the search file")
     parser.add_argument("--resume", action="store_true", help="continue the search of this name")
     with user_errors():

@@ -165,6 +165,23 @@ def _folder_that_is_no_checkpoint(tmp_path: Path, splits: dict[str, str]) -> tup
     return _taught_by(str(tmp_path / "run")), [f"{tmp_path}/run: no checkpoint here", f"did you mean {tmp_path}/run/student"]
 
 
+def _start_of_another_architecture(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    classes = ShardSet.open(splits["train"]).meta.classes
+    start = _detector(tmp_path / "start", {**MICRO_STUDENT, "neck": {"channels": 24}}, classes, splits)
+    student = {**MICRO_STUDENT, "checkpoint": start}
+    return {"student": student}, ["student.neck.channels: 16 in the job, 24 in the checkpoint", "set student.neck.channels=24"]
+
+
+def _missing_start_and_teacher(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    start, teacher = (f"{tmp_path}/{name}" for name in ("gone", "lost"))
+    gone = "no such folder or file"
+    student = {**MICRO_STUDENT, "checkpoint": start}
+    return {"student": student, **_taught_by(teacher)}, [
+        f"student.checkpoint: {start}: {gone}",
+        f"teacher.checkpoint: {teacher}: {gone}",
+    ]
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -177,6 +194,8 @@ def _folder_that_is_no_checkpoint(tmp_path: Path, splits: dict[str, str]) -> tup
         _teacher_of_another_architecture,
         _missing_teacher,
         _folder_that_is_no_checkpoint,
+        _start_of_another_architecture,
+        _missing_start_and_teacher,
     ],
     ids=lambda case: case.__name__.strip("_"),
 )
@@ -259,6 +278,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
     result = train.train(micro_job(folder, splits, "second", student=KEEN_STUDENT, optim=ONE_EPOCH), lambda record: None)
     assert 0 < result["best"]["AP"] < 100
     return {**result, "splits": splits}
+
+
+def test_a_student_that_starts_from_a_checkpoint_begins_with_its_ap(trained: dict[str, Any], tmp_path: Path) -> None:
+    """With steps too small to change a weight, and all norms in eval mode, the run ends with the AP that it began with."""
+    backbone = {**MICRO_STUDENT["backbone"], "frozen_stages": 1, "norm_eval": True}
+    student = {**KEEN_STUDENT, "backbone": backbone, "checkpoint": trained["student"]}
+    records: list[dict] = []
+    job = micro_job(tmp_path, trained["splits"], student=student, optim={**ONE_EPOCH, "lr": 1e-20, "weight_decay": 0.0})
+    result = train.train(job, records.append)
+    classes = ShardSet.open(trained["splits"]["train"]).meta.classes
+    assert records[0]["note"] == (
+        f"the student starts from {trained['student']} (headkd_ray); its outputs for {len(classes)} of {len(classes)} classes "
+        f"are taken: {', '.join(map(repr, classes))}"
+    )
+    assert {**result["best"], "step": None} == {**trained["best"], "step": None}
+    mine, theirs = (load_checkpoint(place).detector.state_dict() for place in (result["student"], trained["student"]))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_evaluate_gives_the_ap_that_training_reported(

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_declared_dependencies_are_the_imported_ones():
     modules |= {"tensorboard"} if "torch.utils.tensorboard" in modules else set()
     packages = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"headkd_ray"}
     distributions = packages_distributions()
-    imported = {canonicalize_name(distributions[package][0]) for package in packages}
+    imported = {canonicalize_name(distributions.get(package, [package])[0]) for package in packages}  # not all extras are here
     optional = [line for extra, lines in PROJECT["optional-dependencies"].items() if extra != "dev" for line in lines]
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + optional}
     assert imported == declared - {"scikit-learn"}, "scikit-learn is Optuna's, which does not declare it"
@@ -74,7 +75,7 @@ def test_lock_pins_every_dependency_with_hashes_and_names_no_place():
         assert "--hash=sha256:" in entry, entry[:80]
         pinned = Requirement(entry.split(" --hash")[0])
         pins.setdefault(pinned.name.lower(), []).append(str(pinned.specifier).removeprefix("=="))
-    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"] + PROJECT["optional-dependencies"]["tune"]:
+    for line in [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]:
         needed = Requirement(line)
         versions = pins[needed.name.lower()]
         assert all(needed.specifier.contains(version) for version in versions), f"{line}: run make lock"
@@ -220,3 +221,53 @@ def test_no_file_names_a_machine_s_folder_or_a_registry():
             text = path.read_text(encoding="utf-8", errors="replace")
             found += [f"{name}: {match.group().strip()}" for match in places.finditer(text) if path != Path(__file__)]
     assert found == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel of this checkout and return a folder with its content, as pip installs it."""
+    built, site = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(built)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (file,) = built.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(site)
+    return site
+
+
+def run_installed(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the package in ``site`` from ``folder``; the dependencies are this Python's."""
+    others = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and Path(place).resolve() != ROOT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *others])}
+    where = f"import runpy, headkd_ray; assert headkd_ray.__file__.startswith({str(site)!r}); "
+    code = where + f"runpy.run_module('headkd_ray.{arguments[0]}', run_name='__main__', alter_sys=True)"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments[1:]], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_wheel_has_the_package_and_the_jobs_and_nothing_else(wheel):
+    installed = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "headkd_ray").rglob("*.py")}
+    jobs = {path.relative_to(ROOT / "jobs").as_posix() for path in (ROOT / "jobs").rglob("*.*") if path.is_file()}
+    jobs = {f"headkd_ray/job_files/{name}" for name in jobs if not name.startswith("evidence/")}
+    assert {name for name in installed if not name.startswith("headkd_ray-")} == package | jobs
+
+
+def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
+    assert "--images IMAGES" in run_installed(wheel, tmp_path, "quickstart", "--help").stdout
+    listed = run_installed(wheel, tmp_path, "jobs")
+    assert "small/head" in listed.stdout.split(), listed.stderr
+    copied = run_installed(wheel, tmp_path, "jobs", "copy", "small/head")
+    assert copied.stdout.splitlines() == ["wrote jobs/small/head.yaml", "wrote jobs/job.schema.json"], copied.stderr
+    checked = run_installed(wheel, tmp_path, "train", "jobs/small/head.yaml", "--print-config")
+    assert (checked.returncode, checked.stderr) == (0, "") and "\nmethod: head\n" in checked.stdout
+
+
+@pytest.mark.slow
+def test_the_quickstart_of_the_wheel_runs_in_an_empty_folder(wheel, tmp_path):
+    smallest = ["optim.epochs=1", "optim.milestones=[]", "eval.every_epochs=1", "cluster.workers=0"]
+    done = run_installed(wheel, tmp_path, "quickstart", *smallest)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/quickstart/head/student/model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -135,6 +135,8 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
         return path if "://" in path else str((Path(start) / Path(path).expanduser()).absolute())
 
     paths = {"run.storage": job.run.storage, "data.train": job.data.train, "data.val": job.data.val}
+    if job.student.checkpoint is not None:
+        paths["student.checkpoint"] = job.student.checkpoint
     if Path(job.student.backbone.weights).suffix:  # a file, not none or timm
         paths["student.backbone.weights"] = job.student.backbone.weights
     if job.teacher is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,27 +87,35 @@ class Example:
     """Soft targets from a cache; None without a cache."""
 
 
-def collate(examples: Sequence[Example], step: int, pad: int, budget: int = 0) -> Batch:
+def collate(
+    examples: Iterable[Example], step: int, pad: int, budget: int = 0, sizes: Sequence[tuple[int, int]] | None = None
+) -> Batch:
     """Pad ``examples`` (at least one) to a common size, a multiple of ``pad`` pixels, and their targets, if all have any, to
     ``budget`` RoIs.
 
     It uses NumPy because in a prefetch thread each torch copy would start its own OpenMP team next to the training's.
+
+    Args:
+        sizes: heights and widths of the examples' images. With these, ``examples`` may be an iterator: each image is copied
+            while it is in the processor's cache, and its memory is free for the next one.
     """
-    count = len(examples)
-    sizes = np.array([example.image.shape[1:] for example in examples], dtype=np.int64)
-    height, width = (-(-int(side) // pad) * pad for side in sizes.max(axis=0))
+    if sizes is None:
+        examples = list(examples)
+        sizes = [(example.image.shape[1], example.image.shape[2]) for example in examples]
+    height, width = (-(-max(sides) // pad) * pad for sides in zip(*sizes, strict=True))
+    count = len(sizes)
+    images = np.empty((count, 3, height, width), dtype=np.uint8)
+    examples = [_placed(example, image, size) for example, image, size in zip(examples, images, sizes, strict=True)]
     most = max(1, max(len(example.boxes) for example in examples))
     targets = [example.targets for example in examples if example.targets is not None]
-    images = np.zeros((count, 3, height, width), dtype=np.uint8)
     boxes = np.zeros((count, most, 4), dtype=np.float32)
     labels = np.full((count, most), -1, dtype=np.int64)
     for i, example in enumerate(examples):
-        images[i, :, : sizes[i, 0], : sizes[i, 1]] = example.image
         boxes[i, : len(example.boxes)] = example.boxes
         labels[i, : len(example.labels)] = example.labels
     return Batch(
         images=torch.from_numpy(images),
-        sizes=torch.from_numpy(sizes),
+        sizes=torch.tensor(sizes, dtype=torch.int64),
         boxes=torch.from_numpy(boxes),
         labels=torch.from_numpy(labels),
         image_ids=torch.tensor([example.image_id for example in examples], dtype=torch.int64),
@@ -116,6 +124,16 @@ def collate(examples: Sequence[Example], step: int, pad: int, budget: int = 0) -
         step=step,
         targets=stack(targets, budget) if len(targets) == count else None,
     )
+
+
+def _placed(example: Example, padded: NDArray[np.uint8], size: tuple[int, int]) -> Example:
+    """Copy the example's image into ``padded``, uint8 (3, H, W), and return the example with the copy."""
+    height, width = size
+    image = padded[:, :height, :width]
+    image[:] = example.image
+    padded[:, :height, width:] = 0
+    padded[:, height:] = 0
+    return replace(example, image=image)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

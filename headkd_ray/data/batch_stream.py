@@ -92,8 +92,11 @@ class BatchMaker:
         if not pending.samples:
             idle = idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
             return idle if self.cache is None else replace(idle, targets=stack([self.cache.nothing()], self.cache.budget))
-        examples = [self.example(sample, view_number(pending.epoch, self.spec)) for sample in pending.samples]
-        return collate(examples, pending.step, self.spec.pad, self.cache.budget if self.cache else 0)
+        number = view_number(pending.epoch, self.spec)
+        views = [self.view(sample.image_id, number) for sample in pending.samples]
+        sizes = [view_size(*sample.size, view) for sample, view in zip(pending.samples, views, strict=True)]
+        examples = (self.example(sample, number, view) for sample, view in zip(pending.samples, views, strict=True))
+        return collate(examples, pending.step, self.spec.pad, self.cache.budget if self.cache else 0, sizes)
 
     def view(self, image_id: int, number: int) -> View:
         """Return the parameters of view ``number`` of the image."""
@@ -105,10 +108,10 @@ class BatchMaker:
         sizes = (view_size(*sample.size, self.view(sample.image_id, number)) for sample in pending.samples)
         return 3 * sum(height * width for height, width in sizes)
 
-    def example(self, sample: Sample, number: int) -> Example:
-        """Decode view ``number`` of an image. Raises DataError, CacheError."""
+    def example(self, sample: Sample, number: int, view: View) -> Example:
+        """Decode view ``number`` of an image, whose parameters are ``view``. Raises DataError, CacheError."""
         try:
-            image, boxes = apply_view(sample.pixels(), sample.boxes, self.view(sample.image_id, number))
+            image, boxes = apply_view(sample.pixels(), sample.boxes, view)
         except ValueError as error:
             raise DataError(f"image {sample.image_id} in the prepared shards: {error}; prepare the split again") from error
         targets = None

@@ -36,6 +36,42 @@ def left_out(reference: str, known: Sequence[str], who: str, names: Sequence[str
     ]
 
 
+def outputs_by_name(who: str, known: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Describe what becomes of the outputs of a detector with the ``known`` classes when they follow the data's ``classes``.
+
+    ``who`` is its name in messages: the teacher, the checkpoint.
+    """
+    fresh, unused = [n for n in classes if n not in known], [n for n in known if n not in classes]
+    alike = differing_in_case(who, known, classes)
+    return [
+        *([f"new weights for classes that {who} does not know: {listed(fresh, 100)}"] if fresh else []),
+        *([f"warning: not matched because the letter case differs: {', '.join(alike)}"] if alike else []),
+        *([f"left out because the data does not have them: {listed(unused)}"] if unused else []),
+    ]
+
+
+def check_common(who: str, known: Sequence[str], data: str, classes: Sequence[str], key: str) -> None:
+    """Raise DataError if a detector with the ``known`` classes knows none of the data's ``classes``.
+
+    ``who`` and ``data`` are their names in the message, and ``key`` is the job key that can name the detector's outputs.
+    """
+    if set(known) & set(classes):
+        return
+    alike = differing_in_case("the detector", known, classes)
+    case = f"; only the letter case differs for {', '.join(alike)}" if alike else ""
+    raise DataError(
+        f"{who} has {len(known)} classes, {data} has {len(classes)}; {difference(data, classes, who, known)}{case}; it must "
+        f"know at least one class of the data ({key} can name its outputs otherwise)"
+    )
+
+
+def differing_in_case(who: str, known: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Describe each of ``classes`` that is not among the ``known`` ones of ``who``, but would be in another letter case."""
+    spelled = {name.casefold(): name for name in known if name not in classes}
+    fresh = [name for name in classes if name not in known and name.casefold() in spelled]
+    return [f"{name!r} ({who}'s {spelled[name.casefold()]!r})" for name in fresh]
+
+
 def difference(reference: str, expected: Sequence[str], who: str, names: Sequence[str]) -> str:
     """Describe which class names only ``reference`` and only ``who`` has."""
     only_reference = [name for name in expected if name not in names]

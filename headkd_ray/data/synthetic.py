@@ -32,19 +32,19 @@ SIDES = (120, 152)
 """Range of an image's sides, in pixels."""
 OBJECTS = (3, 6)
 """Range of the number of objects per image."""
-DIAMETERS = (32.0, 120.0)
+DIAMETERS = (32.0, 140.0)
 """Range of an object's diameter, in pixels."""
 VISIBLE = 0.75
 """Smallest share of an object that stays visible."""
-TILT = math.pi / 12
+TILT = math.pi / 18
 """Largest rotation of an object in either direction, in radians."""
 OVERSAMPLE = 4
 """Masks are drawn this many times larger and averaged down."""
-CONTRAST = 90
+CONTRAST = 120
 """Smallest difference, in at least one of R, G, B, between an object's colour and the background beneath it."""
-NOISE = 7
+NOISE = 5
 """Amplitude of the pixel noise."""
-HAZE = 0.35
+HAZE = 0.5
 """Share of a uniform grey in the background, so that objects stand out."""
 QUALITY = 90
 """JPEG quality."""
@@ -74,7 +74,7 @@ def draw_dataset(folder: str | Path, *, train: int = 800, val: int = 200, seed: 
 def draw_splits(folder: Folder, *, train: int = 800, val: int = 200, seed: int = 0) -> None:
     """Draw the same data set as ``draw_dataset`` into a folder on any filesystem."""
     for name, count, first_id in (("train", train, 1), ("val", val, 1_000_001)):
-        info = {"description": f"drawn by headkd_ray.data.synthetic, split {name}, {count} images, seed {seed}, version 2"}
+        info = {"description": f"drawn by headkd_ray.data.synthetic, split {name}, {count} images, seed {seed}, version 3"}
         if _info(folder, f"{name}.json") != info:
             _draw_split(folder, name, count, first_id, seed, info)
 

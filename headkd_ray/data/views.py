@@ -89,7 +89,8 @@ def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[N
     new_height, new_width = view_size(height, width, view)
     if (new_height, new_width) != (height, width):
         # What torchvision's v2 ``resize`` runs, without torchvision's import (see images.py).
-        image = F.interpolate(image[None], size=(new_height, new_width), mode="bilinear", antialias=True)[0]
+        whole = _interleaved(image)
+        image = F.interpolate(whole, size=(new_height, new_width), mode="bilinear", antialias=True)[0, :3]
     pixels: NDArray[np.uint8] = image.numpy()
     scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float64)
     limit = np.array([new_width, new_height] * 2, dtype=np.float64)
@@ -102,3 +103,17 @@ def apply_view(image: Tensor, boxes: NDArray[np.float32], view: View) -> tuple[N
     if empty.any():
         raise ValueError(f"{int(empty.sum())} boxes without area at {new_width} x {new_height} px: {boxes[empty][:3].tolist()}")
     return pixels, shown
+
+
+def _interleaved(image: Tensor) -> Tensor:
+    """Return an image (3, H, W) as a batch of one whose memory is interleaved, where torch resizes without repacking it.
+
+    If the image's memory has 4 bytes a pixel, the fourth is a channel of the result: torch resizes 4 channels faster than 3.
+    """
+    height, width = image.shape[1:]
+    channels = 4 if image.stride() == (1, 4 * width, 4) else 3
+    if channels == 3:
+        image = image.permute(1, 2, 0).contiguous()
+    # With other strides of the batch's one-element axis torch would take the batch for planar, and its result would be.
+    strides = (channels * height * width, 1, channels * width, channels)
+    return image.as_strided((1, channels, height, width), strides)

@@ -11,8 +11,9 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.deploy.description import Description, describe
+from headkd_ray.deploy.exported import Exported
 from headkd_ray.deploy.latency import Latency, cores, measure, torch_threads
-from headkd_ray.deploy.networks import OnnxNetwork, TorchNetwork
+from headkd_ray.deploy.networks import TorchNetwork
 from headkd_ray.deploy.predictor import Predictor
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector, keeping
@@ -35,8 +36,8 @@ class Entrant:
     predictor: Predictor
     size: int
     """Size of its weights, or of its file, in bytes."""
-    content: bytes | None = None
-    """Content of its file; None = it is a checkpoint."""
+    file: Exported | None = None
+    """The exported file; None = it is a checkpoint."""
 
     @classmethod
     def of_checkpoint(cls, place: str, detector: AnyDetector, description: Description) -> Entrant:
@@ -45,16 +46,22 @@ class Entrant:
         return cls(place, "PyTorch", Predictor(TorchNetwork(detector, torch.device("cpu")), description), size)
 
     @classmethod
-    def of_file(cls, name: str, content: bytes) -> Entrant:
-        """Return the entrant of an ONNX file."""
-        network = OnnxNetwork(content, name)
+    def of_file(cls, file: Exported) -> Entrant:
+        """Return the entrant of an exported file."""
+        network = file.open()
+        runtime = "ONNX" if len(file.files) == 1 else "OpenVINO"
         predictor = Predictor(network, network.description)
-        return cls(name, f"ONNX {network.description.precision}", predictor, len(content), content)
+        return cls(file.path, f"{runtime} {network.description.precision}", predictor, file.size, file)
 
     @property
     def detects(self) -> bool:
         """Whether its outputs are detections, so that they can be scored."""
-        return self.predictor.description.outputs == "detections"
+        return self.file is None or self.predictor.description.outputs == "detections"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is a file whose outputs have to be the checkpoint's."""
+        return self.file is not None and self.predictor.description.precision == "float32"
 
     def latencies(self, images: Sequence[torch.Tensor]) -> dict[int, Latency]:
         """Time it on ``images`` (3, H, W) uint8, by number of threads: 1 and one a core."""
@@ -62,8 +69,8 @@ class Entrant:
         return {threads: self._latency(threads, batches) for threads in sorted({1, cores()})}
 
     def _latency(self, threads: int, batches: Sequence[Batch]) -> Latency:
-        if self.content is not None:
-            return measure(OnnxNetwork(self.content, self.name, threads).run, batches)
+        if self.file is not None:
+            return measure(self.file.open(threads).run, batches)
         with torch_threads(threads):
             return measure(self.predictor.network, batches)
 

@@ -1,8 +1,10 @@
-"""The ways to run a detector on a batch: in PyTorch, or an exported file in ONNX Runtime."""
+"""The ways to run a detector on a batch: in PyTorch, or an exported file in ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ from headkd_ray.deploy.description import Description, read_metadata
 from headkd_ray.deploy.extras import needs_extra
 from headkd_ray.detectors import Detector
 from headkd_ray.engine.evaluation import in_original_pixels
-from headkd_ray.errors import CheckpointError
+from headkd_ray.errors import CheckpointError, ExportError
 
 
 class Arrays(NamedTuple):
@@ -49,7 +51,37 @@ class TorchNetwork:
         return Arrays(boxes.cpu().numpy(), found.scores.float().cpu().numpy(), found.labels.cpu().numpy())
 
 
-class OnnxNetwork:
+class FileNetwork(ABC):
+    """An exported file, on the CPU."""
+
+    path: str
+    description: Description
+
+    def __call__(self, batch: Batch) -> Arrays:
+        return Arrays(*self.run(batch))
+
+    def run(self, batch: Batch) -> Sequence[NDArray[Any]]:
+        """Return the file's outputs, in its order.
+
+        Raises:
+            ExportError: its runtime cannot run it on this batch.
+        """
+        try:
+            return self._run(graph_inputs(batch))
+        except Exception as error:  # the runtimes' errors have no common base but this
+            node = re.search(r"running (\w+ node)\. Name:('[^']*')", str(error))
+            height, width = batch.images.shape[2:]
+            raise ExportError(
+                f"{self.path}: cannot be run on an input of {height} x {width} pixels "
+                f"({' '.join(node.groups()) if node else first_line(error)}); export it with a fixed input, --size H W"
+            ) from error
+
+    @abstractmethod
+    def _run(self, given: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        """Return the outputs for ``given`` inputs, of which the file may take some."""
+
+
+class OnnxNetwork(FileNetwork):
     """A file that ``headkd export`` wrote, in ONNX Runtime on the CPU."""
 
     def __init__(self, content: bytes, path: str, threads: int = 0) -> None:
@@ -63,22 +95,56 @@ class OnnxNetwork:
             import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; it warns of what its own optimiser does
+        options.log_severity_level = 4  # nothing: what goes wrong is raised
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common base but this
-            first = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{path}: ONNX Runtime cannot read this file ({first}); export it again") from error
-        self.description: Description = read_metadata(self._session.get_modelmeta().custom_metadata_map, path)
+            raise CheckpointError(
+                f"{path}: ONNX Runtime cannot read this file ({first_line(error)}); export it again"
+            ) from error
+        self.path = path
+        self.description = read_metadata(self._session.get_modelmeta().custom_metadata_map, path)
 
-    def __call__(self, batch: Batch) -> Arrays:
-        return Arrays(*self.run(batch))
-
-    def run(self, batch: Batch) -> Sequence[Any]:
-        """Return the file's outputs, in its order."""
-        given = graph_inputs(batch)
-        outputs: Sequence[Any] = self._session.run(None, {each.name: given[each.name] for each in self._session.get_inputs()})
+    def _run(self, given: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        taken = {each.name: given[each.name] for each in self._session.get_inputs()}
+        outputs: Sequence[NDArray[Any]] = self._session.run(None, taken)
         return outputs
+
+
+class OpenVinoNetwork(FileNetwork):
+    """A model that ``headkd export`` wrote, in OpenVINO on the CPU."""
+
+    def __init__(self, model: bytes, weights: bytes, path: str, threads: int = 0) -> None:
+        """Open the contents of a ``.xml`` and its ``.bin``; ``threads`` = 0 stands for one a core.
+
+        Raises:
+            CheckpointError: it is not an OpenVINO model, or headkd export did not write it.
+            ExportError: OpenVINO is not installed.
+        """
+        with needs_extra("openvino", f"{path}: running an OpenVINO model"):
+            import openvino
+        core = openvino.Core()
+        try:
+            read = core.read_model(model, weights)
+            settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+            self._compiled = core.compile_model(read, "CPU", settings)
+        except Exception as error:  # its errors have no common base but this
+            raise CheckpointError(f"{path}: OpenVINO cannot read this model ({first_line(error)}); export it again") from error
+        self.path = path
+        self.description = read_metadata(read.get_rt_info(RT_INFO).value if read.has_rt_info(RT_INFO) else {}, path)
+
+    def _run(self, given: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        found = self._compiled({each.any_name: given[each.any_name] for each in self._compiled.inputs})
+        return [found[each] for each in self._compiled.outputs]
+
+
+RT_INFO = "headkd_ray"
+"""Where an OpenVINO model keeps its description."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, for a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def graph_inputs(batch: Batch) -> dict[str, NDArray[Any]]:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.onnx.symbolic_helper import parse_args
 
 from headkd_ray.deploy.description import Description
-from headkd_ray.deploy.extras import needs_extra
 from headkd_ray.deploy.graph import DetectionGraph, GraphDetections, Inputs, RawGraph
+from headkd_ray.deploy.networks import first_line
 from headkd_ray.deploy.static_nms import REJECTED
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.errors import ExportError
@@ -24,13 +24,6 @@ OPSET = 19
 """The first with DeformConv, which RepPoints needs."""
 TRACED = 128
 """Least height and width of the example with which a graph is traced, in pixels; its sizes stay variable."""
-
-
-def check_packages() -> None:
-    """Raise ExportError if a package is missing that writing or running an ONNX file needs."""
-    with needs_extra("onnx", "--to onnx"):
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
 
 
 def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
@@ -70,8 +63,7 @@ def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
                     dynamic_axes=_variable(inputs, outputs, description),
                 )
         except Exception as error:  # the exporter's errors have no common base
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"--to onnx: torch cannot express this detector in ONNX ({first})") from error
+            raise ExportError(f"--to onnx: torch cannot express this detector in ONNX ({first_line(error)})") from error
         model = onnx.load(target)
     model.producer_name, model.producer_version = "headkd_ray", description.headkd_ray
     onnx.helper.set_model_props(model, description.as_metadata())

@@ -15,7 +15,8 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.images import FULL_RANGE, Reading, decode
 from headkd_ray.deploy.description import Description, describe
 from headkd_ray.deploy.detections import ImageDetections
-from headkd_ray.deploy.networks import Network, OnnxNetwork, TorchNetwork
+from headkd_ray.deploy.exported import SUFFIXES, Exported
+from headkd_ray.deploy.networks import Network, TorchNetwork
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.inference import batch_of
@@ -73,24 +74,20 @@ class Predictor:
 def load(
     path: str | os.PathLike[str], device: str | None = None, note: Callable[[str], object] = lambda note: None
 ) -> Predictor:
-    """Load a checkpoint or an exported ``.onnx`` file for detection.
+    """Load a checkpoint or an exported file for detection.
 
     Args:
-        path: a student's folder, an mmdet or torchvision file with class names, or an ``.onnx`` file; also a URI.
-        device: torch device of a checkpoint, as in ``"cuda:1"``; None = the first GPU, else the CPU. ONNX runs on the CPU.
+        path: a student's folder, an mmdet file with class names, or an exported ``.onnx`` or ``.xml`` file; also a URI.
+        device: torch device of a checkpoint, as in ``"cuda:1"``; None = the first GPU, else the CPU. Files run on the CPU.
         note: called with each sentence that the user should know about how the file was read.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another origin, does not name its classes, or was exported raw.
-        ExportError: it is an ``.onnx`` file and ONNX Runtime is not installed.
+        ExportError: it is an exported file whose runtime is not installed.
     """
     place = os.fspath(path)
-    if place.endswith(".onnx"):
-        folder, name = Folder.of_file(place, CheckpointError)
-        try:
-            network = OnnxNetwork(folder.read(name), place)
-        except OSError as error:
-            raise CheckpointError(f"{place}: cannot be read ({error.strerror or error})") from error
+    if place.endswith(SUFFIXES):
+        network = Exported.read(place).open()
         if network.description.outputs == "raw":
             raise CheckpointError(f"{place}: was exported with --raw and does not detect by itself; export it without --raw")
         return Predictor(network, network.description)

@@ -9,7 +9,7 @@ from typing import Any
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.deploy.description import Description
-from headkd_ray.deploy.networks import graph_inputs
+from headkd_ray.deploy.networks import first_line, graph_inputs
 from headkd_ray.errors import ExportError
 
 QUANTISED = ["Conv", "Gemm", "MatMul"]
@@ -55,8 +55,7 @@ def quantised(content: bytes, description: Description, batches: Iterator[Batch]
                 extra_options={"CalibMovingAverage": True},
             )
         except Exception as error:  # its errors have no common base
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"--to onnx-int8: ONNX Runtime cannot quantise this detector ({first})") from error
+            raise ExportError(f"--to onnx-int8: ONNX Runtime cannot quantise this detector ({first_line(error)})") from error
         model = onnx.load(target)
     model.producer_name, model.producer_version = "headkd_ray", description.headkd_ray
     onnx.helper.set_model_props(model, description.as_metadata())

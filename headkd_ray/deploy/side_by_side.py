@@ -13,7 +13,7 @@ from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.deploy.agreement import Agreement
 from headkd_ray.deploy.entrants import Entrant
 from headkd_ray.deploy.graph import RawGraph
-from headkd_ray.deploy.networks import OnnxNetwork, graph_inputs
+from headkd_ray.deploy.networks import FileNetwork, graph_inputs
 from headkd_ray.detectors import TwoStageDetector
 from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 from headkd_ray.engine.inference import batch_of
@@ -29,14 +29,13 @@ class Tried(NamedTuple):
 
     metrics: dict[str, CocoMetrics]
     """By the entrant's name."""
-    agreement: Agreement
-    """Of the file with the checkpoint."""
+    agreements: dict[str, Agreement]
+    """Of each exact file with the checkpoint, by its name."""
 
 
 def detect_side_by_side(
     entrants: Sequence[Entrant],
     scorings: Mapping[str, Scoring],
-    file: str | None,
     shards: ShardSet,
     limit: int | None,
     track: Track,
@@ -44,29 +43,29 @@ def detect_side_by_side(
     """Detect with all ``entrants`` on the first ``limit`` images of the split; None = all.
 
     Args:
-        entrants: the checkpoint, and others.
+        entrants: the checkpoint, then others.
         scorings: how each is scored, by its name.
-        file: name of the entrant whose detections are compared with the first one's; None = of none.
 
     Raises:
         DataError: an image of the split cannot be read.
     """
     entries: dict[str, list[dict[str, Any]]] = {entrant.name: [] for entrant in entrants}
-    agreement, image_ids = Agreement(), []
+    agreements = {entrant.name: Agreement() for entrant in entrants if entrant.exact}
+    image_ids = []
     for sample in track(shards.samples(limit)):
         pixels = pixels_of(sample)
         image_ids.append(sample.image_id)
         found = {entrant.name: entrant.predictor.detect(pixels) for entrant in entrants}
         for name, detections in found.items():
             entries[name] += detections.to_coco(sample.image_id, scorings[name].category_ids)
-        if file is not None:
-            agreement.add(found[entrants[0].name], found[file], sample.image_id)
+        for name, agreement in agreements.items():
+            agreement.add(found[entrants[0].name], found[name], sample.image_id)
     truth = shards.ground_truth()
     metrics = {name: coco_metrics(truth, found, image_ids, scorings[name].max_detections) for name, found in entries.items()}
-    return Tried(metrics, agreement)
+    return Tried(metrics, agreements)
 
 
-def raw_error(graph: RawGraph, file: OnnxNetwork, shards: ShardSet, limit: int | None, track: Track) -> float:
+def raw_error(graph: RawGraph, file: FileNetwork, shards: ShardSet, limit: int | None, track: Track) -> float:
     """Return the largest difference of the file's outputs from those of ``graph``, relative to the output's largest magnitude.
 
     Raises:

@@ -102,11 +102,15 @@ OutputsT = TypeVar("OutputsT", bound=DenseOutputs)
 class DenseHead(nn.Module, ABC, Generic[OutputsT]):
     """A head that predicts at every cell of every pyramid level, with ``num_classes`` sigmoid classes.
 
-    It detects, and it proposes RoIs to an assistant that is a RoI head. A subclass sets ``anchors``, and names its layer of
-    class logits ``cls_out`` (anchor-major), so that a checkpoint can be adapted to other classes.
+    It detects, and it proposes RoIs to an assistant that is a RoI head. A subclass sets ``anchors`` and the two towers, and
+    names its layer of class logits ``cls_out`` (anchor-major), so that a checkpoint can be adapted to other classes.
     """
 
     spec: DenseHeadSpec
+    cls_tower: nn.Sequential
+    """The convs in front of the class logits; see ``towers.py``."""
+    box_tower: nn.Sequential
+    """The convs in front of the boxes."""
     anchors: Anchors
     """The reference boxes of the cells; an anchor-free head has one square per cell."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.boxes import clip, decode
+from headkd_ray.detectors.ops.fixed_size import fixed_size
 from headkd_ray.detectors.ops.nms import pack
 from headkd_ray.detectors.ops.proposals import Proposals
 from headkd_ray.detectors.ops.rois import RoIs, sample_rois
@@ -72,7 +73,11 @@ def refine(head: BoxHead, said: StageOutput, sizes: Tensor) -> Proposals:
     """
     rois = said.rois
     kept = rois.from_proposal
-    boxes = moved(head, said.outputs, rois.boxes, rois.image, sizes, rois.labels)[kept]
+    boxes = moved(head, said.outputs, rois.boxes, rois.image, sizes, rois.labels)
+    if fixed_size(boxes):
+        boxes, cells, valid = (rows.unflatten(0, (len(sizes), -1)) for rows in (boxes, rois.cells, kept))
+        return Proposals(boxes, valid.float(), cells.masked_fill(~valid.unsqueeze(-1), -1), valid)
+    boxes = boxes[kept]
     fields = {"boxes": (boxes, 0), "cells": (rois.cells[kept], -1)}
     valid, packed = pack(rois.image[kept], len(sizes), len(boxes), fields)
     return Proposals(packed["boxes"], valid.float(), packed["cells"], valid)
@@ -87,9 +92,10 @@ def moved(
     A class-specific head uses the deltas of a RoI's class in ``labels`` (R,), or of its most likely class if it is background
     or unlabelled.
     """
-    likeliest = outputs.logits[:, :-1].argmax(1)
-    labels = likeliest if labels is None else torch.where(labels < head.num_classes, labels, likeliest)
-    boxes = decode(deltas_of(outputs, labels).float(), rois, head.spec.stds, head.spec.clamp_shrink)
+    classes = outputs.logits[:, :-1].argmax(1)
+    if labels is not None:
+        classes = torch.where((labels >= 0) & (labels < head.num_classes), labels, classes)
+    boxes = decode(deltas_of(outputs, classes).float(), rois, head.spec.stds, head.spec.clamp_shrink)
     return clip(boxes.unsqueeze(1), sizes[image]).squeeze(1)
 
 

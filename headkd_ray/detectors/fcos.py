@@ -15,7 +15,8 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
-from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum
+from headkd_ray.detectors.ops.fixed_size import constant
+from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum, mean_over_workers
 from headkd_ray.detectors.ops.matching import gather_rows, match_points
 from headkd_ray.detectors.ops.proposals import Found, best_pairs, flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -48,8 +49,8 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         corner = spec.points == "corner"
         square = AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,), rounding=corner)
         self.anchors = Anchors(square, strides, offset=0.0 if corner else 0.5)
-        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
-        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
         self.cls_out = nn.Conv2d(spec.channels, num_classes, 3, padding=1)
         self.box_out = nn.Conv2d(spec.channels, 4, 3, padding=1)
         self.centerness_out = nn.Conv2d(spec.channels, 1, 3, padding=1)
@@ -79,8 +80,9 @@ class FCOSHead(DenseHead[FCOSOutputs]):
     def losses(self, outputs: FCOSOutputs, truth: GroundTruth) -> Losses:
         """Compute the focal loss, the IoU loss weighted by the centerness targets, and the centerness cross entropy.
 
-        The first and the last are divided by max(1, positives in the batch), the second by the sum of its weights, on each
-        worker separately (mmdet's FCOS averages these over workers). All points count, even those in the padding (mmdet).
+        The first and the last are divided by max(1, positives in the batch), the second by the sum of its weights. Both
+        divisors are averaged over the workers of the run (mmdet), so that the gradients are those of one worker with all of
+        their images. All points count, even those in the padding (mmdet).
         """
         grid = self.anchors.grid(outputs.logits)
         low, high = self._ranges(grid)
@@ -97,12 +99,13 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
         predicted = decode_distances(torch.cat(flatten_cells(outputs.distances, 4), dim=1), grid.boxes)
         centerness = torch.cat(flatten_cells(outputs.centerness, 1), dim=1).squeeze(-1)
-        positives = positive.sum().clamp(min=1)
+        positives = mean_over_workers(positive.sum().float()).clamp(min=1)
+        weight = mean_over_workers(weights.sum()).clamp(min=1e-6)
         everywhere = torch.ones_like(positive)
         cls = focal_loss_sum(logits, target_labels, everywhere, self.spec.focal_alpha, self.spec.focal_gamma)
         return {
             "loss_cls": cls / positives,
-            "loss_box": iou_sum(predicted, target_boxes, weights, self.spec.box_loss) / weights.sum().clamp(min=1e-6),
+            "loss_box": iou_sum(predicted, target_boxes, weights, self.spec.box_loss) / weight,
             "loss_centerness": binary_cross_entropy_sum(centerness, target_centerness, positive) / positives,
         }
 
@@ -131,7 +134,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         The level is the one that boxes of its size belong to by ``regress_ranges``.
         """
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(1) * 0.5
-        level = torch.bucketize(reach, boxes.new_tensor(self.spec.regress_ranges))
+        level = torch.bucketize(reach, constant(self.spec.regress_ranges, boxes))
         return self.anchors.cells_around(boxes, level, [(m.shape[-2], m.shape[-1]) for m in outputs.logits])
 
     @torch.no_grad()

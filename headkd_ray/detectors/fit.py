@@ -10,8 +10,15 @@ from headkd_ray.errors import CheckpointError
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:
-    """Load ``tensors`` into ``module``; if they do not fit, raise as :func:`check_fit` does."""
+    """Load ``tensors`` into ``module``.
+
+    Raises CheckpointError if they do not fit (as :func:`check_fit` does), or if some have values that are not finite.
+    """
     check_fit(module, tensors, source, origin)
+    broken = {(origin or {}).get(name, name): count for name, tensor in tensors.items() if (count := _not_finite(tensor))}
+    if broken:
+        problems = [f"{name}: {count} are NaN or infinite" for name, count in broken.items()]
+        raise CheckpointError(problems, headline=f"{source}: its training has failed, or it is damaged; use another one:")
     module.load_state_dict({**module.state_dict(), **tensors})
 
 
@@ -32,6 +39,13 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, ori
     ]
     if problems:
         raise CheckpointError(problems, headline=f"{source}: {len(problems)} tensors do not fit the model")
+
+
+def _not_finite(tensor: Tensor) -> str | None:
+    """Return how many values are NaN or infinite, and of how many; None if there are none."""
+    if not tensor.is_floating_point() or tensor.isfinite().all():
+        return None
+    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values"
 
 
 def _shape(tensor: Tensor) -> str:

@@ -48,8 +48,8 @@ class GFLHead(DenseHead[GFLOutputs]):
     def __init__(self, spec: GFLHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int] = STRIDES) -> None:
         super().__init__(spec, in_channels, num_classes, strides)
         self.anchors = Anchors(AnchorSpec(base_scale=spec.base_scale, octave_scales=1, ratios=(1.0,)), strides)
-        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
-        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
         self.cls_out = nn.Conv2d(spec.channels, num_classes, 3, padding=1)
         self.box_out = nn.Conv2d(spec.channels, 4 * (spec.reg_max + 1), 3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)

@@ -55,8 +55,8 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         # Each cell has one square anchor with a side of one stride, whose centre is the cell's own point.
         self.anchors = Anchors(AnchorSpec(base_scale=1.0, octave_scales=1, ratios=(1.0,)), strides)
         width = spec.point_channels
-        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
-        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups)
+        self.cls_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
+        self.box_tower = tower(in_channels, spec.channels, spec.convs, spec.norm_groups, spec.conv_bias)
         self.init_conv = nn.Conv2d(spec.channels, width, 3, padding=1)
         self.init_out = nn.Conv2d(width, 2 * POINTS, 1)
         self.cls_conv = DeformConv2d(spec.channels, width, KERNEL, padding=KERNEL // 2, bias=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -14,6 +15,7 @@ from headkd_ray.detectors import init
 from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.boxes import area, clip, decode, encode, exceeds
+from headkd_ray.detectors.ops.fixed_size import constant, fixed_size
 from headkd_ray.detectors.ops.losses import cross_entropy_mean, l1_sum
 from headkd_ray.detectors.ops.proposals import Detections, suppress
 from headkd_ray.detectors.ops.rois import RoIs
@@ -39,11 +41,10 @@ def roi_levels(rois: Tensor, levels: int, finest_scale: float) -> Tensor:
 
 
 def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, image: Tensor, spec: RoIHeadSpec) -> Tensor:
-    """Pool the features of ``rois`` (R, 4), each from the level that fits its size: (R, C, pool, pool) float32.
-
-    The RoIs are sorted by level once, so that all levels together cost one host-device synchronisation.
-    """
+    """Pool the features of ``rois`` (R, 4), each from the level that fits its size: (R, C, pool, pool) float32."""
     level = roi_levels(rois, len(features), spec.finest_scale)
+    if fixed_size(rois):
+        return _pool_side_by_side(features, strides, rois, image, level, spec)
     order = (level * rois.shape[0] + torch.arange(rois.shape[0], device=level.device)).argsort()  # within a level, as they come
     rows = torch.cat([image.to(rois).unsqueeze(1), rois], dim=1)[order]
     counts = (level.unsqueeze(1) == torch.arange(len(features), device=level.device)).sum(0)
@@ -58,9 +59,26 @@ def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, 
     return torch.cat(pooled).index_select(0, order.argsort())
 
 
+def _pool_side_by_side(
+    features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, image: Tensor, level: Tensor, spec: RoIHeadSpec
+) -> Tensor:
+    """Pool as :func:`pool_rois` does, but from one map that shows all levels side by side, without sorting RoIs by ``level``.
+
+    The edges of each level are repeated around it, so that RoIAlign reads there what it reads at the edge of a map.
+    """
+    height = max(f.shape[-2] for f in features)
+    canvas = torch.cat([F.pad(f.float(), (1, 1, 1, 1 + height - f.shape[-2]), mode="replicate") for f in features], dim=-1)
+    starts = list(accumulate((f.shape[-1] + 2 for f in features), initial=1))[: len(features)]
+    scale = constant([1 / stride for stride in strides], rois)[level]
+    start = constant(starts, rois)[level]
+    boxes = rois * scale.unsqueeze(1) + torch.stack([start, torch.ones_like(start)], dim=1).repeat(1, 2)
+    rows = torch.cat([image.to(rois).unsqueeze(1), boxes], dim=1)
+    return roi_align(canvas, rows, spec.pool, 1.0, spec.sampling_ratio, spec.aligned)
+
+
 def deltas_of(outputs: BoxOutputs, labels: Tensor) -> Tensor:
-    """Select the deltas (R, 4) of each RoI for its class in ``labels`` (R,); which ones background gets is arbitrary."""
-    column = labels.clamp(max=outputs.deltas.shape[1] - 1)
+    """Select the deltas (R, 4) of each RoI for its class in ``labels`` (R,); which ones others get is arbitrary."""
+    column = labels.clamp(0, outputs.deltas.shape[1] - 1)
     return outputs.deltas.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
 
 
@@ -124,16 +142,16 @@ class BoxHead(RoIHead):
         return [StageOutput(rois, self(features, rois.boxes, rois.image))]
 
     def losses(self, outputs: Sequence[StageOutput]) -> Losses:
-        """Compute ``cls``, the cross entropy averaged over all R RoIs, and ``box``, the (smooth) L1 loss divided by R too.
+        """Compute ``cls``, the cross entropy averaged over all RoIs, and ``box``, the (smooth) L1 loss divided by their number.
 
         The latter counts positives alone, with the deltas of their own class.
         """
         ((rois, said),) = outputs
-        positive = rois.labels < self.num_classes
+        positive = (rois.labels >= 0) & (rois.labels < self.num_classes)
         # A RoI that a cascade moved off its image has no area, so it cannot be encoded; it is background.
         wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
         box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
-        return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / max(len(rois.labels), 1)}
+        return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / (rois.labels >= 0).sum().clamp(min=1)}
 
     def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
         return self(features, boxes, image), boxes

@@ -1,14 +1,17 @@
-"""Finding the state dict in a weight file's content, however it is wrapped and prefixed."""
+"""State dicts: finding one in a weight file's content, however it is wrapped and prefixed, and hashing one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from headkd_ray.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Digest
 
 State = dict[str, Tensor]
 _USUAL = ("state_dict", "model", "")
@@ -42,6 +45,13 @@ def meta_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return mmdet's ``meta`` beside the tensors, or an empty dict if there is none."""
     meta = content.get("meta")
     return dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def add_to_digest(digest: Digest, state: Mapping[str, Tensor]) -> None:
+    """Let ``digest``, one of hashlib's, take in the tensors: names, shapes, types and values."""
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
 
 
 def _parts(content: Mapping[str, Any]) -> dict[str, State]:

@@ -65,10 +65,10 @@ class AKD(Term):
 
     def distances(self, forward: StepForward) -> Losses:
         assistant, teacher = forward.comparison
-        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, strict=True)
+        pairs = zip(self.adapters, assistant.features.taps, teacher.taps, assistant.counted, strict=True)
         return {f"loss_akd_{i}": adapted_distance(self.distance, *pair) for i, pair in enumerate(pairs, start=1)}
 
 
-def adapter(own: int, theirs: int, maps: bool) -> nn.Module:
+def adapter(own: int, theirs: int, maps: bool, bias: bool = True) -> nn.Module:
     """Create a trainable layer from width ``own`` to ``theirs``: a 1x1 conv for ``maps``, a Linear for rows."""
-    return nn.Conv2d(own, theirs, 1) if maps else nn.Linear(own, theirs)
+    return nn.Conv2d(own, theirs, 1, bias=bias) if maps else nn.Linear(own, theirs, bias=bias)

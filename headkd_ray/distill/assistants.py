@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headkd_ray.detectors import DenseHead, RoIHead, RoIs, StageOutput
 from headkd_ray.detectors.base import Losses
@@ -27,6 +27,13 @@ class AssistantOutput(NamedTuple):
     features: HeadFeatures
     stages: Sequence[StageOutput]
     """The RoIs and outputs of each stage of a RoI head; empty for a dense head."""
+
+    @property
+    def counted(self) -> list[Tensor | None]:
+        """For each of ``features.taps``, the mask (R,) of the rows that are not padding; None = all of it counts."""
+        if not self.stages:
+            return [None] * len(self.features.taps)
+        return [rois.counted for rois, outputs in self.stages for _ in outputs.taps]
 
     def rois(self, student: StudentForward) -> RoIs | None:
         """Return the RoIs whose rows are the student's lead or ``features.lead``, or None if both are maps."""

@@ -6,6 +6,8 @@ import torch
 
 from headkd_ray.detectors import DenseDetector, RoIs
 from headkd_ray.detectors.head_features import HeadFeatures
+from headkd_ray.detectors.ops.fixed_size import fixed_size
+from headkd_ray.detectors.ops.rois import marked, places
 from headkd_ray.distill.student import StudentForward
 from headkd_ray.soft_targets import SoftTargets
 
@@ -21,14 +23,17 @@ def chosen_rois(targets: SoftTargets, forward: StudentForward) -> RoIs:
     assert isinstance(student, DenseDetector)  # the job's own checks
     cells = student.head.nearest_cells(forward.outputs, targets.boxes.flatten(0, 1)).unflatten(0, targets.truth.shape)
     cells = cells.masked_fill(targets.truth.unsqueeze(-1), -1)
-    image, place = targets.valid.nonzero(as_tuple=True)
+    padded = fixed_size(cells)
+    image, place = places(targets.valid, padded)
     boxes = targets.boxes[image, place]
     background = torch.full_like(image, student.num_classes)
-    return RoIs(boxes, image, cells[image, place], labels=background, targets=boxes)
+    rois = RoIs(boxes, image, cells[image, place], labels=background, targets=boxes)
+    return marked(rois, targets.valid) if padded else rois
 
 
 def chosen_features(targets: SoftTargets) -> HeadFeatures:
     """Return the teacher's features at :func:`chosen_rois`, row for row."""
-    rows = targets.taps.transpose(1, 2)[targets.valid]  # (R, L, D)
+    rows = targets.taps.transpose(1, 2)  # (B, K, L, D)
+    rows = rows.flatten(0, 1) if fixed_size(rows) else rows[targets.valid]
     taps = list(rows.unbind(1))
     return HeadFeatures(taps, taps[-1])

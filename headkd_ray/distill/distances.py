@@ -38,12 +38,24 @@ DISTANCES: dict[str, Distance] = {"mse": mean_squared_error, "pearson": pearson}
 """The distances by their names in a job's ``distill.distance``."""
 
 
-def adapted_distance(distance: Distance, adapt: nn.Module, own: Tap, theirs: Tap) -> Tensor:
+def distance_of_counted(distance: Distance, own: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the ``distance``, which must be a mean over rows, of those rows of ``own`` and ``target`` (R, C) that count.
+
+    ``counted`` (R,) says which; None = all. The distance of no rows is 0.
+    """
+    if counted is None:
+        return distance(own, target)
+    # A row that equals its target adds nothing to the mean, and gets no gradient.
+    rows = torch.where(counted.unsqueeze(1), own, target.detach())
+    return distance(rows, target) * (len(rows) / counted.sum().clamp(min=1))
+
+
+def adapted_distance(distance: Distance, adapt: nn.Module, own: Tap, theirs: Tap, counted: Tensor | None = None) -> Tensor:
     """Return the ``distance`` of ``own``, adapted, from ``theirs``, which gets no gradient.
 
     They are rows (R, C) and (R, C'), or maps (B, C, H, W) and (B, C', H, W) whose distances are summed over levels. Rows of
-    ground-truth boxes count like any other.
+    ground-truth boxes count like any other; with ``counted`` (R,), only rows that are True do.
     """
     if isinstance(own, Tensor) and isinstance(theirs, Tensor):
-        return distance(adapt(own), theirs)
+        return distance_of_counted(distance, adapt(own), theirs, counted)
     return torch.stack([distance(adapt(o), t) for o, t in zip(own, theirs, strict=True)]).sum()

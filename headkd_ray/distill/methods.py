@@ -15,6 +15,7 @@ from headkd_ray.distill.copying import copy_weights
 from headkd_ray.distill.fitnet import FitNet
 from headkd_ray.distill.model import TrainingModel
 from headkd_ray.distill.pkd import PKD
+from headkd_ray.distill.start import Start
 from headkd_ray.distill.terms import AssistantPlan, Parts, Term
 from headkd_ray.errors import JobError
 from headkd_ray.job import METHODS, Job, RoIHeadSpec
@@ -27,25 +28,29 @@ ASSIST = "assist"
 """Name of the single assistant of all methods but tf_head, as in ``loss_assist_cls``."""
 
 
-def build_training_model(job: Job, num_classes: int, teacher: Detector | None, steps_per_epoch: int) -> TrainingModel:
+def build_training_model(
+    job: Job, num_classes: int, teacher: Detector | None, steps_per_epoch: int, start: Start | None = None
+) -> TrainingModel:
     """Build the student of ``job`` with its assistants and terms, freshly initialised from torch's default generator.
 
-    ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` counts optimizer steps. Raises JobError
-    if student, teacher and method do not fit together.
+    ``teacher`` must be given exactly when ``job.method`` has one; ``steps_per_epoch`` counts optimizer steps. ``start`` is the
+    detector that the student starts from, if there is one. Raises JobError if student, teacher and method do not fit together.
     """
     kinds = [TERMS[name] for name in terms_of(job)]
     problems = _problems(job, num_classes, teacher, kinds)
     if problems:
         raise JobError(problems)
     student = build_detector(job.student, num_classes)
+    if start is not None:
+        start.load_into(student)
     plans = assistant_plans(job, teacher) if "assistant" in METHODS[job.method].terms else {}
     assistants: dict[str, Assistant] = {}
     parts = Parts(job, student, teacher, assistants, plans, steps_per_epoch)
     terms: list[Term] = []
     for name, plan in plans.items():  # an assistant before its adapters: seeded runs draw initial weights in this order
         assistants[name] = _assistant(plan, student, teacher, copy=job.distill.copy_head)
-        terms += [kind.build(parts, name) for kind in kinds if kind.per_assistant]
-    terms += [kind.build(parts, "") for kind in kinds if not kind.per_assistant]
+        terms += [term for kind in kinds if kind.per_assistant for term in kind.build_all(parts, name)]
+    terms += [term for kind in kinds if not kind.per_assistant for term in kind.build_all(parts, "")]
     return TrainingModel(student, assistants, terms, teacher if _in_the_step(job, terms) else None)
 
 

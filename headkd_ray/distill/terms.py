@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -73,6 +73,11 @@ class Term(nn.Module, ABC):
     @abstractmethod
     def build(cls, parts: Parts, assistant: str) -> Term:
         """Build the term of a job with fresh adapters, for the ``assistant`` of that name if it is ``per_assistant``."""
+
+    @classmethod
+    def build_all(cls, parts: Parts, assistant: str) -> Sequence[Term]:
+        """Build all terms of this class that a job has for ``assistant``: one, unless a subclass says otherwise."""
+        return [cls.build(parts, assistant)]
 
     @classmethod
     def problems(cls, job: Job, teacher: Detector | None) -> list[str]:

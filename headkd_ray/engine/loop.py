@@ -16,7 +16,7 @@ import headkd_ray
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights.native import save_detector
-from headkd_ray.distill import build_training_model
+from headkd_ray.distill import build_training_model, load_start
 from headkd_ray.engine.checkpoint import (
     METRICS_FILE,
     SCORE,
@@ -40,6 +40,7 @@ from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
 from headkd_ray.teacher.loading import load_teacher
+from headkd_ray.text import masked
 
 
 def fit(
@@ -61,7 +62,7 @@ def fit(
 
     Raises:
         TrainingError: the loss is not finite.
-        CheckpointError: the checkpoint or the teacher does not fit this job.
+        CheckpointError: the checkpoint, the teacher or student.checkpoint does not fit this job.
         DataError: a shard cannot be read.
         DiskError: a checkpoint or the log cannot be written.
         DeviceMemoryError: a step or an evaluation needs more memory than is available.
@@ -72,19 +73,25 @@ def fit(
     steps_per_epoch = streams.micro_batches_per_epoch // accumulate
     torch.manual_seed(job.run.seed)  # the weights of classes that the teacher does not know are drawn at random
     teacher = load_teacher(job, classes)
-    torch.manual_seed(job.run.seed)  # again, so that the student's initial weights do not depend on the teacher
-    model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch)
     global_batch = job.data.batch_size * streams.ranks_in_all * accumulate
-    state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
-    state.soft_teacher, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, distributed.device)
     total_steps = steps_per_epoch * job.optim.epochs
     last: Record = {}
+    notes: list[str] = []
     with checkpoints.latest() as folder:
+        start = load_start(job, classes) if folder is None else None
+        torch.manual_seed(job.run.seed)  # again, so that initial weights do not depend on what was loaded
+        model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch, start)
+        state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
         if folder is not None:
             restore(state, folder, order_key(streams))
             last = scores_of(folder)
+        elif start is not None:
+            state.start = {"checkpoint": masked(str(job.student.checkpoint)), "fingerprint": start.fingerprint}
+            notes.append(masked(start.note))
+        del start  # its weights are not needed any more
+    state.soft_teacher, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, distributed.device)
     sink = open_sink(state.step) if distributed.rank == 0 else _nowhere
-    notes = list(checkpoints.notes)
+    notes = [*checkpoints.notes, *notes]
     if teacher is not None and teacher.note is not None and state.step == 0:
         notes.append(teacher.note)
     if state.step == 0:
@@ -135,7 +142,7 @@ def save(state: Learner, folder: Path, order: dict[str, Any]) -> None:
     """Write the training state that a resumed run needs."""
     members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema")}
     tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
-    save_state(folder, {"step": state.step, "order": order, **tensors})
+    save_state(folder, {"step": state.step, "order": order, "start": state.start, **tensors})
 
 
 def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
@@ -161,6 +168,7 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
             ]
         )
     state.step = saved["step"]
+    state.start = saved.get("start")
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scheduler.load_state_dict(saved["scheduler"])
@@ -245,6 +253,7 @@ def keep(
         "method": job.method,
         "run": job.run.name,
         "step": state.step,
+        **({} if state.start is None else {"start": state.start}),
         "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
         "max_detections": job.eval.max_detections,
         "category_ids": list(streams.train_set.meta.category_ids),

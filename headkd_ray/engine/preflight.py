@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 import torch
 
@@ -12,7 +13,8 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import extreme_sizes
 from headkd_ray.detectors.backbone_trial import backbone_problems
 from headkd_ray.distill import build_training_model
-from headkd_ray.engine.run import check_run
+from headkd_ray.distill.start import Start, load_start
+from headkd_ray.engine.run import check_run, finished, is_started, run_folder
 from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
@@ -38,21 +40,41 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], object]] = [
-        lambda: check_run(job, {f"data.{name}": split.meta.fingerprint for name, split in splits.items()})
-    ]
+    checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits))]
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}
         checks.append(lambda: check_same_range(ranges))
+    checks.append(lambda: _check_start(job, splits.get("train")))
     checks.append(lambda: _build(job, splits.get("train")))
     for check in checks:
         try:
             check()
         except UserError as error:
             problems += error.problems if error.headline is None else [str(error)]
+    problems = list(dict.fromkeys(problems))  # two checks may meet the same one
     if problems:
         raise UserError(problems, headline=f"run {job.run.name} cannot start:" if len(problems) > 1 else None)
+
+
+def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
+    """Return the fingerprints of the splits and, if the run has ended, of student.checkpoint, by their job keys."""
+    found = {f"data.{name}": split.meta.fingerprint for name, split in splits.items()}
+    with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
+        if finished(run_folder(job)) is not None and (start := _start(job, None)) is not None:
+            found["student.checkpoint"] = start.fingerprint
+    return found
+
+
+def _check_start(job: Job, shards: ShardSet | None) -> None:
+    """Check student.checkpoint, unless the run has been started before: it was checked then, and may not be needed again."""
+    if not is_started(job):
+        _start(job, None if shards is None else shards.meta.classes)
+
+
+def _start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
+    with torch.random.fork_rng(devices=[]):  # as in _build
+        return load_start(job, classes)
 
 
 def _build(job: Job, shards: ShardSet | None) -> None:

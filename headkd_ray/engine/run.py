@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from headkd_ray.detectors.weights.native import CARD
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact
 from headkd_ray.engine.files import read_json, writing
 from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard, flattened
@@ -37,11 +38,19 @@ def run_folder(job: Job) -> Folder:
     return Folder.open(job.run.storage) / job.run.name
 
 
+def is_started(job: Job) -> bool:
+    """Return whether a run of the job's name exists; False if run.storage cannot be used, which ``check_run`` reports."""
+    try:
+        return run_folder(job).has(JOB_FILE)
+    except StorageError:
+        return False
+
+
 def check_run(job: Job, data: dict[str, str] | None = None) -> None:
     """Check that the job can start its run or resume it, leaving nothing behind.
 
     Args:
-        data: fingerprint of each split that could be read, by its key (data.train, data.val).
+        data: fingerprint of each split, and of student.checkpoint, that could be read, by its key (data.train, data.val).
 
     Raises:
         StorageError: run.storage is not writable, no filesystem serves it, or the run's own files are damaged.
@@ -68,7 +77,7 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
     if result is not None:
         trained = result.get("data", {})  # missing in results of earlier versions
         differing += [
-            f"{key}: the run {folder.uri} has ended, and was trained on different data (fingerprint {str(trained[key])[:12]}, "
+            f"{key}: the run {folder.uri} has ended, and {_differs(key)} (fingerprint {str(trained[key])[:12]}, "
             f"now {now[:12]}); choose another run.name"
             for key, now in (data or {}).items()
             if trained.get(key, now) != now
@@ -81,6 +90,10 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
         )
     if differing:
         raise JobError(differing)
+
+
+def _differs(key: str) -> str:
+    return "was trained on different data" if key.startswith("data.") else "started from different weights"
 
 
 def _recorded(folder: Folder) -> dict[str, Any]:
@@ -127,7 +140,7 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
 
     Args:
         ranking: the run's checkpoints, the best first. Damaged ones are skipped.
-        data: fingerprint of each split by its key.
+        data: fingerprint of each split by its key. That of ``student.checkpoint`` is added, if the student had one.
         tell: receives a note about each checkpoint that is skipped.
 
     Raises:
@@ -144,10 +157,17 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
             "best": read_json(best, METRICS_FILE, CheckpointError, "the checkpoint is damaged"),
             "last": last,
             "student": student.address,
-            "data": data,
+            "data": {**data, **_start_of(best)},
         }
         folder.write(RESULT_FILE, masked(json.dumps(result, indent=1)).encode())
     return result
+
+
+def _start_of(checkpoint: Folder) -> dict[str, str]:
+    """Return the fingerprint of the weights that a checkpoint's student started from, by its job key; empty if it had none."""
+    card = read_json(checkpoint / STUDENT_FOLDER, CARD, CheckpointError, "the checkpoint is damaged")
+    start = card.get("meta", {}).get("start")
+    return {} if start is None else {"student.checkpoint": start["fingerprint"]}
 
 
 @contextmanager

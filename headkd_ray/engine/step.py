@@ -33,6 +33,8 @@ class Learner:
     """Moving average of the student's weights."""
     ddp: DistributedDataParallel | None = None
     """Wraps ``model`` if several processes train it."""
+    start: dict[str, str] | None = None
+    """The detector that the student started from: its ``checkpoint`` and the ``fingerprint`` of its weights; None = fresh."""
     soft_teacher: SoftTeacher | None = None
     """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.detectors.rpn import RPN
 from headkd_ray.golden.compare import VALUES
 from headkd_ray.golden.file import Golden
+from headkd_ray.golden.rows import nearest_rows, positions
 from headkd_ray.job import SamplerSpec
 
 ALL = SamplerSpec(size=1 << 20, positive_fraction=1.0)
@@ -34,9 +35,10 @@ class AnchorsWithin(Anchors):
 
 
 def own_losses(
-    golden: Golden, x: Tensor, names: Mapping[str, str], head: DenseHead[Any] | RPN, compute: Callable[[], dict[str, Tensor]]
+    golden: Golden, x: Tensor, head: DenseHead[Any] | RPN, compute: Callable[[], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the losses of ``head`` from ``compute``, and notes on where anchors were valid if not by the official rule.
+    """Return the losses of ``head`` from ``compute``, by their official names, and notes on where anchors were valid if not by
+    the official rule.
 
     The optional array ``pad_sizes`` (B, 2) gives the valid extents. Without it each image counts as padded by itself (the
     official rule), unless this misses the file's losses and padding to the batch's shape reproduces them.
@@ -51,11 +53,11 @@ def own_losses(
 
     if golden.has("pad_sizes"):
         stated = within(golden.tensor("pad_sizes").long().to(x.device))
-        return stated, {names[key]: "anchors valid as pad_sizes says" for key in stated}
+        return stated, dict.fromkeys(stated, "anchors valid as pad_sizes says")
     wanted = golden.scalars("losses_json")
 
     def meets(losses: dict[str, Tensor]) -> bool:
-        pairs = [(float(loss.detach()), wanted[names[key]]) for key, loss in losses.items() if names[key] in wanted]
+        pairs = [(float(loss.detach()), wanted[name]) for name, loss in losses.items() if name in wanted]
         return all(abs(ours - theirs) <= VALUES * abs(theirs) for ours, theirs in pairs)
 
     usual = compute()
@@ -64,11 +66,11 @@ def own_losses(
         other = within(batch_wide)
         if meets(other):
             note = "anchors valid in the whole batch's shape, not in each image's own padding"
-            return other, {names[key]: note for key in other}
+            return other, dict.fromkeys(other, note)
     return usual, {}
 
 
-def golden_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_classes: int, positive_iou: float) -> RoIs:
+def own_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_classes: int, positive_iou: float) -> RoIs:
     """Return the candidates that the file chose, in the official order.
 
     All of ours are returned if the file names none, or one that was not proposed. Where a near-tie in NMS has kept other
@@ -89,6 +91,44 @@ def golden_rois(golden: Golden, proposals: Proposals, truth: GroundTruth, num_cl
                 break
     positive = pool.matched >= 0
     return choose(pool, sample(positive & allowed, ~positive & allowed, ALL), truth, num_classes)
+
+
+def file_rois(golden: Golden, own: RoIs) -> RoIs:
+    """Return the RoIs of the file, with its boxes and in its order, with their labels and cells as ``own`` has them.
+
+    Features and losses at its boxes do not suffer from the rounding of proposals, which are compared by themselves. Boxes that
+    the file does not have are those of ``own``, and so are all RoIs if the file has others.
+    """
+    place = places_of_rois(golden, own)
+    if place is None:
+        return own
+    ordered = RoIs(*(field[place.to(field.device)] for field in own))
+    tables = golden.per_image("rois", len(golden.tensor("images")))
+    if tables is None or sum(map(len, tables)) != len(place):
+        return ordered
+    return ordered._replace(boxes=torch.cat([table[:, :4] for table in tables]).float().to(own.boxes.device))
+
+
+def places_of_rois(golden: Golden, own: RoIs) -> Tensor | None:
+    """Find each RoI of the file in ``own``: (R,) int64 on the CPU, or None if some are not there.
+
+    They are told by their ids, or in a file without ids by their boxes. A file without either has those of ``own``.
+    """
+    image = own.image.cpu()
+    if golden.has("roi_ids"):
+        found = positions(torch.cat([image[:, None], own.cells.cpu()], dim=1), golden.tensor("roi_ids").long())
+        return None if found is None or bool((found < 0).any()) else found
+    tables = golden.per_image("rois", len(golden.tensor("images")))
+    if tables is None:
+        return torch.arange(len(image))
+    places = []
+    for i, table in enumerate(tables):
+        rows = (image == i).nonzero().flatten()
+        nearest = nearest_rows(own.boxes.detach().cpu()[rows], table[:, :4])
+        if nearest is None:
+            return None
+        places.append(rows[nearest])
+    return torch.cat(places)
 
 
 def _file_candidates(golden: Golden, truth: GroundTruth, positive_iou: float) -> Candidates | None:

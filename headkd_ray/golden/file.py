@@ -62,9 +62,10 @@ class Golden:
                 elif self._arrays[key].shape[1:] != tail:
                     problems.append(f"{key}: shape {self._arrays[key].shape}")
         for key in self.keys(r"\w+_json"):
+            kind, wanted = (list, "a JSON list") if key == "frozen_json" else (dict, "a JSON object")
             try:
-                if not isinstance(json.loads(str(self._arrays[key])), dict):
-                    problems.append(f"{key}: not a JSON object")
+                if not isinstance(json.loads(str(self._arrays[key])), kind):
+                    problems.append(f"{key}: not {wanted}")
             except json.JSONDecodeError as error:
                 problems.append(f"{key}: not JSON: {error}")
         return problems
@@ -77,16 +78,21 @@ class Golden:
         return [key for key in self._arrays if re.fullmatch(pattern, key)]
 
     def tensor(self, key: str) -> Tensor:
-        """Return one array as a tensor."""
+        """Return one array as a tensor; float16, which a file may have where it is exact, as float32."""
         self._used.add(key)
-        return torch.from_numpy(np.array(self._arrays[key]))
+        tensor = torch.from_numpy(np.array(self._arrays[key]))
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
 
     def scalars(self, key: str) -> dict[str, float]:
         """Return a JSON object of numbers; empty if the file has none."""
+        return {str(name): float(value) for name, value in (self.json(key) or {}).items()}
+
+    def json(self, key: str) -> Any:
+        """Return a JSON value; None if the file has none of this name."""
         if not self.has(key):
-            return {}
+            return None
         self._used.add(key)
-        return {str(name): float(value) for name, value in json.loads(str(self._arrays[key])).items()}
+        return json.loads(str(self._arrays[key]))
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """Return all tensors under ``prefix/``, by names without it."""

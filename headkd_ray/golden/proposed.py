@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headkd_ray.detectors import Proposals
 from headkd_ray.detectors.ops.anchors import Anchors
-from headkd_ray.detectors.ops.boxes import clip, decode
+from headkd_ray.detectors.ops.boxes import clip
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.job import ProposalSpec
 
@@ -35,13 +35,15 @@ class Proposed:
         proposals: Proposals,
         rules: ProposalSpec,
         scores: Sequence[Tensor],
-        deltas: Sequence[Tensor],
+        predicted: Sequence[Tensor],
+        decode: Callable[[Tensor, Tensor], Tensor],
         anchors: Anchors,
         sizes: Tensor,
     ) -> Proposed:
-        """Build it from a head's maps: ``scores`` (B, A, H, W) in 0..1 and ``deltas`` (B, A * 4, H, W) per level."""
+        """Build it from a head's maps: ``scores`` (B, A, H, W) in 0..1 and ``predicted`` (B, A * 4, H, W) per level, which
+        ``decode`` turns with their anchors into boxes."""
         grid = anchors.grid(scores)
-        boxes = clip(decode(torch.cat(flatten_cells(deltas, 4), dim=1).detach(), grid.boxes), sizes)
+        boxes = clip(decode(torch.cat(flatten_cells(predicted, 4), dim=1).detach().float(), grid.boxes), sizes)
         flat = torch.cat(flatten_cells(scores, 1), dim=1).squeeze(-1).detach()
         return cls(proposals, rules, boxes, flat, grid.shapes, anchors.per_cell)
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import Detections
+from headkd_ray.detectors import Detections, RoIs, StageOutput
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.golden.compare import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
+from headkd_ray.golden.conventions import places_of_rois
 from headkd_ray.golden.file import Golden
+from headkd_ray.golden.initial import compare_frozen, compare_initial
 from headkd_ray.golden.replay import Replay, replay
 from headkd_ray.golden.rows import compare_detections, compare_proposals, positions
 
 
 def check(golden: Golden, run: Replay) -> Iterator[Row]:
     """Compare all quantities, in the order of the computation."""
-    yield from _best(
-        _pyramid(golden, "student", f, note) for note, f in [("", run.features), *((n, f) for n, f, _ in run.evaluations)]
-    )
-    yield from _pyramid(golden, "teacher", run.teacher_features)
+    yield from _initial(golden, run)
+    student, teacher = run.student.detector, run.teacher.detector if run.teacher else None
+    pyramids = [("", run.step.features), *((note, features) for note, features, _ in run.evaluations)]
+    yield from _best(_pyramid(golden, "student", student, features, note) for note, features in pyramids)
+    if teacher is not None:
+        yield from _pyramid(golden, "teacher", teacher, run.teacher_features)
     yield from _proposals(golden, run)
     yield from _rois(golden, run)
     yield from _losses(golden, run)
@@ -44,14 +49,26 @@ def _best(attempts: Iterable[list[Row]]) -> list[Row]:
     return tried[0] if tried else []
 
 
-def _pyramid(golden: Golden, who: str, features: list[Tensor], note: str = "") -> list[Row]:
-    rows = []
-    levels = {int(key.rsplit("P", 1)[1]): key for key in golden.keys(rf"{who}_fpn/P\d+")}
-    finest = min(levels, default=0)
-    for level, key in sorted(levels.items()):
-        place = level - finest
+def _initial(golden: Golden, run: Replay) -> Iterator[Row]:
+    wanted = golden.json("init_json")
+    if wanted is not None:
+        copied = [] if run.teacher is None else [key for key in run.assistants if key not in run.initial]
+        yield compare_initial(wanted, run.initial, copied)
+    wanted = golden.json("frozen_json")
+    if wanted is not None:
+        yield compare_frozen(wanted, run.frozen)
+
+
+def _pyramid(golden: Golden, who: str, detector: AnyDetector, features: list[Tensor], note: str = "") -> list[Row]:
+    """Compare the levels that the file has, named by their number from 0 or, as P3, by the logarithm of their stride."""
+    rows, finest = [], int(math.log2(detector.strides[0]))
+    levels = {}
+    for key in golden.keys(rf"{who}_fpn/P?\d+"):
+        name = key.rpartition("/")[2]
+        levels[int(name[1:]) - finest if name.startswith("P") else int(name)] = key
+    for place, key in sorted(levels.items()):
         wanted = golden.tensor(key)
-        if place < len(features):
+        if 0 <= place < len(features):
             rows.append(compare(key, features[place], wanted, note=note))
         else:
             rows.append(failure(key, f"we have {len(features)} levels"))
@@ -59,87 +76,82 @@ def _pyramid(golden: Golden, who: str, features: list[Tensor], note: str = "") -
 
 
 def _proposals(golden: Golden, run: Replay) -> Iterator[Row]:
-    if run.proposed is None:
+    proposed = run.step.proposed
+    if proposed is None:
         return
-    for i, wanted in enumerate(golden.per_image("proposals", len(run.proposed.boxes)) or []):
-        yield compare_proposals(f"proposals/{i}", run.proposed, i, wanted)
+    for i, wanted in enumerate(golden.per_image("proposals", len(proposed.boxes)) or []):
+        yield compare_proposals(f"proposals/{i}", proposed, i, wanted)
 
 
 def _rois(golden: Golden, run: Replay) -> Iterator[Row]:
-    """Compare the RoIs and everything with one row per RoI, after reordering ours by identity to match the golden's."""
-    rois = run.rois
-    if rois is None:
-        return
-    ids = torch.cat([rois.image[:, None], rois.cells], dim=1)
-    place = torch.arange(len(ids))
+    """Compare the RoIs, ours against the file's, and then what is computed at the file's: all features, row by row or level by
+    level."""
+    own, rois = run.step.own_rois, run.step.rois
+    if own is not None and rois is not None:
+        place = places_of_rois(golden, own)
+        if place is None:
+            yield from _other_rois(golden, own)
+            return
+        if golden.has("roi_ids"):
+            moved = int((place != torch.arange(len(place))).sum())
+            ids = torch.cat([own.image[:, None], own.cells], dim=1)
+            note = f"{moved} rows in another order" if moved else ""
+            yield compare("roi_ids", ids[place], golden.tensor("roi_ids").long(), note=note)
+        for i, wanted in enumerate(golden.per_image("rois", int(golden.tensor("images").shape[0])) or []):
+            yield compare(f"rois/{i}", own.boxes[place][own.image[place] == i], wanted[:, :4])
+    for key in golden.keys(r"tensor/.+"):
+        name, _, level = key.removeprefix("tensor/").partition("/")
+        ours = _named(run, name, level)
+        if ours:
+            yield min((_rows(key, each, golden.tensor(key)) for each in ours), key=lambda row: not row.passed)
+
+
+def _other_rois(golden: Golden, own: RoIs) -> Iterator[Row]:
+    """Say that the file has RoIs that are not among ours, and that nothing at RoIs can be compared."""
     if golden.has("roi_ids"):
         wanted = golden.tensor("roi_ids").long()
-        found = positions(ids, wanted)
-        if found is None or (found < 0).any() or len(wanted) != len(ids):
-            absent = len(wanted) if found is None else int((found < 0).sum())
-            yield failure("roi_ids", f"{absent} of {len(wanted)} golden RoIs are not among our {len(ids)}")
-            for key in golden.keys(r"rois/\d+|tensor/.+"):
-                golden.tensor(key)
-                yield failure(key, "not comparable: the RoIs differ")
-            return
-        moved = int((found != place).sum())
-        yield compare("roi_ids", ids[found], wanted, note=f"{moved} rows in another order" if moved else "")
-        place = found
-    boxes, image = rois.boxes[place], rois.image[place]
-    for i, wanted in enumerate(golden.per_image("rois", int(golden.tensor("images").shape[0])) or []):
-        yield compare(f"rois/{i}", boxes[image == i], wanted)
-
-    ours = _tensors(run, ids, place)
-    for key in golden.keys(r"tensor/.+"):
-        name = key.removeprefix("tensor/")
-        if name in ours:
-            yield compare(key, ours[name], golden.tensor(key))
+        found = positions(torch.cat([own.image[:, None], own.cells], dim=1), wanted)
+        absent = len(wanted) if found is None else int((found < 0).sum())
+        yield failure("roi_ids", f"{absent} of {len(wanted)} golden RoIs are not among our {len(own.image)}")
+    for key in golden.keys(r"rois/\d+|tensor/.+"):
+        golden.tensor(key)
+        yield failure(key, "not comparable: the RoIs differ")
 
 
-def _tensors(run: Replay, ids: Tensor, place: Tensor) -> dict[str, Tensor]:
-    """Name our tensors as the official code does, with RoI rows taken at ``place``; ``ids`` are in our order."""
-    tensors = {"bbox_ids": ids[place]}
-    if run.roi_outputs is not None and run.roi_outputs.taps:
-        taps = run.roi_outputs.taps
-        tensors |= {"rcnn_bbox_aux": taps[0][place], "rcnn_bbox": taps[-1][place]}
-    if run.teacher_taps:
-        tensors |= {"teacher_rcnn_bbox_aux": run.teacher_taps[0][place], "teacher_rcnn_bbox": run.teacher_taps[-1][place]}
-    if run.akd_adapted:
-        tensors |= {"rcnn_bbox_aux_adapted": run.akd_adapted[0][place], "rcnn_bbox_adapted": run.akd_adapted[-1][place]}
-    if run.ckd_rows is not None and run.ckd_adapted is not None:
-        own = ids[:, 1] >= 0  # rows of S: RoIs that came from a cell, in our order
-        kept = place[own[place]]
-        row = (own.cumsum(0) - 1)[kept]
-        image, level, y, x, anchor = ids[kept].unbind(1)
-        tensors |= {
-            "teacher_rcnn_bbox_filtered": run.teacher_taps[-1][kept],
-            "bbox_poses": torch.stack([level, image, y, x], dim=1),
-            "anchor_ids": anchor,
-            "retina_cls_indexed": run.ckd_rows[row],
-            "retina_cls_decoupled": run.ckd_adapted[row],
-        }
-    return tensors
+def _named(run: Replay, name: str, level: str) -> list[Tensor]:
+    """Return our tensors of an official name; the configs use a few names for two, of which the file has one."""
+    step = run.step
+    if level:
+        return [maps[int(level)] for maps in step.maps.get(name, []) if level.isdecimal() and int(level) < len(maps)]
+    return [*step.rows.get(name, []), *step.cell_rows.get(name, [])]
+
+
+def _rows(key: str, ours: Tensor, golden: Tensor) -> Row:
+    """Compare a tensor, of which a file may have the first rows only."""
+    if ours.shape == golden.shape or "/" in key.removeprefix("tensor/") or not 0 < len(golden) < len(ours):
+        return compare(key, ours, golden)
+    return compare(key, ours[: len(golden)], golden, note=f"the first {len(golden)} of {len(ours)} rows")
 
 
 def _losses(golden: Golden, run: Replay) -> Iterator[Row]:
+    losses = run.losses
     for name, wanted in golden.scalars("losses_json").items():
-        if name == "acc" and run.rois is not None and run.roi_outputs is not None:
-            yield _accuracy(run, wanted)
-        elif name in run.losses:
-            yield compare_number(f"loss {name}", run.losses[name], wanted, VALUES, note=run.notes.get(name, ""))
+        if name in run.step.accuracies:
+            yield _accuracy(f"loss {name}", run.step.accuracies[name], wanted)
+        elif name in losses:
+            yield compare_number(f"loss {name}", losses[name], wanted, VALUES, note=run.step.notes.get(name, ""))
         else:
             yield failure(f"loss {name}", "unknown loss, not compared")
 
 
-def _accuracy(run: Replay, wanted: float) -> Row:
+def _accuracy(name: str, stage: StageOutput, wanted: float) -> Row:
     """Compare the percentage of RoIs whose most likely class is right; a tie of the two most likely may count either way."""
-    assert run.rois is not None and run.roi_outputs is not None
-    logits = run.roi_outputs.logits.detach()
+    logits = stage.outputs.logits.detach()
     count = max(len(logits), 1)
-    ours = 100.0 * float((logits.argmax(1) == run.rois.labels).sum()) / count
+    ours = 100.0 * float((logits.argmax(1) == stage.rois.labels).sum()) / count
     best = logits.topk(2, dim=1).values
     ties = int(((best[:, 0] - best[:, 1]) <= 1e-5 * best[:, 0].abs()).sum())
-    return compare_number("loss acc", ours, wanted, VALUES, floor=100.0 * ties / count, note=f"{ties} ties" if ties else "")
+    return compare_number(name, ours, wanted, VALUES, floor=100.0 * ties / count, note=f"{ties} ties" if ties else "")
 
 
 def _gradients(golden: Golden, run: Replay) -> Iterator[Row]:

@@ -18,11 +18,29 @@ def positions(rows: Tensor, of: Tensor) -> Tensor | None:
     return torch.tensor([where.get(row, -1) for row in wanted], dtype=torch.int64)
 
 
+def nearest_rows(rows: Tensor, of: Tensor) -> Tensor | None:
+    """Find the nearest row of ``rows`` (M, K) for each of ``of`` (N, K), each taken once: (N,) int64. None if N > M."""
+    if len(of) > len(rows):
+        return None
+    distance = torch.cdist(of.double(), rows.double(), p=torch.inf)
+    found = distance.argmin(1) if len(of) else torch.zeros(0, dtype=torch.int64)
+    if len(found.unique()) == len(found):
+        return found
+    found = torch.zeros(len(of), dtype=torch.int64)
+    for i in range(len(of)):  # equal boxes
+        found[i] = distance[i].argmin()
+        distance[:, found[i]] = torch.inf
+    return found
+
+
 def compare_proposals(name: str, run: Proposed, image: int, golden: Tensor) -> Row:
     """Compare the proposals of one image with ``golden`` (n, 9) x1 y1 x2 y2 score level y x anchor, matched by cell.
 
-    Rows that only one side has must be explained by a near-tie, and a golden one must still equal what our anchor predicts.
+    An RPN's may be (n, 5), without cells; these are matched by box and score. Rows that only one side has must be explained by
+    a near-tie, and a golden one must still equal what our anchor predicts.
     """
+    if golden.shape[1] == 5:
+        return _compare_without_cells(name, run, image, golden)
     if golden.shape[1] != 9:
         return failure(name, f"{golden.shape[1]} columns, not x1 y1 x2 y2 score level y x anchor")
     real = run.proposals.valid[image]
@@ -48,6 +66,15 @@ def compare_proposals(name: str, run: Proposed, image: int, golden: Tensor) -> R
         note = f"{int((~hit).sum())} golden cells not proposed, {int(extra.sum())} others proposed"
         return merge(name, [*compared, failure(name, note)])
     return merge(name, compared, [f"{int(lost.sum())} rows differ by a near-tie in NMS or score"])
+
+
+def _compare_without_cells(name: str, run: Proposed, image: int, golden: Tensor) -> Row:
+    real = run.proposals.valid[image]
+    boxes, scores = run.proposals.boxes[image][real], run.proposals.scores[image][real]
+    labels = torch.zeros(len(scores), dtype=torch.int64)
+    wanted = torch.cat([golden, torch.zeros(len(golden), 1, dtype=golden.dtype)], dim=1)
+    threshold = max((score for _, score in run.cuts(image)), default=0.0)
+    return compare_detections(name, (boxes, scores, labels), wanted, run.rules.nms_iou, threshold, run.rules.post_nms)
 
 
 def compare_detections(

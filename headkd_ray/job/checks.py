@@ -120,6 +120,28 @@ def _ckd_epochs(get: Get) -> Iterator[tuple[str, str]]:
         yield "distill.ckd_epochs", f"{stop} is not before the end of training (optim.epochs is {epochs}); null = never stop"
 
 
+def _ckd_places(get: Get) -> Iterator[tuple[str, str]]:
+    """Check which layers CKD reads: towers and their convs are a dense student's, and a box tower a dense target's."""
+    conv, method, kind = get("distill.ckd_conv"), get("method"), get("student.kind")
+    towers = tuple(get("distill.ckd_towers"))  # a list as a file has it, a tuple if it is the default
+    values = {"ckd_towers": towers, **{key: get(f"distill.{key}") for key in ("ckd_conv", "ckd_bias", "warm_ckd")}}
+    defaults = DistillSpec()
+    changed = [key for key, value in values.items() if value != getattr(defaults, key)]
+    if "ckd" not in METHODS[method].terms:
+        yield from ((f"distill.{key}", f"method {method} has no CKD; remove the key, or use method head") for key in changed)
+        return
+    if len(set(towers)) < len(towers):
+        yield "distill.ckd_towers", f"{list(towers)} names a tower twice"
+    if issubclass(SPECS[kind], TwoStageDetectorSpec):
+        places = [key for key in ("ckd_towers", "ckd_conv") if key in changed]
+        yield from ((f"distill.{key}", f"a {kind} student has no towers; remove the key") for key in places)
+        return
+    if conv is not None and conv > (depth := get("student.head.convs")):
+        yield "distill.ckd_conv", f"{conv} is above student.head.convs ({depth})"
+    if "box" in towers and method == "tf_head" and get("distill.assistants.rcnn") is not None:
+        yield "distill.ckd_towers", "the rcnn assistant has no box tower to imitate; use [cls], or remove that assistant"
+
+
 def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
     if get("method") == "copy_only" and not get("distill.copy_head"):
         yield "distill.copy_head", "method copy_only copies the teacher's head; use true, or method assist for a fresh one"
@@ -151,7 +173,7 @@ def _eval_short_side(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
-    if get("student.backbone.weights") != "none":
+    if get("student.backbone.weights") != "none" or get("student.checkpoint") is not None:
         return
     frozen = get("student.backbone.frozen_stages")
     remedy = "set student.backbone.weights (timm, or a file) or"
@@ -159,6 +181,21 @@ def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
         yield "student.backbone.frozen_stages", f"{frozen} would freeze random initial weights; {remedy} frozen_stages: 0"
     if get("student.backbone.norm_eval"):
         yield "student.backbone.norm_eval", f"true would keep BatchNorm from learning its statistics; {remedy} norm_eval: false"
+
+
+def _start(get: Get) -> Iterator[tuple[str, str]]:
+    if get("student.checkpoint") is None:
+        if get("student.classes") is not None:
+            yield "student.classes", "names the outputs of student.checkpoint, which is not given; the data has its own names"
+        return
+    weights, method = get("student.backbone.weights"), get("method")
+    if weights != "none":
+        yield (
+            "student.backbone.weights",
+            f"{weights} and student.checkpoint both give the backbone's initial weights; use none here, or remove the other",
+        )
+    if method == "fitnet" and get("distill.copy_head"):
+        yield "distill.copy_head", "true would replace the head of student.checkpoint with the teacher's; use false"
 
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
@@ -291,12 +328,14 @@ CHECKS: tuple[Check, ...] = (
     _tf_assistants,
     _tf_head_weights,
     _ckd_epochs,
+    _ckd_places,
     _copy_only_copies,
     _milestones,
     _short_sides,
     _eval_short_side,
     _max_detections,
     _random_weights_must_learn,
+    _start,
     _pyramid,
     _cascade_stages,
     _regress_ranges,

@@ -66,6 +66,9 @@ class FCOSHeadSpec(DenseHeadSpec):
     """Width of the towers."""
     norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
+    conv_bias: bool = True
+    """Whether tower convs have a bias beside the norm (mmdet's conv_bias), as TF-HEAD's FCOS assistant has; the research
+    branch's FCOS students have none. Without a norm there is always one."""
     tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), the paper's choice for 256 channels; null = He initialisation."""
     centerness_on_reg: bool = True

@@ -34,6 +34,8 @@ class GFLHeadSpec(DenseHeadSpec):
     """Width of the towers."""
     norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
+    conv_bias: bool = False
+    """Whether tower convs have a bias beside the norm (mmdet: false). Without a norm there is always one."""
     tower_std: Factor | None = 0.01
     """Initial weights of the towers: N(0, tower_std), mmdet's choice for 256 channels; null = He initialisation."""
     base_scale: Scale = 8.0

@@ -20,6 +20,7 @@ from headkd_ray.job.numbers import (
     Factor,
     Fraction,
     Images,
+    Layers,
     Limit,
     Multiple,
     Pixels,
@@ -102,8 +103,8 @@ class DistillSpec(Spec):
     assistant_weight: Weight = 1.0
     """Weight of the assistant's ground-truth losses."""
     warm_assistant: bool = False
-    """Also let assistant_weight rise over warmup_steps, as the research branch does for all teachers except R-CNN; method
-    tf_head always does."""
+    """Also let assistant_weight rise over warmup_steps, as the research branch does for every pair, but not the released HEAD
+    (RetinaNet from Faster R-CNN); method tf_head always does."""
     copy_head: bool = True
     """Start the assistant (fitnet: the student's head) from the teacher's head weights. Needs the same widths on both sides,
     including the pyramid's channels."""
@@ -113,7 +114,19 @@ class DistillSpec(Spec):
     akd_weight: Weight = 2.0
     """Weight of each AKD term, one per fully connected layer of the assistant (methods akd, head)."""
     ckd_weight: Weight = 2.0
-    """Weight of the CKD term (method head)."""
+    """Weight of each CKD term (method head)."""
+    ckd_towers: Annotated[tuple[Literal["cls", "box"], ...], Field(min_length=1, max_length=2)] = ("cls",)
+    """Towers of a dense student, each of which imitates the same tower of a dense teacher in a CKD term of its own (methods
+    head, tf_head). The research branch has both, cls and box, for RetinaNet from RepPoints; other pairs have cls alone."""
+    ckd_conv: Layers | None = None
+    """Which conv of a dense student's towers CKD trains, 1 = the first (methods head, tf_head); null = the last, as the paper.
+    The research branch takes the second for RetinaNet from RepPoints."""
+    ckd_bias: bool = True
+    """Whether CKD's adapters have a bias (methods head, tf_head). The research branch's for Faster R-CNN from Cascade R-CNN has
+    none."""
+    warm_ckd: bool = True
+    """Let the CKD weight rise over warmup_steps (methods head, tf_head). The research branch does not for Faster R-CNN from
+    Cascade R-CNN."""
     fitnet_weight: Weight = 1.0
     """Weight of each pyramid level's feature loss (method fitnet)."""
     fitnet_levels: Annotated[int, Field(ge=1, le=5)] = 5
@@ -136,8 +149,8 @@ class DistillSpec(Spec):
     roi_budget: Boxes = 128
     """RoIs per view with rois: teacher."""
     warmup_steps: StepsOrNone = 2000
-    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head also the
-    weights of the assistants' ground-truth losses."""
+    """Optimizer steps over which the AKD and CKD weights rise linearly from 0 (step 0) to full; for method tf_head, and with
+    warm_assistant, also the weights of the assistants' ground-truth losses."""
 
 
 class OptimSpec(Spec):

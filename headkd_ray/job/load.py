@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ from headkd_ray.job.keys import (
 )
 from headkd_ray.job.messages import none_of, problem_of, show
 from headkd_ray.job.module_specs import Spec
+from headkd_ray.job.provided import job_name, provided_jobs
 from headkd_ray.job.yaml_tree import YamlError, parse, position
 
 SomeSpec = TypeVar("SomeSpec", bound=Spec)
@@ -68,7 +70,8 @@ def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
     """Read a job file.
 
     Relative paths inside a job (``data.train``, ``data.val``, ``teacher.checkpoint``, ``run.storage``,
-    ``student.backbone.weights``) stay as written: they are relative to the command's current folder, not to the job file.
+    ``student.checkpoint``, ``student.backbone.weights``) stay as written: they are relative to the command's current folder,
+    not to the job file.
 
     Args:
         path: the YAML file (YAML 1.2: ``1e-3`` is a number, ``yes`` is text).
@@ -131,6 +134,10 @@ def as_line(problem: Problem) -> str:
 
 
 def _similar_file(path: FilePath) -> str:
+    if (name := job_name(path.as_posix())) in provided_jobs():
+        to = path.as_posix().removesuffix(".yaml").removesuffix(name).rstrip("/") or "."
+        command = f"copy {name}" if to == "jobs" else f"copy {name} --to {shlex.quote(to)}"
+        return f"; the package has a job of this name, which this copies: python -m headkd_ray.jobs {command}"
     names = [str(job) for job in path.parent.glob("*.yaml")]
     similar = difflib.get_close_matches(str(path), names, n=1)
     return f"; did you mean {similar[0]}?" if similar else ""

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from typing_extensions import Self
 
 from headkd_ray.job.backbone_kwargs import check_kwargs
-from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Length, Mean, Octaves, Ratio, Scale
+from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Layers, Length, Mean, Octaves, Ratio, Scale
 
 
 class Spec(BaseModel):
@@ -65,10 +65,10 @@ class BackboneSpec(Spec):
     folder."""
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
     """Stages without gradient, counted from the input: 0 = none, 1 = stem and first stage (C2), 2 = also C3, ..., 4 = all.
-    Needs initial weights."""
+    Needs initial weights (weights, or student.checkpoint)."""
     norm_eval: bool = True
     """Keep every BatchNorm in eval mode while training (paper: true for ResNet, false for MobileNetV2). Needs initial
-    weights: with random ones, its statistics would stay 0 and 1."""
+    weights (weights, or student.checkpoint): with random ones, its statistics would stay 0 and 1."""
     leaky_slope: Factor | None = None
     """Use LeakyReLU with this negative slope as the backbone's activation (paper's MobileNetV2: 0.1); null keeps timm's."""
     norm_eps: Fraction | None = None
@@ -215,15 +215,30 @@ class RPNSamplerSpec(SamplerSpec):
 class DenseHeadSpec(Spec):
     """The keys that every dense head has."""
 
-    if TYPE_CHECKING:  # each subclass declares them after its own keys
+    if TYPE_CHECKING:  # each subclass declares them among its own keys
+        convs: Layers
         proposals: ProposalSpec
         postprocess: PostprocessSpec
 
 
-class DenseDetectorSpec(Spec):
-    """The keys that every dense detector has; each kind overrides the defaults."""
+class WholeDetectorSpec(Spec):
+    """The keys that every detector has."""
 
     kind: str
+    checkpoint: Text | None = None
+    """A whole trained detector to start from: a folder of ours (model.safetensors + model.json), or an mmdet or torchvision
+    file; a path, a URI, or hf://owner/name@revision on the Hugging Face Hub. It must have the architecture that the other keys
+    describe; its outputs are matched with the data's classes by name, and outputs for classes that it does not know start
+    fresh. A relative path is resolved against the command's current folder. null = backbone.weights, and everything else
+    fresh. A resumed run does not read it again."""
+    classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Class names in the order of the outputs in student.checkpoint, when that file does not name them; null = read from it.
+    (The classes that are learned are the data's.)"""
+
+
+class DenseDetectorSpec(WholeDetectorSpec):
+    """The keys that every dense detector has; each kind overrides the defaults."""
+
     backbone: BackboneSpec
     neck: FPNSpec
     head: DenseHeadSpec

@@ -33,6 +33,8 @@ class RepPointsHeadSpec(DenseHeadSpec):
     the towers at these points, to classify and to refine them."""
     norm_groups: Channels | None = 32
     """Groups of the GroupNorm after each tower conv; null = no norm."""
+    conv_bias: bool = False
+    """Whether tower convs have a bias beside the norm (mmdet: false). Without a norm there is always one."""
     tower_std: Factor | None = 0.01
     """Initial weights of the towers and of the conv before the initial points: N(0, tower_std), mmdet's choice for 256
     channels; null = He initialisation, for narrow ones, where 0.01 lets the signal vanish."""

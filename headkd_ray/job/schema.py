@@ -34,6 +34,8 @@ def write_schema(top: type[Spec], default: str) -> None:
     parser = argparse.ArgumentParser(description=f"Write the JSON Schema to {default} or the given path.")
     parser.add_argument("path", nargs="?", type=Path, default=Path(default))
     path: Path = parser.parse_args().path
+    if not path.parent.is_dir():
+        parser.error(f"{path.parent}: no such folder")
     path.write_text(schema_text(top), encoding="utf-8")
     print(f"wrote {path}")
 

@@ -40,8 +40,9 @@ class TeacherSpec(Spec):
     """The frozen detector that the student is distilled from."""
 
     checkpoint: Text
-    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file.
-    A relative path is resolved against the command's current folder."""
+    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file; a path,
+    a URI, or hf://owner/name@revision on the Hugging Face Hub. A relative path is resolved against the command's current
+    folder."""
     classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
     placement: Literal["inline", "pool", "cache"] = "inline"

@@ -25,6 +25,7 @@ from headkd_ray.job.module_specs import (
     SamplerSpec,
     Spec,
     Stds,
+    WholeDetectorSpec,
 )
 from headkd_ray.job.numbers import Bins, Boxes, Channels, Factor, Fraction, Layers, LayersOrNone, Length, Samples, Scale, Weight
 
@@ -99,10 +100,9 @@ class RoIHeadSpec(BoxHeadSpec):
     divided by this."""
 
 
-class TwoStageDetectorSpec(Spec):
+class TwoStageDetectorSpec(WholeDetectorSpec):
     """The keys that every two-stage detector has; each kind overrides the defaults."""
 
-    kind: str
     backbone: BackboneSpec
     neck: FPNSpec
     rpn: RPNSpec

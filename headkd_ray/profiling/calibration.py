@@ -18,7 +18,7 @@ from headkd_ray.data.epoch_order import Window
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import RoIs
 from headkd_ray.detectors.two_stage import answers_about_rois
-from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model
+from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model, load_start
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.loop import smaller_steps
@@ -105,7 +105,7 @@ class _TimedLearner:
         apart = job
         if job.teacher is not None:  # with a pool, the training model has no teacher of its own
             apart = job.replace({"teacher.placement": "pool"})
-        model = build_training_model(apart, len(classes), detector, steps_per_epoch=1)
+        model = build_training_model(apart, len(classes), detector, steps_per_epoch=1, start=load_start(job, classes))
         self.learner = build_learner(self.job, model, distributed.device, job.data.batch_size, steps_per_epoch=1)
         self.frozen = self.soft = None
         if detector is not None and "akd" in METHODS[job.method].terms:

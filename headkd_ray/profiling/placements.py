@@ -14,7 +14,7 @@ import torch
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.two_stage import answers_about_rois
-from headkd_ray.distill import build_training_model
+from headkd_ray.distill import build_training_model, load_start
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.loop import smaller_steps
 from headkd_ray.engine.step import build_learner, train_step
@@ -89,8 +89,9 @@ def measure(placements: list[Placement], shards: ShardSet, steps: int, rounds: i
 
 def _stretch(placement: Placement, shards: ShardSet, steps: int, distributed: Distributed) -> None:
     job = placement.job
-    teacher = teacher_of(job, shards.meta.classes)
-    model = build_training_model(job, len(shards.meta.classes), teacher, steps_per_epoch=1)
+    classes = shards.meta.classes
+    teacher = teacher_of(job, classes)
+    model = build_training_model(job, len(classes), teacher, steps_per_epoch=1, start=load_start(job, classes))
     if not placement.teacher:
         model = model.without_teacher()
     job = job.replace({"optim.lr": 1e-9})  # costs the same work, and the loss cannot diverge

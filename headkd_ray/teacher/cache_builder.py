@@ -76,7 +76,7 @@ class Builder:
         """Make the view, or return None for an image that is not trained on."""
         if not len(sample.labels) and not self.maker.spec.keep_empty:
             return None
-        return self.maker.example(sample, view)
+        return self.maker.example(sample, view, self.maker.view(sample.image_id, view))
 
     def ask(self, shown: Sequence[tuple[Sample, Example | None]]) -> list[tuple[int, ViewTargets]]:
         """Compute the teacher's targets, with views of one padded size in one batch."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import Detector
+from headkd_ray.detectors.state_dict import add_to_digest
 from headkd_ray.job import Job
 
 Recipe = dict[str, Any]
@@ -59,10 +60,9 @@ def _digest(teacher: Detector, classes: bool) -> str:
 
     The RoI head's box layer is left out, for it is never run, and so is its class layer unless ``classes``.
     """
-    found = hashlib.sha256(teacher.spec.model_dump_json(exclude={"backbone": {"weights"}}).encode())
-    for name, tensor in sorted(teacher.state_dict().items()):
-        if name.startswith("roi.box_out.") or (name.startswith("roi.cls_out.") and not classes):
-            continue  # these layers are adapted to the data's classes
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    found = hashlib.sha256(
+        teacher.spec.model_dump_json(exclude={"backbone": {"weights"}, "checkpoint": True, "classes": True}).encode()
+    )
+    adapted = ("roi.box_out.",) if classes else ("roi.box_out.", "roi.cls_out.")  # to the data's classes
+    add_to_digest(found, {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(adapted)})
     return found.hexdigest()

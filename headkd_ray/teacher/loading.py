@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from headkd_ray.data.class_lists import difference, listed
+from headkd_ray.data.class_lists import check_common, outputs_by_name
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights import with_classes
-from headkd_ray.detectors.weights.fetch import fetch_detector
-from headkd_ray.errors import CheckpointError, DataError
+from headkd_ray.detectors.weights.fetch import fetch_named
 from headkd_ray.job import Job
 
 
@@ -50,33 +49,19 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     """
     if job.teacher is None:
         return None
-    # teacher.classes names all outputs, including unused ones.
-    loaded = fetch_detector(job.teacher.checkpoint, all_outputs=job.teacher.classes is not None)
-    names = job.teacher.classes or loaded.classes
-    if names is None:
-        raise CheckpointError(f"{job.teacher.checkpoint}: does not name its classes; list them in order in teacher.classes")
-    if len(names) != loaded.detector.num_classes:
-        raise CheckpointError(
-            f"{job.teacher.checkpoint}: has {loaded.detector.num_classes} classes, but teacher.classes names {len(names)}"
-        )
+    loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
+    names = loaded.classes
+    assert names is not None
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
     notes = list(loaded.notes)
     notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD expects another kind"] if own_kind else []
     if classes is None or classes == names:
         return Teacher(loaded.detector, "; ".join(notes) or None)
-    if not set(names) & set(classes):
-        who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
-        raise DataError(
-            f"{who} has {len(names)} classes, {data} has {len(classes)}; {difference(data, classes, who, names)}; a teacher "
-            "must know at least one class of the data (teacher.classes can name its outputs otherwise)"
-        )
-    fresh, unused = [n for n in classes if n not in names], [n for n in names if n not in classes]
-    spelled = {name.casefold(): name for name in unused}
-    alike = [f"{name!r} (the teacher's {spelled[name.casefold()]!r})" for name in fresh if name.casefold() in spelled]
+    who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
+    check_common(who, names, data, classes, "teacher.classes")
+    matched = len(set(classes) & set(names))
     notes += [
-        f"teacher: its head's outputs follow the data's class names ({len(classes) - len(fresh)} of {len(classes)} matched)",
-        *([f"new weights for classes that the teacher does not know: {listed(fresh)}"] if fresh else []),
-        *([f"warning: not matched because the letter case differs: {', '.join(alike)}"] if alike else []),
-        *([f"left out because the data does not have them: {listed(unused)}"] if unused else []),
+        f"teacher: its head's outputs follow the data's class names ({matched} of {len(classes)} matched)",
+        *outputs_by_name("the teacher", names, classes),
     ]
-    return Teacher(with_classes(replace(loaded, classes=names), classes).detector, "; ".join(notes))
+    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes))

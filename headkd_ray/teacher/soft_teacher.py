@@ -97,7 +97,7 @@ class SoftTeacher:
         return targets
 
     def _nothing(self, views: int) -> SoftTargets:
-        return SoftTargets.empty(views, self.sampler.size, self.layers, self.width).map(lambda tensor: tensor.to(self.device))
+        return SoftTargets.empty(views, self.sampler.size, self.layers, self.width, self.device)
 
     def _tickets(self, batch: Batch, rows: Tensor, pool: Candidates) -> Tensor:
         """Return numbers (N, G + P) in [0, 1), each a hash of (seed, image, view, candidate)."""

@@ -1,4 +1,4 @@
-"""``bash bench/gpu.sh`` on a bare machine: the interpreter has no Ray, pydantic or pycocotools; they come as wheels."""
+"""``bash bench/gpu.sh`` on a bare machine: the interpreter lacks Ray, pydantic, simplejpeg, pycocotools; wheels bring them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BARE = (
     *("requests", "aiohttp", "grpcio", "protobuf", "click", "filelock", "msgpack", "packaging", "jinja2", "attrs"),  # Ray's
     "prometheus-client",
 )
-CARRIED = ("ray", "pydantic", "pydantic_core", "pycocotools", "jsonschema")
+CARRIED = ("ray", "pydantic", "pydantic_core", "faster_coco_eval", "pycocotools", "simplejpeg", "jsonschema")
 
 
 def bare_python(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from machines import processes
 
+from headkd_ray.cluster.trainer import with_absolute_paths
 from headkd_ray.errors import ClusterError, DataError, TrainingError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.train import train
@@ -155,3 +156,17 @@ def test_a_loss_that_explodes_ends_the_run_at_once(tmp_path: Path, drawn_splits:
 
 def _quiet(record: dict[str, Any]) -> None:
     """Ignore the records, for runs without a console."""
+
+
+def test_a_job_s_relative_paths_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in another folder. Addresses, and names that are no files, stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    teacher = {"checkpoint": "t.pth", "placement": "cache", "cache": {"path": "cache"}}
+    job = micro_job(Path("runs"), {"train": "a", "val": "s3://b"}, method="head", teacher=teacher)
+    job = with_absolute_paths(job.replace({"student.checkpoint": "start", "student.backbone.weights": "r.pth"}))
+    kept = [job.run.storage, job.data.train, job.student.checkpoint, job.student.backbone.weights]
+    assert job.teacher is not None
+    kept += [job.teacher.checkpoint, job.teacher.cache.path]
+    assert kept == [str(tmp_path / name) for name in ("runs", "a", "start", "r.pth", "t.pth", "cache")]
+    assert job.data.val == "s3://b"
+    assert with_absolute_paths(job.replace({"student.backbone.weights": "timm"})).student.backbone.weights == "timm"

@@ -220,3 +220,5 @@ def test_collate_pads_to_the_largest() -> None:
     batch = collate([example(10, 33, 0), example(20, 5, 2)], step=9, pad=8)
     assert batch.images.shape == (2, 3, 24, 40) and batch.images.sum() == 7 * 3 * (10 * 33 + 20 * 5)
     assert batch.labels.tolist() == [[-1, -1], [0, 0]] and batch.step == 9 and not batch.idle
+    one_by_one = (example(*size, boxes) for *size, boxes in ((10, 33, 0), (20, 5, 2)))
+    assert_equal(collate(one_by_one, step=9, pad=8, sizes=[(10, 33), (20, 5)]), batch)

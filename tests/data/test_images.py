@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,37 @@ def test_same_pixels_as_torchvision(name: str) -> None:
     expected = tv.decode_image(torch.frombuffer(bytearray(FILES[name]), dtype=torch.uint8), tv.ImageReadMode.RGB)
     image = decode(FILES[name])
     assert image.dtype == torch.uint8 and torch.equal(image, expected)
+
+
+def pillow(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True, "quality": 30}, {"keep_rgb": True}],
+    ids=lambda options: "-".join(options),
+)
+def test_every_kind_of_jpeg_has_pillow_s_pixels(mode: str, options: dict[str, int]) -> None:
+    """Caches and resumed runs rely on it: which decoder reads a file must not matter."""
+    for size in ((50, 37), (1, 1), (16, 9)):
+        data = encoded(pixels(2, *size).convert(mode), **options)
+        assert torch.equal(decode(data), pillow(data))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data + b"trailing bytes",
+        lambda data: data[: len(data) // 2] + b"\xff\xd9" + data[len(data) // 2 :],
+        lambda data: data[:-40] + bytes(8) + data[-32:],
+    ],
+    ids=["trailing bytes", "early end", "overwritten"],
+)
+def test_damage_that_pillow_forgives_is_forgiven(damage: Callable[[bytes], bytes]) -> None:
+    data = damage(FILES["jpeg"])
+    assert torch.equal(decode(data), pillow(data))
 
 
 def test_16_bit_png_keeps_its_high_byte() -> None:

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import resize
 
+from headkd_ray.data.images import decode
 from headkd_ray.data.views import View, apply_view, eval_view, train_view, view_number, view_size
 from headkd_ray.job import DataSpec
+from tests.data.coco_files import encoded, pixels
 
 SPEC = DataSpec(train="a", val="b", short_side=(100, 140), long_side=200, flip=0.5, eval_short_side=120)
 
@@ -78,6 +80,19 @@ def test_pixels_as_torchvision_resizes() -> None:
     assert np.array_equal(flipped, shown[:, :, ::-1])
     same, _ = apply_view(image, nothing, View(91, 400))
     assert np.array_equal(same, image.numpy())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_pixels_of_decoded_files_as_torchvision_resizes(kind: str) -> None:
+    """Their memory has 4 or 3 bytes a pixel; neither the layout nor the byte without meaning changes a view."""
+    image = decode(encoded(pixels(3, 133, 91), kind))
+    assert image.stride()[2] == {"JPEG": 4, "PNG": 3}[kind]
+    for short_side in (60, 91, 120):
+        for flip in (False, True):
+            view = View(short_side, 400, flip)
+            shown, _ = apply_view(image, np.zeros((0, 4), np.float32), view)
+            expected = resize(image.contiguous(), list(view_size(91, 133, view)), antialias=True).numpy()
+            assert np.array_equal(shown, expected[:, :, ::-1] if flip else expected)
 
 
 @settings(max_examples=200, deadline=None)

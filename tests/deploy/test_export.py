@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from headkd_ray.deploy import entrants, latency, side_by_side
 from headkd_ray.deploy.networks import Arrays, OnnxNetwork
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
+from headkd_ray.errors import CheckpointError
 from headkd_ray.job import FasterRCNNSpec, RetinaNetSpec
 from tests.detectors.micro import liven
 from tests.support import MICRO_STUDENT, MICRO_TEACHER, micro_teacher
@@ -80,8 +82,9 @@ def test_the_report_has_ap_size_and_latency_of_all(
 ) -> None:
     rows = {row["name"]: row for row in exported["rows"]}
     assert list(rows) == [student, "model.onnx", "model-int8.onnx", exported["teacher"]]
-    assert exported["agreement"]["alone"] == 0 and exported["agreement"]["detections"] > 100
-    assert exported["agreement"]["box"] < 0.1 and exported["images"] == 10
+    agreement = rows["model.onnx"]["agreement"]
+    assert agreement["alone"] == 0 and agreement["detections"] > 100 and agreement["box"] < 0.1 and exported["images"] == 10
+    assert [row["name"] for row in exported["rows"] if row["agreement"]] == ["model.onnx"]
     assert rows["model.onnx"]["metrics"] == rows[student]["metrics"]
     for row in exported["rows"]:
         assert row["metrics"]["images"] == 10
@@ -108,6 +111,47 @@ def test_int8_computes_in_8_bits(exported: dict[str, Any]) -> None:
 
 def test_only_files_that_were_asked_for_are_written(exported: dict[str, Any]) -> None:
     assert sorted(file.name for file in exported["out"].iterdir()) == ["model-int8.onnx", "model.onnx"]
+
+
+def test_an_openvino_model_is_proved_and_loaded(
+    tmp_path: Path,
+    student: str,
+    drawn_splits: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(latency, "MOST", 3)
+    monkeypatch.setattr(entrants, "cores", lambda: 1)
+    arguments = ["--to", "openvino", "--val", drawn_splits["val"], "--images", "3", "--out", str(tmp_path)]
+    assert run(student, *arguments, "--beside", student) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^model\.xml: (\d+) of \1 detections are the checkpoint's, boxes within ", printed, re.MULTILINE)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    pixels = next(iter(ShardSet.open(drawn_splits["val"]).samples(1))).pixels()
+    one, other = (headkd_ray.load(path)(pixels)[0] for path in (student, tmp_path / "model.xml"))
+    assert len(one) > 0 and one.classes == other.classes and one.category_ids == other.category_ids
+    np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-2)
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.bin: cannot be read \(No such file or directory\)"):
+        headkd_ray.load(tmp_path / "model.xml")
+    (tmp_path / "model.bin").touch()
+    (tmp_path / "model.xml").write_text("<net/>")
+    with pytest.raises(CheckpointError, match=r"model\.xml: OpenVINO cannot read this model"):
+        headkd_ray.load(tmp_path / "model.xml")
+
+
+def test_a_checkpoint_that_detects_nothing_proves_nothing(
+    tmp_path: Path, drawn_splits: dict[str, str], classes: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(latency, "MOST", 3)
+    monkeypatch.setattr(entrants, "cores", lambda: 1)
+    untrained = build_detector(RetinaNetSpec.model_validate(MICRO_STUDENT), len(classes))
+    save_detector(tmp_path / "untrained", untrained, classes, {"data": VIEW})
+    arguments = ["--to", "onnx", "--val", drawn_splits["val"], "--images", "2", "--out", str(tmp_path / "out")]
+    assert run(str(tmp_path / "untrained"), *arguments) == 0
+    warning = capsys.readouterr().err
+    assert "warning: model.onnx: nothing is proved, because the checkpoint detects nothing with a score above 0.05" in warning
 
 
 def test_a_file_that_detects_something_else_is_not_written(
@@ -152,7 +196,7 @@ def test_a_raw_file_is_compared_by_its_outputs(
         str(tmp_path / "out"),
     ]
     assert run(*arguments) == 0
-    with pytest.raises(headkd_ray.errors.CheckpointError, match=r"model\.onnx: was exported with --raw"):
+    with pytest.raises(CheckpointError, match=r"model\.onnx: was exported with --raw"):
         headkd_ray.load(tmp_path / "out" / "model.onnx")
     (tmp_path / "out" / "model.onnx").unlink()
     right = side_by_side.graph_inputs
@@ -189,14 +233,17 @@ def test_an_unknown_target(tmp_path: Path, student: str, capsys: pytest.CaptureF
     assert "tensorrt" in message and "onnx-int8" in message
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("target", "package"), [("onnx", "onnx"), ("onnx", "onnxruntime"), ("openvino", "openvino")], ids=lambda name: name
+)
 def test_a_missing_package_names_its_extra(
-    package: str, tmp_path: Path, student: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    target: str, package: str, tmp_path: Path, student: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    message = refused(capsys, student, "--to", "onnx", "--no-check", "--out", str(tmp_path / "out"))
+    message = refused(capsys, student, "--to", target, "--no-check", "--out", str(tmp_path / "out"))
     assert message == (
-        f'error: --to onnx needs the package {package}, which is not installed: python -m pip install "headkd-ray[onnx]"\n'
+        f"error: --to {target} needs the package {package}, which is not installed: "
+        f'python -m pip install "headkd-ray[{target}]"\n'
     )
     assert not (tmp_path / "out").exists()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headkd_ray.deploy.agreement import Agreement
 from headkd_ray.deploy.description import Description, describe
+from headkd_ray.deploy.exported import as_openvino
 from headkd_ray.deploy.graph import DetectionGraph, RawGraph
 from headkd_ray.deploy.networks import OnnxNetwork, TorchNetwork, graph_inputs
 from headkd_ray.deploy.onnx_file import onnx_bytes
@@ -21,6 +22,7 @@ from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import batch_of
+from headkd_ray.errors import ExportError
 from tests.detectors.micro import SPECS, batch, liven
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -91,6 +93,29 @@ def test_the_file_detects_what_the_detector_detects(variant: str) -> None:
     assert agreement.box < 0.01 and agreement.score < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["gfl", "faster_rcnn"])
+def test_openvino_reads_the_same_file(kind: str) -> None:
+    pytest.importorskip("openvino")
+    detector = detector_of(kind)
+    description = description_of(detector)
+    model = as_openvino(onnx_bytes(detector, description), description).open()
+    assert model.description == description
+    ours, theirs = Predictor(TorchNetwork(detector, CPU), description), Predictor(model, model.description)
+    agreement = Agreement()
+    for number, (height, width) in enumerate([(40, 60), (300, 90)]):
+        pixels = photo(height, width, number)
+        agreement.add(ours.detect(pixels), theirs.detect(pixels), number)
+    assert agreement.detections > 30 and agreement.holds, agreement
+
+
+def test_openvino_says_what_it_cannot_read() -> None:
+    pytest.importorskip("openvino")
+    detector = detector_of("reppoints")
+    with pytest.raises(ExportError) as error:
+        as_openvino(onnx_bytes(detector, description_of(detector)), description_of(detector))
+    assert str(error.value).startswith("--to openvino: OpenVINO cannot read this detector's ONNX file (")
+
+
 def test_a_batch_of_different_sizes() -> None:
     data, detector = batch(), detector_of("retinanet")
     file = file_of("retinanet")
@@ -159,3 +184,12 @@ def test_the_metadata_says_how_to_use_the_file() -> None:
     assert (entries["short_side"], entries["long_side"], entries["pad"], entries["size"]) == (96, 160, 32, None)
     assert entries["mean"] == list(detector.spec.pixels.mean) and entries["score"] == detector.spec.head.postprocess.score
     assert entries["kind"] == "gfl" and entries["outputs"] == "detections" and entries["precision"] == "float32"
+
+
+def test_an_input_that_the_file_cannot_take() -> None:
+    file = file_of("fcos", size=(96, 128))
+    with pytest.raises(ExportError) as error:
+        file(batch_of(photo(50, 90), file.description.view))
+    said = str(error.value)
+    assert said.startswith("model.onnx: cannot be run on an input of 96 x 160 pixels (")
+    assert said.endswith("); export it with a fixed input, --size H W") and "\n" not in said

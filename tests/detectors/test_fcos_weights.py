@@ -1,5 +1,6 @@
 """FCOS from torchvision gives its own model's detections on random weights; FCOS from mmdet survives a round trip."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fcos_resnet50_fpn
 
 from headkd_ray.detectors import FCOS, Detector, build_detector
+from headkd_ray.detectors.conversions.fcos_weights import PLAIN
 from headkd_ray.detectors.weights import load_mmdet, load_torchvision
 from headkd_ray.detectors.weights.torchvision import COCO
 from headkd_ray.errors import CheckpointError
@@ -174,10 +176,16 @@ def test_what_no_shape_tells_comes_from_the_config_or_is_the_papers() -> None:
     assert (head.center_radius, head.norm_on_bbox, head.centerness_on_reg, head.box_loss) == (1.5, True, True, "giou")
 
 
-def test_tower_convs_without_bias_get_zeros() -> None:
+def test_tower_convs_have_biases_where_the_file_s_have() -> None:
+    """Without them, and without a config, it is the plain FCOS: mmdet's configs have them with the later improvements."""
     state = {k: v for k, v in as_mmdet(drawn()).items() if not k.endswith(".conv.bias") or "bbox_head" not in k}
-    tensors = load_mmdet(state).detector.state_dict()
-    assert all((tensors[f"head.{tower}.{place}.bias"] == 0).all() for tower in ("cls_tower", "box_tower") for place in (0, 3))
+    loaded = load_mmdet(state).detector
+    assert not [name for name in loaded.state_dict() if re.fullmatch(r"head\.\w+_tower\.[03]\.bias", name)]
+    head = loaded.spec.head  # type: ignore[union-attr]
+    assert not head.conv_bias  # type: ignore[union-attr]
+    assert head == drawn(conv_bias=False, **PLAIN).spec.head  # type: ignore[union-attr]
+    improved = load_mmdet(state, {"config": f"model = dict({NECK}, bbox_head=dict({SWITCHES}))"}).detector
+    assert improved.spec.head == drawn(conv_bias=False).spec.head  # type: ignore[union-attr]
     del state["bbox_head.cls_convs.1.gn.bias"]
     with pytest.raises(CheckpointError) as caught:
         load_mmdet(state)

@@ -187,9 +187,8 @@ def mmdet_state(detector: GFL) -> dict[str, Tensor]:
             state[f"neck.{'lateral' if parts[0] == 'lateral' else 'fpn'}_convs.{number}.conv.{parts[2]}"] = tensor
         elif parts[0] in ("cls_tower", "box_tower"):
             place, kind = divmod(int(parts[1]), 3)
-            if (kind, parts[2]) != (0, "bias"):  # mmdet's convs before a norm have no bias
-                layer = ("conv", "gn")[kind]
-                state[f"bbox_head.{'cls' if parts[0] == 'cls_tower' else 'reg'}_convs.{place}.{layer}.{parts[2]}"] = tensor
+            layer = ("conv", "gn")[kind]
+            state[f"bbox_head.{'cls' if parts[0] == 'cls_tower' else 'reg'}_convs.{place}.{layer}.{parts[2]}"] = tensor
         elif parts[0] == "scales":
             state[f"bbox_head.scales.{parts[1]}.scale"] = tensor
         else:
@@ -212,10 +211,6 @@ def official() -> GFL:
     liven(detector)
     assert isinstance(detector, GFL)
     with torch.no_grad():
-        for tower in (detector.head.cls_tower, detector.head.box_tower):
-            for layer in tower:
-                if isinstance(layer, torch.nn.Conv2d) and layer.bias is not None:
-                    layer.bias.zero_()
         detector.head.scales[2].fill_(1.5)
     return detector
 

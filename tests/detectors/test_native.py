@@ -1,5 +1,6 @@
 import json
 import resource
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,20 @@ from safetensors.torch import load_file, save_file
 
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import load_checkpoint, load_detector, save_detector
+from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import DetectorSpec
-from tests.detectors.micro import batch, cascade_spec, faster_rcnn_spec, fcos_spec, liven, reppoints_spec, retinanet_spec
+from headkd_ray.storage import Folder
+from tests.detectors.micro import (
+    batch,
+    cascade_spec,
+    faster_rcnn_spec,
+    fcos_spec,
+    gfl_spec,
+    liven,
+    reppoints_spec,
+    retinanet_spec,
+)
 
 CLASSES = ("ant", "bee", "wasp")
 
@@ -41,6 +53,20 @@ def test_loading_needs_no_initial_backbone_weights(tmp_path: Path) -> None:
     detector.spec = spec.replace({"backbone.weights": "/gone/resnet.pth"})
     save_detector(tmp_path, detector, CLASSES)
     assert load_detector(tmp_path).detector.num_classes == 3
+
+
+@pytest.mark.parametrize("spec", [fcos_spec, gfl_spec, reppoints_spec])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_card_from_before_a_key_means_what_its_tensors_tell(spec: Any, biased: bool, tmp_path: Path) -> None:
+    """Tower convs had a bias beside a norm before there was ``conv_bias``."""
+    detector = build_detector(spec(conv_bias=biased), 3)
+    save_detector(tmp_path, detector, CLASSES)
+    card = json.loads((tmp_path / "model.json").read_text())
+    del card["spec"]["head"]["conv_bias"]
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    loaded = load_detector(tmp_path).detector
+    assert loaded.spec == detector.spec
+    assert all(map(torch.equal, loaded.state_dict().values(), detector.state_dict().values()))
 
 
 def test_class_names_must_be_as_many_as_outputs(tmp_path: Path) -> None:
@@ -148,3 +174,15 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "run" / "student" / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a readable weight file"):
         load_checkpoint(tmp_path / "run" / "student")
+
+
+def test_a_remote_checkpoint_s_problems_name_its_own_place(tmp_path: Path) -> None:
+    """Also in the headline over several problems: the temporary copy is gone when the user reads it."""
+    save_detector(tmp_path / "student", build_detector(retinanet_spec(), 3), CLASSES)
+    card = tmp_path / "student" / "model.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "classes": [], "more": 1}))
+    far = Folder.open(f"memory://{uuid.uuid4()}/student")
+    far.copy_from(Folder.open(tmp_path / "student"))
+    with pytest.raises(CheckpointError) as caught:
+        fetch_detector(far.uri)
+    assert caught.value.headline == f"{far.uri}/model.json: not a checkpoint card" and len(caught.value.problems) == 2

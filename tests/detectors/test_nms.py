@@ -1,10 +1,16 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import nms
 
 from headkd_ray.detectors.ops import nms as module
-from headkd_ray.detectors.ops.nms import grouped_nms, pack
+from headkd_ray.detectors.ops.nms import grouped_nms, nms_mask, pack
 
 
 def scene(seed: int, count: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,3 +60,75 @@ def test_pack_of_nothing() -> None:
     valid, tables = pack(torch.zeros(0, dtype=torch.int64), 2, 5, {"box": (torch.zeros(0, 4), 0)})
     assert valid.shape == (2, 0)
     assert tables["box"].shape == (2, 0, 4)
+
+
+COUNTS = [40, 0, 17, 1]
+
+
+def tables(seed: int, whole: bool) -> torch.Tensor:
+    """Return boxes (2, 58, 4), best first within each of COUNTS; ``whole`` coordinates make many IoUs equal a threshold."""
+    boxes = torch.cat([scene(seed + image, sum(COUNTS), 1)[0] for image in (0, 1)]).view(2, -1, 4)
+    boxes = boxes.round() if whole else boxes
+    boxes[0, 3] = 0  # without area
+    return boxes
+
+
+@pytest.mark.parametrize("iou", [0.0, 0.5, 0.6, 0.7])
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_mask_is_each_group_s_own_nms(whole: bool, iou: float) -> None:
+    for seed in range(0, 20, 2):
+        boxes = tables(seed, whole)
+        mask = nms_mask(boxes, COUNTS, iou)
+        for own, kept in zip(boxes, mask, strict=True):
+            for group, kept_of_group in zip(own.split(COUNTS), kept.split(COUNTS), strict=True):
+                expected = nms(group, torch.arange(len(group), 0.0, -1), iou)
+                assert kept_of_group.nonzero().squeeze(1).tolist() == expected.tolist()
+
+
+def test_without_triton_the_gpu_keeps_the_same_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "headkd_ray.detectors.ops.nms_kernel", None)
+    module._kernel.cache_clear()
+    boxes = tables(3, whole=False)
+    with pytest.warns(UserWarning, match=r"Triton cannot run the NMS kernel on cpu \(.+\). Training goes on"):
+        mask = module._nms_mask_on_gpu(boxes, COUNTS, 0.5)
+    assert torch.equal(mask, nms_mask(boxes, COUNTS, 0.5))
+    module._kernel.cache_clear()
+
+
+INTERPRETED = """
+import sys, torch
+from headkd_ray.detectors.ops.nms_kernel import greedy_nms
+boxes, iou = torch.load(sys.argv[1])
+torch.save(greedy_nms(boxes, iou), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("whole", "iou"), [(True, 0.6), (False, 0.7)])
+def test_the_gpu_s_kernel_keeps_the_same_boxes(whole: bool, iou: float, tmp_path: Path) -> None:
+    """It runs on the CPU, in Triton's interpreter, which has to be chosen before anything imports Triton."""
+    pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
+    boxes = tables(5, whole)
+    torch.save((boxes, iou), tmp_path / "boxes.pt")
+    command = [sys.executable, "-c", INTERPRETED, tmp_path / "boxes.pt", tmp_path / "mask.pt"]
+    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert torch.equal(torch.load(tmp_path / "mask.pt"), nms_mask(boxes, [boxes.shape[1]], iou))
+
+
+@pytest.mark.slow
+def test_the_gpu_s_kernel_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For GPUs that are in use, none of which is needed; IoUs are rounded as on the CPU, without fused multiply-adds."""
+    pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile as compiled
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from headkd_ray.detectors.ops.nms_kernel import OPTIONS, _greedy
+
+    types = {"boxes": "*fp32", "keep": "*i8", "count": "i32", "iou": "fp32", "width": "constexpr"}
+    for capability in (80, 90, 100):
+        source = ASTSource(_greedy, types, {(4,): 2048})
+        made = compiled(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8, **OPTIONS})
+        assert len(made.asm["cubin"]) > 0
+        assert "fma" not in made.asm["ptx"] and "div.rn" in made.asm["ptx"]

@@ -132,8 +132,6 @@ def test_the_published_models_are_recognised_without_kwargs() -> None:
         elif part.endswith("_tower"):
             number, place = divmod(int(rest[0]), 3)
             key = f"bbox_head.{'cls' if part == 'cls_tower' else 'reg'}_convs.{number}.{('conv', 'gn')[place]}.{rest[1]}"
-            if key.endswith("conv.bias"):
-                continue
         else:
             key = "bbox_head.moment_transfer" if part == "moment_transfer" else f"bbox_head.reppoints_{back[part]}.{rest[0]}"
         state[key] = tensor

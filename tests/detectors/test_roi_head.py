@@ -6,6 +6,7 @@ import torch
 from torchvision.ops import nms, roi_align
 
 from headkd_ray.detectors import BoxHead, GroundTruth, RoIs, StageOutput
+from headkd_ray.detectors.ops import fixed_size
 from headkd_ray.detectors.ops.boxes import decode, encode
 from headkd_ray.detectors.ops.proposals import Proposals
 from headkd_ray.detectors.ops.rois import candidates, choose, draw, flatten
@@ -52,6 +53,26 @@ def test_pooling_in_one_pass_equals_box_by_box() -> None:
         expected = roi_align(features[level], row, 3, 1 / STRIDES[level], 0, True)[0]
         torch.testing.assert_close(pooled[n], expected)
     assert levels == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("keys", [{}, {"aligned": False}, {"sampling_ratio": 2}, {"aligned": False, "sampling_ratio": 2}])
+def test_levels_side_by_side_as_on_a_gpu_are_pooled_alike(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes reach every edge of their image, whose levels of odd sides are larger than it; so do their gradients."""
+    _, boxes, image = scene(60)
+    limit = torch.tensor([200.0, 250.0, 200.0, 250.0])
+    boxes = torch.minimum(boxes, limit)
+    boxes[:4] = torch.tensor([[0.0, 0, 200, 250], [0, 0, 9, 9], [190, 240, 200, 250], [50, 60, 50, 60]])
+    sides = [(-(-250 // stride), -(-200 // stride)) for stride in STRIDES]
+    features = [torch.randn(2, 4, *side, requires_grad=True) for side in sides]
+
+    def pooled() -> tuple[torch.Tensor, ...]:
+        rows = pool_rois(features, STRIDES, boxes, image, spec(**keys))
+        return rows, *torch.autograd.grad(rows.square().sum(), features)
+
+    expected = pooled()
+    monkeypatch.setattr(fixed_size, "FIXED_SIZE_DEVICES", ("cpu",))
+    for found, wanted in zip(pooled(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_taps_are_after_the_relu_and_in_order() -> None:

@@ -18,7 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from headkd_ray.detectors import FasterRCNN as OurFasterRCNN
 from headkd_ray.detectors.weights import load_checkpoint, load_torchvision
+from headkd_ray.detectors.weights.misfits import check_architecture
 from headkd_ray.errors import CheckpointError
+from headkd_ray.job import load_job
 
 CLASSES = 7
 """Number of classes as torchvision counts them, background included."""
@@ -120,6 +122,7 @@ def test_released_coco_models_have_class_names_and_epsilon_zero() -> None:
     assert len(loaded.classes) == loaded.detector.num_classes == 90
     assert loaded.classes[:3] == ("person", "bicycle", "car")
     assert loaded.detector.spec.backbone.norm_eps == 0.0
+    check_architecture(load_job("jobs/teacher_coco.yaml").student, loaded.detector)  # the job that starts from it fits
     assert load_torchvision(model.state_dict()).detector.spec.backbone.norm_eps is None
     weight = loaded.detector.state_dict()["roi.cls_out.weight"]
     torch.testing.assert_close(weight[-1], state["roi_heads.box_predictor.cls_score.weight"][0])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from headkd_ray.distill.distances import adapted_distance, pearson
+from headkd_ray.distill.distances import DISTANCES, adapted_distance, distance_of_counted, pearson
 from tests.distill.test_pairs import model_of, step
 
 
@@ -43,6 +43,18 @@ def test_dead_rows_no_rows_and_large_bfloat16_rows_are_finite() -> None:
     assert pearson(own[:0], torch.zeros(0, 16)).item() == 0
     large = (1e3 * rows(3, 16)).bfloat16()
     assert pearson(large, rows(3, 16)).dtype == torch.float32 and pearson(large, large).item() == 0
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_rows_that_do_not_count_are_as_good_as_absent(name: str) -> None:
+    own, target, counted = rows(9, 16).requires_grad_(), rows(9, 16, seed=1), torch.arange(9) % 3 > 0
+    target[0] = 1e6
+    loss, expected = distance_of_counted(DISTANCES[name], own, target, counted), DISTANCES[name](own[counted], target[counted])
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each, own)[0] for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][~counted].eq(0).all()
+    assert distance_of_counted(DISTANCES[name], own, target, counted & False) == 0
 
 
 def test_the_target_gets_no_gradient() -> None:

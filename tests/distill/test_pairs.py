@@ -200,6 +200,44 @@ def test_the_assistant_s_own_losses_can_warm_up_too() -> None:
             torch.testing.assert_close(step(warm, at)[name], own * loss)
 
 
+def test_each_tower_may_have_a_ckd_term_on_another_conv_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As RetinaNet from RepPoints: MSE(1x1 conv(the student's second conv of a tower), the teacher's last of the same)."""
+    monkeypatch.setitem(STUDENTS, "retinanet", retinanet_spec(convs=3, channels=12))
+    model = model_of("retinanet", "reppoints", ckd_towers=["cls", "box"], ckd_conv=2, ckd_weight=1.5)
+    losses, data = step(model), batch()
+    assert [name for name in losses if "ckd" in name] == ["loss_ckd", "loss_ckd_box"]
+    x = model.student.normalise(data["images"], data["sizes"])
+    assert model.teacher is not None
+    taught = model.teacher.head(model.teacher.features(x)).taps
+    head, features, terms = model.student.head, model.student.features(x), list(model.terms)[2:]
+    for name, tower, term, targets in zip(
+        ("loss_ckd", "loss_ckd_box"), (head.cls_tower, head.box_tower), terms, taught[:2], strict=True
+    ):
+        expected = torch.zeros(())
+        for level, target in zip(features, targets, strict=True):
+            second = tower[2](tower[0](level).relu()).relu()
+            expected = expected + 1.5 * (term.adapter(second) - target).square().mean()
+        torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=0)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_ckd_may_do_without_warm_up_and_bias() -> None:
+    plain = model_of("faster_rcnn", "cascade_rcnn", warmup_steps=10)
+    special = model_of("faster_rcnn", "cascade_rcnn", warmup_steps=10, warm_ckd=False, ckd_bias=False)
+    assert terms_of(special)[1].adapter.bias is None and terms_of(plain)[1].adapter.bias is not None
+    assert step(plain, 0)["loss_ckd"] == 0 and step(special, 0)["loss_ckd"] > 0
+    assert step(special, 0)["loss_ckd"] == step(special, 10)["loss_ckd"]
+    assert step(special, 0)["loss_akd_1"] == 0
+
+
+@pytest.mark.parametrize("teacher", ["faster_rcnn", "cascade_rcnn"])
+def test_a_two_stage_teacher_has_no_box_tower(teacher: str) -> None:
+    with pytest.raises(JobError, match=f"distill.ckd_towers: a {teacher} teacher has no box tower to imitate; use "):
+        model_of("retinanet", teacher, ckd_towers=["cls", "box"])
+
+
 def test_an_rcnn_assistant_of_a_dense_teacher_is_refused() -> None:
     with pytest.raises(JobError, match="describes an R-CNN head"):
         model_of("retinanet", "fcos", assistant=faster_rcnn_spec().roi.model_dump())

@@ -1,10 +1,32 @@
+from __future__ import annotations
+
+import importlib.util
 import math
+import sys
+from typing import Any
 
+import numpy as np
 import pytest
+from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import coco, cocoeval
 
+from headkd_ray.engine import coco_metrics as module
 from headkd_ray.engine.coco_metrics import coco_metrics
 
+LIBRARIES = {"faster-coco-eval": (COCO, COCOeval_faster), "pycocotools": (coco.COCO, cocoeval.COCOeval)}
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}, {"id": 3, "name": "emu"}]
+
+
+def use(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(("COCO", "COCOeval"), LIBRARIES[library], strict=True):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture(params=LIBRARIES, autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let every rule hold with both libraries."""
+    use(request.param, monkeypatch)
+    return request.param
 
 
 def truth(boxes: list[tuple[int, int, list[float]]]) -> dict:
@@ -45,7 +67,7 @@ def test_images_that_were_not_evaluated_do_not_count() -> None:
 
 
 def test_any_integer_is_an_annotation_id() -> None:
-    """pycocotools treats a match with annotation 0, the first of every Roboflow export, as no match."""
+    """Both libraries treat a match with annotation 0, the first of every Roboflow export, as no match."""
     box = [9, 9, 30, 30]
     gt = {
         "images": [{"id": 1, "file_name": "a", "width": 99, "height": 99}],
@@ -88,3 +110,67 @@ def test_more_than_100_objects_an_image_need_max_detections() -> None:
     assert coco_metrics(gt, [dict(entry) for entry in detections], [1]).AP == pytest.approx(67, abs=1)
     assert coco_metrics(gt, [dict(entry) for entry in detections], [1], max_detections=150).AP == pytest.approx(100)
     assert coco_metrics(gt, detections, [1], max_detections=15).AP == pytest.approx(10, abs=2)
+
+
+IDS = [0, -1, -(2**63), 2**53, 2**53 + 1, 2**63 - 1, 5, 7]
+"""Ids of images and classes, some of which are equal as float64."""
+
+
+def drawn(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draw 6 images and 5 classes, the last without objects: crowds, ignored objects, any ids, sizes and equal scores."""
+    rng = np.random.default_rng(seed)
+    images, classes = rng.permutation(IDS)[:6].tolist(), rng.permutation(IDS)[:5].tolist()
+    side = 10 ** rng.uniform(1.5, 5.3)
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
+    for image in images:
+        for _ in range(rng.integers(0, 9)):
+            box = (side * rng.random(4)).round(1).tolist()
+            record = {"image_id": image, "category_id": int(rng.choice(classes[:-1])), "bbox": box}
+            marks = {"iscrowd": int(rng.random() < 0.2), "ignore": int(rng.random() < 0.2)}
+            annotations.append({**record, "id": int(rng.integers(-3, 3)), "area": box[2] * box[3] * rng.random(), **marks})
+            for _ in range(rng.integers(0, 5)):
+                moved = np.abs(np.array(box) * rng.normal(1, 0.1, 4)).tolist()
+                detections.append({**record, "bbox": moved, "score": round(float(rng.random()), 1)})
+        for _ in range(rng.integers(0, 15)):
+            record = {"image_id": image, "category_id": int(rng.choice(classes)), "bbox": (side * rng.random(4)).tolist()}
+            detections.append({**record, "score": round(float(rng.random()), 1)})
+    rng.shuffle(detections)  # type: ignore[arg-type]
+    categories = [{"id": label, "name": f"class {label}"} for label in classes]
+    return {"images": [{"id": image} for image in images], "annotations": annotations, "categories": categories}, detections
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("library", ["faster-coco-eval"], indirect=True)
+def test_both_libraries_give_the_same_figures(seed: int, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gt, detections = drawn(seed)
+    images = [image["id"] for image in gt["images"]]
+    for evaluated, found, limit in ((images, detections, 100), (images[:4], detections, 3), (images, [], 100)):
+        use(library, monkeypatch)
+        fast = coco_metrics(gt, found, evaluated, limit)
+        use("pycocotools", monkeypatch)
+        reference = coco_metrics(gt, found, evaluated, limit)
+        assert fast.images == reference.images and fast.per_class == pytest.approx(reference.per_class, rel=1e-13, nan_ok=True)
+        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
+            assert getattr(fast, name) == pytest.approx(getattr(reference, name), rel=1e-13, nan_ok=True), name
+        if found:
+            assert 0 < fast.AP50 < 100 and math.isnan(list(fast.per_class.values())[-1])
+
+
+def test_neither_argument_is_modified() -> None:
+    gt, detections = drawn(0)
+    before = repr((gt, detections))
+    coco_metrics(gt, detections, [image["id"] for image in gt["images"]])
+    assert repr((gt, detections)) == before
+
+
+def test_without_faster_coco_eval_pycocotools_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    spec = importlib.util.spec_from_file_location("metrics_of_a_machine_without_it", module.__file__)
+    assert spec is not None and spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, other)
+    spec.loader.exec_module(other)
+    assert other.COCOeval is cocoeval.COCOeval
+    gt = truth([(1, 7, [0, 0, 100, 100])])
+    assert other.coco_metrics(gt, [found(1, 7, [0, 0, 100, 80.0001], 0.9)], [1]).AP == pytest.approx(70)

@@ -8,21 +8,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.distill import build_training_model
 from headkd_ray.engine.checkpoint import Checkpoints, LocalCheckpoints
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import JsonLines, Sink
 from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import finish, open_run, run_folder
+from headkd_ray.engine.step import build_learner, train_step
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.errors import StoppedError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
+from tests.detectors.micro import BACKBONE, batch, fcos_spec, whole
 from tests.engine.ranks import on_ranks
 from tests.support import MICRO_STUDENT, micro_job, student_weights
 
+CLASSES = 3
 KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
 
 
@@ -106,6 +111,33 @@ def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_s
     metrics = evaluate_checkpoint(result["student"], str(tmp_path / "kind"), batch_size=1).as_dict()
     assert 0 < metrics["AP"] < 100 and metrics["images"] == 9
     assert metrics == {key: result["last"][key] for key in metrics}
+
+
+def step_on(distributed: Distributed, job: Job, images: list[int]) -> dict[str, torch.Tensor]:
+    """Take a step on ``images`` of the drawn batch, shared among the ranks, and return the student's new weights."""
+    torch.manual_seed(0)
+    model = build_training_model(job, CLASSES, None, steps_per_epoch=10)
+    learner = build_learner(job, model, distributed.device, len(images), steps_per_epoch=10)
+    learner.step = job.distill.warmup_steps
+    learner.ddp = DistributedDataParallel(model) if distributed.size > 1 else None
+    mine = images[distributed.rank :: distributed.size]
+    train_step(learner, job, iter([whole({name: tensor[mine] for name, tensor in batch().items()})]))
+    return {name: tensor.clone() for name, tensor in model.student.state_dict().items()}
+
+
+def test_a_step_of_two_workers_is_that_of_one_with_all_images(tmp_path: Path) -> None:
+    """FCOS's normalisers are means over the workers; the images have two objects and one."""
+    frozen = {"backbone": {**BACKBONE, "norm_eval": True}}  # statistics of a batch would differ
+    job = micro_job(
+        tmp_path,
+        {"train": "none", "val": "none"},
+        student={**fcos_spec().model_dump(), **frozen},
+        optim={"lr": 0.1, "warmup_steps": 0, "clip_norm": None, "milestones": []},
+    )
+    alone = step_on(Distributed.alone(use_gpu=False), job, [0, 1])
+    for weights in on_ranks(2, step_on, job, [0, 1]):
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_run_goes_on_with_fewer_workers_in_the_same_steps(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

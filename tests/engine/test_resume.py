@@ -27,7 +27,7 @@ from headkd_ray.engine.stop import stop_signals
 from headkd_ray.errors import CheckpointError, JobError, StoppedError, UserError
 from headkd_ray.storage import Folder
 from headkd_ray.train import main, train
-from tests.support import HANGS, assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
+from tests.support import HANGS, MICRO_STUDENT, assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
 
 
 def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
@@ -98,6 +98,40 @@ def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path, drawn_s
     meta.write_text(json.dumps({**fields, "fingerprint": "0" * 64}))
     with pytest.raises(UserError, match=r"data\.val: the run .*/run has ended, and was trained on different data .*run\.name"):
         train(job, lambda record: None)
+
+
+def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """The checkpoint may be gone by then; the result says which weights they were, so that others are noticed."""
+    once = {"epochs": 1, "milestones": []}
+    source = Path(train(micro_job(tmp_path, drawn_splits, "source", optim=once), lambda record: None)["student"])
+    student = {**MICRO_STUDENT, "checkpoint": str(source)}
+    job = micro_job(tmp_path, drawn_splits, student=student, optim={**once, "ema": 0.9}, run={"seed": 1})
+    result = train(job, lambda record: None)
+    card = json.loads((Path(result["student"]) / "model.json").read_text())
+    assert card["meta"]["start"] == {"checkpoint": str(source), "fingerprint": result["data"]["student.checkpoint"]}
+    assert card["spec"].keys().isdisjoint({"checkpoint", "classes"}), "older versions would not read it"
+
+    weights = student_weights(result)
+    away = source.rename(tmp_path / "away")
+    assert train(job, lambda record: None) == result
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "student")
+    records: list[dict] = []
+    assert train(job, records.append) == result and not records
+    assert_same_weights(student_weights(result), weights)
+
+    shutil.copytree(away, source)
+    train(job, lambda record: None)
+    shutil.rmtree(source)
+    shutil.copytree(result["student"], source)
+    with pytest.raises(
+        UserError, match=r"student\.checkpoint: the run .*/run has ended, and started from different weights .*run\.name"
+    ):
+        train(job, lambda record: None)
+    with pytest.raises(UserError, match=f"student.checkpoint: {tmp_path}/gone: no such folder"):
+        train(
+            micro_job(tmp_path, drawn_splits, "new", student={**student, "checkpoint": f"{tmp_path}/gone"}), lambda record: None
+        )
 
 
 def test_other_keys_under_the_same_name_are_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

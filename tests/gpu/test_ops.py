@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headkd_ray.detectors import DenseDetector, TwoStageDetector
-from headkd_ray.detectors.ops.nms import grouped_nms
+from headkd_ray.detectors.ops.nms import grouped_nms, nms_mask
 from tests.detectors.micro import batch
 from tests.gpu.models import KINDS, model_of
 
@@ -24,6 +24,19 @@ def test_nms_keeps_the_boxes_that_the_cpu_keeps(count: int, groups: int, device:
     kept = grouped_nms(boxes.to(device), scores.to(device), group.to(device), 0.5)
     assert kept.device == device
     assert kept.tolist() == grouped_nms(boxes, scores, group, 0.5).tolist()
+
+
+@pytest.mark.parametrize("counts", [[1], [1000, 1000, 700, 175, 48], [2000, 2000, 2000]])
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_mask_keeps_the_boxes_that_the_cpu_keeps(counts: list[int], whole: bool, device: torch.device) -> None:
+    """Whole coordinates make many IoUs equal the threshold."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    corner = torch.rand(16, sum(counts), 2, generator=generator) * 600
+    boxes = torch.cat([corner, corner + torch.rand(16, sum(counts), 2, generator=generator) * 200], dim=2)
+    boxes = boxes.round() if whole else boxes
+    kept = nms_mask(boxes.to(device), counts, 0.6)
+    assert kept.device == device
+    assert torch.equal(kept.cpu(), nms_mask(boxes, counts, 0.6))
 
 
 def test_nms_of_nothing(device: torch.device) -> None:
@@ -50,8 +63,10 @@ def test_proposals_and_detections_are_the_cpu_s(kind: str, device: torch.device)
             found.append((proposals, detector.detect(x, sizes)))
     (wanted, wanted_detections), (proposals, detections) = found
     assert wanted.valid.any() and (wanted_detections.labels >= 0).any(), "nothing was compared"
-    assert torch.equal(proposals.cells.cpu(), wanted.cells)
-    torch.testing.assert_close(proposals.boxes.cpu(), wanted.boxes, rtol=1e-4, atol=1e-2)
+    count = wanted.valid.shape[1]  # more is padding on the GPU
+    assert torch.equal(proposals.valid[:, :count].cpu(), wanted.valid) and not proposals.valid[:, count:].any()
+    assert torch.equal(proposals.cells[:, :count].cpu(), wanted.cells)
+    torch.testing.assert_close(proposals.boxes[:, :count].cpu(), wanted.boxes, rtol=1e-4, atol=1e-2)
     assert torch.equal(detections.labels.cpu(), wanted_detections.labels)
     torch.testing.assert_close(detections.boxes.cpu(), wanted_detections.boxes, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(detections.scores.cpu(), wanted_detections.scores, rtol=1e-4, atol=1e-5)

@@ -68,6 +68,21 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         ),
         ({"student": {"kind": "retinanet", "backbone": {"frozen_stages": 0}}}, "student.backbone.norm_eval", "true would keep"),
         (
+            {"student": {"kind": "retinanet", "checkpoint": "c.pth", "backbone": {"weights": "timm"}}},
+            "student.backbone.weights",
+            "timm and student.checkpoint both give the backbone's initial weights; use none",
+        ),
+        (
+            {"student": {"kind": "retinanet", "classes": ["a"], "backbone": {"weights": "timm"}}},
+            "student.classes",
+            "names the outputs of student.checkpoint, which is not given",
+        ),
+        (
+            {"method": "fitnet", "student": {"kind": "retinanet", "checkpoint": "c.pth"}},
+            "distill.copy_head",
+            "true would replace the head of student.checkpoint with the teacher's; use false",
+        ),
+        (
             {"student": {"kind": "retinanet", "backbone": {"weights": "timm"}, "neck": {"extra": "pool"}}},
             "student.neck.extra",
             "pool makes no P7",
@@ -120,12 +135,39 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "teacher.pool.actors",
             "[3, 2] is not [fewest, most]",
         ),
+        (
+            {"method": "akd", "distill": {"ckd_conv": 2}},
+            "distill.ckd_conv",
+            "method akd has no CKD; remove the key, or use method head",
+        ),
+        ({"distill": {"ckd_conv": 5}}, "distill.ckd_conv", "5 is above student.head.convs (4)"),
+        ({"distill": {"ckd_towers": ["box", "box"]}}, "distill.ckd_towers", "['box', 'box'] names a tower twice"),
+        (
+            {"student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}, "distill": {"ckd_towers": ["cls", "box"]}},
+            "distill.ckd_towers",
+            "a faster_rcnn student has no towers; remove the key",
+        ),
+        (
+            {
+                "method": "tf_head",
+                "teacher": None,
+                "distill": {"assistants": {"rcnn": {}, "fcos": {}}, "ckd_towers": ["cls", "box"]},
+            },
+            "distill.ckd_towers",
+            "the rcnn assistant has no box tower to imitate; use [cls], or remove that assistant",
+        ),
     ],
 )
 def test_each_contradiction_alone(changes, key, message):
     ((found_key, found_message),) = found(**changes)
     assert found_key == key
     assert found_message.startswith(message)
+
+
+def test_a_student_from_a_checkpoint_may_freeze_stages_and_norms():
+    assert (
+        found(student={"kind": "retinanet", "checkpoint": "c.pth", "backbone": {"frozen_stages": 4, "norm_eval": True}}) == []
+    )
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn"])

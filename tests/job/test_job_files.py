@@ -26,20 +26,23 @@ from headkd_ray.job.load import read_file
 from headkd_ray.job.schema import schema_text, write_schema
 
 JOBS = Path(__file__).parents[2] / "jobs"
-PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_"))
+OWN = ["teacher_coco.yaml"]
+"""Jobs that are not the paper's recipes."""
+PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_") and path.name not in OWN)
 FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if not path.name.startswith("tune_"))
 """Job files without the search files, which tests/tuning covers."""
 
 
 def test_every_promised_job_is_there():
-    paper = ["akd", "assist", "baseline", "copy_only", "fitnet", "head", "head_cascade"]
+    paper = ["akd", "akd_fcos_reppoints", "assist", "baseline", "copy_only", "fitnet", "head", "head_cascade"]
     paper += ["head_fcos", "head_gfl", "head_mnv2", "head_reppoints", "teacher"]
-    paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_r50"]
+    paper += ["tf_head", "tf_head_fcos", "tf_head_fcos_r50", "tf_head_only_fcos", "tf_head_r50"]
     small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER
     evidence = ["fcos", "retina_teacher", "retinanet", "teacher"]
     folders = {"": paper, "small/": small, "evidence/micro/": evidence, "evidence/standard/": [*evidence, "mnv2"]}
-    assert sorted(f"{folder}{name}.yaml" for folder, names in folders.items() for name in names) == FILES
+    folders["evidence/pretrained/"] = ["retinanet", "teacher"]
+    assert sorted([*OWN, *(f"{folder}{name}.yaml" for folder, names in folders.items() for name in names)]) == FILES
 
 
 def test_schema_is_fresh(tmp_path, monkeypatch):
@@ -106,7 +109,7 @@ def test_paper_schedule_is_the_official_one(file):
 def test_paper_student(file):
     student = load_job(JOBS / file).student
     mobile = file == "head_mnv2.yaml"
-    assert isinstance(student, FCOSSpec if "fcos" in file else RetinaNetSpec)
+    assert isinstance(student, FCOSSpec if "fcos" in file and "only" not in file else RetinaNetSpec)
     backbone = student.backbone
     depth = "50" if file.endswith("_r50.yaml") else "18"
     assert backbone.name == ("mobilenetv2_100" if mobile else f"resnet{depth}.tv_in1k")
@@ -121,6 +124,7 @@ def test_paper_student(file):
     assert (post.pre_nms, post.score, post.nms_iou, post.max_detections) == (1000, 0.05, 0.5, 100)
     if isinstance(head, FCOSHeadSpec):  # research branch, configs/kd/fcos_retina_faster_r18.py
         assert (head.norm_on_bbox, head.centerness_on_reg, head.center_radius, head.box_loss) == (False, False, None, "iou")
+        assert not head.conv_bias
         return
     assert (head.anchors.base_scale, head.anchors.octave_scales, head.anchors.ratios) == (4, 3, (0.5, 1, 2))
     assert (head.positive_iou, head.negative_iou, head.focal_alpha, head.focal_gamma) == (0.5, 0.4, 0.25, 2)
@@ -172,20 +176,26 @@ R50_RETINA = "checkpoints/retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-8847
     ("file", "method", "teacher", "distill"),
     [
         ("head.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
-        ("head_fcos.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 1.0, "ckd_epochs": 11}),
+        (
+            "head_fcos.yaml",
+            "head",
+            R50_FASTER,
+            {"copy_head": True, "warm_assistant": True, "akd_weight": 2.0, "ckd_weight": 1.0, "ckd_epochs": 11},
+        ),
+        ("akd_fcos_reppoints.yaml", "akd", REPPOINTS, {"copy_head": True, "warm_assistant": True, "akd_weight": 1.0}),
         ("head_gfl.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         ("head_mnv2.yaml", "head", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "ckd_weight": 2.0, "warmup_steps": 2000}),
         (
             "head_reppoints.yaml",
             "head",
             REPPOINTS,
-            {"copy_head": True, "warm_assistant": True, "akd_weight": 1.0, "ckd_weight": 1.0},
+            {"warm_assistant": True, "akd_weight": 1.0, "ckd_weight": 1.0, "ckd_towers": ("cls", "box"), "ckd_conv": 2},
         ),
         (
             "head_cascade.yaml",
             "head",
             CASCADE,
-            {"copy_head": True, "warm_assistant": True, "akd_weight": 1.0, "ckd_weight": 2.0},
+            {"warm_assistant": True, "akd_weight": 1.0, "ckd_weight": 2.0, "warm_ckd": False, "ckd_bias": False},
         ),
         ("akd.yaml", "akd", R50_FASTER, {"copy_head": True, "akd_weight": 2.0, "warmup_steps": 2000}),
         ("copy_only.yaml", "copy_only", R50_FASTER, {"copy_head": True}),
@@ -226,7 +236,17 @@ def test_tf_head_weights_are_the_research_branch_s(file):
         assert job.distill.assistants.fcos == FCOSAssistantSpec(gt_weight=0.5, ckd_weight=1.0)
         head = job.distill.assistants.fcos.head
         assert (head.norm_on_bbox, head.centerness_on_reg, head.center_radius, head.box_loss) == (True, True, 1.5, "giou")
-        assert (head.norm_groups, head.convs, head.channels) == (32, 4, 256)
+        assert (head.norm_groups, head.convs, head.channels, head.conv_bias) == (32, 4, 256, True)
+
+
+def test_fcos_alone_is_a_plain_assistant_of_full_weight():
+    """The source is branch dev, configs/kd/head_fcos_r18.py and retina_fcos_r18.py."""
+    job, both = load_job(JOBS / "tf_head_only_fcos.yaml"), load_job(JOBS / "tf_head.yaml")
+    plain = {"norm_on_bbox": False, "centerness_on_reg": False, "center_radius": None, "conv_bias": False}
+    fcos = FCOSAssistantSpec(head=FCOSHeadSpec(box_loss="giou", **plain), gt_weight=1.0, ckd_weight=1.0)
+    assert job.distill.assistants.model_dump() == {"fcos": fcos.model_dump(), "rcnn": None, "retinanet": None}
+    assert (job.student, job.optim, job.data) == (both.student, both.optim, both.data)
+    assert (job.distill.ckd_epochs, job.distill.warmup_steps) == (8, 2000)
 
 
 def test_small_jobs_differ_only_in_what_they_compare():

@@ -11,7 +11,10 @@ import pytest
 import yaml
 
 from headkd_ray import plan
-from tests.support import TF_HEAD, micro_job
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
+from tests.support import MICRO_STUDENT, TF_HEAD, micro_job
 from tests.teacher.test_cache_command import teacher_in
 
 
@@ -44,6 +47,7 @@ def test_a_plan_with_prices_for_some_numbers_of_workers(
         ("head", {"teacher": {"placement": "pool", "pool": {"actors": [1, 2]}}, "cluster": {"workers": 2}}),
         ("akd", {"distill": {"rois": "teacher"}}),
         ("copy_only", {}),
+        ("assist", {"student": {**MICRO_STUDENT, "checkpoint": "student"}}),
     ],
 )
 def test_every_kind_of_job_can_be_planned(
@@ -52,6 +56,11 @@ def test_every_kind_of_job_can_be_planned(
     if method in ("head", "akd", "copy_only"):
         teacher = {"checkpoint": teacher_in(tmp_path, drawn_splits, 1), **sections.get("teacher", {})}
         sections = {**sections, "teacher": teacher}
+    if method == "assist":
+        classes = ShardSet.open(drawn_splits["train"]).meta.classes
+        spec = micro_job(tmp_path, drawn_splits).student
+        save_detector(tmp_path / "student", build_detector(spec, len(classes)), classes)
+        sections["student"]["checkpoint"] = str(tmp_path / "student")
     assert plan.main([write(tmp_path, drawn_splits, method=method, **sections), "--steps", "1"]) == 0
     assert "bottleneck" in capsys.readouterr().out
 

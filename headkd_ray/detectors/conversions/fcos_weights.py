@@ -20,15 +20,21 @@ from headkd_ray.detectors.conversions.shapes import ShapeError, State
 from headkd_ray.detectors.dense import STRIDES
 from headkd_ray.job import FCOSHeadSpec, Spec
 
+PLAIN: Mapping[str, Any] = {"center_radius": None, "norm_on_bbox": False, "centerness_on_reg": False, "box_loss": "iou"}
+"""The switches of an FCOS without its later improvements, mmdet's defaults."""
+
 
 def _head(state: State) -> tuple[FCOSHeadSpec, int]:
-    """Infer the head; what no shape tells is as in the paper, with 32 groups in the norm."""
+    """Infer the head; what no shape tells is as in the paper, with 32 groups in the norm.
+
+    Convs without a bias beside the norm are the plain FCOS's: mmdet's configs and the research branch's set ``conv_bias``
+    together with the later improvements.
+    """
     cls_out, box_out = shapes.need(state, "head.cls_out.weight", "head.box_out.weight")
     if box_out.shape[0] != 4:
         raise ShapeError(f"an FCOS head with {box_out.shape[0] / 4:g} boxes a cell; only 1 is supported")
-    channels = cls_out.shape[1]
-    convs, groups = shapes.tower(state, "an FCOS head", channels, FCOSHeadSpec().norm_groups)
-    return FCOSHeadSpec(convs=convs, channels=channels, norm_groups=groups), cls_out.shape[0]
+    towers = shapes.tower(state, "an FCOS head", cls_out.shape[1], FCOSHeadSpec().norm_groups)
+    return FCOSHeadSpec(**towers, **({} if towers.get("conv_bias", True) else PLAIN)), cls_out.shape[0]
 
 
 def _switches(head: FCOSHeadSpec, said: Mapping[str, Any]) -> FCOSHeadSpec:

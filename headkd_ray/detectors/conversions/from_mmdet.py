@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from headkd_ray.detectors.conversions import shapes
 from headkd_ray.detectors.conversions.conversion import Conversion
 from headkd_ray.detectors.conversions.shapes import State
@@ -28,6 +26,10 @@ class MMDetConversion(Conversion, ABC):
         """Return {mmdet key: our name} of the heads' tensors among ``keys``; keys that this kind does not have are left out."""
 
     @abstractmethod
+    def detection_head(self, state: State, in_channels: int) -> tuple[Any, int]:
+        """Return the spec of the head that detects, as in :meth:`sections`, and the number of classes."""
+
+    @abstractmethod
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         """Return the heads' specs by their keys in the detector's spec (head; rpn, roi), and the number of classes.
 
@@ -39,10 +41,6 @@ class MMDetConversion(Conversion, ABC):
             ShapeError: a tensor that is needed is missing, or there is no such head here.
         """
 
-    def completed(self, state: State) -> State:
-        """Return ``state``, under our names, with the tensors that mmdet leaves out and our heads have."""
-        return state
-
 
 def _as_it_is(spec: Any, said: Mapping[str, Any]) -> Any:
     return spec
@@ -50,8 +48,7 @@ def _as_it_is(spec: Any, said: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFromMMDet(MMDetConversion):
-    """A conversion of a dense head: ``bbox_head`` in plain mmdet, and ``rpn_head`` in HEAD's two-headed students, whose
-    ``roi_head`` is the assistant."""
+    """A conversion of a dense head: ``bbox_head`` in plain mmdet, and ``rpn_head`` in HEAD's students that propose RoIs."""
 
     layers: Mapping[str, str]
     """{mmdet's name: ours} of the layers behind the towers."""
@@ -62,7 +59,7 @@ class DenseFromMMDet(MMDetConversion):
     switches: Callable[[Any, Mapping[str, Any]], Any] = _as_it_is
     """Sets in the head's spec what no tensor's shape tells, from the head's section of the training config."""
     norms: bool = True
-    """Whether the towers may have norms; beside a norm mmdet's convs have no bias."""
+    """Whether the towers may have norms."""
     relu_before_p7: bool = False
     """Whether mmdet's own files without a config have a ReLU before P7 where P6 is on P5."""
 
@@ -72,8 +69,6 @@ class DenseFromMMDet(MMDetConversion):
         return {key: name for key, name in named if name is not None}
 
     def _name(self, key: str, is_normed: bool) -> str | None:
-        if key.startswith("roi_head.bbox_head."):
-            return box_head_name(key.removeprefix("roi_head.bbox_head."), "assistant.")
         room, _, rest = key.partition(".")
         if room not in ("bbox_head", "rpn_head"):
             return None
@@ -87,18 +82,12 @@ class DenseFromMMDet(MMDetConversion):
         matches = ((re.fullmatch(pattern, rest), replacement) for pattern, replacement in self.others.items())
         return next((f"head.{match.expand(replacement)}" for match, replacement in matches if match), None)
 
+    def detection_head(self, state: State, in_channels: int) -> tuple[DenseHeadSpec, int]:
+        return self.head(state)
+
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         head, num_classes = self.head(state)
         return {"head": head}, num_classes
-
-    def completed(self, state: State) -> State:
-        """Return ``state`` with zeros for the biases of the towers' convs if none has one (``bias='auto'`` beside a norm)."""
-        if not self.norms:
-            return state
-        towers = ("head.cls_tower.", "head.box_tower.")
-        convs = [name for name, tensor in state.items() if name.startswith(towers) and tensor.dim() == 4]
-        biases = {name.removesuffix("weight") + "bias": torch.zeros(state[name].shape[0]) for name in convs}
-        return state if biases.keys() & state.keys() else {**state, **biases}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +111,9 @@ class TwoStageFromMMDet(MMDetConversion):
         if match := re.fullmatch(r"rpn_head\.(rpn_cls|rpn_reg)\.(weight|bias)", key):
             return f"rpn.{_RPN[match[1]]}.{match[2]}"
         return None
+
+    def detection_head(self, state: State, in_channels: int) -> tuple[BoxHeadSpec, int]:
+        return self.roi(state, in_channels)
 
     def sections(self, state: State, in_channels: int) -> tuple[dict[str, Any], int]:
         rpn = shapes.rpn(state, self.rpn)

@@ -13,9 +13,8 @@ def _head(state: State) -> tuple[GFLHeadSpec, int]:
     cls_out, box_out = shapes.need(state, "head.cls_out.weight", "head.box_out.weight")
     if box_out.shape[0] % 4 or box_out.shape[0] < 8:
         raise ShapeError(f"a GFL head with {box_out.shape[0]} box outputs a cell; 4 x (reg_max + 1) are needed")
-    channels = cls_out.shape[1]
-    convs, groups = shapes.tower(state, "a GFL head", channels, GFLHeadSpec().norm_groups)
-    return GFLHeadSpec(convs=convs, channels=channels, norm_groups=groups, reg_max=box_out.shape[0] // 4 - 1), cls_out.shape[0]
+    towers = shapes.tower(state, "a GFL head", cls_out.shape[1], GFLHeadSpec().norm_groups)
+    return GFLHeadSpec(**towers, reg_max=box_out.shape[0] // 4 - 1), cls_out.shape[0]
 
 
 MMDET = DenseFromMMDet(

@@ -14,10 +14,8 @@ def _head(state: State) -> tuple[RepPointsHeadSpec, int]:
     cls_out, cls_conv, points = shapes.need(state, "head.cls_out.weight", "head.cls_conv.weight", "head.refine_out.weight")
     if points.shape[0] != 2 * POINTS or "head.moment_transfer" not in state:
         raise ShapeError(f"a RepPoints head of another kind than moment with {POINTS} points a cell; only that is supported")
-    channels = cls_conv.shape[1]
-    convs, groups = shapes.tower(state, "a RepPoints head", channels, RepPointsHeadSpec().norm_groups)
-    spec = RepPointsHeadSpec(convs=convs, channels=channels, point_channels=cls_out.shape[1], norm_groups=groups)
-    return spec, cls_out.shape[0]
+    towers = shapes.tower(state, "a RepPoints head", cls_conv.shape[1], RepPointsHeadSpec().norm_groups)
+    return RepPointsHeadSpec(**towers, point_channels=cls_out.shape[1]), cls_out.shape[0]
 
 
 MMDET = DenseFromMMDet(

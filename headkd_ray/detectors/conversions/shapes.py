@@ -116,17 +116,21 @@ def fpn(state: State) -> FPNSpec:
     return FPNSpec(channels=width, extra="conv_c5" if first.shape[1] == lateral.shape[1] else "conv_p5", norm=norm)
 
 
-def tower(state: State, what: str, channels: int, groups: int | None) -> tuple[int, int | None]:
-    """Return the depth of a dense head's classification tower and its norm's groups: ``groups`` if it has a norm, else None.
+def tower(state: State, what: str, channels: int, groups: int | None) -> dict[str, Any]:
+    """Return the keys that describe a dense head's towers: convs, channels, norm_groups and, beside a norm, conv_bias.
+
+    The norm, if there is one, has ``groups``; the convs beside it have biases if any of them has.
 
     Raises ShapeError, which names the head as ``what``, if the groups do not divide ``channels``.
     """
+    convs = [name for name, t in state.items() if name.startswith(("head.cls_tower.", "head.box_tower.")) and t.dim() == 4]
+    keys = {"convs": sum(name.startswith("head.cls_tower.") for name in convs), "channels": channels}
     if "head.cls_tower.1.weight" not in state:
-        groups = None
-    elif groups is not None:
+        return {**keys, "norm_groups": None}
+    if groups is not None:
         _check_groups(what, channels, groups)
-    depth = sum(name.startswith("head.cls_tower.") and tensor.dim() == 4 for name, tensor in state.items())
-    return depth, groups
+    biased = any(name.removesuffix("weight") + "bias" in state for name in convs)
+    return {**keys, "norm_groups": groups, "conv_bias": biased}
 
 
 def _check_groups(what: str, channels: int, groups: int) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headkd_ray.detectors.ops.fixed_size import constant
 from headkd_ray.job import AnchorSpec
 
 Shape = tuple[int, int]
@@ -73,7 +74,7 @@ class Anchors:
         for (height, width), stride, step in zip(shapes, self.strides, self._steps(shapes), strict=True):
             y, x = (torch.arange(n, device=device, dtype=torch.float32) * s for n, s in zip((height, width), step, strict=True))
             corner = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)[:, :, None].expand(-1, -1, self.per_cell, -1)
-            boxes.append((corner.flip(-1).repeat(1, 1, 1, 2) + self.base(stride).to(device)).reshape(-1, 4))
+            boxes.append((corner.flip(-1).repeat(1, 1, 1, 2) + self.base(stride).to(device, non_blocking=True)).reshape(-1, 4))
             origins.append(corner.reshape(-1, 2))
         counts = tuple(level.shape[0] for level in boxes)
         return AnchorGrid(torch.cat(boxes), torch.cat(origins), counts, shapes)
@@ -100,7 +101,7 @@ class Anchors:
         the box most when both have one centre, then the cell of that level whose anchor centres are nearest to the box's. Where
         these are far from it, the anchor of greatest IoU over all cells can have another shape or level.
         """
-        base = torch.stack([self.base(stride) for stride in self.strides]).to(boxes)  # (levels, A, 4)
+        base = torch.stack([self.base(stride) for stride in self.strides]).to(boxes, non_blocking=True)  # (levels, A, 4)
         size, sides = boxes[:, 2:] - boxes[:, :2], (base[..., 2:] - base[..., :2]).flatten(0, 1)
         overlap = torch.minimum(size.unsqueeze(1), sides).prod(-1)
         iou = overlap / (size.prod(-1, keepdim=True) + sides.prod(-1) - overlap)
@@ -112,9 +113,9 @@ class Anchors:
 
         Returns (N, 4) int64 (level, y, x, anchor), where ``anchor`` (N,) is 0 by default.
         """
-        offset = self.offset * boxes.new_tensor(self.strides)[level].unsqueeze(1)
-        step = boxes.new_tensor(self._steps(shapes))[level]
-        last = torch.tensor(shapes, device=boxes.device)[level] - 1
+        offset = self.offset * constant(self.strides, boxes)[level].unsqueeze(1)
+        step = torch.stack([constant(side, boxes) for side in zip(*self._steps(shapes), strict=True)], dim=1)[level]
+        last = torch.stack([constant(side, level) for side in zip(*shapes, strict=True)], dim=1)[level] - 1
         centre = ((boxes[:, :2] + boxes[:, 2:]) * 0.5).flip(1)
         y, x = torch.minimum(((centre - offset) / step).round().long().clamp(min=0), last).unbind(1)
         return torch.stack([level, y, x, torch.zeros_like(level) if anchor is None else anchor], dim=1)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from headkd_ray.detectors.ops.fixed_size import constant
 from headkd_ray.job import Stds
 
 MAX_LOG_RATIO = math.log(1000 / 16)
@@ -42,7 +43,7 @@ def encode(boxes: Tensor, reference: Tensor, stds: Stds = UNIT_STDS) -> Tensor:
     size, reference_size = boxes[..., 2:] - boxes[..., :2], reference[..., 2:] - reference[..., :2]
     shift = (boxes[..., :2] + boxes[..., 2:]) * 0.5 - (reference[..., :2] + reference[..., 2:]) * 0.5
     deltas = torch.cat([shift / reference_size, (size / reference_size).log()], dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas if tuple(stds) == UNIT_STDS else deltas / constant(stds, deltas)
 
 
 def decode(deltas: Tensor, reference: Tensor, stds: Stds = UNIT_STDS, clamp_shrink: bool = True) -> Tensor:
@@ -50,7 +51,8 @@ def decode(deltas: Tensor, reference: Tensor, stds: Stds = UNIT_STDS, clamp_shri
 
     A side grows at most by a factor of 1000/16; with ``clamp_shrink`` (mmdet, not torchvision) it also shrinks at most by it.
     """
-    deltas = deltas * deltas.new_tensor(stds)
+    if tuple(stds) != UNIT_STDS:
+        deltas = deltas * constant(stds, deltas)
     size = reference[..., 2:] - reference[..., :2]
     centre = (reference[..., :2] + reference[..., 2:]) * 0.5 + deltas[..., :2] * size
     log_ratio = deltas[..., 2:].clamp(min=-MAX_LOG_RATIO if clamp_shrink else None, max=MAX_LOG_RATIO)

@@ -105,5 +105,9 @@ def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy_mean(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64 over R; 0 if R = 0."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
+    """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64; 0 if R = 0.
+
+    Rows whose label is -1 do not count.
+    """
+    total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
+    return total / (labels >= 0).sum().clamp(min=1)

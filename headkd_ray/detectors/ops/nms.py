@@ -1,15 +1,82 @@
-"""Non-maximum suppression in many independent groups (image x level, image x class), and padding of the results."""
+"""Non-maximum suppression in many independent groups (image x level, image x class), and padding of the results.
+
+:func:`nms_mask` is for training, and its result has a fixed size; :func:`grouped_nms` is for detections, any number of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
 _CUDA_BOXES = 20_000
 """Most boxes per NMS call on a GPU, whose bit mask needs N^2 / 8 bytes (here 50 MB)."""
+
+_WIDEST = 8192
+"""Most boxes of a group that the kernel keeps in a GPU's registers."""
+
+
+@torch.library.custom_op("headkd_ray::nms_mask", mutates_args=(), schema="(Tensor boxes, int[] counts, float iou) -> Tensor")
+def nms_mask(boxes: Tensor, counts: Sequence[int], iou: float) -> Tensor:
+    """Return the mask (B, N) of the ``boxes`` (B, N, 4) float32 that survive NMS within their own group.
+
+    Each image's boxes are ``counts`` boxes of one group, best first, then of the next, and so on; the sum of ``counts`` is N.
+    """
+    keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    rank = torch.arange(max(counts, default=0), 0, -1, dtype=boxes.dtype, device=boxes.device)
+    for own, kept in zip(boxes, keep, strict=True):
+        for group, kept_of_group in zip(own.split(list(counts)), kept.split(list(counts)), strict=True):
+            kept_of_group[nms(group, rank[: len(group)], iou)] = True
+    return keep
+
+
+@nms_mask.register_kernel("cuda")
+def _nms_mask_on_gpu(boxes: Tensor, counts: Sequence[int], iou: float) -> Tensor:
+    """Compute :func:`nms_mask` without a wait or, where Triton does not work or a group is too wide, with torchvision's NMS."""
+    batch, groups, widest = len(boxes), len(counts), max(counts, default=0)
+    # Groups are padded with boxes without area, which overlap none.
+    table = torch.stack([F.pad(part, (0, 0, 0, widest - part.shape[1])) for part in boxes.split(list(counts), dim=1)], dim=1)
+    kernel = _kernel(boxes.device) if widest <= _WIDEST else None
+    if kernel is not None:
+        keep = kernel(table.flatten(0, 1), iou)
+    else:
+        rank = torch.arange(widest, 0, -1, dtype=boxes.dtype, device=boxes.device).repeat(batch * groups)
+        group = torch.arange(batch * groups, device=boxes.device).repeat_interleave(widest)
+        keep = torch.zeros_like(group, dtype=torch.bool)
+        keep[grouped_nms(table.reshape(-1, 4), rank, group, iou)] = True
+    parts = keep.view(batch, groups, widest).unbind(1)
+    return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], dim=1)
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, float], Tensor] | None:
+    """Return the Triton kernel, or warn and return None if it does not work on ``device``.
+
+    Triton compiles when a kernel is first called, for which it needs a C compiler.
+    """
+    try:
+        from headkd_ray.detectors.ops.nms_kernel import greedy_nms
+
+        greedy_nms(torch.zeros(1, 64, 4, device=device), 0.5)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        warnings.warn(
+            f"Triton cannot run the NMS kernel on {device} ({reason[-1]}). Training goes on with torchvision's NMS, for which "
+            "the host waits in every step. Triton needs a C compiler, such as gcc.",
+            stacklevel=2,
+        )
+        return None
+    return greedy_nms
+
+
+@nms_mask.register_fake
+def _nms_mask_shape(boxes: Tensor, counts: Sequence[int], iou: float) -> Tensor:
+    return boxes.new_empty(boxes.shape[:2], dtype=torch.bool)
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:

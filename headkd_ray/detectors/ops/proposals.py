@@ -13,8 +13,9 @@ from torch import Tensor
 
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import clip, exceeds
+from headkd_ray.detectors.ops.fixed_size import fixed_size
 from headkd_ray.detectors.ops.matching import gather_rows
-from headkd_ray.detectors.ops.nms import grouped_nms, pack
+from headkd_ray.detectors.ops.nms import grouped_nms, nms_mask, pack
 from headkd_ray.detectors.ops.tracing import at_most
 from headkd_ray.job import PostprocessSpec, ProposalSpec
 
@@ -23,7 +24,10 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 
 
 class Proposals(NamedTuple):
-    """The proposals of a batch, sorted by score within each image; P is the largest number in an image."""
+    """The proposals of a batch, sorted by score within each image.
+
+    P is the largest number in an image or, where shapes must not depend on values, the largest that is allowed.
+    """
 
     boxes: Tensor
     """(B, P, 4) float32, pixels of the network input, clipped to the unpadded image."""
@@ -61,12 +65,21 @@ def propose(
     ``sizes`` (B, 2) are unpadded (h, w).
     """
     boxes, score, cells = best_anchors(scores, deltas, anchors, sizes, spec, decode)
-    image, row = exceeds(boxes, spec.min_size).nonzero(as_tuple=True)
-    boxes, score, cells = boxes[image, row], score[image, row], cells[image, row]
-    keep = grouped_nms(boxes, score, image * len(scores) + cells[:, 0], spec.nms_iou)
-    fields = {"boxes": (boxes[keep], 0), "scores": (score[keep], 0), "cells": (cells[keep], -1)}
-    valid, packed = pack(image[keep], len(sizes), spec.post_nms, fields)
-    return Proposals(packed["boxes"], packed["scores"], packed["cells"], valid)
+    kept = exceeds(boxes, spec.min_size)
+    counts = [min(spec.pre_nms, count) for count in anchors.grid(scores).counts]
+    kept &= nms_mask(boxes.masked_fill(~kept.unsqueeze(-1), 0.0), counts, spec.nms_iou)  # no area: suppresses no other box
+    best = score.masked_fill(~kept, -1.0).argsort(dim=1, descending=True, stable=True)[:, : spec.post_nms]
+    valid = kept.gather(1, best)
+    if not fixed_size(boxes):
+        width = int(valid.sum(1).max())
+        best, valid = best[:, :width], valid[:, :width]
+    padding = ~valid
+    return Proposals(
+        boxes=gather_rows(boxes, best).masked_fill_(padding.unsqueeze(-1), 0),
+        scores=score.gather(1, best).masked_fill_(padding, 0),
+        cells=gather_rows(cells, best).masked_fill_(padding.unsqueeze(-1), -1),
+        valid=valid,
+    )
 
 
 def best_anchors(

@@ -48,6 +48,6 @@ def sample(
 
     # One sort key puts positives first, each side by index, padding last.
     key = torch.cat([chosen, chosen_negative + count], dim=1)
-    key = key.masked_fill(~torch.cat([is_positive, is_negative], dim=1), 2 * count).sort(dim=1).values[:, : spec.size]
+    key = key.masked_fill(~torch.cat([is_positive, is_negative], dim=1), 2 * count).sort(dim=1).values[:, : len(rank)]
     valid = key < 2 * count
     return Sample((key % max(count, 1)).masked_fill(~valid, 0), valid)

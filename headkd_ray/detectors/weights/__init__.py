@@ -1,7 +1,7 @@
 """Save detectors to files and load them from ours, mmdet's and torchvision's."""
 
 from headkd_ray.detectors.weights.any_format import load_checkpoint
-from headkd_ray.detectors.weights.classes import drop_unused_classes, with_classes
+from headkd_ray.detectors.weights.classes import drop_unused_classes, load_by_name, with_classes
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import load_mmdet
 from headkd_ray.detectors.weights.more_detections import keeping
@@ -12,6 +12,7 @@ __all__ = [
     "LoadedDetector",
     "drop_unused_classes",
     "keeping",
+    "load_by_name",
     "load_checkpoint",
     "load_detector",
     "load_mmdet",

@@ -29,33 +29,44 @@ def with_classes(loaded: LoadedDetector, names: Sequence[str]) -> LoadedDetector
 
     The output of a class that ``loaded`` has is its copy; any other is fresh, drawn from torch's default generator.
     """
+    detector = build_detector(loaded.detector.spec, len(names))
+    load_by_name(detector, names, loaded)
+    return replace(loaded, detector=detector, classes=tuple(names))
+
+
+def load_by_name(detector: AnyDetector, names: Sequence[str], loaded: LoadedDetector) -> None:
+    """Load the weights of ``loaded`` into ``detector``, which has an output for each of ``names``.
+
+    Both have the same architecture, and ``loaded.classes`` must be known. Outputs for classes that ``loaded`` does not have
+    stay as they are in ``detector``.
+    """
     assert loaded.classes is not None
-    old = loaded.detector
     places = {name: there for there, name in enumerate(loaded.classes)}
     known = [here for here, name in enumerate(names) if name in places]
     here, there = torch.tensor(known, dtype=torch.int64), torch.tensor([places[names[i]] for i in known], dtype=torch.int64)
 
-    detector = build_detector(old.spec, len(names))
-    state = old.state_dict()
-    for layer, to, source in _rows(old, here, there, len(names)):
+    own, state = detector.state_dict(), loaded.detector.state_dict()
+    for layer, to, source in _rows(detector, here, there, loaded.detector.num_classes):
         for tensor in ("weight", "bias"):
-            fresh = detector.state_dict()[f"{layer}.{tensor}"].clone()
-            fresh[to] = state[f"{layer}.{tensor}"][source]
-            state[f"{layer}.{tensor}"] = fresh
+            rows = own[f"{layer}.{tensor}"].clone()
+            rows[to] = state[f"{layer}.{tensor}"][source]
+            state[f"{layer}.{tensor}"] = rows
     fit(detector, state, loaded.source)
-    return replace(loaded, detector=detector, classes=tuple(names))
 
 
-def _rows(old: AnyDetector, here: Tensor, there: Tensor, classes: int) -> list[tuple[str, Tensor, Tensor]]:
-    """Return (layer, its new rows, the old rows to put there) for each layer with outputs for classes."""
-    if isinstance(old, DenseDetector):  # anchor-major
-        anchor = torch.arange(old.head.anchors.per_cell)[:, None]
-        return [("head.cls_out", (anchor * classes + here).flatten(), (anchor * old.num_classes + there).flatten())]
-    last = torch.tensor([classes]), torch.tensor([old.num_classes])  # background
+def _rows(new: AnyDetector, here: Tensor, there: Tensor, old_classes: int) -> list[tuple[str, Tensor, Tensor]]:
+    """Return (layer, its new rows, the old rows to put there) for each layer with outputs for classes.
+
+    Class ``here[i]`` of ``new`` is class ``there[i]`` of the ``old_classes``.
+    """
+    if isinstance(new, DenseDetector):  # anchor-major
+        anchor = torch.arange(new.head.anchors.per_cell)[:, None]
+        return [("head.cls_out", (anchor * new.num_classes + here).flatten(), (anchor * old_classes + there).flatten())]
+    last = torch.tensor([new.num_classes]), torch.tensor([old_classes])  # background
     side = torch.arange(4)
-    names = {module: name for name, module in old.named_modules()}
+    names = {module: name for name, module in new.named_modules()}
     rows = []
-    for stage in old.roi.stages:
+    for stage in new.roi.stages:
         rows.append((f"{names[stage]}.cls_out", torch.cat([here, last[0]]), torch.cat([there, last[1]])))
         if not stage.spec.class_agnostic:
             boxes = (4 * here[:, None] + side).flatten(), (4 * there[:, None] + side).flatten()

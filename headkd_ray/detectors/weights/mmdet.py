@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from headkd_ray.detectors.base import DenseHead, RoIHead
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.conversions import shapes
 from headkd_ray.detectors.conversions.from_mmdet import DenseFromMMDet, MMDetConversion
+from headkd_ray.detectors.dense import STRIDES
 from headkd_ray.detectors.fit import fit
-from headkd_ray.detectors.registry import Kind
-from headkd_ray.detectors.roi_head import BoxHead
+from headkd_ray.detectors.registry import Kind, head_class
 from headkd_ray.detectors.two_stage import ROI_LEVELS
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_config import MMDetConfig
-from headkd_ray.detectors.weights.mmdet_names import mmdet_kind, mmdet_names
+from headkd_ray.detectors.weights.mmdet_names import mmdet_assistants, mmdet_kind, mmdet_names
 from headkd_ray.errors import CheckpointError
 from headkd_ray.job import BackboneSpec, DenseDetectorSpec, PixelSpec, TwoStageDetectorSpec
 
@@ -33,13 +34,17 @@ def is_mmdet(keys: Iterable[str]) -> bool:
     return any(key.startswith(("neck.lateral_convs.", "bbox_head.", "rpn_head.", "roi_head.bbox_head.")) for key in keys)
 
 
+Adapter = nn.Linear | nn.Conv2d
+
+
 class MMDetModel(NamedTuple):
     """An mmdet file's detector and, if it is a student of the official HEAD, what helped it learn."""
 
     loaded: LoadedDetector
-    assistant: BoxHead | None
-    adapters: dict[int, nn.Linear]
-    """The adapters by their number: 0, 1, ... = AKD on fc1, fc2, ...; the last = CKD."""
+    assistants: dict[str, DenseHead[Any] | RoIHead]
+    """The assistants by their official names: rcnn, cascade, or that of an extra head (fcos, retina, reppoints)."""
+    adapters: dict[int, Adapter]
+    """The adapters by their number in the official config; a 1x1 conv between maps, a Linear on rows."""
 
 
 def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
@@ -60,8 +65,11 @@ def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = Non
 
 
 def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> MMDetModel:
-    """Load what :func:`load_mmdet` does, with the assistant and the adapters of a HEAD student, a dense detector whose head is
-    called ``rpn_head`` and whose assistant ``roi_head``."""
+    """Load what :func:`load_mmdet` does, with the assistants and the adapters of one of HEAD's students.
+
+    The assistants are the ``roi_head`` beside a dense student's ``rpn_head``, a dense head's ``_extra_heads`` and the
+    ``cascade_roi_head`` beside a Faster R-CNN's ``roi_head``.
+    """
     meta = meta or {}
     averaged = [key for key in state if key.startswith("ema_")]
     normalisation = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key in _NORMALISATION}
@@ -79,7 +87,7 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
         raise CheckpointError(f"{source}: has no tensors of a head, only of {_rooms(state)}; it is no whole mmdet detector")
     kind, conversion = found
     config = MMDetConfig.of(meta, source)
-    ours = dict(conversion.completed({name: state[key] for key, name in names.items()}))
+    ours = {name: state[key] for key, name in names.items()}
     with shapes.inferring(source):
         pixels, is_bgr = config.pixels(normalisation)
         if is_bgr:
@@ -87,16 +95,15 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
         spec, num_classes = _spec(ours, kind, conversion, config, pixels)
         make: Any = kind.detector
         detector: AnyDetector = make(spec, num_classes)
-        assistant, adapters = _helpers(ours, detector)
+        assistants, adapters = _assistants(state, detector), _adapters(ours)
     # One strict load of everything, so that one error lists everything.
     parts = nn.ModuleDict(dict(detector.named_children()))
     parts["adapters"] = nn.ModuleDict({str(number): adapter for number, adapter in adapters.items()})
-    if assistant is not None:
-        parts["assistant"] = assistant
+    parts["assistants"] = nn.ModuleDict(assistants)
     fit(parts, ours, source, {name: key for key, name in names.items()})
     notes = (f"{source}: {len(averaged)} ema_* tensors, mmdet's second set of weights, are not used",) if averaged else ()
     classes = _classes(meta, detector.num_classes, source)
-    return MMDetModel(LoadedDetector(detector, classes, "mmdet", notes=notes), assistant, adapters)
+    return MMDetModel(LoadedDetector(detector, classes, "mmdet", notes=notes), assistants, adapters)
 
 
 def _spec(
@@ -119,14 +126,30 @@ def _spec(
     return kind.spec.model_validate({"backbone": backbone, "neck": neck, "pixels": pixels, **heads}), num_classes
 
 
-def _helpers(ours: Mapping[str, Tensor], detector: AnyDetector) -> tuple[BoxHead | None, dict[int, nn.Linear]]:
-    """Return the assistant and the adapters of the shapes in ``ours``, with initial weights."""
-    assistant, channels = None, detector.spec.neck.channels
-    if any(name.startswith("assistant.") for name in ours):
-        spec, num_classes = shapes.roi_head(ours, "assistant.", channels)
-        assistant = BoxHead(spec, channels, num_classes, detector.strides[:ROI_LEVELS])
-    weights = {int(name.split(".")[1]): t for name, t in ours.items() if name.startswith("adapters.") and t.dim() == 2}
-    return assistant, {number: nn.Linear(w.shape[1], w.shape[0]) for number, w in sorted(weights.items())}
+def _assistants(state: Mapping[str, Tensor], detector: AnyDetector) -> dict[str, DenseHead[Any] | RoIHead]:
+    """Return the assistants of the shapes in ``state``, under mmdet's names, with initial weights."""
+    channels, made = detector.spec.neck.channels, {}
+    for name, (conversion, names) in mmdet_assistants(state).items():
+        try:
+            spec, num_classes = conversion.detection_head({ours: state[key] for key, ours in names.items()}, channels)
+        except shapes.ShapeError as error:
+            raise shapes.ShapeError([f"assistant {name}: {problem}" for problem in error.problems], error.headline) from error
+        make: Any = head_class(spec)
+        strides = detector.strides[:ROI_LEVELS] if issubclass(make, RoIHead) else STRIDES
+        made[name] = make(spec, channels, num_classes, strides)
+    return made
+
+
+def _adapters(ours: Mapping[str, Tensor]) -> dict[int, Adapter]:
+    """Return the adapters of the shapes in ``ours``, with initial weights."""
+    made: dict[int, Adapter] = {}
+    for name, weight in sorted(ours.items()):
+        if match := re.fullmatch(r"adapters\.(\d+)\.weight", name):
+            own, theirs, bias = weight.shape[1], weight.shape[0], f"adapters.{match[1]}.bias" in ours
+            made[int(match[1])] = (
+                nn.Conv2d(own, theirs, 1, bias=bias) if weight.dim() == 4 else nn.Linear(own, theirs, bias=bias)
+            )
+    return dict(sorted(made.items()))
 
 
 def _rooms(state: Mapping[str, Tensor]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from headkd_ray.detectors.base import Detector
 from headkd_ray.detectors.build import build_detector
@@ -19,7 +20,7 @@ from headkd_ray.detectors.fit import check_fit, fit
 from headkd_ray.detectors.safe_load import mistaken_for, read_file
 from headkd_ray.detectors.weights.loaded import UNUSED, LoadedDetector
 from headkd_ray.errors import CheckpointError, JobError
-from headkd_ray.job import DataSpec, DetectorSpec
+from headkd_ray.job import DataSpec, DenseDetectorSpec, DetectorSpec
 
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
@@ -70,7 +71,7 @@ def save_detector(folder: str | Path, detector: Detector, classes: Sequence[str]
     card = {
         "format": FORMAT,
         "classes": list(classes),
-        "spec": detector.spec.model_dump(mode="json"),
+        "spec": detector.spec.model_dump(mode="json", exclude={"checkpoint", "classes"}),  # they only say how it started
         "sha256": _sha256(folder / WEIGHTS),
         "meta": meta or {},
     }
@@ -89,9 +90,9 @@ def load_detector(folder: str | Path) -> LoadedDetector:
     if missing:
         raise CheckpointError(_not_a_checkpoint(folder, missing))
     card = _read_card(folder / CARD)
-    # The backbone's initial weights are part of these tensors: nothing to load or download again.
-    spec = card.spec.replace({"backbone.weights": "none"})
     tensors = read_file(folder / WEIGHTS)
+    # The backbone's initial weights are part of these tensors: nothing to load or download again.
+    spec = card.spec.replace({"backbone.weights": "none", **_newer_keys(card.spec, tensors)})
     try:
         with torch.device("meta"):
             check_fit(build_detector(spec, len(card.classes), "spec"), tensors, str(folder))
@@ -105,6 +106,13 @@ def load_detector(folder: str | Path) -> LoadedDetector:
         )
     fit(detector, tensors, str(folder))
     return LoadedDetector(detector, card.classes, "headkd_ray", meta=card.meta)
+
+
+def _newer_keys(spec: DetectorSpec, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Return the keys that a card lacks because it is older than they are, with the values that its ``tensors`` tell."""
+    if not isinstance(spec, DenseDetectorSpec) or "conv_bias" not in type(spec.head).model_fields:
+        return {}
+    return {} if "conv_bias" in spec.head.model_fields_set else {"head.conv_bias": "head.cls_tower.0.bias" in tensors}
 
 
 def _read_card(path: Path) -> _Card:

@@ -1,0 +1,78 @@
+"""Starting a student from a whole trained detector, ``student.checkpoint``."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from headkd_ray.data.class_lists import check_common, listed, outputs_by_name
+from headkd_ray.detectors.build import AnyDetector
+from headkd_ray.detectors.state_dict import add_to_digest
+from headkd_ray.detectors.weights import LoadedDetector, load_by_name
+from headkd_ray.detectors.weights.fetch import fetch_named
+from headkd_ray.detectors.weights.misfits import check_architecture
+from headkd_ray.errors import CheckpointError, DataError
+from headkd_ray.job import Job
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained detector, on the CPU, from whose weights a student starts."""
+
+    loaded: LoadedDetector
+    classes: tuple[str, ...]
+    """The data's classes: those of the student's outputs, in their order."""
+    note: str
+    """What the log says about it: where it comes from, which outputs were taken and which start fresh."""
+    fingerprint: str
+    """SHA-256 of the weights, in hexadecimal."""
+
+    def load_into(self, student: AnyDetector) -> None:
+        """Load the weights into ``student``, of the same architecture; outputs for classes that they lack stay as they are."""
+        load_by_name(student, self.classes, self.loaded)
+
+
+def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
+    """Load ``student.checkpoint`` and check that the job's student can start from it; return None if the job names none.
+
+    Args:
+        classes: class names of the data; None = take the checkpoint's.
+
+    Raises:
+        CheckpointError: it is unreadable, does not name its classes, or knows none of the data's; or the student has another
+            architecture (all keys that differ are named).
+        JobError: the student cannot be built.
+    """
+    place = job.student.checkpoint
+    if place is None:
+        return None
+    loaded = fetch_named("student", place, job.student.classes)
+    known = loaded.classes
+    assert known is not None
+    classes = known if classes is None else classes
+    problems: list[str] = []
+    for check in (
+        lambda: check_architecture(job.student, loaded.detector),
+        lambda: check_common("the checkpoint", known, f"data.train ({job.data.train})", classes, "student.classes"),
+    ):
+        try:
+            check()
+        except (CheckpointError, DataError) as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(problems, headline=f"student.checkpoint: the student cannot start from {place}:")
+    taken = [name for name in classes if name in known]
+    notes = [
+        f"the student starts from {place} ({loaded.source})",
+        f"its outputs for {len(taken)} of {len(classes)} classes are taken: {listed(taken, 100)}",
+        *outputs_by_name("the checkpoint", known, classes),
+        *loaded.notes,
+    ]
+    return Start(loaded, classes, "; ".join(notes), _fingerprint(loaded.detector))
+
+
+def _fingerprint(detector: AnyDetector) -> str:
+    """Return the SHA-256 of all tensors."""
+    found = hashlib.sha256()
+    add_to_digest(found, detector.state_dict())
+    return found.hexdigest()
