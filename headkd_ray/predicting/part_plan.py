@@ -77,7 +77,7 @@ def make_plan(request: PartsRequest, places: Iterable[str], out: Folder) -> Plan
     try:
         (out / INPUTS).create()
         while part := list(islice(files, request.part_images)):
-            content = json.dumps([[file.label, file.address] for file in part])
+            content = json.dumps([[file.label, file.folder.address, file.name] for file in part])
             (out / INPUTS).write(part_name(parts, ".json"), content.encode())
             images, parts = images + len(part), parts + 1
         plan = Plan(**asked, places=named.digest, images=images, parts=parts)
@@ -112,7 +112,8 @@ def images_of(out: Folder, number: int) -> list[InputFile]:
     name = part_name(number, ".json")
     try:
         entries = json.loads((out / INPUTS).read(name))
-        return [InputFile(*Folder.of_file(address), label) for label, address in entries]
+        folders = {address: Folder.open(address) for address in {address for _, address, _ in entries}}  # a connection each
+        return [InputFile(folders[address], name, label) for label, address, name in entries]
     except (OSError, ValueError, TypeError) as error:
         where = (out / INPUTS).named(name)
         raise DataError(
