@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -49,6 +50,10 @@ class _Seen:
         """Remember a file, and return whether it was new."""
         key = os.fsencode(f"{file.folder.fs.type_name}:{file.folder.at(file.name)}")
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+
+    def close(self) -> None:
+        """Delete the database."""
+        self._database.close()
 
 
 class _RemoteFiles:
@@ -97,16 +102,17 @@ def find_inputs(places: Iterable[str], out: Folder, no_videos: str | None = None
         DataError: there is nothing to detect in, a folder cannot be read, or a video is named although there is ``no_videos``.
         StorageError: a store denies access or cannot be reached.
     """
-    seen, remote, found, named = _Seen(), _RemoteFiles(), False, list[str]()
-    for place in places:
-        named, count = [*named, place][: SHOWN + 1], 0
-        for file in _files_of(place, out, no_videos, remote):
-            count += 1
-            if seen.is_new(file):
-                found = True
-                yield file
-        if not count and is_pattern(place):
-            raise DataError(f"{place}: matches no images and no videos")
+    remote, found, named = _RemoteFiles(), False, list[str]()
+    with closing(_Seen()) as seen:
+        for place in places:
+            named, count = [*named, place][: SHOWN + 1], 0
+            for file in _files_of(place, out, no_videos, remote):
+                count += 1
+                if seen.is_new(file):
+                    found = True
+                    yield file
+            if not count and is_pattern(place):
+                raise DataError(f"{place}: matches no images and no videos")
     if not found:
         where = ", ".join(named[:SHOWN]) + (", …" if len(named) > SHOWN else "")
         raise DataError(f"{where or 'standard input'}: no {', '.join(sorted(IMAGES))} files, and no videos")
