@@ -28,7 +28,7 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def load(path: str | os.PathLike[str], device: str | None = None) -> Predictor:
-    """Load a checkpoint or an exported ``.onnx`` file, to be called on images; see :func:`headkd_ray.deploy.predictor.load`."""
+    """Load a checkpoint or an exported file, to be called on images; see :func:`headkd_ray.deploy.predictor.load`."""
     from headkd_ray.deploy import predictor  # late: torch takes seconds to import
 
     return predictor.load(path, device)

@@ -281,8 +281,8 @@ def agreement_sentence(row: dict[str, Any]) -> str:
     found = row["agreement"]
     same = found["detections"] - found["alone"]
     return (
-        f"{row['name']}: {same} of {found['detections']} detections are the checkpoint's, boxes within {found['box']:.1g} px "
-        f"and scores within {found['score']:.1g}"
+        f"{row['name']}: {same} of {found['detections']} detections are the checkpoint's, boxes within {found['box']:.1g} px, "
+        f"scores within {found['score']:.1g}"
     )
 
 

@@ -143,8 +143,11 @@ RT_INFO = "headkd_ray"
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, for a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's text that says what is wrong, and not where in a C++ file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API"))), type(error).__name__
+    )
 
 
 def graph_inputs(batch: Batch) -> dict[str, NDArray[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
             workers (of a range: the maximum), which would change the epoch's order and the schedule's steps.
     """
     saved = load_state(folder)
-    if "model" not in saved:
+    if "model" not in saved or _shapes(saved["model"]) != _shapes(state.model.state_dict()):
         raise CheckpointError(
             f"the checkpoint at step {saved['step']} was written by an older headkd_ray, whose training state this one cannot "
             "resume (its student folder can be used); choose another run.name, or finish the run with the older version"
@@ -174,6 +174,10 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
     state.scheduler.load_state_dict(saved["scheduler"])
     if state.ema is not None:
         state.ema.load_state_dict(saved["ema"])
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def order_key(streams: Streams) -> dict[str, Any]:

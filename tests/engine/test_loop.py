@@ -6,10 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from headkd_ray.detectors import CascadeRCNN
 from headkd_ray.detectors.weights import load_checkpoint
+from headkd_ray.distill import build_training_model
+from headkd_ray.engine.loop import restore, save
+from headkd_ray.engine.step import build_learner
+from headkd_ray.errors import CheckpointError
 from headkd_ray.train import train
+from tests.detectors.micro import gfl_spec
 from tests.support import MICRO_TEACHER, assert_same_weights, micro_job, student_weights
 
 ONE_EPOCH = {"epochs": 1, "milestones": []}
@@ -34,6 +40,19 @@ def test_a_run_killed_after_its_last_checkpoint_ends_as_if_not(tmp_path: Path, d
     records: list[dict] = []
     assert train(job, records.append) == result and not records
     assert_same_weights(student_weights(result), weights)
+
+
+def test_a_training_state_of_a_network_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    """As GFL's, whose tower convs had biases beside the norm before there was ``conv_bias``."""
+    splits = {"train": "none", "val": "none"}
+    older, newer = (
+        build_learner(job, build_training_model(job, 3, None, 10), torch.device("cpu"), 2, 10)
+        for job in (micro_job(tmp_path, splits, student=gfl_spec(conv_bias=biased).model_dump()) for biased in (True, False))
+    )
+    save(older, tmp_path, {})
+    with pytest.raises(CheckpointError, match=r"at step 0 was written by an older headkd_ray, .* cannot resume"):
+        restore(newer, tmp_path, {})
+    restore(older, tmp_path, {})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
