@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,11 +55,10 @@ def measure(shards: ShardSet, maker: BatchMaker, windows: list[Window], side: in
     for number, window in enumerate(windows):
         times: Times = {}
         images = sum(len(batch.rows) for batch in window.batches)
-        loaded = timed(times, "read", images, lambda window=window: load_window(shards, window, maker))  # type: ignore[misc]
-        for pending in loaded:
+        for pending in timed(times, "read", images, partial(load_window, shards, window, maker)):
             count = len(pending.samples)
-            timed(times, "batch", count, lambda pending=pending: maker(pending))  # type: ignore[misc]
-            timed(times, "bare", count, lambda pending=pending: bare(pending, side))  # type: ignore[misc]
+            timed(times, "batch", count, partial(maker, pending))
+            timed(times, "bare", count, partial(bare, pending, side))
             parts(times, maker, pending)
         if number:
             yield times

@@ -120,7 +120,7 @@ def _sound_jpeg(
         if not as_wanted or colours not in ("YCbCr", "RGB", "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "RGBX")
-    except ValueError:  # some damage is forgiven by Pillow; of the rest it says more
+    except (ValueError, MemoryError):  # Pillow forgives some damage, and says more about the rest
         return None
 
 

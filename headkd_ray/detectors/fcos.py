@@ -99,8 +99,9 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
         predicted = decode_distances(torch.cat(flatten_cells(outputs.distances, 4), dim=1), grid.boxes)
         centerness = torch.cat(flatten_cells(outputs.centerness, 1), dim=1).squeeze(-1)
-        positives = mean_over_workers(positive.sum().float()).clamp(min=1)
-        weight = mean_over_workers(weights.sum()).clamp(min=1e-6)
+        idle = not self.training  # a process without images in this step runs in eval mode
+        positives = mean_over_workers(positive.sum().float(), idle).clamp(min=1)
+        weight = mean_over_workers(weights.sum(), idle).clamp(min=1e-6)
         everywhere = torch.ones_like(positive)
         cls = focal_loss_sum(logits, target_labels, everywhere, self.spec.focal_alpha, self.spec.focal_gamma)
         return {

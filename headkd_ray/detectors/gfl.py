@@ -91,8 +91,9 @@ class GFLHead(DenseHead[GFLOutputs]):
         quality = paired_iou(boxes.detach(), target_boxes)[0]
         weights = logits.detach().amax(-1).float().sigmoid().masked_fill(~positive, 0.0)
 
-        positives = mean_over_workers(positive.sum(1).clamp(min=1).sum().float()).clamp(min=1)
-        weight = mean_over_workers(weights.sum()).clamp(min=1)
+        idle = not self.training  # a process without images in this step runs in eval mode
+        positives = mean_over_workers(positive.sum(1).clamp(min=1).sum().float(), idle).clamp(min=1)
+        weight = mean_over_workers(weights.sum(), idle).clamp(min=1)
         cls = quality_focal_loss_sum(logits, target_labels, quality, matched >= NEGATIVE, spec.quality_beta)
         dfl = distribution_focal_loss_sum(bins, distances.clamp(0, spec.reg_max - LARGEST), weights.unsqueeze(-1)) / 4
         return {

@@ -64,7 +64,8 @@ def _pool_side_by_side(
 ) -> Tensor:
     """Pool as :func:`pool_rois` does, but from one map that shows all levels side by side, without sorting RoIs by ``level``.
 
-    The edges of each level are repeated around it, so that RoIAlign reads there what it reads at the edge of a map.
+    RoIs lie within their image. The edges of each level are repeated around it, so that RoIAlign reads there what it reads at
+    the edge of a map.
     """
     height = max(f.shape[-2] for f in features)
     canvas = torch.cat([F.pad(f.float(), (1, 1, 1, 1 + height - f.shape[-2]), mode="replicate") for f in features], dim=-1)
@@ -139,7 +140,17 @@ class BoxHead(RoIHead):
     def stage_outputs(
         self, features: Sequence[Tensor], rois: RoIs, truth: GroundTruth, generator: torch.Generator | None = None
     ) -> list[StageOutput]:
-        return [StageOutput(rois, self(features, rois.boxes, rois.image))]
+        if not (self.spec.conv_norm and self.training and fixed_size(rois.labels)):
+            return [StageOutput(rois, self(features, rois.boxes, rois.image))]
+        # Padding must not enter BatchNorm's statistics; to leave it out, the host has to wait.
+        real = (rois.labels >= 0).nonzero().squeeze(1)
+        outputs = self(features, rois.boxes[real], rois.image[real])
+
+        def padded(rows: Tensor) -> Tensor:
+            return rows.new_zeros(len(rois.labels), *rows.shape[1:]).index_copy(0, real, rows)
+
+        taps = [padded(tap) for tap in outputs.taps]
+        return [StageOutput(rois, BoxOutputs(taps, padded(outputs.logits), padded(outputs.deltas)))]
 
     def losses(self, outputs: Sequence[StageOutput]) -> Losses:
         """Compute ``cls``, the cross entropy averaged over all RoIs, and ``box``, the (smooth) L1 loss divided by their number.

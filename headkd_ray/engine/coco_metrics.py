@@ -1,7 +1,7 @@
 """COCO box metrics; a metric that cannot be computed is NaN, never 0.
 
-They are computed with faster-coco-eval, or with pycocotools, the reference, where it is not installed: both give the same
-figures to the last digit, and pycocotools takes several times as long (``python bench/evaluation.py``).
+They are computed with faster-coco-eval, or with pycocotools, the reference, where it is not installed. Both give the same
+figures up to rounding, 1e-15 of them, and pycocotools takes eight times as long (``python bench/evaluation.py``).
 """
 
 from __future__ import annotations

@@ -122,6 +122,26 @@ def test_losses_in_float64(agnostic: bool, stds: tuple[float, ...], beta: float)
     assert float(losses["box"]) == pytest.approx(box / 5, rel=1e-5)
 
 
+def test_padding_enters_no_loss_and_no_statistics_of_batchnorm(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, boxes, image = scene(6)
+    boxes = boxes.clamp(max=256)
+    image, labels = image.sort().values, torch.tensor([0, 3, 1, 2, 3, 0])
+    padding = torch.tensor([False, False, True, False, True, True])
+    whole = RoIs(boxes, image, torch.zeros(6, 4).long(), labels.masked_fill(padding, -1), boxes + 4)
+    real = RoIs(*(rows[~padding] for rows in whole))
+
+    def step(rois: RoIs) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        torch.manual_seed(4)
+        head = BoxHead(spec(convs=1, conv_channels=4, conv_norm=True), 4, CLASSES, STRIDES).train()
+        losses = head.losses(head.stage_outputs(features, rois, NO_TRUTH))
+        (losses["cls"] + losses["box"]).backward()
+        return losses, head.convs[1].running_var, head.convs[0].weight.grad
+
+    expected = step(real)
+    monkeypatch.setattr(fixed_size, "FIXED_SIZE_DEVICES", ("cpu",))
+    torch.testing.assert_close(step(whole), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_no_rois_no_loss_but_gradients_of_zero() -> None:
     features, _, _ = scene(1)
     features = [f.requires_grad_() for f in features]

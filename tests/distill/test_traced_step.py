@@ -119,8 +119,16 @@ def test_soft_targets_that_come_with_the_batch_are_compared_without_a_wait() -> 
     assert {"loss_akd_2", "loss_ckd"} < losses.keys()
 
 
+def test_batchnorm_in_a_roi_head_still_waits() -> None:
+    """This and the next are all that wait within the process of a training step; docs/performance.md has what they cost."""
+    detector = build_detector(faster_rcnn_spec(convs=1, conv_channels=8, conv_norm=True), 3)
+    with FakeTensorMode(), NoWaits():
+        data = claimed(TrainingModel(detector), GPU)
+        with pytest.raises(DynamicOutputShapeException):
+            TrainingModel(detector).train()(data, 5)
+
+
 def test_a_teacher_that_chooses_its_own_rois_in_the_step_still_waits() -> None:
-    """This is the only such part in the process of a training step; docs/performance.md has what it costs."""
     teacher = build_detector(faster_rcnn_spec(), 3)
     soft_teacher = SoftTeacher(teacher, budget=16, seed=0, pad=32)
     with FakeTensorMode(), NoWaits():

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from headkd_ray.data.batch import idle_batch
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.distill import build_training_model
@@ -113,20 +114,25 @@ def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_s
     assert metrics == {key: result["last"][key] for key in metrics}
 
 
-def step_on(distributed: Distributed, job: Job, images: list[int]) -> dict[str, torch.Tensor]:
+def step_on(distributed: Distributed, job: Job, images: list[int], share: float = 1.0) -> dict[str, torch.Tensor]:
     """Take a step on ``images`` of the drawn batch, shared among the ranks, and return the student's new weights."""
     torch.manual_seed(0)
     model = build_training_model(job, CLASSES, None, steps_per_epoch=10)
     learner = build_learner(job, model, distributed.device, len(images), steps_per_epoch=10)
-    learner.step = job.distill.warmup_steps
     learner.ddp = DistributedDataParallel(model) if distributed.size > 1 else None
     mine = images[distributed.rank :: distributed.size]
-    train_step(learner, job, iter([whole({name: tensor[mine] for name, tensor in batch().items()})]))
+    mine_or_idle = whole({name: tensor[mine] for name, tensor in batch().items()}) if mine else idle_batch(0, 64, 32)
+    train_step(learner, job, iter([mine_or_idle]), share=share)
     return {name: tensor.clone() for name, tensor in model.student.state_dict().items()}
 
 
+def steps_on(distributed: Distributed, job: Job) -> list[dict[str, torch.Tensor]]:
+    """Return the weights after a step on two images, and after one on the first alone, which leaves the second rank idle."""
+    return [step_on(distributed, job, [0, 1]), step_on(distributed, job, [0], share=1.0 if distributed.size > 1 else 0.5)]
+
+
 def test_a_step_of_two_workers_is_that_of_one_with_all_images(tmp_path: Path) -> None:
-    """FCOS's normalisers are means over the workers; the images have two objects and one."""
+    """FCOS's normalisers are means over the workers; the images have two objects and one. An idle worker does not count."""
     frozen = {"backbone": {**BACKBONE, "norm_eval": True}}  # statistics of a batch would differ
     job = micro_job(
         tmp_path,
@@ -134,10 +140,11 @@ def test_a_step_of_two_workers_is_that_of_one_with_all_images(tmp_path: Path) ->
         student={**fcos_spec().model_dump(), **frozen},
         optim={"lr": 0.1, "warmup_steps": 0, "clip_norm": None, "milestones": []},
     )
-    alone = step_on(Distributed.alone(use_gpu=False), job, [0, 1])
-    for weights in on_ranks(2, step_on, job, [0, 1]):
-        for name, tensor in weights.items():
-            torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-6, msg=name)
+    alone = steps_on(Distributed.alone(use_gpu=False), job)
+    for rank in on_ranks(2, steps_on, job):
+        for weights, expected in zip(rank, alone, strict=True):
+            for name, tensor in weights.items():
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_run_goes_on_with_fewer_workers_in_the_same_steps(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

@@ -60,13 +60,17 @@ def distribution_focal_loss_sum(bins: Tensor, target: Tensor, weights: Tensor) -
     return -((below * (low + 1 - target) + above * (target - low)) * weights).sum()
 
 
-def mean_over_workers(value: Tensor) -> Tensor:
-    """Average a scalar without gradient over the processes of a distributed run; a single process gets it unchanged."""
+def mean_over_workers(value: Tensor, is_idle: bool = False) -> Tensor:
+    """Average a scalar without gradient over the processes of a distributed run; a single process gets it unchanged.
+
+    A process with ``is_idle`` has no images of its own in this step, and does not count.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
+    counts = torch.full_like(value, float(not is_idle))
+    total = torch.stack([value * counts, counts])
+    dist.all_reduce(total)
+    return total[0] / total[1].clamp(min=1)
 
 
 def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0) -> Tensor:

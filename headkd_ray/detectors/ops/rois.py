@@ -18,8 +18,7 @@ from headkd_ray.job import RoIHeadSpec, SamplerSpec
 class RoIs(NamedTuple):
     """The RoIs of a batch in one flat list of R, sorted by image, with positives before negatives in each image.
 
-    Where shapes must not depend on values, padding follows in each image, so that all have equally many rows: repeats of the
-    image's first candidate, marked by their label and cell.
+    Where shapes must not depend on values, padding follows in each image, so that all have equally many rows.
     """
 
     boxes: Tensor
