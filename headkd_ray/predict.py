@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import get_args
 
 from pydantic import ValidationError
@@ -21,7 +24,7 @@ from rich.progress import Progress
 
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.deploy.predictor import Predictor, load
-from headkd_ray.errors import StorageError, UserError
+from headkd_ray.errors import StoppedError, StorageError, UserError
 from headkd_ray.job import ClusterSpec
 from headkd_ray.predicting.inputs import find_inputs, places_of
 from headkd_ray.predicting.part_files import Format, problems_in, unfinished
@@ -144,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = {name: value for name, value in given.items() if value is not None}
         places = places_of(options.images)
         if options.workers is None:
-            predicted = predict(options.checkpoint, places, options.out, **chosen)
+            with _sigterm_as_error():
+                predicted = predict(options.checkpoint, places, options.out, **chosen)
             found = f"{predicted.detections} detections on {predicted.images} images"
         else:
             predicted = predict_parts(options.checkpoint, places, options.out, _cluster(options), **chosen)
@@ -181,6 +185,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts.add_argument("--retry", action="store_const", const=True, help="also repeat parts with images that could not be read")
     return parser
+
+
+@contextmanager
+def _sigterm_as_error() -> Iterator[None]:
+    """Let SIGTERM end the block by an error, as Ctrl-C does, so that what was found is written."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedError("stopped by SIGTERM before the end")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:

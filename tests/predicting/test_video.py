@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -170,8 +172,14 @@ def test_without_the_package_a_video_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_call_that_is_stopped_keeps_what_was_found(
-    videos: Path, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    videos: Path,
+    teacher: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write, frames = VideoWriter.write, 0
 
@@ -179,14 +187,16 @@ def test_a_call_that_is_stopped_keeps_what_was_found(
         nonlocal frames
         frames += 1
         if frames == 9:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         write(writer, shown, seconds)
 
     monkeypatch.setattr(VideoWriter, "write", stopped)
     with pytest.raises(SystemExit) as caught:
         predict.main([teacher, str(videos / "whole.mp4"), "--out", str(tmp_path)])
-    assert caught.value.code == 130
-    assert f"stopped early; the detections in 9 images are in {tmp_path}/detections.json" in capsys.readouterr().err
+    assert caught.value.code == 128 + number
+    said = capsys.readouterr().err
+    assert f"note: stopped early; the detections in 9 images are in {tmp_path}/detections.json" in said
+    assert re.search(r"^stopped by (SIGTERM|Ctrl-C) before the end$", said, re.MULTILINE)
     result = json.loads((tmp_path / "detections.json").read_text())
     assert result["info"]["complete"] is False and len(result["images"]) == 9
     with VideoReader(file_at(tmp_path / "0001_whole.mp4")) as annotated:
