@@ -49,6 +49,7 @@ READERS = {
     # Ray's blocks, which the same run wrote.
     ("pickle.loads", "cluster/ray_stream.py"): "",
     ("pickle.loads", "cluster/decoding.py"): "",
+    ("pickle.loads", "cluster/part_actors.py"): "",
     # Other people's files.
     ("torch.load", "detectors/safe_load.py"): "weights_only=True",
     ("torch.serialization.safe_globals", "detectors/safe_load.py"): "_allowed()",

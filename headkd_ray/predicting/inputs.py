@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from headkd_ray.text import printable
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+MOST_FOLDERS = 100
+"""Folders of a store that are kept open at a time."""
 SHOWN = 5
 """Maximum number of suffixes that a note on files that are left out names."""
 
@@ -35,11 +38,6 @@ class InputFile(NamedTuple):
         """Whether the file is named as a video."""
         return suffix_of(self.name) in VIDEOS
 
-    @property
-    def address(self) -> str:
-        """The file's URI, or its absolute path."""
-        return self.folder.named(self.name) if self.folder.remote else self.folder.at(self.name)
-
 
 class _Seen:
     """The files that were listed before, in a temporary database, which is on disk once it is large."""
@@ -52,6 +50,30 @@ class _Seen:
         """Remember a file, and return whether it was new."""
         key = os.fsencode(f"{file.folder.fs.type_name}:{file.folder.at(file.name)}")
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+
+    def close(self) -> None:
+        """Delete the database."""
+        self._database.close()
+
+
+class _RemoteFiles:
+    """Files of stores that are listed one by one: a store is connected to once for each of their folders, and not asked."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, Folder] = {}
+
+    def at(self, place: str) -> InputFile | None:
+        """Return the image or video at a URI; None if the place is not a URI that is named as one."""
+        uri, mark, query = place.partition("?")
+        head, _, name = uri.rpartition("/")
+        if "://" not in head or "%" in uri or suffix_of(name) not in IMAGES | VIDEOS:  # %: an escape, which Folder resolves
+            return None
+        parent = head + mark + query
+        if parent not in self._folders:
+            if len(self._folders) == MOST_FOLDERS:
+                self._folders.clear()
+            self._folders[parent] = Folder.open(parent, DataError)
+        return InputFile(self._folders[parent], name, place)
 
 
 def places_of(given: Iterable[str]) -> Iterator[str]:
@@ -80,32 +102,34 @@ def find_inputs(places: Iterable[str], out: Folder, no_videos: str | None = None
         DataError: there is nothing to detect in, a folder cannot be read, or a video is named although there is ``no_videos``.
         StorageError: a store denies access or cannot be reached.
     """
-    seen, found, named = _Seen(), False, list[str]()
-    for place in places:
-        named, count = [*named, place][: SHOWN + 1], 0
-        for file in _files_of(place, out, no_videos):
-            count += 1
-            if seen.is_new(file):
-                found = True
-                yield file
-        if not count and is_pattern(place):
-            raise DataError(f"{place}: matches no images and no videos")
+    remote, found, named = _RemoteFiles(), False, list[str]()
+    with closing(_Seen()) as seen:
+        for place in places:
+            named, count = [*named, place][: SHOWN + 1], 0
+            for file in _files_of(place, out, no_videos, remote):
+                count += 1
+                if seen.is_new(file):
+                    found = True
+                    yield file
+            if not count and is_pattern(place):
+                raise DataError(f"{place}: matches no images and no videos")
     if not found:
         where = ", ".join(named[:SHOWN]) + (", …" if len(named) > SHOWN else "")
         raise DataError(f"{where or 'standard input'}: no {', '.join(sorted(IMAGES))} files, and no videos")
 
 
-def _files_of(place: str, out: Folder, no_videos: str | None) -> Iterator[InputFile]:
+def _files_of(place: str, out: Folder, no_videos: str | None, remote: _RemoteFiles) -> Iterator[InputFile]:
+    """Yield the files that a place stands for."""
     if is_pattern(place):
         base, pattern = split_pattern(place)
         folder = Folder.open(base, DataError)
         shown = pattern if base == "." else None
         names = matching(folder, pattern)
     else:
-        folder, shown = Folder.open(place, DataError), None
-        if not folder.exists:
-            parent, name = Folder.of_file(place, DataError)
-            file = InputFile(parent, name, place)
+        file, shown = remote.at(place), None
+        folder = Folder.open(place, DataError) if file is None else file.folder
+        if file is not None or not folder.exists:
+            file = file or InputFile(*Folder.of_file(place, DataError), place)
             if file.is_video and no_videos is not None:
                 raise DataError(f"{place}: is a video; {no_videos}")
             yield file

@@ -12,14 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from headkd_ray.deploy.content import content_sha256
 from headkd_ray.errors import DataError, StorageError
 from headkd_ray.predicting.inputs import InputFile, find_inputs, reason_of
 from headkd_ray.predicting.part_files import INPUTS, Format, part_name
 from headkd_ray.storage import Folder
 
 PLAN = "prediction.json"
-PIECE = 1 << 20
-"""Bytes of a checkpoint that are read at a time."""
 NO_VIDEOS = "videos are taken without --workers only"
 
 
@@ -64,7 +63,7 @@ def make_plan(request: PartsRequest, places: Iterable[str], out: Folder) -> Plan
     named = _Digested(places)
     asked: dict[str, Any] = {
         "checkpoint": absolute(request.checkpoint),
-        "checkpoint_sha256": _content_of(request.checkpoint),
+        "checkpoint_sha256": content_sha256(request.checkpoint),
         "output": request.output,
         "part_images": request.part_images,
         "categories": request.categories,
@@ -78,7 +77,7 @@ def make_plan(request: PartsRequest, places: Iterable[str], out: Folder) -> Plan
     try:
         (out / INPUTS).create()
         while part := list(islice(files, request.part_images)):
-            content = json.dumps([[file.label, file.address] for file in part])
+            content = json.dumps([[file.label, file.folder.address, file.name] for file in part])
             (out / INPUTS).write(part_name(parts, ".json"), content.encode())
             images, parts = images + len(part), parts + 1
         plan = Plan(**asked, places=named.digest, images=images, parts=parts)
@@ -113,7 +112,8 @@ def images_of(out: Folder, number: int) -> list[InputFile]:
     name = part_name(number, ".json")
     try:
         entries = json.loads((out / INPUTS).read(name))
-        return [InputFile(*Folder.of_file(address), label) for label, address in entries]
+        folders = {address: Folder.open(address) for address in {address for _, address, _ in entries}}  # a connection each
+        return [InputFile(folders[address], name, label) for label, address, name in entries]
     except (OSError, ValueError, TypeError) as error:
         where = (out / INPUTS).named(name)
         raise DataError(
@@ -125,22 +125,6 @@ def images_of(out: Folder, number: int) -> list[InputFile]:
 def absolute(place: str) -> str:
     """Return a URI as it is, and a path independent of the current folder."""
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))
-
-
-def _content_of(checkpoint: str) -> str:
-    """Return the SHA-256 of a checkpoint's file, or of the files in its folder."""
-    folder, name = Folder.of_file(checkpoint)
-    names = [name]
-    if not folder.has(name):
-        folder = folder / name
-        names = folder.names()
-    found = hashlib.sha256()
-    for each in names:
-        found.update(os.fsencode(each))
-        with folder.open_file(each) as file:
-            while piece := file.read(PIECE):
-                found.update(piece)
-    return found.hexdigest()
 
 
 class _Digested:

@@ -21,6 +21,11 @@ from headkd_ray.storage import Folder
 
 CLOCK = 90_000
 """Ticks a second of the time stamps in a video that is written."""
+CLOSED = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v",
+    "protocol_whitelist": "none",
+}
+"""Options of FFmpeg without which a file named as a video may be a list of other files and addresses, which would be read."""
 PIECE = 1 << 20
 """Bytes that are copied at a time."""
 
@@ -66,7 +71,7 @@ class VideoReader:
 
         try:
             content = self._stack.enter_context(self.file.folder.open_file(self.file.name))
-            self._container = self._stack.enter_context(av.open(content))
+            self._container = self._stack.enter_context(av.open(content, options=CLOSED))
         except (OSError, StorageError, av.error.FFmpegError) as error:
             self._stack.close()
             raise DataError(f"cannot be read as a video ({_reason(error)})") from error

@@ -154,12 +154,12 @@ def test_search_tries_the_same_for_all_and_runs_take_what_it_chose(tiny: Bench, 
     assert not plan(tiny, "cached", 0).searched
     tasks = evidence_search.searches(tiny, ["cached", "baseline"])
     evidence_run.work(tiny, list(reversed(tasks)))
-    assert scores == {row: [0.02, 0.01, 0.005] for row in ("baseline", "head")}, "not of the teacher"
+    assert scores == {row: [0.04, 0.02, 0.01, 0.005] for row in ("baseline", "head")}, "not of the teacher"
     for row in ("baseline", "head", "cached"):
-        assert (plan(tiny, row, 0).job.optim.lr, plan(tiny, row, 0).searched) == (0.02, True)
-    assert evidence_plan.choices(tiny)["head"]["val_AP"] == {"0.005": None, "0.01": 1.0, "0.02": 2.0}
+        assert (plan(tiny, row, 0).job.optim.lr, plan(tiny, row, 0).searched) == (0.04, True)
+    assert evidence_plan.choices(tiny)["head"]["val_AP"] == {"0.005": None, "0.01": 1.0, "0.02": 2.0, "0.04": 4.0}
     evidence_run.work(tiny, tasks)
-    assert sum(map(len, scores.values())) == 6
+    assert sum(map(len, scores.values())) == 8
 
     edit(tiny.jobs / "student.yaml", "epochs: 1", "epochs: 2")  # a choice made for another job does not count
     assert not any(plan(tiny, row, 0).searched for row in ("teacher", "baseline", "head", "cached"))

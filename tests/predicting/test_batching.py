@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from headkd_ray import export
 from headkd_ray.deploy.predictor import Predictor, load
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
@@ -22,17 +23,21 @@ from tests.support import MICRO_STUDENT, MICRO_TEACHER
 SIZES = [(60, 90), (90, 60), (60, 88), (61, 90), (30, 30), (60, 90), (90, 62), (60, 90), (120, 180), (64, 64)]
 
 
-@pytest.fixture(scope="module", params=["retinanet", "faster_rcnn"])
+@pytest.fixture(scope="module", params=["retinanet", "faster_rcnn", "onnx"])
 def predictor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     torch.manual_seed(3)
     spec = {
         "retinanet": lambda: RetinaNetSpec.model_validate(MICRO_STUDENT),
         "faster_rcnn": lambda: FasterRCNNSpec.model_validate(MICRO_TEACHER),
-    }[request.param]()
+    }["retinanet" if request.param == "onnx" else request.param]()
     detector = build_detector(spec, 2)
     liven(detector)
     folder: Path = tmp_path_factory.mktemp(request.param)
     save_detector(folder, detector, ("a", "b"), {"data": {"eval_short_side": 64, "long_side": 96}})
+    if request.param == "onnx":
+        pytest.importorskip("onnxruntime")
+        assert export.main([str(folder), "--to", "onnx", "--no-check", "--out", str(folder)]) == 0
+        return load(folder / "model.onnx")
     return load(folder, "cpu")
 
 

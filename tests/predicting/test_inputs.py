@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from headkd_ray import storage
 from headkd_ray.errors import DataError
 from headkd_ray.predicting.inputs import find_inputs
 from headkd_ray.storage import Folder
@@ -50,6 +52,24 @@ def test_a_pattern_that_matches_nothing_is_told(here: Path) -> None:
         found("in/b.jpg", "in/*.jpgg")
     with pytest.raises(DataError, match=r"nowhere: cannot be read \(No such file or directory\)"):
         found("nowhere/*.jpg")
+
+
+def test_a_store_is_not_asked_about_each_file_of_a_list(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even connected to: with a million images, that would take hours."""
+    opened: list[str] = []
+    resolve = storage._resolve
+
+    def counted(uri: str, error: type[DataError]) -> Any:
+        opened.append(uri)
+        return resolve(uri, error)
+
+    monkeypatch.setattr(storage, "_resolve", counted)
+    places = [f"memory://bucket/{folder}/{number}.jpg" for folder in "ab" for number in range(50)]
+    out = Folder.open("out")
+    opened.clear()
+    files = list(find_inputs(places, out))
+    assert [file.label for file in files] == places and opened == ["memory://bucket/a", "memory://bucket/b"]
+    assert [file.folder.at(file.name) for file in files[:2]] == ["/bucket/a/0.jpg", "/bucket/a/1.jpg"]
 
 
 def test_a_list_of_any_length_is_passed_on_as_it_comes(here: Path) -> None:

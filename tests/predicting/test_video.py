@@ -95,6 +95,15 @@ def test_what_is_no_video(tmp_path: Path) -> None:
             pass
 
 
+def test_a_list_of_other_files_is_no_video(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{videos}/whole.mp4'\n")
+    with (
+        pytest.raises(DataError, match=r"cannot be read as a video \(Invalid argument\)"),
+        VideoReader(file_at(tmp_path / "list.mp4")),
+    ):
+        pass
+
+
 def test_a_video_is_written_as_its_frames_come(tmp_path: Path) -> None:
     """Sizes that H.264 cannot have, a frame of another size, and times that differ are all written."""
     frames = [torch.full((3, 33, 51), 10 * number, dtype=torch.uint8) for number in range(5)] + [
