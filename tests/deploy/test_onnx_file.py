@@ -93,7 +93,7 @@ def test_the_file_detects_what_the_detector_detects(variant: str) -> None:
     assert agreement.box < 0.01 and agreement.score < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["reppoints", "faster_rcnn"])
+@pytest.mark.parametrize("kind", ["faster_rcnn", pytest.param("reppoints", marks=pytest.mark.slow)])
 def test_openvino_reads_the_same_file(kind: str) -> None:
     pytest.importorskip("openvino")
     detector = detector_of(kind)
