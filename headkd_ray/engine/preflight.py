@@ -60,6 +60,8 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
     """Return the fingerprints of the splits and, if the run has ended, of student.checkpoint, by their job keys."""
     found = {f"data.{name}": split.meta.fingerprint for name, split in splits.items()}
+    if job.student.checkpoint is None:
+        return found
     with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
         if finished(run_folder(job)) is not None and (start := _start(job, None)) is not None:
             found["student.checkpoint"] = start.fingerprint
@@ -68,7 +70,7 @@ def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
 
 def _check_start(job: Job, shards: ShardSet | None) -> None:
     """Check student.checkpoint, unless the run has been started before: it was checked then, and may not be needed again."""
-    if not is_started(job):
+    if job.student.checkpoint is not None and not is_started(job):
         _start(job, None if shards is None else shards.meta.classes)
 
 

@@ -60,7 +60,7 @@ def test_tf_head_on_ray_learns_and_exports_the_student_alone(
     assert not [name for name in student_weights(result) if "assistant" in name or "adapter" in name]
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     """A worker is killed in the middle of an epoch; with two workers there are also BatchNorm buffers and an idle step."""
     teacher = train(
@@ -131,6 +131,7 @@ def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: d
     assert "64" in text and "GPUs requested, the cluster has 0" in text and "CPUs requested, the cluster has" in text
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_told_and_not_tried_again(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
     """The error is the shard's own, not that workers failed too often."""
     shutil.copytree(drawn_splits["train"], tmp_path / "train")
