@@ -27,8 +27,7 @@ from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.errors import DeviceMemoryError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
-from headkd_ray.predict import ImageFile, predict
-from headkd_ray.storage import Folder
+from headkd_ray.predict import predict
 from headkd_ray.teacher.verify import open_builder, verify
 from tests.support import micro_job, micro_teacher, start_training, student_weights, wait_for_lines
 
@@ -201,8 +200,7 @@ def test_evaluation_is_the_cpu_s(lively: str, drawn_splits: dict[str, str], devi
 def test_prediction_finds_what_the_cpu_finds(lively: str, drawn_splits: dict[str, str], tmp_path: Path) -> None:
     """Compare the command, which takes a GPU if there is one, with the same on the CPU."""
     images = sorted((Path(drawn_splits["val"]).parent / "images").glob("*.jpg"))[:3]
-    files = [ImageFile(Folder.open(path.parent), path.name, str(path)) for path in images]
-    result = predict(lively, files, Folder.open(tmp_path / "found"), score=0.0).content
+    result = json.loads(Path(predict(lively, images, tmp_path / "found", score=0.0).result).read_text())
     loaded = load_checkpoint(lively)
     pixels = [decode(path.read_bytes()) for path in images]
     wanted = detect_images(loaded.detector, pixels, view_spec(loaded.meta), range(1, 100), HERE)
