@@ -260,14 +260,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("table")
     options = parser.parse_args(arguments)
     document = ROOT / "docs" / "ckd.md"
-    if options.command == "table":
-        section = tables(read(options.results))
-        document.write_text(insert(document.read_text(encoding="utf-8"), section, BEGIN, END), encoding="utf-8")
-        return 0
     bench = Bench(
         "micro", ROWS["micro"], ROOT / "jobs/evidence/micro", options.data, options.storage / "micro", options.results
     )
     with user_errors():
+        if options.command == "table":
+            section = tables(read(options.results))
+            document.write_text(insert(document.read_text(encoding="utf-8"), section, BEGIN, END), encoding="utf-8")
+            return 0
         for name in options.variants or VARIANTS:
             if any(record["variant"] == name and record["seed"] == options.seed for record in read(options.results)):
                 continue

@@ -131,6 +131,24 @@ def test_a_server_that_does_not_answer_is_told_before_the_run(
     assert not (tmp_path / "run" / "job.json").exists()
 
 
+def test_trackers_that_are_open_are_closed_if_another_cannot_be_opened(
+    tmp_path: Path, drawn_splits: dict[str, str], services: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trackers.json").write_text("[")
+    job = job_of(tmp_path, drawn_splits, mlflow="photos", wandb="a/b")  # no project may have such a name
+    with pytest.raises(TrackerError, match=r"trackers\.json: .*delete it"):
+        train(job, lambda record: None)
+    (tmp_path / "run" / "trackers.json").unlink()
+    with pytest.raises(TrackerError, match=r"log\.wandb: a/b: "):
+        train(job, lambda record: None)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(services)
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments() if each.name == "photos"])
+    assert run.info.status == "FAILED"
+
+
 def test_a_tracker_that_fails_on_the_way_is_told_once_and_training_goes_on(
     tmp_path: Path, drawn_splits: dict[str, str], services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

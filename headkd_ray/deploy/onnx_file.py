@@ -62,7 +62,13 @@ def onnx_bytes(detector: AnyDetector, description: Description) -> bytes:
                 )
         except Exception as error:  # the exporter's errors have no common base
             raise ExportError(f"--to onnx: torch cannot express this detector in ONNX ({first_line(error)})") from error
-        model = onnx.load(target)
+        return described(onnx.load(target), description)
+
+
+def described(model: Any, description: Description) -> bytes:
+    """Return the file of an ONNX ``model`` with ``description`` as its metadata."""
+    import onnx
+
     model.producer_name, model.producer_version = "headkd_ray", description.headkd_ray
     onnx.helper.set_model_props(model, description.as_metadata())
     written: bytes = model.SerializeToString()

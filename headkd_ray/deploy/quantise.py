@@ -10,6 +10,7 @@ from typing import Any
 from headkd_ray.data.batch import Batch
 from headkd_ray.deploy.description import Description
 from headkd_ray.deploy.networks import first_line, graph_inputs
+from headkd_ray.deploy.onnx_file import described
 from headkd_ray.errors import ExportError, UserError
 
 QUANTISED = ["Conv", "Gemm", "MatMul"]
@@ -59,8 +60,4 @@ def quantised(content: bytes, description: Description, batches: Iterator[Batch]
             raise
         except Exception as error:  # its errors have no common base
             raise ExportError(f"--to onnx-int8: ONNX Runtime cannot quantise this detector ({first_line(error)})") from error
-        model = onnx.load(target)
-    model.producer_name, model.producer_version = "headkd_ray", description.headkd_ray
-    onnx.helper.set_model_props(model, description.as_metadata())
-    written: bytes = model.SerializeToString()
-    return written
+        return described(onnx.load(target), description)

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from headkd_ray.engine.files import read_json
 from headkd_ray.engine.log import Record, Sink, flattened
 from headkd_ray.errors import TrackerError
 from headkd_ray.job import Job
@@ -49,8 +50,8 @@ def _asked_for(job: Job) -> dict[str, str]:
 class Trackers:
     """The open trackers of a run. One that fails is dropped with a note: training is worth more than its record elsewhere."""
 
-    def __init__(self, trackers: Mapping[str, Tracker], tell: Sink) -> None:
-        self.trackers = dict(trackers)
+    def __init__(self, tell: Sink) -> None:
+        self.trackers: dict[str, Tracker] = {}
         self.tell = tell
 
     def __bool__(self) -> bool:
@@ -90,29 +91,34 @@ def tracking(job: Job, run: Folder, tell: Sink) -> Iterator[Trackers]:
     """Open the job's trackers; use them in place of ``tell``. Leaving the context by an exception marks the run as failed.
 
     Raises:
-        TrackerError: a service cannot be reached, refuses the credentials, or no longer has the run.
+        TrackerError: a service cannot be reached, refuses the credentials, or no longer has the run; the run's file of
+            identifiers is damaged.
     """
-    opened: dict[str, Tracker] = {}
-    trackers = Trackers(opened, tell)
-    asked = _asked_for(job)
-    ids = json.loads(run.read(IDS_FILE)) if asked and run.has(IDS_FILE) else {}
+    trackers, asked = Trackers(tell), _asked_for(job)
     try:
-        for key, place in asked.items():
-            module, name = TRACKERS[key].split(":")
-            try:
-                opened[key] = getattr(import_module(f"headkd_ray.trackers.{module}"), name)(
-                    place, facts(job, run), ids.get(key)
-                )
-            except Exception as error:  # whatever a client or its network raises
-                raise TrackerError(f"log.{key}: {place}: {_cause(error)}") from error
         if asked:
-            run.write(IDS_FILE, json.dumps({**ids, **{key: tracker.run_id for key, tracker in opened.items()}}).encode())
-        trackers = Trackers(opened, tell)
+            _open(trackers, asked, facts(job, run), run)
         yield trackers
     except BaseException:
         trackers.close(failed=True)
         raise
     trackers.close(failed=False)
+
+
+def _open(trackers: Trackers, asked: Mapping[str, str], about: RunFacts, run: Folder) -> None:
+    """Open the trackers ``asked`` for, place by key, and remember their runs' identifiers in the run's folder."""
+    ids = {}
+    if run.has(IDS_FILE):
+        mend = "delete it, and the run begins a new one in each tracker"
+        ids = read_json(run, IDS_FILE, TrackerError, mend)
+    for key, place in asked.items():
+        module, name = TRACKERS[key].split(":")
+        try:
+            trackers.trackers[key] = getattr(import_module(f"headkd_ray.trackers.{module}"), name)(place, about, ids.get(key))
+        except Exception as error:  # whatever a client or its network raises
+            raise TrackerError(f"log.{key}: {place}: {_cause(error)}") from error
+    ids |= {key: tracker.run_id for key, tracker in trackers.trackers.items()}
+    run.write(IDS_FILE, json.dumps(ids).encode())
 
 
 def facts(job: Job, run: Folder) -> RunFacts:
