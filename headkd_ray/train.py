@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headkd_ray.cli import callable_as, command_parser, user_errors
-from headkd_ray.job import Job, load_job, render_job, warnings
+from headkd_ray.errors import JobError
+from headkd_ray.job import LENGTH_KEYS, Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.text import masked, printable
@@ -25,6 +26,7 @@ def train(
     job: Job | str | Path,
     tell: Sink = lambda record: None,
     note: Callable[[str], None] = lambda text: None,
+    extend: bool = False,
 ) -> Record:
     """Check everything, train where ``job.cluster`` says, and return the result; a run that has ended is not trained again.
 
@@ -32,21 +34,26 @@ def train(
         job: a job, or the path of a job file.
         tell: receives the log records.
         note: receives a sentence about the run if it has already ended.
+        extend: train a run longer than it was started for: ``optim.epochs`` may be more, ``optim.milestones`` may have further
+            ones, and ``eval.patience`` may be another.
     """
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
-    from headkd_ray.engine.run import finished, only_one, run_folder
+    from headkd_ray.engine.run import extend_run, finished, only_one, run_folder
     from headkd_ray.trackers import tracker_problems, tracking
 
     if not isinstance(job, Job):
         job = load_job(job)
-    preflight(job, tracker_problems(job))
+    preflight(job, tracker_problems(job), longer=extend)
     run = run_folder(job)
+    if extend:
+        with only_one(run):
+            extend_run(job)
     result = finished(run)
     if result is not None:
         note(
             f"the run {run.uri} has already ended, at step {result['last'].get('step')}: this is its result, and nothing was "
-            "trained now; to train again, choose another run.name"
+            "trained now; to train again, choose another run.name, or --extend epochs=N to train it longer"
         )
         return result
     with only_one(run), tracking(job, run, tell) as trackers:
@@ -67,22 +74,39 @@ def train(
     return result
 
 
+def _length_key(given: str) -> str:
+    """Return ``epochs=24`` as an override of the job's key. Raises JobError for other keys than those of a run's length."""
+    key, _, value = given.partition("=")
+    known = {name: path for path in LENGTH_KEYS for name in (path, path.rpartition(".")[2])}
+    if key not in known or not value:
+        raise JobError(f"--extend {given}: give KEY=VALUE, where KEY is one of epochs, milestones and patience")
+    return f"{known[key]}={value}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("train", (__doc__ or "").splitlines()[0])
     parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
+    parser.add_argument(
+        "--extend",
+        nargs="+",
+        default=[],
+        metavar="epochs=N",
+        help="train a run longer than it was started for, exactly as if it had been started so: epochs=24 and, if they change, "
+        "milestones=[8,11,20] and patience=null",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the complete job with all defaults, and exit")
     with user_errors():
         options = parser.parse_intermixed_args(arguments)
-        job = load_job(options.job, options.overrides)
+        job = load_job(options.job, [*options.overrides, *map(_length_key, options.extend)])
         if options.print_config:
             print(masked(render_job(job)), end="")
             return 0
         for warning in warnings(job):
             print(f"warning: {warning}", file=sys.stderr)
         with RunConsole(job.run.name) as console:
-            result = train(job, console, console.note)
+            result = train(job, console, console.note, extend=bool(options.extend))
         print_metrics({job.run.name: result["best"]})
         print(f"student: {printable(result['student'])}")
     return 0

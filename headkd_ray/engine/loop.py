@@ -33,6 +33,7 @@ from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
+from headkd_ray.engine.optim import reset_lr
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.streams import Streams, in_order, on_device
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
@@ -107,7 +108,7 @@ def fit(
     within_memory = enough_memory(f"run {job.run.name}, training", smaller_steps(job))
     with within_memory, streams.train(first, cache) as stream:
         batches = in_order(window.timed(on_device(stream, distributed.device)), first, len(streams.ranks))
-        while state.step < total_steps:
+        while state.step < total_steps and not state.patience.exhausted:
             stopping = distributed.vote(asked_to_stop())
             lr = state.optimizer.param_groups[0]["lr"]
             train_step(state, job, batches, ranks, share, note=window.add)
@@ -127,20 +128,24 @@ def fit(
             if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
                 scored = validate(job, distributed, streams, state.student)
                 last = {"step": state.step, **scored.as_dict()}
+                state.patience.see(scored.AP, epoch)
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
             keep(state, job, distributed, streams, checkpoints, scored)
-            if last_one and state.step < total_steps:
+            if last_one and state.step < total_steps and not state.patience.exhausted:
                 raise StoppedError(
                     f"run {job.run.name}: stopped as requested at step {state.step} of {total_steps}, with a checkpoint; the "
                     "same command resumes from there"
                 )
             window.reset()  # do not count evaluation as training time
+    if state.step < total_steps:
+        place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
+        sink({**place, "note": f"ended early, at step {state.step} of {total_steps} (eval.patience): {state.patience}"})
     return last
 
 
 def save(state: Learner, folder: Path, order: dict[str, Any]) -> None:
     """Write the training state that a resumed run needs."""
-    members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema")}
+    members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema", "patience")}
     tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
     save_state(folder, {"step": state.step, "order": order, "start": state.start, **tensors})
 
@@ -172,8 +177,11 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scheduler.load_state_dict(saved["scheduler"])
+    reset_lr(state.optimizer, state.scheduler)
     if state.ema is not None:
         state.ema.load_state_dict(saved["ema"])
+    if "patience" in saved:  # not in checkpoints of earlier versions
+        state.patience.load_state_dict(saved["patience"])
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:

@@ -22,11 +22,12 @@ from headkd_ray.teacher import open_cache
 from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
-def preflight(job: Job, found: Iterable[str] = ()) -> None:
+def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None:
     """Open the splits, compare classes, load the teacher, build the models and probe the storage, leaving nothing behind.
 
     Args:
         found: problems that are known already, to be told with the others.
+        longer: whether a run is to be trained longer than it was started for.
 
     Raises:
         UserError: lists all problems found.
@@ -40,7 +41,7 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits))]
+    checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits), longer)]
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}

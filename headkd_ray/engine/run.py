@@ -18,7 +18,7 @@ from headkd_ray.engine.files import read_json, writing
 from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard, flattened
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import CheckpointError, JobError, StorageError
-from headkd_ray.job import Job
+from headkd_ray.job import LENGTH_KEYS, Job
 from headkd_ray.storage import LOCK_FILE, Folder, locked
 from headkd_ray.text import masked
 
@@ -46,11 +46,12 @@ def is_started(job: Job) -> bool:
         return False
 
 
-def check_run(job: Job, data: dict[str, str] | None = None) -> None:
+def check_run(job: Job, data: dict[str, str] | None = None, longer: bool = False) -> None:
     """Check that the job can start its run or resume it, leaving nothing behind.
 
     Args:
         data: fingerprint of each split, and of student.checkpoint, that could be read, by its key (data.train, data.val).
+        longer: whether the run is to be trained longer than it was started for, with other ``LENGTH_KEYS``.
 
     Raises:
         StorageError: run.storage is not writable, no filesystem serves it, or the run's own files are damaged.
@@ -63,15 +64,18 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
     except StorageError as error:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
+        if longer:
+            raise JobError(f"run.name: there is no run {folder.uri} to extend; leave out --extend to start it")
         return
     before, after = (dict(flattened(keys, ".")) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
-    differing = [
+    differing = _lengthening(before, after, folder) if longer else []
+    differing += [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and key.split(".")[0] not in FREE_SECTIONS
-        and not key.startswith(("run.storage", *FREE_KEYS))
+        and not key.startswith(("run.storage", *FREE_KEYS, *(LENGTH_KEYS if longer else ())))
     ]
     result = finished(folder)
     if result is not None:
@@ -90,6 +94,42 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
         )
     if differing:
         raise JobError(differing)
+
+
+def _lengthening(before: dict[str, Any], after: dict[str, Any], folder: Folder) -> list[str]:
+    """Return why a run cannot go on as if it had been started with the other ``LENGTH_KEYS``; none if it can."""
+    epochs, schedule = before["optim.epochs"], before["optim.schedule"]
+    if schedule != "milestones" and epochs != after["optim.epochs"]:
+        return [
+            f"optim.epochs: the run {folder.uri} cannot be extended, because its learning rate follows the schedule {schedule} "
+            f"to the end of {epochs} epochs; choose another run.name, which can start from its student (student.checkpoint)"
+        ]
+    problems = []
+    if after["optim.epochs"] < epochs:
+        problems.append(
+            f"optim.epochs: {after['optim.epochs']} is less than the {epochs} that the run {folder.uri} was started with"
+        )
+    kept = [milestone for milestone in after["optim.milestones"] if milestone < epochs]
+    if kept != before["optim.milestones"]:
+        problems.append(
+            f"optim.milestones: {after['optim.milestones']} changes the learning rate of epochs that the run {folder.uri} was "
+            f"started with; keep {before['optim.milestones']}, and add only epochs from {epochs} on"
+        )
+    return problems
+
+
+def extend_run(job: Job) -> None:
+    """Make the run one that was started with the job's ``LENGTH_KEYS``, which ``check_run`` must have allowed.
+
+    If that changes any, a run that has ended has not any more. Its student stays in place until the longer run has ended.
+    """
+    folder = run_folder(job)
+    before, after = (dict(flattened(keys, ".")) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
+    if all(before[key] == after[key] for key in LENGTH_KEYS):
+        return
+    with writing(folder.named(JOB_FILE), "run.storage"):
+        folder.delete(RESULT_FILE)  # first: between the two, the run is a shorter one that has still to write its result
+        folder.write(JOB_FILE, _as_recorded(job).encode())
 
 
 def _differs(key: str) -> str:

@@ -5,6 +5,7 @@ from headkd_ray.job.checks import Problem, problems, warnings
 from headkd_ray.job.detector_spec import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
 from headkd_ray.job.gfl_spec import GFLFPNSpec, GFLHeadSpec, GFLPostprocessSpec, GFLSpec
 from headkd_ray.job.job import (
+    LENGTH_KEYS,
     CheckpointSpec,
     ClusterSpec,
     DataSpec,
@@ -52,6 +53,7 @@ from headkd_ray.job.two_stage_specs import (
 )
 
 __all__ = [
+    "LENGTH_KEYS",
     "METHODS",
     "SPECS",
     "AnchorSpec",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
-from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job
+from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, Spec
@@ -148,6 +148,10 @@ def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _milestones(get: Get) -> Iterator[tuple[str, str]]:
+    if get("optim.schedule") != "milestones":
+        return
+    if get("optim.final_ratio") != OptimSpec().final_ratio:
+        yield "optim.final_ratio", "the schedule milestones has no such end; remove the key, or use cosine or one_cycle"
     milestones = list(get("optim.milestones"))
     if milestones != sorted(set(milestones)):
         yield "optim.milestones", f"{milestones} is not in ascending order"

@@ -25,6 +25,8 @@ Length = Annotated[float, Field(ge=0.0, le=1e6)]
 Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e4)]
 """A divisor, and therefore not 0."""
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A decay of a moving average."""
 Exponent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 Epochs = Annotated[int, Field(gt=0, le=1_000_000)]
