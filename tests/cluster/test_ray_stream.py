@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 
+from headkd_ray.cluster import ray_stream
 from headkd_ray.cluster.decoding import decoded, encode
 from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.data.batch import TENSORS, Batch
@@ -64,7 +65,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = HANGS) -> None:
 
 
 @pytest.mark.parametrize("start_step", [0, 27])
-def test_same_batches_in_the_same_order_as_the_local_stream(shards: ShardSet, start_step: int) -> None:
+def test_same_batches_in_the_same_order_as_the_local_stream(
+    shards: ShardSet, start_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one Dataset ends and another begins."""
+    monkeypatch.setattr(ray_stream, "WINDOWS_PER_DATASET", 5)
     maker = BatchMaker(SPEC, 1, train=True)
     planned = windows(shards, epochs=3, start_step=start_step)
     with DECODE(shards, planned, maker) as on_ray:
