@@ -16,6 +16,7 @@ from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import keeping
 from headkd_ray.detectors.weights.fetch import fetch_detector
+from headkd_ray.diagnosis.detector_diagnosis import diagnose
 from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
@@ -24,6 +25,9 @@ from headkd_ray.engine.scoring import recorded_detections, scoring_of
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.memory import enough_memory
+from headkd_ray.pictures import mistakes
+from headkd_ray.report.detector_page import detector_page
+from headkd_ray.report.plots import drawing
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -37,6 +41,7 @@ def evaluate_checkpoint(
     out: str | None = None,
     max_detections: int | None = None,
     warn: Callable[[str], object] = lambda warning: None,
+    report: str | None = None,
 ) -> CocoMetrics:
     """Evaluate a detector on a prepared split, in this process, on the first GPU if there is one.
 
@@ -44,15 +49,20 @@ def evaluate_checkpoint(
         out: where to write the detections (path or URI), as a COCO results file.
         max_detections: detections per image that count; None = as many as in the checkpoint's training, or COCO's 100.
         warn: called with each warning about the metrics.
+        report: where to write a page on what the detector gets right and wrong (path or URI), as HTML.
 
     Raises:
         CheckpointError, DataError: unreadable, or the split has classes that the detector does not know.
         DeviceMemoryError: a batch needs more memory than is available.
-        StorageError: ``out`` cannot be written; raised before the evaluation starts.
+        StorageError: ``out`` or ``report`` cannot be written; raised before the evaluation starts.
+        UserError: matplotlib is not installed, which ``report`` needs.
     """
-    target = None if out is None else Folder.of_file(out)
-    if target is not None:
-        target[0].check_writable()
+    targets = {path: Folder.of_file(path) for path in (out, report) if path is not None}
+    for folder, _ in targets.values():
+        folder.check_writable()
+    if report is not None:
+        with drawing():
+            pass
     shards = ShardSet.open(data)
     loaded = fetch_detector(checkpoint)
     for note in loaded.notes:
@@ -75,11 +85,23 @@ def evaluate_checkpoint(
         with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
             found = predict(loaded.detector.to(distributed.device), shown, distributed.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
-    if target is not None:
-        folder, name = target
+    truth = shards.ground_truth()
+    metrics = coco_metrics(truth, results, list(found), scoring.max_detections)
+    content = {}
+    if out is not None:
+        content[out] = json.dumps(results)
+    if report is not None:
+        diagnosis = diagnose(truth, results, scoring.max_detections)
+        summary = f"{checkpoint} on {data}: {metrics.images} images, {len(shards.meta.classes)} classes."
+        pictures = list(mistakes(shards, diagnosis, results))
+        content[report] = detector_page(
+            "What the detector gets right and wrong", summary, metrics.as_dict(), diagnosis, pictures
+        )
+    for path, text in content.items():
+        folder, name = targets[path]
         folder.create()
-        folder.write(name, json.dumps(results).encode())
-    return coco_metrics(shards.ground_truth(), results, list(found), scoring.max_detections)
+        folder.write(name, text.encode())
+    return metrics
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="detections per image and class that count (default: as in the checkpoint's training, or COCO's 100)",
     )
     parser.add_argument("--out", help="write the detections to this file, as COCO results")
+    parser.add_argument(
+        "--report", help="write an HTML page to this file: what errors cost, curves, score thresholds, confused classes, images"
+    )
     with user_errors():
         options = parser.parse_args(arguments)
         metrics = evaluate_checkpoint(
@@ -103,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.out,
             options.max_detections,
             lambda warning: print(f"warning: {warning}", file=sys.stderr),
+            options.report,
         )
     print_metrics({options.checkpoint: metrics.as_dict()})
     return 0

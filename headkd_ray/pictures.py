@@ -1,20 +1,25 @@
-"""Pictures of a split's images with the detections of several runs side by side."""
+"""Pictures of a split's images with the detections of several runs, or with one's mistakes, beside the ground truth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torchvision.transforms.v2.functional import resize
 
-from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.detectors.weights.fetch import fetch_detector
+from headkd_ray.diagnosis.detector_diagnosis import Diagnosis
 from headkd_ray.engine.inference import detect_images, view_spec
-from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
+from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found, jpeg
 from headkd_ray.report.fonts import drawable
 
 SHOWN_SCORE = 0.4
 """Minimum score of the detections in the picture."""
+LONGEST_SIDE = 640
+"""Longer side of a picture of mistakes, in pixels; larger images are shrunk to it."""
 
 
 def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 4) -> tuple[bytes, str | None]:
@@ -52,3 +57,45 @@ def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: 
         average_precision = result["best"]["AP"]
         titles.append(name if average_precision is None else f"{name}: AP {average_precision:.1f}")
     return contact_sheet(list(zip(*columns, strict=True)), titles), note
+
+
+def mistakes(
+    shards: ShardSet, diagnosis: Diagnosis, results: Sequence[Mapping[str, Any]], most: int = 12
+) -> Iterator[tuple[str, bytes]]:
+    """Draw the images with most mistakes: ground truth on the left, detections at each class's best threshold on the right.
+
+    Args:
+        results: the COCO results that the diagnosis is of.
+    Yields:
+        A caption and a JPEG file for each image.
+    """
+    meta = shards.meta
+    limits = {id_: diagnosis.thresholds[name] for id_, name in zip(meta.category_ids, meta.classes, strict=True)}
+    names, _ = drawable(dict(enumerate(meta.classes)))
+    known = {id_: names[label] for label, id_ in enumerate(meta.category_ids)}
+    chosen = dict(list(diagnosis.mistakes.items())[:most])
+    shown: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
+    for entry in results:
+        limit = limits[entry["category_id"]]
+        if entry["image_id"] in shown and limit is not None and entry["score"] >= limit:
+            shown[entry["image_id"]].append(entry)
+    for image_id, count in chosen.items():
+        sample = _sample(shards, image_id)
+        pixels = sample.pixels()
+        factor = min(1.0, LONGEST_SIDE / max(pixels.shape[-2:]))
+        if factor < 1:
+            pixels = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[-2:]], antialias=True)
+        captions = [names[label] for label in sample.labels.tolist()]
+        truth = draw(pixels, torch.from_numpy(sample.boxes) * factor, torch.from_numpy(sample.labels), captions, TILE)
+        smaller = [{**entry, "bbox": [factor * each for each in entry["bbox"]]} for entry in shown[image_id]]
+        found = draw_found(pixels, smaller, known, 0.0, TILE)
+        gap = torch.full((3, truth.shape[1], 8), 255, dtype=torch.uint8)
+        mistakes_there = "1 mistake" if count == 1 else f"{count} mistakes"
+        yield f"image {image_id}: {mistakes_there}", jpeg(torch.cat([truth, gap, found], dim=2))
+
+
+def _sample(shards: ShardSet, image_id: int) -> Sample:
+    (place,) = np.flatnonzero(shards.index.image_id == image_id)
+    shard, row = int(shards.index.shard[place]), int(shards.index.row[place])
+    (sample,) = shards.read_group(shard, row // shards.index.row_group, [row])
+    return sample

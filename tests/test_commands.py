@@ -307,7 +307,9 @@ def test_evaluate_gives_the_ap_that_training_reported(
     shards = ShardSet.open(val)
     assert {entry["image_id"] for entry in found} == set(shards.index.image_id.tolist())
     assert {entry["category_id"] for entry in found} <= set(shards.meta.category_ids) and 0 not in shards.meta.category_ids
-    assert evaluate.main([trained["student"], val, "--batch-size", "8"]) == 0
+    page = tmp_path / "pages" / "student.html"
+    assert evaluate.main([trained["student"], val, "--batch-size", "8", "--report", str(page)]) == 0
+    assert page.read_text().endswith("</html>\n")
     assert f"{metrics['AP']:.1f}" in capsys.readouterr().out
 
 
