@@ -21,7 +21,7 @@ from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.inference import trained_range, view_spec
-from headkd_ray.engine.scoring import recorded_detections, scoring_of
+from headkd_ray.engine.scoring import recorded_count, recorded_detections, scoring_of
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.memory import enough_memory
@@ -37,7 +37,7 @@ from headkd_ray.text import printable
 def evaluate_checkpoint(
     checkpoint: str,
     data: str,
-    batch_size: int = 2,
+    batch_size: int | None = None,
     out: str | None = None,
     max_detections: int | None = None,
     warn: Callable[[str], object] = lambda warning: None,
@@ -46,6 +46,8 @@ def evaluate_checkpoint(
     """Evaluate a detector on a prepared split, in this process, on the first GPU if there is one.
 
     Args:
+        batch_size: images per forward pass; None = as many as in the checkpoint's training, which gives exactly the metrics that it
+            reported (padding to a common size moves the last digits), or 2.
         out: where to write the detections (path or URI), as a COCO results file.
         max_detections: detections per image that count; None = as many as in the checkpoint's training, or COCO's 100.
         warn: called with each warning about the metrics.
@@ -70,6 +72,7 @@ def evaluate_checkpoint(
     check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
     if loaded.classes is None and loaded.detector.num_classes != len(shards.meta.classes):
         raise DataError(f"{data} has {len(shards.meta.classes)} classes, {checkpoint} knows {loaded.detector.num_classes}")
+    batch_size = batch_size or recorded_count(loaded.meta, "eval_batch_size", 2)
     most = max_detections or recorded_detections(loaded.meta)
     scoring = scoring_of(shards, data, loaded.classes or shards.meta.classes, checkpoint, most)
     for warning in scoring.warnings:
@@ -109,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("evaluate", (__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="student folder of a run, hf://owner/name, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
-    parser.add_argument("--batch-size", type=positive, default=2, help="images per forward pass (default %(default)s)")
+    parser.add_argument("--batch-size", type=positive, help="images per forward pass (default: as in training, or 2)")
     parser.add_argument(
         "--max-detections",
         type=positive,

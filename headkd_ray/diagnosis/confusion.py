@@ -35,6 +35,6 @@ def confusion(pairs: Overlaps, thresholds: Sequence[float | None], iou: float = 
             matrix[pairs.objects.label[other], pairs.found.label[one]] += 1
     covering = np.flatnonzero(crowd & pairs.same_label & (pairs.iou >= iou))
     found[pairs.pair_found[covering]] = True
-    np.add.at(matrix, (classes, pairs.found.label[kept & ~found]), 1)
-    np.add.at(matrix, (pairs.objects.label[~objects & ~pairs.crowd], classes), 1)
+    matrix[-1, :-1] = np.bincount(pairs.found.label[kept & ~found], minlength=classes)
+    matrix[:-1, -1] = np.bincount(pairs.objects.label[~objects & ~pairs.crowd], minlength=classes)
     return matrix

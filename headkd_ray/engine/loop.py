@@ -268,6 +268,7 @@ def keep(
         **({} if state.start is None else {"start": state.start}),
         "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
         "max_detections": job.eval.max_detections,
+        "eval_batch_size": job.eval.batch_size,
         "category_ids": list(streams.train_set.meta.category_ids),
         "value_range": streams.train_set.meta.value_range,
         "metrics": None if scored is None else scored.as_dict(),

@@ -176,8 +176,8 @@ def _matrix(diagnosis: Diagnosis) -> Figure | None:
     axes.set(xlabel="found", ylabel="true")
     for row, column in zip(*np.nonzero(counts), strict=True):
         share = counts[row, column] / totals[row, 0]
-        ink = {"color": "white" if share > 0.6 else "black", "fontsize": 6}
-        axes.text(column, row, str(counts[row, column]), ha="center", va="center", **ink)
+        colour = "white" if share > 0.6 else "black"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=6)
     return figure
 
 
