@@ -32,6 +32,7 @@ COMMANDS = {
     "plan": "work out hours, money and bytes of a run",
     "bench": "measure what each placement of the teacher costs",
     "evaluate": "COCO metrics of a checkpoint",
+    "compare": "means over seeds and paired gains of finished runs",
     "predict": "detect on images",
     "export": "write a detector as an ONNX or OpenVINO file, and prove it",
     "parity": "compare this code with values of the official code",

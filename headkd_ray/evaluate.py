@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any, NamedTuple
 
 from rich.progress import track
 
@@ -46,8 +47,8 @@ def evaluate_checkpoint(
     """Evaluate a detector on a prepared split, in this process, on the first GPU if there is one.
 
     Args:
-        batch_size: images per forward pass; None = as many as in the checkpoint's training, which gives exactly the metrics that it
-            reported (padding to a common size moves the last digits), or 2.
+        batch_size: images per forward pass; None = as many as in the checkpoint's training, or 2. As many give exactly the
+            metrics that training reported; another padding moves the last digits.
         out: where to write the detections (path or URI), as a COCO results file.
         max_detections: detections per image that count; None = as many as in the checkpoint's training, or COCO's 100.
         warn: called with each warning about the metrics.
@@ -66,6 +67,46 @@ def evaluate_checkpoint(
         with drawing():
             pass
     shards = ShardSet.open(data)
+    found = detect_split(checkpoint, shards, data, batch_size, max_detections, warn)
+    truth = shards.ground_truth()
+    metrics = coco_metrics(truth, found.results, found.image_ids, found.max_detections)
+    content = {}
+    if out is not None:
+        content[out] = json.dumps(found.results)
+    if report is not None:
+        diagnosis = diagnose(truth, found.results, found.max_detections)
+        summary = f"{checkpoint} on {data}: {metrics.images} images, {len(shards.meta.classes)} classes."
+        pictures = list(mistakes(shards, (diagnosis, found.results)))
+        content[report] = detector_page(
+            "What the detector gets right and wrong", summary, metrics.as_dict(), diagnosis, pictures
+        )
+    for path, text in content.items():
+        folder, name = targets[path]
+        folder.create()
+        folder.write(name, text.encode())
+    return metrics
+
+
+class Found(NamedTuple):
+    """A detector's detections on a split."""
+
+    results: list[dict[str, Any]]
+    """COCO results."""
+    image_ids: list[int]
+    """All images of the split."""
+    max_detections: int
+    """How many of an image's detections count."""
+
+
+def detect_split(
+    checkpoint: str,
+    shards: ShardSet,
+    data: str,
+    batch_size: int | None = None,
+    max_detections: int | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
+) -> Found:
+    """Detect in all images of a prepared split, which ``data`` names in messages; else as :func:`evaluate_checkpoint`."""
     loaded = fetch_detector(checkpoint)
     for note in loaded.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
@@ -88,23 +129,7 @@ def evaluate_checkpoint(
         with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
             found = predict(loaded.detector.to(distributed.device), shown, distributed.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
-    truth = shards.ground_truth()
-    metrics = coco_metrics(truth, results, list(found), scoring.max_detections)
-    content = {}
-    if out is not None:
-        content[out] = json.dumps(results)
-    if report is not None:
-        diagnosis = diagnose(truth, results, scoring.max_detections)
-        summary = f"{checkpoint} on {data}: {metrics.images} images, {len(shards.meta.classes)} classes."
-        pictures = list(mistakes(shards, diagnosis, results))
-        content[report] = detector_page(
-            "What the detector gets right and wrong", summary, metrics.as_dict(), diagnosis, pictures
-        )
-    for path, text in content.items():
-        folder, name = targets[path]
-        folder.create()
-        folder.write(name, text.encode())
-    return metrics
+    return Found(results, list(found), scoring.max_detections)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,39 +59,64 @@ def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: 
     return contact_sheet(list(zip(*columns, strict=True)), titles), note
 
 
-def mistakes(
-    shards: ShardSet, diagnosis: Diagnosis, results: Sequence[Mapping[str, Any]], most: int = 12
-) -> Iterator[tuple[str, bytes]]:
+Findings = tuple[Diagnosis, Sequence[Mapping[str, Any]]]
+"""A detector's diagnosis on a split, and the COCO results that it is of."""
+
+
+def mistakes(shards: ShardSet, findings: Findings, most: int = 12) -> Iterator[tuple[str, bytes]]:
     """Draw the images with most mistakes: ground truth on the left, detections at each class's best threshold on the right.
 
-    Args:
-        results: the COCO results that the diagnosis is of.
     Yields:
         A caption and a JPEG file for each image.
     """
+    for image_id, count in list(findings[0].mistakes.items())[:most]:
+        yield f"image {image_id}: {_counted(count)}", _beside_truth(shards, image_id, [findings])
+
+
+def disagreements(shards: ShardSet, detectors: Mapping[str, Findings], most: int = 8) -> Iterator[tuple[str, bytes]]:
+    """Draw the images on which the detectors' numbers of mistakes differ most: ground truth, then each detector's detections.
+
+    Yields:
+        A caption and a JPEG file for each image.
+    """
+    counts = [diagnosis.mistakes for diagnosis, _ in detectors.values()]
+    images = dict.fromkeys(image_id for each in counts for image_id in each)
+    ranges = {image_id: [each.get(image_id, 0) for each in counts] for image_id in images}
+    order = sorted(images, key=lambda image_id: max(ranges[image_id]) - min(ranges[image_id]), reverse=True)
+    for image_id in order[:most]:
+        if len(set(ranges[image_id])) == 1:
+            return
+        told = ", ".join(f"{name}: {_counted(count)}" for name, count in zip(detectors, ranges[image_id], strict=True))
+        yield f"image {image_id}: ground truth, then {told}", _beside_truth(shards, image_id, list(detectors.values()))
+
+
+def _counted(mistakes: int) -> str:
+    return "1 mistake" if mistakes == 1 else f"{mistakes} mistakes"
+
+
+def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Findings]) -> bytes:
+    """Return a JPEG file with an image's ground truth and, beside it, the detections of each detector at its thresholds."""
     meta = shards.meta
-    limits = {id_: diagnosis.thresholds[name] for id_, name in zip(meta.category_ids, meta.classes, strict=True)}
     names, _ = drawable(dict(enumerate(meta.classes)))
     known = {id_: names[label] for label, id_ in enumerate(meta.category_ids)}
-    chosen = dict(list(diagnosis.mistakes.items())[:most])
-    shown: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
-    for entry in results:
-        limit = limits[entry["category_id"]]
-        if entry["image_id"] in shown and limit is not None and entry["score"] >= limit:
-            shown[entry["image_id"]].append(entry)
-    for image_id, count in chosen.items():
-        sample = _sample(shards, image_id)
-        pixels = sample.pixels()
-        factor = min(1.0, LONGEST_SIDE / max(pixels.shape[-2:]))
-        if factor < 1:
-            pixels = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[-2:]], antialias=True)
-        captions = [names[label] for label in sample.labels.tolist()]
-        truth = draw(pixels, torch.from_numpy(sample.boxes) * factor, torch.from_numpy(sample.labels), captions, TILE)
-        smaller = [{**entry, "bbox": [factor * each for each in entry["bbox"]]} for entry in shown[image_id]]
-        found = draw_found(pixels, smaller, known, 0.0, TILE)
-        gap = torch.full((3, truth.shape[1], 8), 255, dtype=torch.uint8)
-        mistakes_there = "1 mistake" if count == 1 else f"{count} mistakes"
-        yield f"image {image_id}: {mistakes_there}", jpeg(torch.cat([truth, gap, found], dim=2))
+    sample = _sample(shards, image_id)
+    pixels = sample.pixels()
+    factor = min(1.0, LONGEST_SIDE / max(pixels.shape[-2:]))
+    if factor < 1:
+        pixels = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[-2:]], antialias=True)
+    captions = [names[label] for label in sample.labels.tolist()]
+    tiles = [draw(pixels, torch.from_numpy(sample.boxes) * factor, torch.from_numpy(sample.labels), captions, TILE)]
+    for diagnosis, results in detectors:
+        limits = {id_: diagnosis.thresholds[name] for id_, name in zip(meta.category_ids, meta.classes, strict=True)}
+        smaller = [
+            {**entry, "bbox": [factor * each for each in entry["bbox"]]}
+            for entry in results
+            for limit in [limits[entry["category_id"]]]
+            if entry["image_id"] == image_id and limit is not None and entry["score"] >= limit
+        ]
+        gap = torch.full((3, tiles[0].shape[1], 8), 255, dtype=torch.uint8)
+        tiles += [gap, draw_found(pixels, smaller, known, 0.0, TILE)]
+    return jpeg(torch.cat(tiles, dim=2))
 
 
 def _sample(shards: ShardSet, image_id: int) -> Sample:

@@ -63,7 +63,7 @@ def test_the_page_shows_each_mistake(drawn_splits: dict[str, str], tmp_path: Pat
     diagnosis = diagnose(truth, results)
     metrics = coco_metrics(truth, results, [image["id"] for image in truth["images"]]).as_dict()
     named = diagnose(shards.ground_truth(), results)
-    pictures = list(mistakes(shards, named, results))
+    pictures = list(mistakes(shards, (named, results)))
     text = detector_page("A <detector>", "of a split & more", metrics, diagnosis, pictures)
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), "it needs nothing from the network"
     assert "<b>" not in text and "A &lt;detector&gt;" in text
