@@ -7,7 +7,8 @@ On a laptop: ``python -m headkd_ray.train jobs/small/head.yaml cluster.workers=0
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,15 +50,8 @@ def train(
             "trained now; to train again, choose another run.name"
         )
         return result
-    with only_one(run), tracking(job, run, tell) as trackers:
-        if job.cluster.workers == 0:
-            from headkd_ray.engine.local import train_here
-
-            result = train_here(job, trackers)
-        else:
-            from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
-
-            result = train_on_ray(job, trackers)
+    with only_one(run), _machine(job) as train_there, tracking(job, run, tell) as trackers:
+        result = train_there(trackers)
         if trackers:
             from headkd_ray.data.shards import ShardSet
             from headkd_ray.pictures import compare
@@ -65,6 +59,20 @@ def train(
             picture, _ = compare(ShardSet.open(job.data.val), {job.run.name: result})
             trackers.finish(result, picture)
     return result
+
+
+@contextmanager
+def _machine(job: Job) -> Iterator[Callable[[Sink], Record]]:
+    """Yield the function that trains where ``job.cluster`` says, which is known to have room; it takes the sink of the log."""
+    if job.cluster.workers == 0:
+        from headkd_ray.engine.local import train_here
+
+        yield lambda tell: train_here(job, tell)
+    else:
+        from headkd_ray.cluster.trainer import on_ray  # workers: 0 must run where Ray is not installed
+
+        with on_ray(job) as train_there:
+            yield train_there
 
 
 def main(arguments: list[str] | None = None) -> int:

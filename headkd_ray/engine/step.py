@@ -35,6 +35,8 @@ class Learner:
     """Wraps ``model`` if several processes train it."""
     start: dict[str, str] | None = None
     """The detector that the student started from: its ``checkpoint`` and the ``fingerprint`` of its weights; None = fresh."""
+    teacher: dict[str, str] | None = None
+    """The job's teacher, likewise; None = it has none."""
     soft_teacher: SoftTeacher | None = None
     """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 
