@@ -33,7 +33,7 @@ COMMANDS = {
     "bench": "measure what each placement of the teacher costs",
     "evaluate": "COCO metrics of a checkpoint",
     "predict": "detect on images",
-    "export": "write a detector as an ONNX or OpenVINO file, and prove it",
+    "export": "write a detector as an ONNX, torch.export or OpenVINO file, and prove it",
     "parity": "compare this code with values of the official code",
     "push": "upload a checkpoint and its model card to the Hugging Face Hub",
     "jobs": "list the job files that come with the package, or copy them",
