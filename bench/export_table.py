@@ -20,6 +20,7 @@ from headkd_ray.report.console import number
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- export: begin (python bench/export_table.py) -->", "<!-- export: end -->"
+NONE = "There are no figures yet. `make quickstart`, then `python bench/export_table.py`, makes them."
 ROLES = {"head": "student with HEAD", "baseline": "student alone", "teacher": "teacher"}
 """What the quickstart's runs are called in the table, by the name of their folder; the first is exported."""
 

@@ -30,11 +30,18 @@ MICRO: dict[str, dict[str, Any]] = {
     "eval": {"every_epochs": 1, "batch_size": 4},
     "cluster": {"workers": 0, "gpus_per_worker": 0},
 }
-"""What replaces keys of the copied jobs, one level deep; the file in COCO_FILE's place has these widths."""
+"""What replaces keys of both copied jobs."""
 OF_JOB: dict[str, dict[str, Any]] = {
-    "teacher_coco": {"rpn": {"train_proposals": FEW, "test_proposals": FEW}, "neck": {"channels": 32, "extra": "pool"}},
-    "head": {**MICRO_STUDENT, "neck": {"channels": 32}},
+    "teacher_coco": {
+        "student": {
+            "backbone": {"name": "resnet18"},
+            "neck": {"channels": 32},
+            "rpn": {"train_proposals": FEW, "test_proposals": FEW},
+        },
+    },
+    "head": {"student": {**MICRO_STUDENT, "neck": {"channels": 32}}, "distill": {"warmup_steps": 2}},
 }
+"""What also replaces keys of each; the file in COCO_FILE's place has the teacher's widths."""
 
 
 @pytest.fixture
@@ -57,15 +64,15 @@ def folder(tmp_path: Path) -> Path:
 
 def made_micro(job: Path) -> None:
     """Make a copied job micro: the same method on the same places."""
-    keys = yaml.safe_load(job.read_text())
-    for section, changes in MICRO.items():
-        keys[section] = {**keys.get(section, {}), **changes}
-    keys["student"] |= OF_JOB[job.stem]
-    if job.stem == "teacher_coco":
-        keys["student"]["backbone"]["name"] = "resnet18"
-    else:
-        keys["distill"]["warmup_steps"] = 2
+    keys = merged(merged(yaml.safe_load(job.read_text()), MICRO), OF_JOB[job.stem])
+    keys["student"]["backbone"]["weights"] = "none"
     job.write_text(yaml.safe_dump(keys))
+
+
+def merged(keys: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``keys`` with ``changes`` at any depth."""
+    inner = {key: merged(keys[key], value) for key, value in changes.items() if isinstance(value, dict) and key in keys}
+    return {**keys, **changes, **inner}
 
 
 def film(place: Path) -> None:

@@ -34,8 +34,8 @@ OPERATORS = re.compile(
     r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
 )
 """What a node may call: it computes, and reads no file."""
-EXPRESSION = re.compile(r"(?:[A-Z]\w*(?=[(,)])|'\w+'(?=[,)])|[a-z]+=(?=True|False)|True|False|-?\d+|[(), ])*")
-"""A size as SymPy prints it: numbers, symbols, and the names of SymPy's classes."""
+EXPRESSION = re.compile(r"(?:[A-Z]\w*(?=[(,)]|$)|'\w+'(?=[,)])|[a-z]+=(?=[TF])|[su]?\d+(?!\w)|[(), +*/-])*")
+"""A size as SymPy prints it: numbers, symbols, and the names of SymPy's classes. No text matches in two ways: it is quick."""
 RULES = {
     "target": OPERATORS,
     "expr_str": EXPRESSION,

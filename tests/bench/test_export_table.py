@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export_table import BEGIN, END, section
+from export_table import BEGIN, END, NONE, section
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,10 @@ def test_the_table_shows_what_the_report_has() -> None:
     ]
 
 
-def test_the_readme_has_the_table() -> None:
+def test_the_readme_has_the_whole_table_or_none() -> None:
     between = (ROOT / "README.md").read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    if between.strip() == NONE:
+        return
     shown = [line.split("|")[1].strip() for line in between.splitlines() if line.startswith("| ")][2:]
     assert shown[0] == "student with HEAD" and {
         "model.onnx",
