@@ -34,7 +34,7 @@ COMMANDS = {
     "evaluate": "COCO metrics of a checkpoint",
     "compare": "means over seeds and paired gains of finished runs",
     "predict": "detect on images",
-    "export": "write a detector as an ONNX or OpenVINO file, and prove it",
+    "export": "write a detector as an ONNX, torch.export or OpenVINO file, and prove it",
     "parity": "compare this code with values of the official code",
     "push": "upload a checkpoint and its model card to the Hugging Face Hub",
     "jobs": "list the job files that come with the package, or copy them",

@@ -7,7 +7,8 @@ On a laptop: ``python -m headkd_ray.train jobs/small/head.yaml cluster.workers=0
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,15 +57,8 @@ def train(
             "trained now; to train again, choose another run.name, or --extend epochs=N to train it longer"
         )
         return result
-    with only_one(run), tracking(job, run, tell) as trackers:
-        if job.cluster.workers == 0:
-            from headkd_ray.engine.local import train_here
-
-            result = train_here(job, trackers)
-        else:
-            from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
-
-            result = train_on_ray(job, trackers)
+    with only_one(run), _machine(job) as train_there, tracking(job, run, tell) as trackers:
+        result = train_there(trackers)
         if trackers:
             from headkd_ray.data.shards import ShardSet
             from headkd_ray.pictures import compare
@@ -81,6 +75,20 @@ def _length_key(given: str) -> str:
     if key not in known or not value:
         raise JobError(f"--extend {given}: give KEY=VALUE, where KEY is one of epochs, milestones and patience")
     return f"{known[key]}={value}"
+
+
+@contextmanager
+def _machine(job: Job) -> Iterator[Callable[[Sink], Record]]:
+    """Yield the function that trains where ``job.cluster`` says, which is known to have room; it takes the sink of the log."""
+    if job.cluster.workers == 0:
+        from headkd_ray.engine.local import train_here
+
+        yield lambda tell: train_here(job, tell)
+    else:
+        from headkd_ray.cluster.trainer import on_ray  # workers: 0 must run where Ray is not installed
+
+        with on_ray(job) as train_there:
+            yield train_there
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,13 +59,12 @@ def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None
 
 
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
-    """Return the fingerprints of the splits and, if the run has ended, of student.checkpoint, by their job keys."""
+    """Return the fingerprints of the splits and, if the run has ended, of the weights that it was given, by their job keys."""
     found = {f"data.{name}": split.meta.fingerprint for name, split in splits.items()}
-    if job.student.checkpoint is None:
-        return found
-    with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
-        if finished(run_folder(job)) is not None and (start := _start(job, None)) is not None:
-            found["student.checkpoint"] = start.fingerprint
+    for key, load in (("student.checkpoint", _start), ("teacher.checkpoint", _teacher)):
+        with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
+            if finished(run_folder(job)) is not None and (loaded := load(job, None)) is not None:
+                found[key] = loaded.fingerprint
     return found
 
 
@@ -78,6 +77,11 @@ def _check_start(job: Job, shards: ShardSet | None) -> None:
 def _start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
     with torch.random.fork_rng(devices=[]):  # as in _build
         return load_start(job, classes)
+
+
+def _teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
+    with torch.random.fork_rng(devices=[]):  # as in _build
+        return load_teacher(job, classes)
 
 
 def _build(job: Job, shards: ShardSet | None) -> None:

@@ -50,13 +50,13 @@ def check_run(job: Job, data: dict[str, str] | None = None, longer: bool = False
     """Check that the job can start its run or resume it, leaving nothing behind.
 
     Args:
-        data: fingerprint of each split, and of student.checkpoint, that could be read, by its key (data.train, data.val).
+        data: fingerprint of each split, of student.checkpoint and of teacher.checkpoint that could be read, by its job key.
         longer: whether the run is to be trained longer than it was started for, with other ``LENGTH_KEYS``.
 
     Raises:
         StorageError: run.storage is not writable, no filesystem serves it, or the run's own files are damaged.
         JobError: a run of this name exists and was started with other keys (all differing keys are named), or it has ended and
-            was trained with other data.
+            was trained with other data or weights.
     """
     try:
         folder = run_folder(job)
@@ -133,7 +133,8 @@ def extend_run(job: Job) -> None:
 
 
 def _differs(key: str) -> str:
-    return "was trained on different data" if key.startswith("data.") else "started from different weights"
+    weights = {"student.checkpoint": "started from different weights", "teacher.checkpoint": "had a different teacher"}
+    return weights.get(key, "was trained on different data")
 
 
 def _recorded(folder: Folder) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
 
     Args:
         ranking: the run's checkpoints, the best first. Damaged ones are skipped.
-        data: fingerprint of each split by its key. That of ``student.checkpoint`` is added, if the student had one.
+        data: fingerprint of each split by its key. Those of ``student.checkpoint`` and the teacher are added, if any.
         tell: receives a note about each checkpoint that is skipped.
 
     Raises:
@@ -197,17 +198,17 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
             "best": read_json(best, METRICS_FILE, CheckpointError, "the checkpoint is damaged"),
             "last": last,
             "student": student.address,
-            "data": {**data, **_start_of(best)},
+            "data": {**data, **_weights_of(best)},
         }
         folder.write(RESULT_FILE, masked(json.dumps(result, indent=1)).encode())
     return result
 
 
-def _start_of(checkpoint: Folder) -> dict[str, str]:
-    """Return the fingerprint of the weights that a checkpoint's student started from, by its job key; empty if it had none."""
-    card = read_json(checkpoint / STUDENT_FOLDER, CARD, CheckpointError, "the checkpoint is damaged")
-    start = card.get("meta", {}).get("start")
-    return {} if start is None else {"student.checkpoint": start["fingerprint"]}
+def _weights_of(checkpoint: Folder) -> dict[str, str]:
+    """Return the fingerprints of the weights that a checkpoint's student started from and of its teacher's, by job key."""
+    meta = read_json(checkpoint / STUDENT_FOLDER, CARD, CheckpointError, "the checkpoint is damaged").get("meta", {})
+    keys = {"start": "student.checkpoint", "teacher": "teacher.checkpoint"}
+    return {key: meta[part]["fingerprint"] for part, key in keys.items() if part in meta}
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class Learner:
     """The detector that the student started from: its ``checkpoint`` and the ``fingerprint`` of its weights; None = fresh."""
     patience: Patience = field(default_factory=Patience)
     """Ends training early."""
+    teacher: dict[str, str] | None = None
+    """The job's teacher, likewise; None = it has none."""
     soft_teacher: SoftTeacher | None = None
     """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 
