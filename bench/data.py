@@ -66,12 +66,12 @@ def measure(shards: ShardSet, maker: BatchMaker, windows: list[Window], side: in
 
 def parts(times: Times, maker: BatchMaker, pending: PendingBatch) -> None:
     """Note what the parts of making a batch take by themselves."""
-    count, number = len(pending.samples), pending.epoch
+    count = len(pending.samples)
     decoded = timed(times, "decode", count, lambda: [sample.pixels() for sample in pending.samples])
-    views = [maker.view(sample.image_id, number) for sample in pending.samples]
+    views = maker.views(pending)
     shown = zip(decoded, pending.samples, views, strict=True)
     timed(times, "view", count, lambda: [apply_view(pixels, sample.boxes, view) for pixels, sample, view in shown])
-    examples = [maker.example(sample, number, view) for sample, view in zip(pending.samples, views, strict=True)]
+    examples = list(map(maker.example, pending.samples, pending.numbers, views))
     timed(times, "pad", count, lambda: collate(examples, pending.step, maker.spec.pad))
 
 

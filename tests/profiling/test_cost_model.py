@@ -41,6 +41,7 @@ WORK = Work(
     teacher_cpus=0,
     on_ray=True,
     views=12,
+    distinct=1000,
 )
 GBIT10 = 1.25e9
 """10 Gbit/s in bytes per second."""

@@ -179,7 +179,7 @@ def test_a_build_goes_on_where_it_stopped(job: Job, shards: ShardSet, built: Bui
 
 def test_a_few_rows_on_request(shards: ShardSet, built: Builder) -> None:
     whole = kept(built, shards, 1)
-    found = built.ask(built.shown(1, 2, 1, [11, 9]))
+    found = built.ask(built.shown(1, 1, [11, 9]))
     ids = {
         (int(s), int(r)): int(i) for s, r, i in zip(shards.index.shard, shards.index.row, shards.index.image_id, strict=True)
     }
