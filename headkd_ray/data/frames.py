@@ -22,6 +22,9 @@ CROPS = 20
 CENTRES = (0.3, 0.7)
 """Range of a mosaic's centre, as a share of the view's sides."""
 
+ROUNDING = 1e-6
+"""Share of a box's area that rounding may seem to cut off."""
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 Boxes = NDArray[np.float32]
@@ -60,7 +63,7 @@ class Tile(NamedTuple):
         seen = np.clip(whole, start, start + [target.width, target.height] * 2)
         shown = seen.astype(np.float32)  # as the batch will hold them
         there = (shown[:, 2] > shown[:, 0]) & (shown[:, 3] > shown[:, 1])
-        return seen, there & (_areas(seen) >= min_visible * _areas(whole))
+        return seen, there & (_areas(seen) >= (min_visible - ROUNDING) * _areas(whole))
 
 
 def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:

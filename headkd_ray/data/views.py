@@ -86,7 +86,8 @@ def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
     short_side, flip, augment = low + size * (high - low + 1) // resolution, coin < spec.flip * resolution, spec.augment
     upside_down = augment.flip_vertical > 0 and key_fractions(1, "flip vertical?", *key)[0] < augment.flip_vertical
     frame = draw_frame(augment, shows_mosaics(number, spec), *key)
-    return View(short_side, spec.long_side, flip, None, upside_down, frame, augment.min_visible, draw_colour(augment, *key))
+    min_visible = 0.0 if frame is None else augment.min_visible
+    return View(short_side, spec.long_side, flip, None, upside_down, frame, min_visible, draw_colour(augment, *key))
 
 
 def view_number(epoch: int, spec: DataSpec, copy: int = 0) -> int:
