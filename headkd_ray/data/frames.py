@@ -7,6 +7,7 @@ would have. So batches, memory and the grouping by aspect can be planned without
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,11 +41,47 @@ class Rect(NamedTuple):
     width: int
 
 
+class Window(NamedTuple):
+    """A rectangle that need not begin and end at whole pixels."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
 class Tile(NamedTuple):
     """A window of an image, and the place of the view where it is shown."""
 
-    source: Rect
+    source: Rect | Window
     target: Rect
+
+    def least(self, size: Size) -> Size:
+        """Return the height and width that an image of ``size`` has when the window has as many pixels as its place."""
+        height, width = size
+        return (
+            math.ceil(height * self.target.height / self.source.height),
+            math.ceil(width * self.target.width / self.source.width),
+        )
+
+    def within(self, size: Size, decoded: Size) -> tuple[Rect, Tile]:
+        """Return the window in whole pixels of an image that was decoded smaller, and the tile of just that window.
+
+        Args:
+            size: height and width of the image.
+            decoded: height and width of the image in hand.
+        """
+        if decoded == size and isinstance(self.source, Rect):
+            return self.source, self
+        scales = [have / whole for have, whole in zip(decoded, size, strict=True)]
+        starts = [min(have - 1, round(start * by)) for have, start, by in zip(decoded, self.source[:2], scales, strict=True)]
+        lengths = [
+            min(have - start, max(1, round(length * by)))
+            for have, start, length, by in zip(decoded, starts, self.source[2:], scales, strict=True)
+        ]
+        window = Rect(starts[0], starts[1], lengths[0], lengths[1])
+        exact = [length / by for length, by in zip(window, scales * 2, strict=True)]
+        return window, Tile(Window(*exact), self.target)
 
     def placed(self, boxes: Boxes, min_visible: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return the image's boxes as the view shows them, clipped to the tile, and which of them it shows.

@@ -38,9 +38,12 @@ class Sample:
     partners: tuple[Sample, ...] = ()
     """The other images that the requested view shows: three if it is a mosaic."""
 
-    def pixels(self) -> Tensor:
-        """Decode the image to uint8 (3, H, W), RGB. Raises ValueError if the bytes are not an image of this size."""
-        return decode(self.image, self.reading, self.size, max_pixels=None)  # prepare has checked the size
+    def pixels(self, least: tuple[int, int] | None = None) -> Tensor:
+        """Decode the image to uint8 (3, H, W), RGB, or smaller if ``least`` says so (see ``decode``).
+
+        Raises ValueError if the bytes are not an image of this size.
+        """
+        return decode(self.image, self.reading, self.size, None, least)  # prepare has checked the size
 
 
 @dataclass(frozen=True)

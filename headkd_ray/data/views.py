@@ -50,6 +50,8 @@ class View:
     """Share of a box's area below which a box that ``frame`` cuts is left out."""
     colour: ColourChange | None = None
     """How colours change; None = they do not."""
+    reduced: bool = False
+    """Whether JPEGs may be decoded at reduced size."""
 
     @property
     def partners(self) -> int:
@@ -72,8 +74,8 @@ class Photo(Protocol):
     def labels(self) -> NDArray[np.int64]:
         """int64 (n,)."""
 
-    def pixels(self) -> Tensor:
-        """Decode the image to uint8 (3, H, W), RGB."""
+    def pixels(self, least: Size | None = None) -> Tensor:
+        """Decode the image to uint8 (3, H, W), RGB; if ``least`` is given, perhaps smaller, but no smaller than that."""
 
 
 def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
@@ -87,7 +89,8 @@ def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
     upside_down = augment.flip_vertical > 0 and key_fractions(1, "flip vertical?", *key)[0] < augment.flip_vertical
     frame = draw_frame(augment, shows_mosaics(number, spec), *key)
     min_visible = 0.0 if frame is None else augment.min_visible
-    return View(short_side, spec.long_side, flip, None, upside_down, frame, min_visible, draw_colour(augment, *key))
+    colour = draw_colour(augment, *key)
+    return View(short_side, spec.long_side, flip, None, upside_down, frame, min_visible, colour, spec.reduced_decode)
 
 
 def view_number(epoch: int, spec: DataSpec, copy: int = 0) -> int:
@@ -167,14 +170,17 @@ def apply_view(image: Tensor, boxes: Boxes, view: View) -> tuple[NDArray[np.uint
         ValueError: a box has no area in the view (prepare refuses boxes that are small enough for this).
     """
     height, width = image.shape[1:]
-    size = view_size(height, width, view)
-    whole = Tile(Rect(0, 0, height, width), Rect(0, 0, *size))
-    placed, there = whole.placed(boxes, 0.0)
-    pixels, shown = _finished(_resized(_interleaved(image), size), placed, view)
+    return _whole(image, (height, width), boxes, view)
+
+
+def _whole(image: Tensor, stored: Size, boxes: Boxes, view: View) -> tuple[NDArray[np.uint8], Boxes]:
+    """Apply ``view`` as ``apply_view`` does; ``stored`` is the size to which the boxes belong, and ``image`` may be smaller."""
+    size = view_size(*stored, view)
+    placed, there = Tile(Rect(0, 0, *stored), Rect(0, 0, *size)).placed(boxes, 0.0)
     if not there.all():
         few = boxes[~there][:3].tolist()
         raise ValueError(f"{int((~there).sum())} boxes without area at {size[1]} x {size[0]} px: {few}")
-    return pixels, shown
+    return _finished(_resized(_interleaved(image), size), placed, view)
 
 
 def show(photos: Sequence[Photo], view: View) -> tuple[NDArray[np.uint8], Boxes, NDArray[np.int64]]:
@@ -190,20 +196,22 @@ def show(photos: Sequence[Photo], view: View) -> tuple[NDArray[np.uint8], Boxes,
         ValueError: an image cannot be decoded, or as for ``apply_view``.
     """
     own = photos[0]
-    if view.frame is None:
-        return *apply_view(own.pixels(), own.boxes, view), own.labels
     size = view_size(*own.size, view)
+    if view.frame is None:
+        return *_whole(own.pixels(size if view.reduced else None), own.size, own.boxes, view), own.labels
     tiles = view.frame.tiles([photo.size for photo in photos], size, own.boxes, view.min_visible)
     boxes, labels, parts = [], [], []
     for number, tile in shown_tiles(tiles):
-        photo, (top, left, height, width) = photos[number], tile.source
-        window = np.ascontiguousarray(_interleaved(photo.pixels())[top : top + height, left : left + width])
-        parts.append((tile.target, _resized(window, tile.target[2:])))
-        placed, shown = tile.placed(photo.boxes, view.min_visible)
+        photo = photos[number]
+        pixels = _interleaved(photo.pixels(tile.least(photo.size) if view.reduced else None))
+        (top, left, height, width), exact = tile.within(photo.size, (pixels.shape[0], pixels.shape[1]))
+        window = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        parts.append((tile.target, _resized(window, (tile.target.height, tile.target.width))))
+        placed, shown = exact.placed(photo.boxes, view.min_visible)
         boxes.append(placed[shown])
         labels.append(photo.labels[shown])
-    pixels, corners = _finished(_composed(parts, size), np.concatenate(boxes), view)
-    return pixels, corners, np.concatenate(labels)
+    image, corners = _finished(_composed(parts, size), np.concatenate(boxes), view)
+    return image, corners, np.concatenate(labels)
 
 
 def _composed(parts: Sequence[tuple[Rect, NDArray[np.uint8]]], size: Size) -> NDArray[np.uint8]:

@@ -93,6 +93,9 @@ class DataSpec(Spec):
     """Distinct augmented views per image: epoch e shows view e mod views; null = a new view in each epoch."""
     view_seed: Seed | None = None
     """Seed of the views alone, so that runs with different run.seed can share a cache of soft targets; null = run.seed."""
+    reduced_decode: bool = False
+    """Decode a JPEG at half of its size or less where a training view needs no more pixels: several times as fast for large
+    photos, whose pixels then differ a little. Evaluation and prediction always decode the whole."""
     augment: AugmentSpec = AugmentSpec()
     """Random changes of training views beyond their size and flip; none by default (the paper's views)."""
     sampling: Literal["all", "repeat_factor", "class_balanced"] = "all"

@@ -52,9 +52,10 @@ def views_of(job: Job) -> int:
 
 
 def _augmented(data: DataSpec) -> Recipe:
-    """Return the keys of data.augment; none if all have their defaults, so that older caches stay valid."""
+    """Return the keys of data.augment and the like; none if all have their defaults, so that older caches stay valid."""
     keys = data.augment.model_dump(mode="json") if data.augment != AugmentSpec() else {}
-    return {f"data.augment.{key}": value for key, value in keys.items()}
+    decoded = {"data.reduced_decode": True} if data.reduced_decode else {}
+    return decoded | {f"data.augment.{key}": value for key, value in keys.items()}
 
 
 def _contents(shards: ShardSet) -> str:

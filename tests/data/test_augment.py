@@ -18,6 +18,8 @@ from torchvision.transforms.v2 import functional as operators
 
 from headkd_ray.data.colour import ColourChange
 from headkd_ray.data.frames import Crop, Mosaic, ZoomOut
+from headkd_ray.data.images import Reading
+from headkd_ray.data.sample import Sample
 from headkd_ray.data.views import (
     FILL,
     Photo,
@@ -31,6 +33,7 @@ from headkd_ray.data.views import (
     view_size,
 )
 from headkd_ray.job import DataSpec
+from tests.data.coco_files import encoded, pixels
 
 SPEC = DataSpec(train="a", val="b", short_side=(30, 50), long_side=80)
 
@@ -52,7 +55,7 @@ class Drawing:
     def size(self) -> tuple[int, int]:
         return self.image.shape[0], self.image.shape[1]
 
-    def pixels(self) -> Tensor:
+    def pixels(self, least: tuple[int, int] | None = None) -> Tensor:
         return torch.from_numpy(self.image).permute(2, 0, 1)[:3]
 
 
@@ -271,3 +274,26 @@ def test_copies_of_an_image_show_views_that_a_cache_has(views: int, mosaic_epoch
         shows_mosaics(view_number(epoch, free, 2), free) == (mosaic_epochs is None or epoch < mosaic_epochs)
         for epoch in range(7)
     )
+
+
+@pytest.mark.parametrize("kind", ["whole", *AUGMENTS])
+def test_jpegs_that_are_decoded_smaller_show_the_same(kind: str) -> None:
+    """Up to how the edges of what they show are blurred, and with boxes as exact."""
+    photos = []
+    for number in range(4):
+        image = pixels(number, 640, 480)
+        box = np.array([[60, 100, 500, 460]], np.float32)
+        photos.append(Sample(number, encoded(image, quality=95), box, np.array([number]), (480, 640), Reading()))
+    plain = spec_with(**AUGMENTS.get(kind, {}), min_visible=0.0)
+    closest = []
+    for number in range(6):
+        views = [train_view(0, number, 3, spec) for spec in (plain, plain.replace({"reduced_decode": True}))]
+        whole, reduced = (show(photos[: 1 + view.partners], view) for view in views)
+        assert reduced[0].shape == whole[0].shape and np.array_equal(reduced[2], whole[2])
+        np.testing.assert_allclose(reduced[1], whole[1], atol=1.0 if kind in ("crop", "mosaic") else 0)
+        difference = np.abs(reduced[0].astype(int) - whole[0].astype(int))
+        assert difference.mean() < 3
+        closest.append(difference.max() > 0)
+    assert any(closest), "it was decoded otherwise"
+    sizes = [photos[0].pixels(least).shape[1:] for least in (None, (241, 100), (240, 320), (150, 100), (60, 80), (1, 1))]
+    assert sizes == [(480, 640), (480, 640), (240, 320), (180, 240), (60, 80), (60, 80)]

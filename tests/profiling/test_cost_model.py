@@ -154,6 +154,7 @@ ASKED = st.builds(
     teacher_cpus=st.floats(0, 8),
     on_ray=st.booleans(),
     views=st.integers(1, 50),
+    distinct=st.integers(1, 10**6),
 )
 
 

@@ -229,8 +229,9 @@ def test_caches_of_other_views_are_others(job: Job, shards: ShardSet, tmp_path: 
         digest(data={"keep_empty": True}),
         digest(logits=2),
         digest(data={"augment": {"crop": 0.5}}),
+        digest(data={"reduced_decode": True}),
     }
-    assert len(others) == 10 and own not in others  # run.seed and data.view_seed of 8 give the same views
+    assert len(others) == 11 and own not in others  # run.seed and data.view_seed of 8 give the same views
 
 
 @pytest.mark.parametrize(("epochs", "views", "files"), [(2, None, 2), (3, 2, 2), (2, 5, 2), (4, None, 4)])
