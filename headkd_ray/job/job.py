@@ -94,7 +94,7 @@ class DataSpec(Spec):
     view_seed: Seed | None = None
     """Seed of the views alone, so that runs with different run.seed can share a cache of soft targets; null = run.seed."""
     reduced_decode: bool = False
-    """Decode a JPEG at half of its size or less where a training view needs no more pixels: several times as fast for large
+    """Decode a JPEG at half of its size or less where a training view needs no more pixels: up to twice as fast for large
     photos, whose pixels then differ a little. Evaluation and prediction always decode the whole."""
     augment: AugmentSpec = AugmentSpec()
     """Random changes of training views beyond their size and flip; none by default (the paper's views)."""
