@@ -158,20 +158,20 @@ class BatchMaker:
 
     def example(self, sample: Sample, number: int, view: View) -> Example:
         """Decode view ``number`` of an image, whose parameters are ``view``. Raises DataError, CacheError."""
-        photos = (sample, *sample.partners)
+        images = (sample, *sample.partners)
         try:
-            image, boxes, labels = show(photos, view)
+            image, boxes, labels = show(images, view)
         except ValueError as error:
-            raise DataError(f"{_named(photos)} in the prepared shards: {error}; prepare the split again") from error
+            raise DataError(f"{_named(images)} in the prepared shards: {error}; prepare the split again") from error
         targets = None
         if self.cache is not None and sample.targets is not None:
             targets = self.cache.unpack(sample.targets, sample.image_id, number)
         return Example(image, boxes, labels, sample.image_id, sample.size, number if self.train else -1, targets)
 
 
-def _named(photos: Sequence[Sample]) -> str:
-    ids = ", ".join(str(photo.image_id) for photo in photos)
-    return f"image {ids}" if len(photos) == 1 else f"one of images {ids}"
+def _named(images: Sequence[Sample]) -> str:
+    ids = ", ".join(str(image.image_id) for image in images)
+    return f"image {ids}" if len(images) == 1 else f"one of images {ids}"
 
 
 def local_stream(

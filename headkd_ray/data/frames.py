@@ -98,9 +98,7 @@ class Tile(NamedTuple):
         start = np.array([target.left, target.top] * 2, dtype=np.float64)
         whole = (boxes.astype(np.float64) - [source.left, source.top] * 2) * scale + start
         seen = np.clip(whole, start, start + [target.width, target.height] * 2)
-        shown = seen.astype(np.float32)  # as the batch will hold them
-        there = (shown[:, 2] > shown[:, 0]) & (shown[:, 3] > shown[:, 1])
-        return seen, there & (_areas(seen) >= (min_visible - ROUNDING) * _areas(whole))
+        return seen, (_areas(seen) > 0) & (_areas(seen) >= (min_visible - ROUNDING) * _areas(whole))
 
 
 def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:

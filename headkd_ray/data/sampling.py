@@ -18,6 +18,8 @@ from headkd_ray.data.rng import key_integers, key_permutation
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.job import DataSpec
 
+FINE = 1 << 30
+"""Chances are whole numbers of 1 / FINE while they are added."""
 UNIT = 1 << 20
 """Shares are whole numbers of 1 / UNIT, so that sums are exact on any machine."""
 
@@ -105,5 +107,5 @@ def _balanced(has: NDArray[np.bool_]) -> NDArray[np.float64]:
     images = has.sum(axis=0)
     classes = int((images > 0).sum())
     chances = np.where(images > 0, len(has) / np.maximum(images, 1) / classes, 0.0)
-    fine = np.rint(chances * UNIT * UNIT).astype(np.int64)  # whole numbers, whose sum is the same on any machine
-    return np.where(has, fine, 0).sum(axis=1) / (UNIT * UNIT)
+    fine = np.rint(chances * FINE).astype(np.int64)  # whole numbers, whose sum is the same on any machine
+    return np.where(has, fine, 0).sum(axis=1) / FINE

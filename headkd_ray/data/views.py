@@ -59,7 +59,7 @@ class View:
         return 3 if isinstance(self.frame, Mosaic) else 0
 
 
-class Photo(Protocol):
+class StoredImage(Protocol):
     """An image with its boxes, as the shards hold it (``Sample``)."""
 
     @property
@@ -176,18 +176,25 @@ def apply_view(image: Tensor, boxes: Boxes, view: View) -> tuple[NDArray[np.uint
 def _whole(image: Tensor, stored: Size, boxes: Boxes, view: View) -> tuple[NDArray[np.uint8], Boxes]:
     """Apply ``view`` as ``apply_view`` does; ``stored`` is the size to which the boxes belong, and ``image`` may be smaller."""
     size = view_size(*stored, view)
-    placed, there = Tile(Rect(0, 0, *stored), Rect(0, 0, *size)).placed(boxes, 0.0)
-    if not there.all():
-        few = boxes[~there][:3].tolist()
-        raise ValueError(f"{int((~there).sum())} boxes without area at {size[1]} x {size[0]} px: {few}")
-    return _finished(_resized(_interleaved(image), size), placed, view)
+    placed, _ = Tile(Rect(0, 0, *stored), Rect(0, 0, *size)).placed(boxes, 0.0)
+    pixels, shown = _finished(_resized(_interleaved(image), size), placed, view)
+    empty = ~_with_area(shown)
+    if empty.any():
+        raise ValueError(f"{int(empty.sum())} boxes without area at {size[1]} x {size[0]} px: {boxes[empty][:3].tolist()}")
+    return pixels, shown
 
 
-def show(photos: Sequence[Photo], view: View) -> tuple[NDArray[np.uint8], Boxes, NDArray[np.int64]]:
+def _with_area(boxes: Boxes) -> NDArray[np.bool_]:
+    """Return which boxes have an area as float32, which very small ones may lose by rounding."""
+    there: NDArray[np.bool_] = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return there
+
+
+def show(images: Sequence[StoredImage], view: View) -> tuple[NDArray[np.uint8], Boxes, NDArray[np.int64]]:
     """Show ``view`` of an image, together with the other images that it shows.
 
     Args:
-        photos: the image, followed by ``view.partners`` others.
+        images: the image, followed by ``view.partners`` others.
 
     Returns:
         uint8 (3, h, w); float32 (n, 4), x1 y1 x2 y2 in pixels of the view; int64 (n,), the boxes' labels.
@@ -195,23 +202,24 @@ def show(photos: Sequence[Photo], view: View) -> tuple[NDArray[np.uint8], Boxes,
     Raises:
         ValueError: an image cannot be decoded, or as for ``apply_view``.
     """
-    own = photos[0]
+    own = images[0]
     size = view_size(*own.size, view)
     if view.frame is None:
         return *_whole(own.pixels(size if view.reduced else None), own.size, own.boxes, view), own.labels
-    tiles = view.frame.tiles([photo.size for photo in photos], size, own.boxes, view.min_visible)
+    tiles = view.frame.tiles([image.size for image in images], size, own.boxes, view.min_visible)
     boxes, labels, parts = [], [], []
     for number, tile in shown_tiles(tiles):
-        photo = photos[number]
-        pixels = _interleaved(photo.pixels(tile.least(photo.size) if view.reduced else None))
-        (top, left, height, width), exact = tile.within(photo.size, (pixels.shape[0], pixels.shape[1]))
-        window = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        image = images[number]
+        whole = _interleaved(image.pixels(tile.least(image.size) if view.reduced else None))
+        (top, left, height, width), exact = tile.within(image.size, (whole.shape[0], whole.shape[1]))
+        window = np.ascontiguousarray(whole[top : top + height, left : left + width])
         parts.append((tile.target, _resized(window, (tile.target.height, tile.target.width))))
-        placed, shown = exact.placed(photo.boxes, view.min_visible)
+        placed, shown = exact.placed(image.boxes, view.min_visible)
         boxes.append(placed[shown])
-        labels.append(photo.labels[shown])
-    image, corners = _finished(_composed(parts, size), np.concatenate(boxes), view)
-    return image, corners, np.concatenate(labels)
+        labels.append(image.labels[shown])
+    pixels, corners = _finished(_composed(parts, size), np.concatenate(boxes), view)
+    there = _with_area(corners)
+    return pixels, corners[there], np.concatenate(labels)[there]
 
 
 def _composed(parts: Sequence[tuple[Rect, NDArray[np.uint8]]], size: Size) -> NDArray[np.uint8]:

@@ -18,11 +18,12 @@ class AugmentSpec(Spec):
     mosaic_epochs: Epochs | None = None
     """Epochs with mosaics, counted from the first; later ones show single images, as evaluation does. null = all."""
     crop: Fraction = 0.0
-    """Probability that a view shows a random window of the image, with the image's aspect, in which some box is visible."""
+    """Probability that a view that is no mosaic shows a random window of the image, with the image's aspect, in which some box
+    is visible."""
     crop_side: tuple[Portion, Portion] = (0.3, 1.0)
     """Sides of that window as a share of the image's, drawn uniformly from this closed range."""
     zoom_out: Fraction = 0.0
-    """Probability that a view shows the image made smaller, at a random place on grey."""
+    """Probability that a view that is neither mosaic nor crop shows the image made smaller, at a random place on grey."""
     zoom_out_side: tuple[Expansion, Expansion] = (1.0, 4.0)
     """Sides of the view in sides of the image on it, drawn uniformly from this closed range."""
     min_visible: Fraction = 0.3

@@ -22,7 +22,7 @@ from headkd_ray.data.images import Reading
 from headkd_ray.data.sample import Sample
 from headkd_ray.data.views import (
     FILL,
-    Photo,
+    StoredImage,
     View,
     apply_view,
     distinct_views,
@@ -130,7 +130,7 @@ def test_boxes_follow_their_pixels(kind: str, photo: Drawing, number: int) -> No
 
 
 def test_a_mosaic_shows_four_images_each_with_its_boxes() -> None:
-    photos: list[Photo] = []
+    photos: list[StoredImage] = []
     for label, (height, width) in enumerate([(40, 60), (60, 30), (25, 25), (90, 120)]):
         image = np.full((height, width, 3 + label % 2), 50 * (label + 1), np.uint8)
         photos.append(Drawing(image, np.array([[0, 0, width, height]], np.float32), np.array([label])))
