@@ -22,7 +22,7 @@ from evidence_tables import METRICS, append, read
 from revision import revision
 
 from headkd_ray import cache
-from headkd_ray.data.sampling import sampling_of
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.engine.distributed import Distributed

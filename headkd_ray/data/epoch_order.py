@@ -2,7 +2,7 @@
 
 An epoch's order is made in steps, each a function of its key alone, so that any rank, any restart and any machine agree:
 
-0. With ``data.sampling`` the epoch's images are drawn first (``sampling.py``): some appear several times, as copies that are
+0. With ``data.sampling`` the epoch's images are drawn first (``repeats.py``): some appear several times, as copies that are
    numbered from 0, some not at all.
 1. The row groups of the shards are shuffled with (seed, epoch) and laid end to end. (Prepare has mixed the images over the row
    groups once, so a row group is already a random handful of images.)
@@ -63,7 +63,7 @@ class Window:
 
 
 class Draws(Protocol):
-    """How often an epoch shows each image (``sampling.Repeats``)."""
+    """How often an epoch shows each image (``repeats.Repeats``)."""
 
     @property
     def total(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, TargetReader, local_stream
 from headkd_ray.data.epoch_order import Window, eval_windows, interleaved, steps_per_epoch, train_windows
-from headkd_ray.data.sampling import sampling_of
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.scoring import scoring_of_job

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headkd_ray.data.epoch_order import steps_per_epoch
-from headkd_ray.data.sampling import sampling_of
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.job import Job
 from headkd_ray.teacher.cache_codec import Codec

@@ -18,7 +18,7 @@ from headkd_ray.data.batch_stream import BatchMaker, load_samples, load_window, 
 from headkd_ray.data.epoch_order import Window, eval_windows, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.partners import Partners
-from headkd_ray.data.sampling import sampling_of
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import view_size
 from headkd_ray.errors import DataError

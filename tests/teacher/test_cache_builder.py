@@ -15,7 +15,7 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, local_stream
 from headkd_ray.data.epoch_order import train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
-from headkd_ray.data.sampling import sampling_of
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import FasterRCNN, build_detector
 from headkd_ray.errors import CacheError, DataError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from headkd_ray.data.epoch_order import steps_per_epoch, train_windows
 from headkd_ray.data.packing import prepare_split
-from headkd_ray.data.sampling import UNIT, _balanced, _repeat_factors, repeats_of, sampling_of
+from headkd_ray.data.repeats import UNIT, _balanced, _repeat_factors, repeats_of, sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
