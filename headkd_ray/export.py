@@ -19,7 +19,8 @@ from rich.progress import track
 
 import headkd_ray
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
-from headkd_ray.data.shards import Sample, ShardSet
+from headkd_ray.data.sample import Sample
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.deploy.description import Description, describe
 from headkd_ray.deploy.entrants import Entrant, Warn, load_as_trained, scoring_on
 from headkd_ray.deploy.exported import Exported, as_openvino

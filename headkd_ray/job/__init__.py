@@ -1,6 +1,7 @@
 """Define and read the job file: every key that a user may write in ``jobs/*.yaml``."""
 
 from headkd_ray.job.assistant_specs import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
+from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.checks import Problem, problems, warnings
 from headkd_ray.job.detector_spec import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
 from headkd_ray.job.gfl_spec import GFLFPNSpec, GFLHeadSpec, GFLPostprocessSpec, GFLSpec
@@ -58,6 +59,7 @@ __all__ = [
     "SPECS",
     "AnchorSpec",
     "AssistantsSpec",
+    "AugmentSpec",
     "BackboneSpec",
     "BoxHeadSpec",
     "CacheSpec",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from headkd_ray.job import data_checks
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
@@ -337,6 +338,8 @@ CHECKS: tuple[Check, ...] = (
     _milestones,
     _short_sides,
     _eval_short_side,
+    data_checks.augment,
+    data_checks.sampling,
     _max_detections,
     _random_weights_must_learn,
     _start,

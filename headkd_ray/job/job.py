@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from headkd_ray.job.assistant_specs import AssistantsSpec
+from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.method_terms import Method
 from headkd_ray.job.module_specs import Spec, Text
@@ -93,6 +94,17 @@ class DataSpec(Spec):
     """Distinct augmented views per image: epoch e shows view e mod views; null = a new view in each epoch."""
     view_seed: Seed | None = None
     """Seed of the views alone, so that runs with different run.seed can share a cache of soft targets; null = run.seed."""
+    reduced_decode: bool = False
+    """Decode a JPEG at half of its size or less where a training view needs no more pixels: up to twice as fast for large
+    photos, whose pixels then differ a little. Evaluation and prediction always decode the whole."""
+    augment: AugmentSpec = AugmentSpec()
+    """Random changes of training views beyond their size and flip; none by default (the paper's views)."""
+    sampling: Literal["all", "repeat_factor", "class_balanced"] = "all"
+    """Which images make an epoch: all = each once; repeat_factor = images with rare classes several times (LVIS: the square
+    root of repeat_threshold / the share of images with the class, at least 1, of the image's rarest class);
+    class_balanced = as many images in all, but each class equally often. A repeated image shows another view each time."""
+    repeat_threshold: Fraction = 0.001
+    """Share of images below which repeat_factor repeats a class (0.001 is LVIS's, meant for 1,200 classes)."""
 
 
 class DistillSpec(Spec):

@@ -11,6 +11,12 @@ from typing import Annotated
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Portion = Annotated[float, Field(ge=0.05, le=1.0)]
+"""A share of a length that leaves something of it."""
+Expansion = Annotated[float, Field(ge=1.0, le=16.0)]
+"""A factor by which a length grows."""
+Turn = Annotated[float, Field(ge=0.0, le=0.5)]
+"""An angle as a share of a full turn, in one of two directions."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]
 """The weight of a loss."""
