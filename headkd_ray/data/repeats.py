@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from headkd_ray.data.epoch_order import Rows, train_rows
 from headkd_ray.data.rng import key_integers, key_permutation
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
 
 FINE = 1 << 30
@@ -64,14 +65,24 @@ class Sampling:
 def sampling_of(shards: ShardSet, spec: DataSpec) -> Sampling:
     """Return the images that a job with ``spec`` trains on; reads the labels of all images if it repeats some.
 
-    Raises DataError if a shard cannot be read.
+    Raises DataError if a shard cannot be read, or if ``spec.repeat_threshold`` repeats nothing.
     """
     rows = train_rows(shards.index, spec.keep_empty)
     if spec.sampling == "all" or not len(rows):
         return Sampling(rows)
     has = _classes_of(shards, rows)
-    wanted = _repeat_factors(has, spec.repeat_threshold) if spec.sampling == "repeat_factor" else _balanced(has)
-    return Sampling(rows, repeats_of(wanted))
+    if spec.sampling == "class_balanced":
+        return Sampling(rows, repeats_of(_balanced(has)))
+    factors = _repeat_factors(has, spec.repeat_threshold)
+    if factors.max() == 1:
+        images = has[:, :-1].sum(axis=0)
+        rarest = int(np.argmin(np.where(images > 0, images, len(has) + 1)))
+        raise DataError(
+            f"data.repeat_threshold: {spec.repeat_threshold:g} repeats no image of {shards.folder.uri}: its rarest class, "
+            f"{shards.meta.classes[rarest]}, is in {images[rarest]} of {len(has)} images; use more than "
+            f"{images[rarest] / len(has):.2g}, or data.sampling all"
+        )
+    return Sampling(rows, repeats_of(factors))
 
 
 def repeats_of(wanted: NDArray[np.float64]) -> Repeats:

@@ -9,6 +9,7 @@ import torch
 
 from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.meta import check_same_range
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import extreme_sizes
 from headkd_ray.detectors.backbone_trial import backbone_problems
@@ -42,6 +43,8 @@ def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
     checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits), longer)]
+    if "train" in splits:
+        checks.append(lambda: sampling_of(splits["train"], job.data))
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}

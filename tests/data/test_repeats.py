@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headkd_ray.data.epoch_order import steps_per_epoch, train_windows
+from headkd_ray.data.epoch_order import steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.repeats import UNIT, _balanced, _repeat_factors, repeats_of, sampling_of
 from headkd_ray.data.shards import ShardSet
@@ -110,6 +111,21 @@ def test_an_epoch_shows_each_image_as_often_as_drawn_on_any_number_of_workers(
     assert all(epoch == step // steps for rank in ranks for epoch, step, _, _ in rank)
     for start in (1, steps + 1):
         assert [plan(rank, start) for rank in range(world_size)] == [[own for own in rank if own[1] >= start] for rank in ranks]
+
+
+def test_a_threshold_that_repeats_nothing_is_an_error_that_says_from_where_on_it_would(shards: ShardSet) -> None:
+    spec = SPEC.replace({"sampling": "repeat_factor"})
+    with pytest.raises(DataError) as caught:
+        sampling_of(shards, spec)
+    found = re.fullmatch(
+        r"data.repeat_threshold: 0.001 repeats no image of .*: its rarest class, (\w+), is in (\d+) of (\d+) images; "
+        r"use more than ([\d.]+), or data.sampling all",
+        str(caught.value),
+    )
+    assert found is not None
+    assert found[1] in shards.meta.classes and int(found[3]) == len(train_rows(shards.index, False))
+    assert float(found[4]) == pytest.approx(int(found[2]) / int(found[3]), abs=0.01)
+    assert sampling_of(shards, spec.replace({"repeat_threshold": float(found[4]) + 0.05})).repeats is not None
 
 
 def test_every_image_once_by_default(shards: ShardSet) -> None:
