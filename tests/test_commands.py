@@ -407,7 +407,7 @@ def test_predict_folder_with_a_truncated_file(
     headline, line = said.err[said.err.rindex("error: ") :].splitlines()
     assert headline == f"error: 1 of 4 images could not be read (the others are in {out}):"
     assert line.startswith(f"  - {photos}/d_cut.jpeg: cannot be decoded")
-    assert f"{photos}: files that are not named as JPEG, PNG or WebP are left out (1 .txt)" in said.err
+    assert f"{photos}: files that are not named as JPEG, PNG, WebP, BMP or TIFF are left out (1 .txt)" in said.err
     assert f"detections on 3 images: {out}/detections.json" in said.out
     assert sorted(path.name for path in out.iterdir()) == ["0001_a.jpg", "0002_b.jpg", "0003_c.jpg", "detections.json"]
 

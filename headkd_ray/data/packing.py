@@ -1,4 +1,4 @@
-"""Prepare a split: pack a COCO JSON and its image folder into shards.
+"""Prepare a split: read and check its annotations, and pack it with its images into shards.
 
 Images are read, decoded and checked by threads (decoding releases the GIL) and written by one thread in a fixed order, so the
 files have the same bytes for any number of workers. A shard gets its final name when it is complete, and meta.json is written
@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headkd_ray.data.coco import read_coco
-from headkd_ray.data.file_names import FileNames
+from headkd_ray.data.checked_split import CheckedSplit
+from headkd_ray.data.checking import Checked, CheckOptions, checked
 from headkd_ray.data.images import FULL_RANGE, MAX_PIXELS
 from headkd_ray.data.layout import Layout
 from headkd_ray.data.meta import Meta, ShardFile
 from headkd_ray.data.photos import Exif, Fault, Photo, PhotoOptions, Photos, Tally
 from headkd_ray.data.problems import Problems
 from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, SHARD_SCHEMA, ShardSet
+from headkd_ray.data.sources import SourceOptions, readers
 from headkd_ray.data.stored import StoredShard, is_sound, read_stored
+from headkd_ray.data.voc import Pixels
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder, locked
 
@@ -50,47 +52,100 @@ class Preparation:
 
 
 def prepare_split(
-    json_uri: str,
-    images_uri: str,
+    annotations: str | Sequence[str],
+    images: str | Sequence[str] | None,
+    out_uri: str,
+    *,
+    split: str | None = None,
+    classes: str | None = None,
+    voc_pixels: Pixels | None = None,
+    fix_boxes: bool = False,
+    exif: Exif | None = None,
+    workers: int | None = None,
+    write_coco: str | None = None,
+    **options: Any,
+) -> ShardSet:
+    """Prepare a split; all places are paths or URIs.
+
+    Args:
+        annotations: COCO JSON, data.yaml of a YOLO data set, or folder in Pascal VOC's format; or several of them.
+        images: folder of the images that a JSON names; or several, one for each of the ``annotations``. None = they say it.
+        split: split of a data.yaml, or list in Pascal VOC's ImageSets/Main; None = all images.
+        classes: classes of Pascal VOC, a text file or a prepared split; None = those that are found.
+        voc_pixels: what Pascal VOC's coordinates are; None = as the numbers imply.
+        fix_boxes: clip or drop unusable boxes instead of refusing the split.
+        exif: apply or ignore EXIF orientation; None = as the annotations' sizes or format imply.
+        workers: threads that read and check images; None = one per CPU.
+        write_coco: file to which the split is also written as a COCO JSON.
+        options: passed on to :func:`pack`.
+
+    Returns:
+        The opened split. If the folder already holds this very split, it is only checked, and damaged files are made again.
+
+    Raises:
+        DataError: the annotations or the images have problems, all of which are listed; or as :func:`pack`.
+    """
+    check_range(options.get("value_range"))
+    source = SourceOptions(split, classes, voc_pixels, workers)
+    found = checked(readers(_several(annotations), _several(images), source), CheckOptions(fix_boxes, exif, workers))
+    if write_coco is not None:
+        write_coco_json(found.split, write_coco)
+    return pack(found, out_uri, exif=exif, workers=workers, **options)
+
+
+def _several(places: str | Sequence[str] | None) -> list[str]:
+    return [places] if isinstance(places, str) else [*(places or ())]
+
+
+def check_range(value_range: tuple[int, int] | None) -> None:
+    """Raise DataError if the range of 16-bit images' values is not one."""
+    low, high = value_range or FULL_RANGE
+    if not FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
+        raise DataError(f"--range {low} {high}: give two ascending values, from {FULL_RANGE[0]} to {FULL_RANGE[1]}")
+
+
+def write_coco_json(split: CheckedSplit, uri: str) -> None:
+    """Write the split as a COCO JSON; file names are relative to the images' folder. Raises DataError if that fails."""
+    folder, name = Folder.of_file(uri, DataError)
+    try:
+        folder.create()
+        folder.write(name, split.coco_json())
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be written ({error}); choose another file for --write-coco") from error
+
+
+def pack(
+    found: Checked,
     out_uri: str,
     *,
     shard_images: int = 512,
     row_group: int = 16,
     workers: int | None = None,
-    fix_boxes: bool = False,
     exif: Exif | None = None,
     value_range: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ShardSet:
-    """Prepare a split; the JSON, the image folder and the output folder are paths or URIs.
+    """Check the images of a split and pack it into shards.
 
     Args:
+        found: the split, which has been read with the same ``exif``.
+        out_uri: folder to write, a path or URI.
         shard_images: images per shard file.
         row_group: images per row group, the smallest unit that is read.
-        workers: threads that read and check images; None = one per CPU.
-        fix_boxes: clip or drop unusable boxes instead of refusing the split.
-        exif: apply or ignore EXIF orientation; None = as the JSON's sizes imply.
         value_range: values of 16-bit images that become 0 and 255; None = keep the high byte.
         max_pixels: the largest image that is accepted.
         overwrite: replace a complete split in the folder, whether it is this one or another.
 
-    Returns:
-        The opened split. If the folder already holds this very split, it is only checked, and damaged files are made again.
-
     Raises:
-        DataError: the JSON or the images have problems, all of which are listed; or the folder holds another split, or this one
-            with other images, or another process is preparing a split there.
+        DataError: the images have problems, all of which are listed; or the folder holds another split, or this one with other
+            images, or another process is preparing a split there.
     """
-    low, high = value_range or FULL_RANGE
-    if not FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
-        raise DataError(f"--range {low} {high}: give two ascending values, from {FULL_RANGE[0]} to {FULL_RANGE[1]}")
-    images = Folder.open(images_uri, DataError)
-    names = FileNames(images)
-    split = read_coco(json_uri, fix_boxes=fix_boxes, names=names)
-    options = PhotoOptions(exif, value_range, max_pixels)
-    photos = Photos(split, images, names, options)
+    split, images = found.split, found.folder
+    assert images is not None, "the images have not been looked for"
+    options = PhotoOptions(exif, value_range, split.upright, split.written_in, max_pixels)
+    photos = Photos(split, images, found.hint, options)
     out, layout = Folder.open(out_uri, DataError), Layout(split, shard_images, row_group, options)
     workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:

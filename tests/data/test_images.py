@@ -159,7 +159,7 @@ def test_cut_off_files_are_refused(name: str, share: float) -> None:
     "data", [b"", b"hello", encoded(RGB, "GIF"), encoded(RGB, "BMP"), encoded(RGB, "TIFF"), b"\xff\xd8\xff" + bytes(50)]
 )
 def test_other_files_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"cannot be decoded|not a JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|not a JPEG, PNG, WebP, BMP or TIFF"):
         decode(data)
 
 
@@ -175,7 +175,7 @@ def test_other_files_are_refused(data: bytes) -> None:
     ],
 )
 def test_files_of_other_kinds_are_called_what_they_are(data: bytes, name: str) -> None:
-    with pytest.raises(ValueError, match=f"not a JPEG, PNG or WebP but {name}"):
+    with pytest.raises(ValueError, match=f"not a JPEG, PNG, WebP, BMP or TIFF but {name}"):
         decode(data)
 
 
