@@ -169,6 +169,18 @@ def measure(data: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
     return stored, _upright(stored, _orientation(image, data))
 
 
+def thumbnail(data: bytes, side: int) -> NDArray[np.uint8]:
+    """Return the image as stored, in grey and scaled to ``side`` x ``side`` pixels. Raises the same errors as ``decode``."""
+    image = _open(data, None)
+    try:
+        image.draft("L", (8 * side, 8 * side))  # a JPEG is decoded at a fraction of its size
+        values = _deep_values(image, data)
+        grey = (image if values is None else Image.fromarray(_to_bytes(values, FULL_RANGE))).convert("L")
+        return np.asarray(grey.resize((side, side), Image.Resampling.BOX))
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+
 def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return size if orientation < 5 else size[::-1]
 

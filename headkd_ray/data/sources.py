@@ -18,6 +18,8 @@ from headkd_ray.storage import Folder
 ROBOFLOW = "_annotations.coco.json"
 """Name of the JSON that Roboflow writes beside the images."""
 YAML = "data.yaml"
+FILES = (".json", ".yaml", ".yml")
+"""Suffixes of files with annotations, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,17 @@ def readers(annotations: Sequence[str], images: Sequence[str], options: SourceOp
     return found
 
 
+def is_source(place: str, beside: str) -> bool:
+    """Return whether a place holds annotations and is not the images' folder of ``beside``, as far as names show it."""
+    return place.lower().endswith(FILES) or (
+        not beside.lower().endswith(".json") and (Folder.open(place, DataError) / XML_FOLDER).exists
+    )
+
+
 def _reader(place: str, images: str | None, options: SourceOptions, classes: tuple[str, ...] | None) -> Reader:
     folder = Folder.open(place, DataError)
     photos = None if images is None else Folder.open(images, DataError)
-    if not place.lower().endswith((".json", ".yaml", ".yml")) and folder.exists:
+    if not place.lower().endswith(FILES) and folder.exists:
         if folder.has(YAML):
             place = (folder / YAML).uri
         elif folder.has(ROBOFLOW):

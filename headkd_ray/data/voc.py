@@ -209,8 +209,8 @@ class _Matches:
         if self._renamed:
             xml, found = self._renamed[0]
             lines.append(
-                f"{len(self._renamed)} XML files have another name in <filename> than the photo of their own name, which is "
-                f"taken, for example {found!r} for {xml!r}"
+                f"<filename> is not the photo of the XML file's own name, which is taken, in {len(self._renamed)} of "
+                f"{len(self.names)} XML files, for example {found!r} for {xml!r}"
             )
         left = len(set(self._files) - set(self.names))
         if left and not listed:

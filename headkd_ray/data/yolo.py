@@ -42,10 +42,9 @@ class YoloReader(Reader):
         start = Folder.of_file(self.uri, DataError)[0]
         warnings: list[str] = []
         chosen = [self.split] if self.split else [split for split in SPLITS if split in content.splits]
-        places = [place for split in chosen for place in content.splits[split]]
-        paths = list(dict.fromkeys(path for place in places for path in _images(start, content, place, warnings)))
+        paths = list(dict.fromkeys(path for split in chosen for path in self._images(start, content, split, warnings)))
         if not paths:
-            raise DataError(f"{self.uri}: {', '.join(places)}: no images; check the folders under {', '.join(chosen)}")
+            raise DataError(f"{self.uri}: no images; check the folders under {', '.join(chosen)}")
         base = folder_at(start, posixpath.commonpath([posixpath.dirname(path) for path in paths]))
         names = [posixpath.relpath(path, base.path) for path in paths]
         labels = _LabelFiles(start, paths, self.workers)
@@ -75,6 +74,16 @@ class YoloReader(Reader):
             written_in="label files",
             warnings=warnings,
         )
+
+    def _images(self, start: Folder, content: YoloYaml, split: str, warnings: list[str]) -> list[str]:
+        """Return the paths of a split's images. If all splits are wanted, one that is not there is left out, and told."""
+        try:
+            return [path for place in content.splits[split] for path in _images(start, content, place, warnings)]
+        except DataError as error:
+            if self.split is not None or split == SPLITS[0]:  # Roboflow's data.yaml names all three, whichever there are
+                raise DataError(f"{self.uri}: {split}: {error}") from error
+            warnings.append(f"the split {split} is left out: {error}")
+            return []
 
 
 class _LabelFiles:
@@ -181,7 +190,7 @@ def _images(start: Folder, content: YoloYaml, place: str, warnings: list[str]) -
             warnings.append(f"{place!r} is not where data.yaml says; it was found as {folder.uri}")
         return found
     looked = ", ".join(folder_at(start, path).uri for path in candidates)
-    raise DataError(f"{place}: no such folder or list of images; looked for {looked}. Correct data.yaml")
+    raise DataError(f"{place}: no such folder or list of images (looked for {looked})")
 
 
 def _candidates(start: Folder, root: str, place: str) -> Iterator[str]:
