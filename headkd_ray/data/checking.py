@@ -25,7 +25,7 @@ from headkd_ray.storage import Folder
 
 IGNORED_CLASSES = {"ignore", "ignored", "ignoredregion", "ignoredregions", "ignoreregion", "ignoreregions", "dontcare"}
 """Names, in lower case and letters only, of categories that mark regions to be ignored."""
-SAMPLE = 2**20
+SAMPLE = 2**17
 """Number of boxes from which the form of a larger source's boxes is told."""
 
 

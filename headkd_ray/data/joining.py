@@ -31,7 +31,7 @@ def joined(parts: Sequence[Part], names: list[str], fixes: tuple[str, ...]) -> C
     warnings = list(chain.from_iterable(part.warnings for part in parts))
     categories, told = _categories(parts)
     image_ids, annotation_ids = [part.images.ids for part in parts], [part.annotations.id for part in parts]
-    image_of = [_positions(part.images.ids, part.annotations.image) for part in parts]
+    image_of = [_positions(part.images.ids, part.annotations.release("image")) for part in parts]
     offsets = np.cumsum([0, *map(len, image_ids)])
     row = _joined([place + start for place, start in zip(image_of, offsets[:-1].tolist(), strict=True)])
     del image_of
@@ -58,9 +58,9 @@ def joined(parts: Sequence[Part], names: list[str], fixes: tuple[str, ...]) -> C
         category_ids=tuple(sorted(categories)),
         classes=tuple(categories[id_] for id_ in sorted(categories)),
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        annotation_id=own_ids[by_image],
-        label=label[by_image],
-        **{name: _column(parts, name)[by_image] for name in ("bbox", "area", "crowd")},
+        annotation_id=_reordered(own_ids, by_image),
+        label=_reordered(label, by_image),
+        **{name: _reordered(_column(parts, name), by_image) for name in ("bbox", "area", "crowd")},
         fixes=fixes,
         warnings=tuple(warnings),
         upright=all(part.upright for part in parts),
@@ -70,6 +70,13 @@ def joined(parts: Sequence[Part], names: list[str], fixes: tuple[str, ...]) -> C
 
 def _column(parts: Sequence[Part], name: str) -> NDArray[Any]:
     return _joined([part.annotations.release(name) for part in parts])
+
+
+def _reordered(column: NDArray[Any], order: Integers) -> NDArray[Any]:
+    """Put the rows of a column, (n,) or (n, m), into an order, in place: a copy of one number a row at a time."""
+    for numbers in column.T if column.ndim > 1 else [column]:
+        numbers[:] = numbers[order]
+    return column
 
 
 def _joined(pieces: list[NDArray[Any]]) -> NDArray[Any]:

@@ -149,8 +149,11 @@ def check_categories(
 
 def repeats(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the ascending positions of values that occurred before, and the position of the first of each."""
+    ordered = np.sort(values)
+    if not (ordered[1:] == ordered[:-1]).any():  # nearly always; what follows needs more memory
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     order = np.argsort(values, kind="stable")
-    same = np.concatenate([[False], values[order][1:] == values[order][:-1]]) if len(values) else np.zeros(0, dtype=bool)
+    same = np.concatenate([[False], values[order][1:] == values[order][:-1]])
     firsts = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(values))))]
     again = np.sort(order[same])
     first_of = np.empty(len(values), dtype=np.int64)

@@ -47,7 +47,9 @@ def readers(annotations: Sequence[str], images: Sequence[str], options: SourceOp
         DataError: a source is of no known format, or folders or options do not fit the sources.
     """
     if len(images) not in (0, 1, len(annotations)):
-        raise DataError(f"{len(images)} image folders for {len(annotations)} sources; give one for all, or one for each")
+        raise DataError(
+            f"--images: {len(images)} folders for {len(annotations)} ANNOTATIONS; give one for all, or one for each"
+        )
     folders: list[str | None] = [None] * len(annotations) if not images else [*images * (len(annotations) // len(images))]
     classes = None if options.classes is None else read_classes(options.classes)
     found = [_reader(place, folder, options, classes) for place, folder in zip(annotations, folders, strict=True)]
