@@ -520,13 +520,13 @@ def test_predict_refuses(
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     student, out = trained["student"], str(tmp_path / "out")
-    assert "no .jpeg, .jpg, .png, .webp files" in refused(
+    assert "no .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp files" in refused(
         capsys, predict.main, [student, str(tmp_path / "empty"), "--out", out]
     )
     message = refused(capsys, predict.main, [student, str(tmp_path), "--out", str(tmp_path)])
     assert f"{tmp_path}: holds the images and is also --out" in message
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    assert "standard input: no .jpeg, .jpg" in refused(capsys, predict.main, [student, "-", "--out", out])
+    assert "standard input: no .bmp, .jpeg" in refused(capsys, predict.main, [student, "-", "--out", out])
     message = refused(capsys, predict.main, [student, str(tmp_path / "gone.jpg"), "--out", out])
     assert "gone.jpg: cannot be read (No such file or directory)" in message
     message = refused(capsys, predict.main, [student, str(tmp_path / "file"), "--out", str(tmp_path / "file" / "x")])

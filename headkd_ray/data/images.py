@@ -203,8 +203,8 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
 
 def _prepare_tiff(image: ImageFile.ImageFile) -> None:
     """Refuse values that have no one meaning as 8 bits, and let Pillow turn the image, as it does whenever it reads a TIFF."""
-    raw = image.tile[0][3] if image.tile else ""
-    raw = raw if isinstance(raw, str) else raw[0]
+    arguments = image.tile[0][3] if image.tile else ""
+    raw = str(arguments[0]) if isinstance(arguments, tuple) else str(arguments)
     if image.mode in ("I", "F") or (";16" in raw and not image.mode.startswith("I")):
         raise OtherFormatError(f"a TIFF whose values are not 8-bit, or 16-bit grey, but {raw!r} in Pillow's terms")
     try:

@@ -89,7 +89,8 @@ class AnnotationRecords:
         except FlagError as error:
             self._problems.add(f"{error.key!r} must be 0 or 1", f"{where}, {error.key} {shortly(error.value)}")
             return
-        bbox, area = record.get("bbox"), record.get("area")
+        bbox: Any = record.get("bbox")
+        area: Any = record.get("area")
         if category is None:
             found = f"{where}, category_id {shortly(record.get('category_id'))}"
             self._without_category.add(UNKNOWN_CATEGORY, found)

@@ -50,7 +50,8 @@ def readers(annotations: Sequence[str], images: Sequence[str], options: SourceOp
         raise DataError(
             f"--images: {len(images)} folders for {len(annotations)} ANNOTATIONS; give one for all, or one for each"
         )
-    folders: list[str | None] = [None] * len(annotations) if not images else [*images * (len(annotations) // len(images))]
+    folders: list[str | None] = [*images] or [None]
+    folders *= len(annotations) // len(folders)
     classes = None if options.classes is None else read_classes(options.classes)
     found = [_reader(place, folder, options, classes) for place, folder in zip(annotations, folders, strict=True)]
     kinds = {type(reader) for reader in found}

@@ -108,7 +108,9 @@ def _object(element: ET.Element) -> VocObject | XmlError:
     corners = tuple(_number(box.findtext(side) or "") for side in SIDES)
     if None in corners:
         return XmlError("<bndbox> must have finite numbers xmin, ymin, xmax and ymax")
-    flags = {each.tag: (each.text or "").strip() for each in element if not len(each) and each.tag not in ("name", "pose")}
+    flags: dict[str, Any] = {
+        each.tag: (each.text or "").strip() for each in element if not len(each) and each.tag not in ("name", "pose")
+    }
     flags["attributes"] = {each.findtext("name", ""): each.findtext("value", "") for each in element.iterfind(CVAT)}
     return VocObject(name, corners, flags)  # type: ignore[arg-type]
 
