@@ -92,7 +92,7 @@ def test_lists_that_are_not_asked_for_are_checked_too() -> None:
 
 
 def test_a_large_json_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its boxes are, in columns: a tenth of what they need as Python objects."""
+    """Its boxes are, in columns: a fraction of the kilobyte that each needs as Python objects."""
     monkeypatch.setattr(json_stream, "PIECE", 2**14)
     monkeypatch.setattr(checked_split, "PIECE", 100)
     files = make_coco(tmp_path, images=3)
@@ -105,5 +105,5 @@ def test_a_large_json_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.
     size = sum(len(piece) for piece in split.coco_json())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size > 400_000 and peak < 200 * len(split.label)
+    assert size > 300_000 and peak < 300 * len(split.label)
     assert [a["bbox"] for a in split.ground_truth()["annotations"]] == [a["bbox"] for a in files.data["annotations"]]
