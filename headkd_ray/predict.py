@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "images",
         nargs="+",
-        help="images (JPEG, PNG, WebP), videos, folders, patterns, or - for a list on standard input",
+        help="images (JPEG, PNG, WebP, BMP, TIFF), videos, folders, patterns, or - for a list on standard input",
     )
     parser.add_argument("--out", required=True, help="folder for the detections and the drawn images")
     parser.add_argument(
