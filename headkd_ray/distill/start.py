@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from headkd_ray.data.class_lists import check_common, listed, outputs_by_name
-from headkd_ray.detectors.build import AnyDetector
+from headkd_ray.detectors.base import Detector
 from headkd_ray.detectors.state_dict import add_to_digest
 from headkd_ray.detectors.weights import LoadedDetector, load_by_name
 from headkd_ray.detectors.weights.fetch import fetch_named
@@ -27,7 +27,7 @@ class Start:
     fingerprint: str
     """SHA-256 of the weights, in hexadecimal."""
 
-    def load_into(self, student: AnyDetector) -> None:
+    def load_into(self, student: Detector) -> None:
         """Load the weights into ``student``, of the same architecture; outputs for classes that they lack stay as they are."""
         load_by_name(student, self.classes, self.loaded)
 
@@ -71,7 +71,7 @@ def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
     return Start(loaded, classes, "; ".join(notes), _fingerprint(loaded.detector))
 
 
-def _fingerprint(detector: AnyDetector) -> str:
+def _fingerprint(detector: Detector) -> str:
     """Return the SHA-256 of all tensors."""
     found = hashlib.sha256()
     add_to_digest(found, detector.state_dict())

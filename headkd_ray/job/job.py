@@ -175,6 +175,9 @@ class OptimSpec(Spec):
     """Epochs after which the learning rate is multiplied by gamma, ascending and below epochs; [] = never."""
     gamma: Factor = 0.1
     """Factor at each milestone."""
+    backbone_lr_factor: Factor = 1.0
+    """Learning rate of the student's backbone as a share of lr; 1 = the same (paper). DETRs are usually trained with 0.1, if
+    their backbone starts from trained weights."""
     warmup_steps: StepsOrNone = 500
     """Optimizer steps of linear learning-rate warm-up."""
     warmup_ratio: Fraction = 0.001
