@@ -27,6 +27,7 @@ from headkd_ray.storage import Folder
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 EXTRA = 'python -m pip install "headkd-ray[teachers]"'
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 """Keys of a config that say nothing about what the model answers."""
@@ -160,9 +161,10 @@ def _read(folder: Path, source: str) -> HFModel:
     _check_files(folder, source)
     transformers = _transformers(source)
     with _quiet(transformers):
+        config = _config(transformers, folder, source)
         processor = _image_processor(transformers, folder, source)
         resizing, pixels = _resizing(processor, source), _pixels(processor)
-        module, config = _module(transformers, folder, source)
+        module = _module(transformers, config, folder, source)
     model = HFModel(
         module=module,
         processor=processor,
@@ -238,11 +240,9 @@ def _quiet(transformers: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _module(transformers: Any, folder: Path, source: str) -> tuple[nn.Module, Any]:
-    """Build the model and load its weights. Raises CheckpointError if that fails, or if any weight is missing."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+def _config(transformers: Any, folder: Path, source: str) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
     except Exception as error:
         raise CheckpointError(f"{source}: {CONFIG} cannot be read ({_said(error)})") from error
     if type(config) not in transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING:
@@ -251,7 +251,12 @@ def _module(transformers: Any, folder: Path, source: str) -> tuple[nn.Module, An
             f"{transformers.__version__} (AutoModelForObjectDetection)"
         )
     if getattr(config, "use_pretrained_backbone", False):
-        config.use_pretrained_backbone = False  # its weights are among these
+        config.use_pretrained_backbone = False  # its weights are in the folder
+    return config
+
+
+def _module(transformers: Any, config: Any, folder: Path, source: str) -> nn.Module:
+    """Build the model and load its weights. Raises CheckpointError if that fails, or if any weight is missing."""
     try:
         module, info = transformers.AutoModelForObjectDetection.from_pretrained(
             folder,
@@ -260,22 +265,23 @@ def _module(transformers: Any, folder: Path, source: str) -> tuple[nn.Module, An
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are reported below
             output_loading_info=True,
-            **options,
+            **LOCAL,
         )
     except Exception as error:
         raise CheckpointError(f"{source}: cannot be loaded ({_said(error)})") from error
-    missing = [f"missing: {name}" for name in sorted(info["missing_keys"])]
-    misfits = [
+    problems = [f"{name}: missing in the file" for name in info["missing_keys"]]
+    problems += [
         f"{name}: {tuple(there)} in the file, {tuple(here)} in the model" for name, there, here in info["mismatched_keys"]
     ]
-    if problems := [*missing, *sorted(misfits)]:
-        raise CheckpointError(problems[:20], f"{source}: {len(problems)} tensors do not fit {CONFIG}:")
-    return module.eval().requires_grad_(False), config
+    if problems:
+        raise CheckpointError(sorted(problems)[:20], f"{source}: tensors that do not fit {CONFIG} ({len(problems)} in all):")
+    module.eval().requires_grad_(False)
+    return module
 
 
 def _image_processor(transformers: Any, folder: Path, source: str) -> Any:
     try:
-        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
     except Exception as error:
         raise CheckpointError(f"{source}: {PROCESSOR} cannot be read ({_said(error)})") from error
 

@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing tensor": (
         lambda folder: _edit_weights(folder, lambda state: state.pop("model.enc_score_head.weight")),
-        "1 tensors do not fit config.json:\n  - missing: model.enc_score_head.weight",
+        "tensors that do not fit config.json (1 in all):\n  - model.enc_score_head.weight: missing in the file",
     ),
     "other shape": (lambda folder: _edit(folder / CONFIG, decoder_ffn_dim=48), "(32, 48) in the model"),
 }
@@ -131,6 +131,7 @@ def test_a_mistaken_folder_is_refused_in_one_sentence(
     change, message = MISTAKES[mistake]
     folder = Path(shutil.copytree(folders("rt_detr_v2"), tmp_path / "model"))
     change(folder)
+    capfd.readouterr()
     with pytest.raises(CheckpointError) as found:
         read_hf_model(str(folder))
     assert str(found.value).startswith(f"{folder}: ") and message in str(found.value)
