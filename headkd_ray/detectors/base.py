@@ -78,7 +78,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def supervised(self, x: Tensor, truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
-        """Compute the supervised losses of images ``x`` as :meth:`normalise` returns them: float32 scalars by name (``loss_*``).
+        """Compute the supervised losses, float32 scalars by name, of images ``x`` as :meth:`normalise` returns them.
 
         ``generator`` (on the tensors' device; None = torch's default) is used where the detector draws samples.
         """
@@ -130,8 +130,8 @@ class Detector(nn.Module, ABC):
     def load(cls, spec: Any, num_classes: int, folder: Path) -> Self:
         """Build the detector from a ``spec`` of its kind, with the tensors that :meth:`save` wrote into ``folder``.
 
-        Raises CheckpointError listing every tensor that does not fit, JobError if it cannot be built. Nothing of the spec's size
-        is allocated before the tensors fit.
+        Raises CheckpointError listing every tensor that does not fit, JobError if it cannot be built. Nothing of the spec's
+        size is allocated before the tensors fit.
         """
 
 

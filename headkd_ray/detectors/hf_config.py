@@ -93,7 +93,9 @@ def _problems(model: str, values: Mapping[str, Any], place: str) -> list[str]:
 
 def _backbone_problems(values: Any, place: str) -> list[str]:
     if not isinstance(values, Mapping) or not isinstance(values.get("model_type"), str):
-        return [f"{place}: is not a mapping with a model_type, for example {{model_type: rt_detr_resnet, depths: [2, 2, 2, 2]}}"]
+        return [
+            f"{place}: is not a mapping with a model_type, for example {{model_type: rt_detr_resnet, depths: [2, 2, 2, 2]}}"
+        ]
     model = values["model_type"]
     known = library().CONFIG_MAPPING
     if model not in known:

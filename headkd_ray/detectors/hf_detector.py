@@ -23,12 +23,12 @@ from headkd_ray.detectors.base import Detector, Losses, Rules
 from headkd_ray.detectors.fit import check_fit, fit
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.hf_config import declared_values, last_line, library, network_config
-from headkd_ray.detectors.hf_models import EXTRA, PROCESSOR, HFModel, decoder_states, quiet, read_hf_model
 from headkd_ray.detectors.hf_losses import drawn_from, in_float32, named_losses, targets_of
+from headkd_ray.detectors.hf_models import EXTRA, PROCESSOR, HFModel, quiet, read_hf_model
 from headkd_ray.detectors.ops.boxes import clip
 from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.proposals import Detections
-from headkd_ray.errors import CheckpointError, JobError
+from headkd_ray.errors import JobError
 from headkd_ray.job import TransformersSpec
 
 MASKED = {"detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer"}
@@ -137,7 +137,7 @@ class TransformersDetector(Detector):
 
     @classmethod
     def holding(cls, spec: TransformersSpec, num_classes: int, model: HFModel, source: str) -> Self:
-        """Build the detector of ``spec`` with the tensors of ``model``; raise as :meth:`load` does, with ``source`` in front."""
+        """Build the detector of ``spec`` with the tensors of ``model``, which came from ``source``; raise as :meth:`load`."""
         tensors = model.module.state_dict()
         with torch.device("meta"):
             check_fit(cls(spec, num_classes).network, tensors, source)

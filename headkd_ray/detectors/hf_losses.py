@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from headkd_ray.detectors.ground_truth import GroundTruth
-from torchvision.ops import box_convert
 
 Losses = dict[str, Tensor]
 

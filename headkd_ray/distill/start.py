@@ -12,7 +12,7 @@ from headkd_ray.detectors.weights import LoadedDetector, load_by_name
 from headkd_ray.detectors.weights.fetch import fetch_named
 from headkd_ray.detectors.weights.misfits import check_architecture
 from headkd_ray.errors import CheckpointError, DataError
-from headkd_ray.job import Job
+from headkd_ray.job import Job, PyramidDetectorSpec
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,31 @@ class Start:
     def load_into(self, student: Detector) -> None:
         """Load the weights into ``student``, of the same architecture; outputs for classes that they lack stay as they are."""
         load_by_name(student, self.classes, self.loaded)
+
+
+def with_architecture(job: Job) -> Job:
+    """Return the job with the architecture that its student takes from ``student.checkpoint``; the job itself if it takes none.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or not a detector whose architecture can be taken over.
+    """
+    student, place = job.student, job.student.checkpoint
+    if isinstance(student, PyramidDetectorSpec) or student.model is not None or place is None:
+        return job
+    theirs = fetch_named("student", place, student.classes).detector.spec
+    if isinstance(theirs, PyramidDetectorSpec):
+        raise CheckpointError(
+            f"student.kind: {student.kind} in the job, {theirs.kind} in the checkpoint; a detector starts only from one of its "
+            "own kind"
+        )
+    return job.replace(
+        {
+            "student.model": theirs.model,
+            "student.config": {**theirs.config, **student.config},
+            "student.pixels": theirs.pixels,
+            "student.input_size": student.input_size or theirs.input_size,
+        }
+    )
 
 
 def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headkd_ray.detectors import DenseDetector, GroundTruth, Proposals, PyramidDetector, RoIHead, RoIs, StageOutput, TwoStageDetector
+from headkd_ray.detectors import (
+    DenseDetector,
+    GroundTruth,
+    Proposals,
+    PyramidDetector,
+    RoIHead,
+    RoIs,
+    StageOutput,
+    TwoStageDetector,
+)
 from headkd_ray.detectors.base import DenseOutputs, Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.rois import sample_rois

@@ -210,9 +210,8 @@ def _whole_network(get: Get) -> Iterator[tuple[str, str]]:
         return
     if get("student.checkpoint") is None:
         yield "student.model", "missing: name an architecture (rt_detr, ...), or give student.checkpoint, whose it then is"
-    given = {"config": bool(get("student.config")), "pixels": PixelSpec.model_validate(get("student.pixels")) != PixelSpec()}
-    for key in (key for key, is_given in given.items() if is_given):
-        yield f"student.{key}", "comes with student.checkpoint; remove the key, or also give student.model"
+    elif PixelSpec.model_validate(get("student.pixels")) != PixelSpec():
+        yield "student.pixels", "comes with student.checkpoint; remove the key, or also give student.model"
 
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:

@@ -229,8 +229,8 @@ class WholeDetectorSpec(Spec):
 
     kind: str
     checkpoint: Text | None = None
-    """A whole trained detector to start from: a folder of ours (model.safetensors + model.json), a folder that transformers'
-    save_pretrained wrote, or an mmdet or torchvision file; a path, a URI, or hf://owner/name@revision on the Hugging Face Hub. It must have the architecture that the other keys
+    """A whole trained detector to start from: a folder of ours (model.safetensors + model.json), or an mmdet or torchvision
+    file; a path, a URI, or hf://owner/name@revision on the Hugging Face Hub. It must have the architecture that the other keys
     describe; its outputs are matched with the data's classes by name, and outputs for classes that it does not know start
     fresh. A relative path is resolved against the command's current folder. null = backbone.weights, and everything else
     fresh. A resumed run does not read it again."""

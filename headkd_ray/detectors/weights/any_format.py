@@ -17,8 +17,8 @@ from headkd_ray.errors import CheckpointError
 def load_checkpoint(path: str | Path) -> LoadedDetector:
     """Load the detector in ``path`` onto the CPU.
 
-    ``path`` is a folder of ours or of transformers (or its model.safetensors), or an mmdet 2.x/3.x or torchvision .pth or .safetensors file. Files
-    are read without running code from them.
+    ``path`` is a folder of ours or of transformers (or its model.safetensors), or an mmdet 2.x/3.x or torchvision .pth or
+    .safetensors file. Files are read without running code from them.
 
     Raises CheckpointError if the file is missing, damaged, of an unknown origin, or any tensor does not match (all are listed).
     """

@@ -35,7 +35,7 @@ def load_hf_folder(folder: Path) -> LoadedDetector[TransformersDetector]:
 def _meta(resizing: Resizing) -> dict[str, Any]:
     """Return how images are shown to the network, as keys of a job's ``data``.
 
-    Where it stretches them to one size, views keep their shape and are as large, so that little is lost; it then stretches them.
+    Views keep their shape; those that the detector then stretches to one size are as large, so that little is lost.
     """
     if resizing.edges is not None:
         short, long = resizing.edges

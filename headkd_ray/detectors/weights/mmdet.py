@@ -47,7 +47,9 @@ class MMDetModel(NamedTuple):
     """The adapters by their number in the official config; a 1x1 conv between maps, a Linear on rows."""
 
 
-def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector[AnyDetector]:
+def load_mmdet(
+    state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet"
+) -> LoadedDetector[AnyDetector]:
     """Build a detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
     What no shape tells comes from the training config in ``meta``, where mmdet's own files have it: a caffe-style backbone
