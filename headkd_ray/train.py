@@ -40,7 +40,7 @@ def train(
 
     if not isinstance(job, Job):
         job = load_job(job)
-    preflight(job, tracker_problems(job))
+    job = preflight(job, tracker_problems(job))
     run = run_folder(job)
     result = finished(run)
     if result is not None:

@@ -12,7 +12,7 @@ from headkd_ray.detectors.weights import LoadedDetector, load_by_name
 from headkd_ray.detectors.weights.fetch import fetch_named
 from headkd_ray.detectors.weights.misfits import check_architecture
 from headkd_ray.errors import CheckpointError, DataError
-from headkd_ray.job import Job, PyramidDetectorSpec
+from headkd_ray.job import Job, PyramidDetectorSpec, WholeDetectorSpec
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,17 @@ class Start:
         load_by_name(student, self.classes, self.loaded)
 
 
-def with_architecture(job: Job) -> Job:
+def takes_architecture(job: Job) -> bool:
+    """Return whether the job's student has the architecture of ``student.checkpoint``, and names none itself."""
+    student = job.student
+    return not isinstance(student, PyramidDetectorSpec) and student.model is None and student.checkpoint is not None
+
+
+def with_architecture(job: Job, theirs: WholeDetectorSpec | None = None) -> Job:
     """Return the job with the architecture that its student takes from ``student.checkpoint``; the job itself if it takes none.
+
+    Args:
+        theirs: the spec that the checkpoint has, if it is known; it is then not read.
 
     Raises:
         CheckpointError: the checkpoint is unreadable, or not a detector whose architecture can be taken over.
@@ -41,8 +50,9 @@ def with_architecture(job: Job) -> Job:
     student, place = job.student, job.student.checkpoint
     if isinstance(student, PyramidDetectorSpec) or student.model is not None or place is None:
         return job
-    theirs = fetch_named("student", place, student.classes).detector.spec
-    if isinstance(theirs, PyramidDetectorSpec):
+    if theirs is None:
+        theirs = fetch_named("student", place, student.classes).detector.spec
+    if not isinstance(theirs, type(student)):
         raise CheckpointError(
             f"student.kind: {student.kind} in the job, {theirs.kind} in the checkpoint; a detector starts only from one of its "
             "own kind"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -14,7 +14,7 @@ from headkd_ray.data.views import extreme_sizes
 from headkd_ray.detectors import Detector
 from headkd_ray.distill import build_training_model
 from headkd_ray.distill.start import Start, load_start
-from headkd_ray.engine.run import check_run, finished, is_started, run_folder
+from headkd_ray.engine.run import check_run, finished, is_started, run_folder, whole_job
 from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
@@ -22,8 +22,10 @@ from headkd_ray.teacher import open_cache
 from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
-def preflight(job: Job, found: Iterable[str] = ()) -> None:
+def preflight(job: Job, found: Iterable[str] = ()) -> Job:
     """Open the splits, compare classes, load the teacher, build the models and probe the storage, leaving nothing behind.
+
+    Returns the job, with the architecture of its student if that is left to ``student.checkpoint``.
 
     Args:
         found: problems that are known already, to be told with the others.
@@ -32,6 +34,10 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
         UserError: lists all problems found.
     """
     problems = list(found)
+    try:
+        job = whole_job(job)
+    except UserError as error:  # its student cannot be built
+        raise UserError([*problems, *_lines(error)]) from error
     splits: dict[str, ShardSet] = {}
     for name in ("train", "val"):
         try:
@@ -51,10 +57,15 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
         try:
             check()
         except UserError as error:
-            problems += error.problems if error.headline is None else [str(error)]
+            problems += _lines(error)
     problems = list(dict.fromkeys(problems))  # two checks may meet the same one
     if problems:
         raise UserError(problems, headline=f"run {job.run.name} cannot start:" if len(problems) > 1 else None)
+    return job
+
+
+def _lines(error: UserError) -> Sequence[str]:
+    return error.problems if error.headline is None else [str(error)]
 
 
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:

@@ -98,6 +98,7 @@ class _TimedLearner:
     """
 
     def __init__(self, job: Job, classes: tuple[str, ...], distributed: Distributed) -> None:
+        job = with_architecture(job)
         loaded = load_teacher(job, classes)
         detector = None if loaded is None else loaded.detector
         # A tiny learning rate costs the same work, and the loss cannot diverge.

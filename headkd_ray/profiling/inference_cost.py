@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
+from headkd_ray.distill.start import with_architecture
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.job import Job, PyramidDetectorSpec, WholeDetectorSpec
 
@@ -26,7 +27,7 @@ def inference_cost(job: Job) -> dict[str, float]:
         - ``latency``: median time of a pass with post-processing, ms, on this process's device. The weights are untrained and
           detect hardly anything, so post-processing has little to do; other load on the machine is not excluded.
     """
-    distributed = Distributed.here(job.cluster)
+    job, distributed = with_architecture(job), Distributed.here(job.cluster)
     classes = ShardSet.open(job.data.val).meta.classes
     spec: WholeDetectorSpec = job.student
     if isinstance(spec, PyramidDetectorSpec):
