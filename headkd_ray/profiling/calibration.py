@@ -19,6 +19,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import RoIs
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model, load_start
+from headkd_ray.distill.start import with_architecture
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.loop import smaller_steps

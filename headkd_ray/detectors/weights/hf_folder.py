@@ -10,7 +10,7 @@ from headkd_ray.detectors.hf_detector import TransformersDetector
 from headkd_ray.detectors.hf_models import CONFIG, Resizing, read_hf_model
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.errors import CheckpointError, JobError
-from headkd_ray.job import TransformersSpec
+from headkd_ray.job import PixelSpec, TransformersSpec
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -24,12 +24,20 @@ def load_hf_folder(folder: Path) -> LoadedDetector[TransformersDetector]:
     config: Any = model.module.config
     try:
         spec = TransformersSpec(
-            model=model.kind, config=declared_values(config), input_size=model.resizing.fixed, pixels=model.pixels
+            model=model.kind,
+            config=declared_values(config),
+            input_size=model.resizing.fixed,
+            pixels=PixelSpec.model_validate({name: _rounded(values) for name, values in model.pixels.model_dump().items()}),
         )
         detector = TransformersDetector.holding(spec, model.num_classes, model, str(folder))
     except JobError as error:
         raise CheckpointError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
     return LoadedDetector(detector, model.classes, "transformers", _meta(model.resizing))
+
+
+def _rounded(values: tuple[float, ...]) -> list[float]:
+    """Return statistics as a person writes them: the processor keeps them divided by 255."""
+    return [round(value, 6) for value in values]
 
 
 def _meta(resizing: Resizing) -> dict[str, Any]:
