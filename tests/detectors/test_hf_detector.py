@@ -83,7 +83,8 @@ def test_detections_are_those_of_transformers_own_pipeline(kind: str) -> None:
     processor = processor_of(kind)
     if kind in MASKED:
         x = detector.normalise(data["images"][1:2], size)
-        inputs = {"pixel_values": x, "pixel_mask": (torch.arange(64)[:, None] < 50) & (torch.arange(96) < 60)[None]}
+        mask = (torch.arange(64)[:, None] < 50) & (torch.arange(96) < 60)
+        inputs = {"pixel_values": x, "pixel_mask": mask[None].long()}
     else:
         inputs = {"pixel_values": processor(images=image, return_tensors="pt")["pixel_values"]}
     with torch.no_grad():

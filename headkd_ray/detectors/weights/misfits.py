@@ -33,7 +33,7 @@ _FREE = frozenset(
 _FREE_IN_HEAD = frozenset({"head.base_scale"})
 """Likewise: in the anchor-free heads that have it, it scales targets and losses. (In ``anchors`` it scales boxes.)"""
 _FREE_IN_CONFIG = re.compile(
-    r".*(dropout|layerdrop|_cost|_coefficient|_noise.*|matcher_.*|focal_.*|mal_alpha|weight_loss_.*|init(ializer)?_.*"
+    r".*(dropout|layerdrop|num_denoising|_cost|_coefficient|_noise.*|matcher_.*|focal_.*|mal_alpha|weight_loss_.*|init(ializer)?_.*"
     r"|auxiliary_loss|freeze_backbone_batch_norms|freeze_batch_norm_2d|disable_custom_kernels)"
 )
 """Likewise in the config of a network of transformers."""
