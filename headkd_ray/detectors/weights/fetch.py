@@ -71,10 +71,10 @@ def fetch_named(section: str, place: str, classes: tuple[str, ...] | None) -> Lo
 
 def _fetch(place: str) -> LoadedDetector:
     if place.startswith(hub.SCHEME):
-        folder = hub.download(place, (), also=(CARD, WEIGHTS, CONFIG, PROCESSOR))
-        if not is_hf_folder(folder):
-            folder = hub.download(place, (CARD, WEIGHTS))  # raises if it has not both
-        return _load_copy(folder, place)
+        files = hub.download(place, (), also=(CARD, WEIGHTS, CONFIG, PROCESSOR))
+        if not is_hf_folder(files):
+            files = hub.download(place, (CARD, WEIGHTS))  # raises if it has not both
+        return _load_copy(files, place)
     folder, name = Folder.of_file(place, CheckpointError)
     if not folder.remote:
         return load_checkpoint(folder.at(name) if "://" in place else place)
