@@ -24,11 +24,11 @@ from headkd_ray.detectors.fit import check_fit, fit
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.hf_config import declared_values, last_line, library, network_config
 from headkd_ray.detectors.hf_losses import drawn_from, in_float32, named_losses, targets_of
-from headkd_ray.detectors.hf_models import EXTRA, PROCESSOR, HFModel, quiet, read_hf_model
+from headkd_ray.detectors.hf_models import EXTRA, PROCESSOR, HFModel, decoder_states, quiet, read_hf_model
 from headkd_ray.detectors.ops.boxes import clip
 from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.proposals import Detections
-from headkd_ray.errors import JobError
+from headkd_ray.errors import CheckpointError, JobError
 from headkd_ray.job import TransformersSpec
 
 MASKED = {"detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer"}
@@ -46,14 +46,15 @@ class TransformersDetector(Detector):
         Raises JobError if transformers is missing, or cannot build it.
         """
         super().__init__(spec, num_classes)
-        self.network = _fresh(network_config(spec, num_classes))
-        self.network.loss_function = in_float32(self.network.loss_function)
-        self.spec = spec.replace({"config": declared_values(self.network.config)})
+        config = network_config(spec, num_classes)
         if spec.input_size is None and spec.model not in MASKED:
             raise JobError(
                 f"input_size: {spec.model} has no mask for padding, so that it needs views of one size; give height and width, "
                 "for example [640, 640]"
             )
+        self.network = _fresh(config)
+        self.network.loss_function = in_float32(self.network.loss_function)
+        self.spec = spec.replace({"config": declared_values(config)})
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Return (pixel - mean) / std as the base class does, or of views that are stretched to ``spec.input_size``."""
@@ -93,11 +94,11 @@ class TransformersDetector(Detector):
         """Return the rows of the tensors that have one more in a network with one more class."""
         with torch.device("meta"):
             larger = _fresh(network_config(self.spec, self.num_classes + 1)).state_dict()
-        found = {}
-        for name, tensor in self.network.state_dict().items():
-            if len(tensor) != len(larger[name]) if tensor.dim() else False:
-                found[f"network.{name}"] = torch.arange(len(tensor)).clamp(max=self.num_classes)
-        return found
+        return {
+            f"network.{name}": torch.arange(len(tensor)).clamp(max=self.num_classes)  # one row more is background's
+            for name, tensor in self.network.state_dict().items()
+            if tensor.dim() and len(tensor) != len(larger[name])
+        }
 
     def size_problems(self, sizes: Sequence[Size], changeable: bool = True) -> list[str]:
         """Take a training step's forward pass on a blank view: only that tells whether the parts of a config fit together."""
@@ -114,8 +115,12 @@ class TransformersDetector(Detector):
         height, width = min(sizes, key=lambda size: size[0] * size[1])
         boxes = torch.tensor([[[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]])
         truth = GroundTruth(boxes, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[height, width]]))
+        x = self.normalise(torch.zeros(1, 3, height, width, dtype=torch.uint8), truth.sizes)
         try:
-            self.supervised(self.normalise(torch.zeros(1, 3, height, width, dtype=torch.uint8), truth.sizes), truth)
+            self.supervised(x, truth)
+            decoder_states(self.network, **self._inputs(x, truth.sizes))  # whoever reads the checkpoint needs them
+        except CheckpointError as error:
+            return [f"model: {problem}" for problem in error.problems]
         except Exception as error:  # the networks raise anything
             shown = self.spec.input_size or (height, width)
             key = "config" if changeable else "model"

@@ -216,6 +216,17 @@ def test_a_config_whose_parts_do_not_fit_together_is_told(changes: dict[str, Any
     assert len(found) == (problem is not None) and all(each.startswith(str(problem)) for each in found)
 
 
+def test_a_detector_without_a_decoder_is_refused_before_it_is_trained() -> None:
+    spec = {
+        "kind": "transformers",
+        "model": "yolos",
+        "input_size": [64, 64],
+        "config": declared_values(hf_config("yolos", CLASSES)),
+    }
+    (problem,) = build_detector(TransformersSpec.model_validate(spec), 3).size_problems([(64, 96)])
+    assert problem.startswith("model: a yolos gives no hidden states of a decoder")
+
+
 def test_a_missing_package_is_told_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(

@@ -44,7 +44,7 @@ def found(**changes: Any) -> list[tuple[str, str]]:
                 "student.kind",
                 f"transformers has no feature pyramid for the assistants and losses of method {method}; use method supervised",
             )
-            for method, teacher in (("head", {"checkpoint": "t"}), ("tf_head", None))
+            for method, teacher in (("head", {"checkpoint": "t"}), ("assist", None))
         ),
         (
             {"method": "supervised", "teacher": None, "student": {"kind": "transformers"}},
