@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 import headkd_ray
-from headkd_ray.detectors import DenseHead
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import trained_range, view_spec
 from headkd_ray.errors import CheckpointError
@@ -56,7 +55,7 @@ class Description(BaseModel):
     score: float
     """Score that every detection exceeds."""
     nms_iou: float
-    """IoU above which NMS within a class has dropped the lower-scored detection."""
+    """IoU above which NMS within a class has dropped the lower-scored detection; 1 = there is no NMS."""
     max_detections: int
     """Largest number of detections of an image."""
     thresholds: tuple[float | None, ...] | None = None
@@ -90,8 +89,7 @@ def describe(loaded: LoadedDetector, checkpoint: str) -> Description:
     """
     if loaded.classes is None:
         raise CheckpointError(f"{checkpoint}: does not name its classes; a headkd_ray student or an mmdet .pth with meta does")
-    spec, head = loaded.detector.spec, loaded.detector.detection_head
-    rules = head.spec.postprocess if isinstance(head, DenseHead) else head.stages[-1].spec.postprocess
+    spec, rules = loaded.detector.spec, loaded.detector.rules
     data = view_spec(loaded.meta)
     return Description(
         headkd_ray=headkd_ray.__version__,
