@@ -57,10 +57,14 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(_NAME, name) is not None
 
 
-def download(address: str, names: Sequence[str]) -> Path:
+def download(address: str, names: Sequence[str], also: Sequence[str] = (), what: str = "checkpoint of headkd_ray") -> Path:
     """Download the files ``names`` of a repository, all of one commit, and return the local folder that holds them.
 
     Files that are in huggingface_hub's cache already are not downloaded again; without network the cached ones serve.
+
+    Args:
+        also: patterns of files that are downloaded if the repository has them.
+        what: what the files make up, for the message if one is missing.
 
     Raises:
         CheckpointError: the address is malformed, or the repository lacks one of the files.
@@ -70,10 +74,10 @@ def download(address: str, names: Sequence[str]) -> Path:
     with _plain_errors(repository) as hub:
         if not sys.stderr.isatty():
             hub.utils.disable_progress_bars()
-        folder = Path(hub.snapshot_download(repository.name, revision=repository.revision, allow_patterns=list(names)))
+        folder = Path(hub.snapshot_download(repository.name, revision=repository.revision, allow_patterns=[*names, *also]))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{address}: is not a checkpoint of headkd_ray; the repository has no {' and no '.join(missing)}")
+        raise CheckpointError(f"{address}: is not a {what}; the repository has no {' and no '.join(missing)}")
     return folder
 
 

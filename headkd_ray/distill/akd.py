@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.detectors.two_stage import answers_about_rois
@@ -46,7 +46,7 @@ class AKD(Term):
         return cls(adapters, spec.akd_weight, spec.warmup_steps, DISTANCES[spec.distance])
 
     @classmethod
-    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
         assert teacher is not None
         found = []
         if job.distill.rois == "teacher" and not answers_about_rois(teacher):

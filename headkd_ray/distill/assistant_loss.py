@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headkd_ray.detectors import Detector, head_class
+from headkd_ray.detectors import PyramidDetector, head_class
 from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
@@ -24,7 +24,7 @@ class AssistantLoss(Term):
         return cls(assistant, plan.gt_weight, parts.job.distill.warmup_steps if plan.warm else 0)
 
     @classmethod
-    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
         described = job.distill.assistant
         if teacher is None or described is None or isinstance(teacher.detection_head, head_class(described)):
             return []

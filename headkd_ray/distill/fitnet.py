@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.distill.copying import copy_weights
@@ -33,7 +33,7 @@ class FitNet(Term):
         return cls(student.spec.neck.channels, teacher.spec.neck.channels, spec.fitnet_levels, spec.fitnet_weight)
 
     @classmethod
-    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
         assert teacher is not None
         if teacher.spec.kind == job.student.kind:
             return []

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
-from headkd_ray.job import Job
+from headkd_ray.job import Job, PyramidDetectorSpec
 
 
 class PKD(Term):
@@ -34,8 +34,8 @@ class PKD(Term):
         return cls(levels, parts.job.distill.pkd_weight)
 
     @classmethod
-    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
-        assert teacher is not None
+    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
+        assert teacher is not None and isinstance(job.student, PyramidDetectorSpec)
         own, theirs = job.student.neck.channels, teacher.spec.neck.channels
         if own == theirs:
             return []

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.assistants import Assistant
 from headkd_ray.distill.step_forward import StepForward
@@ -37,8 +37,8 @@ class Parts:
     """Everything from which terms are built."""
 
     job: Job
-    student: Detector
-    teacher: Detector | None
+    student: PyramidDetector
+    teacher: PyramidDetector | None
     assistants: Mapping[str, Assistant]
     plans: Mapping[str, AssistantPlan]
     """The plan of each assistant, by name."""
@@ -80,7 +80,7 @@ class Term(nn.Module, ABC):
         return [cls.build(parts, assistant)]
 
     @classmethod
-    def problems(cls, job: Job, teacher: Detector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
         """List what in the job or its loaded ``teacher`` does not fit the term, each with the key to mend."""
         return []
 

@@ -19,6 +19,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import RoIs
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model, load_start
+from headkd_ray.distill.start import with_architecture
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.loop import smaller_steps
@@ -98,6 +99,7 @@ class _TimedLearner:
     """
 
     def __init__(self, job: Job, classes: tuple[str, ...], distributed: Distributed) -> None:
+        job = with_architecture(job)
         loaded = load_teacher(job, classes)
         detector = None if loaded is None else loaded.detector
         # A tiny learning rate costs the same work, and the loss cannot diverge.

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from headkd_ray.data.class_lists import check_common, outputs_by_name
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.state_dict import fingerprint
 from headkd_ray.detectors.weights import with_classes
 from headkd_ray.detectors.weights.fetch import fetch_named
+from headkd_ray.errors import CheckpointError
 from headkd_ray.job import Job
 
 
@@ -18,14 +19,14 @@ from headkd_ray.job import Job
 class Teacher:
     """A loaded teacher with an output for each class of the data, on the CPU."""
 
-    detector: Detector
+    detector: PyramidDetector
     note: str | None
     """A note for the log on how its classes differ from the data's and if it is of the student's kind; None if neither."""
     fingerprint: str
     """SHA-256 of the weights in the checkpoint, in hexadecimal."""
 
 
-def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
+def teacher_of(job: Job, classes: tuple[str, ...]) -> PyramidDetector:
     """Load the detector of a job that has a teacher; raise as :func:`load_teacher` does.
 
     Outputs for classes that it does not know are drawn with the run's seed, so that they are the same wherever it is loaded.
@@ -55,6 +56,11 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
     names = loaded.classes
     assert names is not None
+    if not isinstance(loaded.detector, PyramidDetector):
+        raise CheckpointError(
+            f"teacher.checkpoint: {job.teacher.checkpoint} is a {loaded.detector.spec.kind} detector, which has no feature "
+            "pyramid and no head to distill from"
+        )
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
     weights = fingerprint(loaded.detector.state_dict())
     notes = list(loaded.notes)
@@ -68,4 +74,6 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         f"teacher: its head's outputs follow the data's class names ({matched} of {len(classes)} matched)",
         *outputs_by_name("the teacher", names, classes),
     ]
-    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes), weights)
+    adapted = with_classes(loaded, classes).detector
+    assert isinstance(adapted, PyramidDetector)
+    return Teacher(adapted, "; ".join(notes), weights)

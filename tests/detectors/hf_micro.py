@@ -1,0 +1,66 @@
+"""Tiny detectors of transformers with random weights, saved as a user's folder: model and image processor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STRETCHED: dict[str, Any] = {"size": {"height": 96, "width": 96}, "do_normalize": False}
+SHORT_SIDE: dict[str, Any] = {"size": {"shortest_edge": 64, "longest_edge": 128}}
+COMMON = {
+    "d_model": 32,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "decoder_layers": 3,
+    "num_queries": 20,
+}
+KINDS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
+"""The kinds whose answers are compared with transformers' own."""
+
+
+def hf_config(kind: str, labels: tuple[str, ...]) -> Any:
+    """Return the config of a tiny detector."""
+    import transformers as hf
+
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: place for place, name in enumerate(labels)},
+    }
+    tiny: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    levels = ["stage2", "stage3", "stage4"]
+    if kind in ("detr", "deformable_detr"):
+        several = kind == "deformable_detr"
+        config = hf.DeformableDetrConfig if several else hf.DetrConfig
+        more = {"num_feature_levels": 3} if several else {}
+        backbone = hf.ResNetConfig(**tiny, out_features=levels if several else levels[-1:])
+        plain = {"use_timm_backbone": False, "use_pretrained_backbone": False, "encoder_layers": 1}
+        return config(backbone_config=backbone, **plain, **COMMON, **more, **names)
+    if kind == "yolos":
+        yolos = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+        return hf.YolosConfig(**yolos, image_size=[64, 64], num_detection_tokens=20, **names)
+    config = {"rt_detr": hf.RTDetrConfig, "rt_detr_v2": hf.RTDetrV2Config, "d_fine": hf.DFineConfig}[kind]
+    channels = {"encoder_hidden_dim": 32, "encoder_in_channels": [12, 16, 20], "decoder_in_channels": [32, 32, 32]}
+    more = {"decoder_n_points": [4, 4, 4]} if kind == "d_fine" else {}
+    return config(backbone_config=hf.RTDetrResNetConfig(**tiny, out_features=levels), **channels, **COMMON, **more, **names)
+
+
+def hf_folder(folder: Path, kind: str = "rt_detr_v2", labels: tuple[str, ...] = ("a", "b", "c"), seed: int = 0) -> Path:
+    """Save a tiny detector with random weights, and an image processor as models of its kind have it."""
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    model = hf.AutoModelForObjectDetection.from_config(hf_config(kind, labels)).eval()
+    for name, weight in model.named_parameters():
+        if "class_embed" in name or "class_labels" in name:  # scores of random weights hardly differ otherwise
+            torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(folder)
+    processors = {
+        "detr": hf.DetrImageProcessor,
+        "deformable_detr": hf.DeformableDetrImageProcessor,
+        "yolos": hf.YolosImageProcessor,
+    }
+    size = SHORT_SIDE if kind in processors else STRETCHED
+    processors.get(kind, hf.RTDetrImageProcessor)(**size).save_pretrained(folder)
+    return folder
