@@ -96,7 +96,7 @@ def augmented() -> Iterator[tuple[str, Row]]:
 
 
 def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
-    """Yield rows that compare features in Pearson's distance; ``head_pearson`` also at half and twice the paper's weights."""
+    """Yield rows that compare features in Pearson's distance, HEAD and TF-HEAD also at two other weights."""
     keys, taught = "distill.distance=pearson", ("baseline", "akd", "head")
     yield "akd_pearson", Row("retinanet", f"method=akd {keys}", taught[:2], "teacher", "akd")
     yield "head_pearson", Row("retinanet", f"method=head {keys}", (*taught, "akd_pearson"), "teacher", "head")
@@ -108,6 +108,16 @@ def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
     rcnn = f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}}}'"
     stopping = f"method=tf_head distill.ckd_epochs={heads.stop} {keys}"
     yield "tf_head_pearson", Row("retinanet", f"{stopping} {fcos} {rcnn}", ("baseline", "tf_head"), lr_of="tf_head")
+    for name, (dense, pooled) in {
+        "half": (0.5, 0.65),
+        "quarter": (0.25, 0.325),
+    }.items():  # of the research branch's 1.0 and 1.3
+        weighed = (
+            f"'distill.assistants.fcos={{head: {heads.fcos}, ckd_weight: {dense}}}' "
+            f"'distill.assistants.rcnn={{head: {heads.sampling(heads.rois)}, ckd_weight: {pooled}}}'"
+        )
+        against = ("baseline", "tf_head_pearson")
+        yield f"tf_head_pearson_{name}", Row("retinanet", f"{stopping} {weighed}", against, lr_of="tf_head")
     halved = f"method=head distill.ckd_weight=1.0 distill.ckd_epochs=11 {keys}"
     yield "fcos_head_pearson", Row("fcos", halved, ("fcos_baseline", "fcos_head"), "teacher", "fcos_head")
     asked = f"method=head {VIEWS} distill.roi_budget=64 'distill.assistant={heads.sampling(64)}' distill.rois=teacher {keys}"
