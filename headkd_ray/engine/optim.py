@@ -32,14 +32,14 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Build the optimizer over the trainable parameters, and its schedule (``scheduler.step()`` once per optimizer step)."""
     free = [parameter for parameter in parameters if parameter.requires_grad]
-    lr = peak_lr(spec, global_batch)
+    common: dict[str, Any] = {"lr": peak_lr(spec, global_batch), "weight_decay": spec.weight_decay}
+    # One pass over all parameters. On a GPU its AdamW also counts the steps there; by default the host counts them.
+    common["fused"] = True
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "sgd":
-        optimizer = torch.optim.SGD(free, lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+        optimizer = torch.optim.SGD(free, momentum=spec.momentum, **common)
     else:
-        # One kernel for all parameters, which counts the steps on the GPU; by default the host counts them.
-        fused = True if all(parameter.is_cuda for parameter in free) else None
-        optimizer = torch.optim.AdamW(free, lr=lr, weight_decay=spec.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(free, **common)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))
 
 
