@@ -32,14 +32,16 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Build the optimizer over the trainable parameters, and its schedule (``scheduler.step()`` once per optimizer step)."""
     free = [parameter for parameter in parameters if parameter.requires_grad]
-    common: dict[str, Any] = {"lr": peak_lr(spec, global_batch), "weight_decay": spec.weight_decay}
-    # One pass over all parameters. On a GPU its AdamW also counts the steps there; by default the host counts them.
-    common["fused"] = True
+    lr = peak_lr(spec, global_batch)
     optimizer: torch.optim.Optimizer
+    # Fused: one pass over weight, gradient and moments. AdamW's also counts the steps on a GPU, where else the host would.
     if spec.optimizer == "sgd":
-        optimizer = torch.optim.SGD(free, momentum=spec.momentum, **common)
+        fused = (
+            True if all(parameter.device.type == "cpu" for parameter in free) else None
+        )  # on a GPU torch's choice is as fast
+        optimizer = torch.optim.SGD(free, lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=fused)
     else:
-        optimizer = torch.optim.AdamW(free, **common)
+        optimizer = torch.optim.AdamW(free, lr=lr, weight_decay=spec.weight_decay, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))
 
 

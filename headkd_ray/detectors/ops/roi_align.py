@@ -80,10 +80,7 @@ def _bins(start: Tensor, size: Tensor, limit: Tensor, spec: RoIHeadSpec) -> tupl
     ``start`` and ``size`` (R,) are the RoI's in cells, ``limit`` (R,) the number of cells of its level. Returns the first cell
     (R, pool) and the number of cells (R, pool), int64, and their weights (R, pool, most cells).
     """
-    if spec.sampling_ratio > 0:
-        samples = torch.full_like(limit, spec.sampling_ratio)
-    else:
-        samples = (size / spec.pool).ceil().long()
+    samples = torch.full_like(limit, spec.sampling_ratio) if spec.sampling_ratio > 0 else (size / spec.pool).ceil().long()
     most = max([1, *samples.tolist()])
     limit, number = limit.view(-1, 1, 1), samples.clamp(min=1).view(-1, 1, 1)
     length = (size / spec.pool).view(-1, 1, 1)
