@@ -107,9 +107,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=positive, default=2, help="torch's CPU threads (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=9, help="steps of each that count (default %(default)s)")
-    parser.add_argument(
-        "--only", default="", help="beginnings of names, with ; between: these steps alone (default: all but compiled ones)"
-    )
+    only = f"measure these steps alone, separated by ; (default: all but compiled ones): {'; '.join(NAMED)}"
+    parser.add_argument("--only", type=_cases, default=[case for case in CASES if not case.compiled], help=only)
     parser.add_argument("--ray", action="store_true", help="also measure the whole loop, with Ray, a pool, and without")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--tiny", action="store_true", help="micro models: a rehearsal")

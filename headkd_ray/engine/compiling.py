@@ -47,21 +47,18 @@ def check_compiler(device: torch.device) -> None:
 
 
 class Compilations:
-    """The graphs that torch.compile has made in this process, for notes in the log."""
+    """A count of the graphs that torch.compile makes in this process, for notes in the log."""
 
     def __init__(self) -> None:
-        self.known = _graphs()
-        self.new = 0
+        self.before = self.told = _graphs()
 
     def note(self, step: int) -> str | None:
         """Return a sentence about the graphs that were made since the last call, up to optimizer step ``step``, if any."""
-        made, self.known = _graphs() - self.known, _graphs()
+        count = _graphs()
+        made, self.told = count - self.told, count
         if not made:
             return None
-        again = self.new > 0
-        self.new += made
-        why = f"because views of another size came; {self.new} in all" if again else "which slowed this step down"
-        return f"torch.compile made {made} {'more ' if again else ''}graphs by step {step}, {why}"
+        return f"torch.compile made {made} graphs by step {step}, {count - self.before} in all; that slowed the step down"
 
 
 def _graphs() -> int:

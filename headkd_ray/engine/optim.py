@@ -36,9 +36,8 @@ def build_optimizer(
     optimizer: torch.optim.Optimizer
     # Fused: one pass over weight, gradient and moments. AdamW's also counts the steps on a GPU, where else the host would.
     if spec.optimizer == "sgd":
-        fused = (
-            True if all(parameter.device.type == "cpu" for parameter in free) else None
-        )  # on a GPU torch's choice is as fast
+        on_cpu = all(parameter.device.type == "cpu" for parameter in free)
+        fused = True if on_cpu else None  # on a GPU torch's own choice is about as fast
         optimizer = torch.optim.SGD(free, lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=fused)
     else:
         optimizer = torch.optim.AdamW(free, lr=lr, weight_decay=spec.weight_decay, fused=True)

@@ -188,8 +188,8 @@ class OptimSpec(Spec):
     """Precision of forward passes; bf16 = autocast, with weights and losses in fp32."""
     compile: Literal["default", "reduce-overhead"] | None = None
     """Mode of torch.compile for backbones, pyramids and dense heads in training steps; null = they are not compiled.
-    reduce-overhead also records CUDA graphs. The first steps then take minutes, and so does the first one with views of another
-    size. Needs a C++ compiler on every machine that trains."""
+    reduce-overhead also records CUDA graphs. The first steps then take minutes, as do the first ones with views of other sizes.
+    It needs a C++ compiler on every machine that trains."""
 
 
 MAX_DETECTIONS = 100
