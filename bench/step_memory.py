@@ -19,9 +19,9 @@ def step_mib(step: Callable[[], object], device: torch.device) -> float | None:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
     if not RESET.exists():
         return None
     gc.collect()
