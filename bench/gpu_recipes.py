@@ -20,7 +20,8 @@ def recipe(name: str, *keys: str, tiny: bool) -> Job:
     """Load ``jobs/<name>.yaml``, or its micro version from ``jobs/small``, with random weights and some keys changed."""
     folder = ROOT / "jobs" / ("small" if tiny else "")
     # This learning rate costs as much work as any other, and at it no loss explodes.
-    return load_job(folder / f"{name}.yaml", ["student.backbone.weights=none", "optim.lr=1e-7", "log.tensorboard=false", *keys])
+    job = load_job(folder / f"{name}.yaml", ["optim.lr=1e-7", "log.tensorboard=false", *keys])
+    return job.replace({"student.backbone.weights": "none"})  # frozen or not: a job file must not freeze random weights
 
 
 def fresh_teacher(tiny: bool) -> PyramidDetector:

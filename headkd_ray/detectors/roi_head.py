@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from headkd_ray.detectors import init
 from headkd_ray.detectors.base import Losses, RoIHead, StageOutput
 from headkd_ray.detectors.ground_truth import GroundTruth
-from headkd_ray.detectors.ops.boxes import area, clip, decode, encode, exceeds
-from headkd_ray.detectors.ops.fixed_size import constant, fixed_size
+from headkd_ray.detectors.ops.boxes import clip, decode, encode, exceeds
+from headkd_ray.detectors.ops.fixed_size import fixed_size
 from headkd_ray.detectors.ops.losses import cross_entropy_mean, l1_sum
 from headkd_ray.detectors.ops.proposals import Detections, suppress
+from headkd_ray.detectors.ops.roi_align import pool_rois
 from headkd_ray.detectors.ops.rois import RoIs
-from headkd_ray.detectors.ops.tracing import as_sizes
 from headkd_ray.job import RoIHeadSpec
 
 
@@ -32,49 +30,6 @@ class BoxOutputs(NamedTuple):
     """Class logits (R, C + 1), background last."""
     deltas: Tensor
     """Box deltas (R, C, 4), or (R, 1, 4) if class-agnostic, in units of the spec's ``stds``."""
-
-
-def roi_levels(rois: Tensor, levels: int, finest_scale: float) -> Tensor:
-    """Return the pyramid level (R,) int64, 0 = finest, of ``rois`` (R, 4) by mmdet's rule; torchvision's pooler differs."""
-    scale = area(rois).clamp(min=0).sqrt()
-    return (scale / finest_scale + 1e-6).log2().floor().clamp(0, levels - 1).long()
-
-
-def pool_rois(features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, image: Tensor, spec: RoIHeadSpec) -> Tensor:
-    """Pool the features of ``rois`` (R, 4), each from the level that fits its size: (R, C, pool, pool) float32."""
-    level = roi_levels(rois, len(features), spec.finest_scale)
-    if fixed_size(rois):
-        return _pool_side_by_side(features, strides, rois, image, level, spec)
-    order = (level * rois.shape[0] + torch.arange(rois.shape[0], device=level.device)).argsort()  # within a level, as they come
-    rows = torch.cat([image.to(rois).unsqueeze(1), rois], dim=1)[order]
-    counts = (level.unsqueeze(1) == torch.arange(len(features), device=level.device)).sum(0)
-    parts, end = [], 0
-    for count in as_sizes(counts):
-        parts.append(rows[end : end + count])
-        end = end + count
-    pooled = [
-        roi_align(f.float(), part, spec.pool, 1 / stride, spec.sampling_ratio, spec.aligned)
-        for f, stride, part in zip(features, strides, parts, strict=True)
-    ]
-    return torch.cat(pooled).index_select(0, order.argsort())
-
-
-def _pool_side_by_side(
-    features: Sequence[Tensor], strides: Sequence[int], rois: Tensor, image: Tensor, level: Tensor, spec: RoIHeadSpec
-) -> Tensor:
-    """Pool as :func:`pool_rois` does, but from one map that shows all levels side by side, without sorting RoIs by ``level``.
-
-    RoIs lie within their image. The edges of each level are repeated around it, so that RoIAlign reads there what it reads at
-    the edge of a map.
-    """
-    height = max(f.shape[-2] for f in features)
-    canvas = torch.cat([F.pad(f.float(), (1, 1, 1, 1 + height - f.shape[-2]), mode="replicate") for f in features], dim=-1)
-    starts = list(accumulate((f.shape[-1] + 2 for f in features), initial=1))[: len(features)]
-    scale = constant([1 / stride for stride in strides], rois)[level]
-    start = constant(starts, rois)[level]
-    boxes = rois * scale.unsqueeze(1) + torch.stack([start, torch.ones_like(start)], dim=1).repeat(1, 2)
-    rows = torch.cat([image.to(rois).unsqueeze(1), boxes], dim=1)
-    return roi_align(canvas, rows, spec.pool, 1.0, spec.sampling_ratio, spec.aligned)
 
 
 def deltas_of(outputs: BoxOutputs, labels: Tensor) -> Tensor:

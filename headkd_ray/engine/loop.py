@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from headkd_ray.engine.checkpoint import (
     seal,
 )
 from headkd_ray.engine.coco_metrics import CocoMetrics
+from headkd_ray.engine.compiling import Compilations, compile_modules
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
@@ -62,7 +64,7 @@ def fit(
         asked_to_stop: polled at every step; if it is True on any rank, training ends with that step and a checkpoint of it.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or torch.compile does not work here.
         CheckpointError: the checkpoint, the teacher or student.checkpoint does not fit this job.
         DataError: a shard cannot be read.
         DiskError: a checkpoint or the log cannot be written.
@@ -92,6 +94,10 @@ def fit(
             state.start = {"checkpoint": masked(str(job.student.checkpoint)), "fingerprint": start.fingerprint}
             notes.append(masked(start.note))
         del start  # its weights are not needed any more
+    compiled = None
+    if job.optim.compile is not None:
+        compile_modules(model, job.optim.compile)
+        compiled = Compilations()
     state.soft_teacher, cache = soft_targets(job, streams.train_set, teacher.detector if teacher else None, distributed.device)
     sink = open_sink(state.step) if distributed.rank == 0 else _nowhere
     notes = [*checkpoints.notes, *notes]
@@ -99,8 +105,12 @@ def fit(
         notes.append(teacher.note)
     if state.step == 0:
         notes += [f"warning: {warning}" for warning in streams.scoring.warnings]
-    for note in notes:
+
+    def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
+
+    for note in notes:
+        tell(note)
 
     state.ddp = DistributedDataParallel(model) if distributed.size > 1 else None
     ranks = [rank for _ in range(accumulate) for rank in streams.ranks]
@@ -114,6 +124,8 @@ def fit(
             stopping = distributed.vote(asked_to_stop())
             lr = state.optimizer.param_groups[0]["lr"]
             train_step(state, job, batches, ranks, share, note=window.add)
+            if compiled is not None and (news := compiled.note(state.step)) is not None:
+                tell(news)
 
             epoch, within_epoch = divmod(state.step, steps_per_epoch)
             every = job.checkpoint.every_steps
@@ -207,7 +219,9 @@ def validate(job: Job, distributed: Distributed, streams: Streams, student: Dete
     distributed.share_buffers(student)  # rank 0's student is exported, so evaluate that one
     truth = streams.val_set.ground_truth() if distributed.rank == 0 else None
     smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
-    with enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
+    # What is evaluated is the student as it is exported, and no graphs are made for the sizes of evaluation.
+    as_exported = torch.compiler.set_stance("force_eager") if job.optim.compile is not None else nullcontext()
+    with as_exported, enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
         return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision)
 
 

@@ -64,13 +64,15 @@ def build_optimizer(
     for parameter in free:
         key = id(parameter) in slow, not spec.norm_decay and parameter.ndim <= 1
         groups.setdefault(key, {"params": [], **_rates(spec, lr, *key)})["params"].append(parameter)
+    in_order = [groups[key] for key in sorted(groups)]
     optimizer: torch.optim.Optimizer
+    # Fused: one pass over weight, gradient and moments. AdamW's also counts the steps on a GPU, where else the host would.
     if spec.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups.values(), lr=lr, momentum=spec.momentum)
+        on_cpu = all(parameter.device.type == "cpu" for parameter in free)
+        fused = True if on_cpu else None  # on a GPU torch's own choice is about as fast
+        optimizer = torch.optim.SGD(in_order, lr=lr, momentum=spec.momentum, fused=fused)
     else:
-        # One kernel for all parameters, which counts the steps on the GPU; by default the host counts them.
-        fused = True if all(parameter.is_cuda for parameter in free) else None
-        optimizer = torch.optim.AdamW(groups.values(), lr=lr, betas=spec.betas, fused=fused)
+        optimizer = torch.optim.AdamW(in_order, lr=lr, betas=spec.betas, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))
 
 

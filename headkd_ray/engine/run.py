@@ -28,8 +28,8 @@ RESULT_FILE = "result.json"
 # Sections that may change when a run is resumed: they decide where it trains and what it logs, not what it learns.
 # (Some changes of cluster.workers are still refused: below, and in loop.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
-# The teacher's keys that may change likewise: they decide where its outputs are computed, not what they are.
-FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path")
+# Other keys that may change likewise: they decide where or how fast something is computed, not what it is.
+FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path", "optim.compile")
 _MEND = "restore it, or choose another run.name"
 UPLOAD_SECONDS = 60
 """Seconds between uploads of the log while no checkpoint is due."""

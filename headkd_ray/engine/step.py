@@ -101,6 +101,8 @@ def train_step(
 
 def forward(learner: Learner, job: Job, batch: Batch) -> dict[str, Tensor]:
     """Return the weighted losses of ``batch`` by name, computed at the job's precision."""
+    if job.optim.compile == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()  # the last pass is over: CUDA graphs may use its memory again
     if learner.soft_teacher is not None:
         batch = replace(batch, targets=learner.soft_teacher(batch))
     if batch.idle:

@@ -213,6 +213,10 @@ class OptimSpec(Spec):
     place; null = no average."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes; bf16 = autocast, with weights and losses in fp32."""
+    compile: Literal["default", "reduce-overhead"] | None = None
+    """Mode of torch.compile for backbones, pyramids and dense heads in training steps; null = they are not compiled.
+    reduce-overhead also records CUDA graphs. The first steps then take minutes, as do the first ones with views of other sizes.
+    It needs a C++ compiler on every machine that trains."""
 
 
 LENGTH_KEYS = ("optim.epochs", "optim.milestones", "eval.patience")

@@ -66,6 +66,6 @@ def test_every_part_runs_with_the_wheels_alone(tmp_path: Path) -> None:
     assert all(part["rehearsal"] and part["torch"].startswith("2.") for part in parts.values())
     assert [row["ended"] for row in parts["run"]["rows"]] == ["done"] * len(PARTS)
     assert {row["outcome"] for row in parts["tests"]["rows"]} == {"passed", "skipped"}
-    assert len(parts["steps"]["rows"]) == 20 and len(parts["ray"]["rows"]) == 5
+    assert len(parts["steps"]["rows"]) == 22 and len(parts["ray"]["rows"]) == 5
     assert not [row for part in parts.values() for row in part["rows"] if "error" in row]
     assert [json.loads(line)["row"] for line in (out / "evidence.jsonl").read_text().splitlines()] == ["baseline"]

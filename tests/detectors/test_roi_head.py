@@ -9,8 +9,9 @@ from headkd_ray.detectors import BoxHead, GroundTruth, RoIs, StageOutput
 from headkd_ray.detectors.ops import fixed_size
 from headkd_ray.detectors.ops.boxes import decode, encode
 from headkd_ray.detectors.ops.proposals import Proposals
+from headkd_ray.detectors.ops.roi_align import pool_rois, roi_levels
 from headkd_ray.detectors.ops.rois import candidates, choose, draw, flatten
-from headkd_ray.detectors.roi_head import BoxOutputs, pool_rois, roi_levels
+from headkd_ray.detectors.roi_head import BoxOutputs
 from headkd_ray.job import RoIHeadSpec, SamplerSpec
 
 STRIDES = (8, 16, 32, 64)
@@ -41,21 +42,48 @@ def test_level_map(side: float, level: int) -> None:
     assert roi_levels(torch.tensor([[0.0, 0, side, side]]), 4, 56.0).tolist() == [level]
 
 
-def test_pooling_in_one_pass_equals_box_by_box() -> None:
+KEYS = [{}, {"aligned": False}, {"sampling_ratio": 2}, {"aligned": False, "sampling_ratio": 2}]
+"""The kinds of RoIAlign: mmdet's first, torchvision's last."""
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_pooling_in_one_pass_equals_torchvision_box_by_box(keys: dict[str, Any]) -> None:
     features, boxes, image = scene()
-    pooled = pool_rois(features, STRIDES, boxes, image, spec())
-    levels = set()
+    boxes[:5] = torch.tensor([[-90.0, 5, 20, 60], [200, 200, 400, 300], [9, 9, 9, 9], [250, 0, 270, 9], [300, 300, 340, 340]])
+    features = [level.to(memory_format=torch.channels_last).requires_grad_() for level in features]
+    pooled = pool_rois(features, STRIDES, boxes, image, spec(**keys))
+    expected, levels = [], set()
     for n in range(len(boxes)):
-        area = float((boxes[n, 2] - boxes[n, 0]) * (boxes[n, 3] - boxes[n, 1]))
+        area = max(0.0, float((boxes[n, 2] - boxes[n, 0]) * (boxes[n, 3] - boxes[n, 1])))
         level = min(max(math.floor(math.log2(math.sqrt(area) / 56 + 1e-6)), 0), 3)
         levels.add(level)
         row = torch.cat([image[n : n + 1].float(), boxes[n]]).unsqueeze(0)
-        expected = roi_align(features[level], row, 3, 1 / STRIDES[level], 0, True)[0]
-        torch.testing.assert_close(pooled[n], expected)
+        ratio, aligned = keys.get("sampling_ratio", 0), keys.get("aligned", True)
+        expected.append(roi_align(features[level], row, 3, 1 / STRIDES[level], ratio, aligned)[0])
+    torch.testing.assert_close(pooled, torch.stack(expected))
     assert levels == {0, 1, 2, 3}
+    weights = torch.randn_like(pooled)
+    found, wanted = (torch.autograd.grad((rows * weights).sum(), features) for rows in (pooled, torch.stack(expected)))
+    torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("keys", [{}, {"aligned": False}, {"sampling_ratio": 2}, {"aligned": False, "sampling_ratio": 2}])
+@pytest.mark.parametrize("device_types", [(), ("cpu",)])
+def test_boxes_of_a_detector_that_diverged_are_pooled(device_types: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or training would end with an error about an index, not with the one about its loss."""
+    monkeypatch.setattr(fixed_size, "FIXED_SIZE_DEVICES", device_types)
+    features, boxes, image = scene(3)
+    boxes[1] = torch.nan
+    assert pool_rois(features, STRIDES, boxes, image, spec()).isfinite().all()
+
+
+def test_no_boxes_are_pooled_to_no_rows_that_still_belong_to_the_graph() -> None:
+    features = [level.requires_grad_() for level in scene()[0]]
+    pooled = pool_rois(features, STRIDES, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), spec())
+    assert pooled.shape == (0, 4, 3, 3)
+    assert [float(gradient.abs().sum()) for gradient in torch.autograd.grad(pooled.sum(), features)] == [0.0] * 4
+
+
+@pytest.mark.parametrize("keys", KEYS)
 def test_levels_side_by_side_as_on_a_gpu_are_pooled_alike(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes reach every edge of their image, whose levels of odd sides are larger than it; so do their gradients."""
     _, boxes, image = scene(60)

@@ -108,6 +108,27 @@ def test_the_backbone_may_have_a_rate_of_its_own(optimizer: str) -> None:
     assert [group["lr"] for group in stepper.param_groups] == pytest.approx([0.0005, 0.00025]), "the second milestone"
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_fused_update_is_that_of_the_loop_over_parameters(optimizer: str) -> None:
+    """A fused kernel reads the memory of weight, gradient and moments in parallel, so their layouts must be alike."""
+    spec = OptimSpec.model_validate({"optimizer": optimizer, "warmup_steps": 0, "weight_decay": 0.1})
+    fused, looped = ([torch.nn.Conv2d(4, 6, 3, groups=2), torch.nn.Conv2d(6, 2, 1)] for _ in range(2))
+    for one, other in zip(fused, looped, strict=True):
+        one.to(memory_format=torch.channels_last)
+        other.load_state_dict(one.state_dict())
+    steppers = [build_optimizer(spec, (p for m in each for p in m.parameters()), 16, 10)[0] for each in (fused, looped)]
+    steppers[1].param_groups[0] |= {"fused": False, "foreach": False}
+    x = torch.randn(2, 4, 8, 8)  # not channels-last, as after an operator that does not keep the layout
+    for _ in range(3):
+        for each, stepper in zip((fused, looped), steppers, strict=True):
+            stepper.zero_grad()
+            each[1](each[0](x).contiguous().relu()).square().mean().backward()
+            stepper.step()
+    for one, other in zip(steppers[0].param_groups[0]["params"], steppers[1].param_groups[0]["params"], strict=True):
+        assert one.grad.stride() == one.stride()
+        torch.testing.assert_close(one, other)
+
+
 def test_a_retuned_state_goes_on_with_the_other_job_s_values() -> None:
     """Momentum buffers stay, and the schedule continues at the same step."""
     weight = torch.nn.Parameter(torch.ones(2))
