@@ -49,9 +49,9 @@ def torch_bytes(detector: AnyDetector, description: Description) -> bytes:
     if raw:
         del inputs["original_sizes"]
     try:
-        # Otherwise the graph would hold for batches and maps of at least two alone.
-        oblivious = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # torch makes it at import
-        with torch.no_grad(), oblivious, warnings.catch_warnings():
+        # Otherwise the graph would hold for batches and maps of at least two alone. (torch adds "patch" when it is imported.)
+        any_size = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), any_size, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torchvision's use of torch
             program = torch.export.export(
                 graph.eval(), tuple(inputs.values()), dynamic_shapes=_variable(inputs, description), strict=False
