@@ -30,7 +30,7 @@ def test_a_killed_and_resumed_training_from_a_folder_of_transformers_is_bit_exac
     (folder / "model.json").unlink()  # what is left is what transformers itself would write
     student = {"kind": "transformers", "checkpoint": str(folder), "config": {"num_denoising": 4}}
     optim = {"optimizer": "adamw", "lr": 0.001, "backbone_lr_factor": 0.1, "ema": 0.9, "epochs": 1, "milestones": []}
-    sections = {"optim": optim, "checkpoint": {"every_steps": 3}, "eval": {"every_epochs": 1}}
+    sections = {"optim": optim, "checkpoint": {"every_steps": 2}, "eval": {"every_epochs": 1}, "data": {"batch_size": 8}}
     whole = micro_job(tmp_path, drawn_splits, "whole", student=student, **sections)
     killed = whole.replace({"run.name": "killed"})
     expected = train(whole)
@@ -38,7 +38,7 @@ def test_a_killed_and_resumed_training_from_a_folder_of_transformers_is_bit_exac
     assert f"its outputs for {len(classes) - 1} of {len(classes)} classes are taken" in note and "(transformers)" in note
 
     with pytest.raises(KilledError):
-        train(killed, killed_at(5))
+        train(killed, killed_at(3))
     assert not (tmp_path / "killed" / "result.json").exists()
     shutil.rmtree(folder)
     result = train(killed)
@@ -58,7 +58,7 @@ class KilledError(Exception):
 
 
 def killed_at(step: int) -> Callable[[dict[str, Any]], None]:
-    """Return a sink that ends the run when it learns of ``step``, two steps after a checkpoint."""
+    """Return a sink that ends the run when it learns of ``step``."""
 
     def tell(record: dict[str, Any]) -> None:
         if record["step"] == step:
