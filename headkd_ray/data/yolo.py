@@ -100,11 +100,8 @@ class _LabelFiles:
         self.missing = {number for number, found in enumerate(there) if not found}
         """Numbers of the images without a label file."""
         if len(self.missing) == len(images):
-            shown = (
-                folder_at(start, posixpath.dirname(path)).named(posixpath.basename(path))
-                for path in (images[0], self._paths[0])
-            )
-            raise DataError(NO_LABEL.format(len(images), *shown, "; check that the labels are there"))
+            shown = (shown_path(start, path) for path in (images[0], self._paths[0]))
+            raise DataError(NO_LABEL.format(len(images), *shown))
 
     def shown(self, number: int) -> str:
         """Return the path of an image's label file, for messages."""
