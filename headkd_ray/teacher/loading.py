@@ -8,6 +8,7 @@ import torch
 
 from headkd_ray.data.class_lists import check_common, outputs_by_name
 from headkd_ray.detectors import Detector
+from headkd_ray.detectors.state_dict import fingerprint
 from headkd_ray.detectors.weights import with_classes
 from headkd_ray.detectors.weights.fetch import fetch_named
 from headkd_ray.job import Job
@@ -20,6 +21,8 @@ class Teacher:
     detector: Detector
     note: str | None
     """A note for the log on how its classes differ from the data's and if it is of the student's kind; None if neither."""
+    fingerprint: str
+    """SHA-256 of the weights in the checkpoint, in hexadecimal."""
 
 
 def teacher_of(job: Job, classes: tuple[str, ...]) -> Detector:
@@ -53,10 +56,11 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     names = loaded.classes
     assert names is not None
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
+    weights = fingerprint(loaded.detector.state_dict())
     notes = list(loaded.notes)
     notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD expects another kind"] if own_kind else []
     if classes is None or classes == names:
-        return Teacher(loaded.detector, "; ".join(notes) or None)
+        return Teacher(loaded.detector, "; ".join(notes) or None, weights)
     who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
     check_common(who, names, data, classes, "teacher.classes")
     matched = len(set(classes) & set(names))
@@ -64,4 +68,4 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         f"teacher: its head's outputs follow the data's class names ({matched} of {len(classes)} matched)",
         *outputs_by_name("the teacher", names, classes),
     ]
-    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes))
+    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes), weights)
