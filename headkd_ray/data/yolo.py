@@ -30,7 +30,9 @@ class YoloReader(Reader):
 
     uri: str
     split: str | None = None
-    """Name of the split; None = all splits."""
+    """Name of the split; None = the only one, or all if they may be ``joined``."""
+    joined: bool = False
+    """Whether several splits may be read as one, because the images are divided anew."""
     workers: int | None = None
     """Threads that read label files; None = one per CPU."""
 
@@ -39,6 +41,11 @@ class YoloReader(Reader):
         content = read_yolo_yaml(self.uri)
         if self.split is not None and self.split not in content.splits:
             raise DataError(f"{self.uri}: has no split {self.split!r}; it has {', '.join(content.splits)}")
+        if self.split is None and not self.joined and len(content.splits) > 1:
+            raise DataError(
+                f"{self.uri}: has the splits {', '.join(content.splits)}; choose one with --split NAME, or divide all images "
+                "anew with --split 0.8 0.1 0.1"
+            )
         start = Folder.of_file(self.uri, DataError)[0]
         warnings: list[str] = []
         chosen = [self.split] if self.split else [split for split in SPLITS if split in content.splits]

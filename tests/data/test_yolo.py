@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ BOX = "0 0.5 0.5 0.25 0.5\n"
 
 
 def read(yaml: str, split: str | None = "train", **options: object) -> CheckedSplit:
-    return checked([YoloReader(yaml, split)], CheckOptions(**options)).split  # type: ignore[arg-type]
+    return checked([YoloReader(yaml, split, joined=True)], CheckOptions(**options)).split  # type: ignore[arg-type]
 
 
 def test_boxes_arrive_in_pixels(tmp_path: Path) -> None:
@@ -222,6 +223,16 @@ def test_several_splits_and_photos_of_one_folder_or_two(tmp_path: Path) -> None:
     split = read(yaml, None)
     assert split.images.names == ["train/0.jpg", "val/0.jpg"] and "the split test is left out" in split.warnings[0]
     assert read(yaml, "val").images.names == ["0.jpg"]
+    with pytest.raises(DataError, match=r"has the splits train, val, test; choose one with --split NAME, or divide"):
+        prepare_split(yaml, None, str(tmp_path / "out"))
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    yaml = make_yolo(tmp_path, [BOX, BOX])
+    folder = bytes(tmp_path / "images" / "train")
+    os.rename(folder + b"/0.jpg", folder + b"/caf\xe9.jpg")
+    with pytest.raises(DataError, match=r"caf\\udce9.jpg: file name that is not UTF-8; rename the file"):
+        read(yaml)
 
 
 def test_damaged_photos_and_labels_are_told_together(tmp_path: Path) -> None:
