@@ -106,7 +106,7 @@ def test_what_is_read_otherwise_than_it_is_written_is_told_with_its_count(tmp_pa
     assert [warning.replace(str(tmp_path), "") for warning in split.warnings] == [
         "/images/train: files that are not named as images are left out (1 .doc)",
         "1 label file is without an image of the same name, for example /labels/train/stray.txt",
-        "2 of 6 images are background, without objects: 1 have an empty label file, 1 have none",
+        "2 of 6 images are background, without objects (empty label files: 1, images without one: 1)",
         "2 of 7 lines hold a polygon (a segment or an oriented box), of which the upright box around it is used",
         "2 of 7 lines hold a pose, of which the box is used",
         "1 of 7 lines hold a confidence, as predictions have; they are trained on as if they were certain",
@@ -194,6 +194,14 @@ def test_images_are_found_where_data_yaml_means_them(place: str, tmp_path: Path)
     assert split.images.names == ["0.jpg", "1.jpg"]
     moved = place in ("path of another machine", "Windows", "Ultralytics' datasets folder", "Roboflow")
     assert [warning.endswith("/set/images/train") for warning in split.warnings] == [True] * moved
+
+
+def test_lists_of_one_folder_do_not_call_each_other_s_labels_stray(tmp_path: Path) -> None:
+    yaml = make_yolo(tmp_path, [BOX, BOX, BOX], yaml="train: train.txt\nval: val.txt\nnames: [ant]\n")
+    (tmp_path / "train.txt").write_text("images/train/0.jpg\r\nimages/train/1.jpg\r\n")
+    (tmp_path / "val.txt").write_text("\ufeffimages/train/2.jpg", encoding="utf-8")
+    assert [read(yaml, name).images.names for name in ("train", "val")] == [["0.jpg", "1.jpg"], ["2.jpg"]]
+    assert read(yaml).warnings == read(yaml, "val").warnings == ()
 
 
 def test_the_last_folder_images_is_where_labels_are_beside(tmp_path: Path) -> None:
