@@ -20,7 +20,7 @@ from headkd_ray.data.part import Part, Reader
 from headkd_ray.data.photo_sizes import read_sizes
 from headkd_ray.data.photos import Exif, Fault
 from headkd_ray.data.problems import Problems
-from headkd_ray.data.records import UNKNOWN_CATEGORY, UNKNOWN_IMAGE, repeats
+from headkd_ray.data.records import UNKNOWN_CATEGORY, UNKNOWN_IMAGE, is_text, repeats
 from headkd_ray.storage import Folder
 
 IGNORED_CLASSES = {"ignore", "ignored", "ignoredregion", "ignoredregions", "ignoreregion", "ignoreregions", "dontcare"}
@@ -108,13 +108,17 @@ class _PartCheck:
                 f"were found, for example {example}"
             )
             names[:] = [taken.get(name, name) for name in names]
+        foreign = [row for row, name in enumerate(names) if not is_text(name)]
+        self._problems.add_all(
+            "file name that is not UTF-8; rename the file", foreign, lambda row: f"{part.name}: {names[row]}"
+        )
         outside = [row for row, name in enumerate(names) if leaves(name)]
         self._problems.add_all(
             "'file_name' must be a path relative to IMAGES_DIR that stays in it",
             outside,
             lambda row: f"{part.name}: image {part.images.ids[row]}, file_name {names[row]!r}",
         )
-        part.invalid_images |= set(part.images.ids[outside].tolist())
+        part.invalid_images |= set(part.images.ids[outside + foreign].tolist())
 
     def _find_sizes(self) -> None:
         """Read from the files the sizes of images that do not say it."""

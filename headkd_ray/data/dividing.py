@@ -107,7 +107,10 @@ def _classes_of(split: CheckedSplit, group: NDArray[np.int64]) -> dict[int, Coun
 
 def _order(names: Sequence[str], group: NDArray[np.int64], seed: int) -> list[int]:
     """Return the groups in a random order that depends on the seed and the file names alone."""
-    roots = sorted(set(group.tolist()), key=lambda root: names[root])
+    first: dict[int, str] = {}
+    for root, name in zip(group.tolist(), names, strict=True):
+        first[root] = min(name, first.get(root, name))
+    roots = sorted(first, key=first.__getitem__)
     return [roots[k] for k in key_permutation(len(roots), "divide", seed).tolist()]
 
 
@@ -169,7 +172,8 @@ def _told(
         lines.append(f"{' and '.join(off)}: not as large as wanted, because groups stay together or classes are rare")
     image = np.repeat(part, np.diff(split.first))
     for k in range(len(fractions)):
-        lacking = [name for label, name in enumerate(split.classes) if not (split.label[image == k] == label).any()]
+        boxes = np.bincount(split.label[image == k], minlength=len(split.classes)).tolist()
+        lacking = [name for name, count in zip(split.classes, boxes, strict=True) if not count]
         if lacking and len(lacking) < len(split.classes):
             lines.append(f"{PARTS[k]} has no box of {listed(lacking)}, which have too few images or stay together")
     return lines

@@ -5,6 +5,8 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 
+from pyarrow.fs import FileSystem
+
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
 
@@ -30,6 +32,12 @@ def image_files(folder: Folder, warnings: list[str]) -> list[str]:
 def is_image(name: str) -> bool:
     """Return whether a file is named as an image."""
     return posixpath.splitext(name)[1].lower() in READ | OTHERS
+
+
+def names_in(fs: FileSystem, path: str) -> list[str]:
+    """Return the sorted names of the files directly in a folder, also those that are not UTF-8; none if there is no folder."""
+    folder = Folder(fs, path, path)
+    return [name for name, is_folder in folder.entries() if not is_folder] if folder.exists else []
 
 
 def lines_of(folder: Folder, name: str) -> list[str]:

@@ -29,29 +29,14 @@ def joined(parts: Sequence[Part], names: list[str], fixes: tuple[str, ...]) -> C
         fixes: what --fix-boxes changed.
     """
     warnings = list(chain.from_iterable(part.warnings for part in parts))
-    categories, told = _categories(parts)
-    image_ids, annotation_ids = [part.images.ids for part in parts], [part.annotations.id for part in parts]
-    image_of = [_positions(part.images.ids, part.annotations.release("image")) for part in parts]
-    offsets = np.cumsum([0, *map(len, image_ids)])
-    row = _joined([place + start for place, start in zip(image_of, offsets[:-1].tolist(), strict=True)])
-    del image_of
-    ids, renumbered = _ids(image_ids)
-    own_ids, annotations_renumbered = _ids(annotation_ids)
-    for what, anew in {"category": told, "image": renumbered, "annotation": annotations_renumbered}.items():
-        if anew:
-            warnings.append(f"{len(parts)} sources use the same {what} ids for different things: all are numbered anew, from 1")
-    sizes = np.concatenate([part.images.sizes for part in parts])
-    order = np.argsort(ids, kind="stable")
-    images = Images(ids, names, sizes).take(order.tolist())
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    row = rank[row]
+    categories, ids, own_ids = _numbering(parts, warnings)
+    images, row = _images(parts, ids, names)
     _tell_shared(images, warnings)
     label_of = {id_: label for label, id_ in enumerate(sorted(categories))}
     label = _joined([_labels(part, categories, label_of) for part in parts])
     by_image = np.lexsort((own_ids, row))
     counts = np.bincount(row, minlength=len(images))
-    del row, rank
+    del row
     kinds = {part.written_in for part in parts}
     return CheckedSplit(
         images=images,
@@ -66,6 +51,28 @@ def joined(parts: Sequence[Part], names: list[str], fixes: tuple[str, ...]) -> C
         upright=all(part.upright for part in parts),
         written_in=kinds.pop() if len(kinds) == 1 else "annotations",
     )
+
+
+def _numbering(parts: Sequence[Part], warnings: list[str]) -> tuple[dict[int, str], Integers, Integers]:
+    """Return the classes by category id, and the ids of all images and of all annotations; tell which are new."""
+    categories, renamed = _categories(parts)
+    images, images_new = _ids([part.images.ids for part in parts])
+    annotations, annotations_new = _ids([part.annotations.id for part in parts])
+    for what, new in {"category": renamed, "image": images_new, "annotation": annotations_new}.items():
+        if new:
+            warnings.append(f"{len(parts)} sources use the same {what} ids for different things: all are numbered anew, from 1")
+    return categories, images, annotations
+
+
+def _images(parts: Sequence[Part], ids: Integers, names: list[str]) -> tuple[Images, Integers]:
+    """Return the images of all parts by ascending id, and the row of each annotation's image among them."""
+    starts = np.cumsum([0, *(len(part.images) for part in parts)]).tolist()
+    image_of = (_positions(part.images.ids, part.annotations.release("image")) for part in parts)
+    row = _joined([place + start for place, start in zip(image_of, starts[:-1], strict=True)])
+    order = np.argsort(ids, kind="stable")
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return Images(ids, names, np.concatenate([part.images.sizes for part in parts])).take(order.tolist()), rank[row]
 
 
 def _column(parts: Sequence[Part], name: str) -> NDArray[Any]:

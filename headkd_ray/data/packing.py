@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from headkd_ray.data.photos import Exif
 from headkd_ray.data.shard_writer import pack
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.sources import SourceOptions, readers
+from headkd_ray.data.stored import file_sha256
 from headkd_ray.data.voc import Pixels
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
@@ -45,7 +47,7 @@ def prepare_split(
         fix_boxes: clip or drop unusable boxes instead of refusing the split.
         exif: apply or ignore EXIF orientation; None = as the annotations' sizes or format imply.
         workers: threads that read and check images; None = one per CPU.
-        write_coco: file to which the split is also written as a COCO JSON.
+        write_coco: file to which the split is also written as a COCO JSON; one with another content is not overwritten.
         options: passed on to :func:`pack`.
 
     Returns:
@@ -55,10 +57,10 @@ def prepare_split(
         DataError: the annotations or the images have problems, all of which are listed; or as :func:`pack`.
     """
     check_range(options.get("value_range"))
-    source = SourceOptions(split, classes, voc_pixels, workers)
+    source = SourceOptions(split, False, classes, voc_pixels, workers)
     found = checked(readers(_several(annotations), _several(images), source), CheckOptions(fix_boxes, exif, workers))
     if write_coco is not None:
-        write_coco_json(found.split, write_coco)
+        write_coco_json(found.split, write_coco, _several(annotations), overwrite=options.get("overwrite", False))
     return pack(found, out_uri, exif=exif, workers=workers, **options)
 
 
@@ -89,10 +91,10 @@ def prepare_splits(
     """
     check_range(options.get("value_range"))
     check_fractions(fractions, group_by)
-    source = SourceOptions(None, classes, voc_pixels, workers)
+    source = SourceOptions(None, True, classes, voc_pixels, workers)
     found = checked(readers(_several(annotations), _several(images), source), CheckOptions(fix_boxes, exif, workers))
     if write_coco is not None:
-        write_coco_json(found.split, write_coco)
+        write_coco_json(found.split, write_coco, _several(annotations), overwrite=options.get("overwrite", False))
     prints = fingerprints(found, workers)
     parts = divided(found.split, fractions, prints, group_by=group_by, seed=seed)
     packed, errors = {}, []
@@ -132,10 +134,24 @@ def check_range(value_range: tuple[int, int] | None) -> None:
         raise DataError(f"--range {low} {high}: give two ascending values, from {FULL_RANGE[0]} to {FULL_RANGE[1]}")
 
 
-def write_coco_json(split: CheckedSplit, uri: str) -> None:
-    """Write the split as a COCO JSON; file names are relative to the images' folder. Raises DataError if that fails."""
+def write_coco_json(split: CheckedSplit, uri: str, sources: Sequence[str], *, overwrite: bool) -> None:
+    """Write the split as a COCO JSON; file names are relative to the images' folder.
+
+    Raises:
+        DataError: the file is one of the ``sources``, or is there with another content and not to be overwritten; or it cannot
+            be written.
+    """
     folder, name = Folder.of_file(uri, DataError)
+    if any(folder.at(name) == Folder.open(source, DataError).path for source in sources):
+        raise DataError(f"--write-coco {uri}: is also what is read; choose another file")
+    digest = hashlib.sha256()
+    for piece in split.coco_json():
+        digest.update(piece)
     try:
+        if (there := file_sha256(folder, name)) == digest.hexdigest():
+            return
+        if there is not None and not overwrite:
+            raise DataError(f"--write-coco {uri}: is there with another content; choose another file, or give --overwrite")
         folder.create()
         folder.write(name, split.coco_json())
     except OSError as error:

@@ -28,6 +28,8 @@ class SourceOptions:
 
     split: str | None = None
     """Split of a data.yaml, or list in ImageSets/Main; None = all images."""
+    joined: bool = False
+    """Whether several splits of a data.yaml may be read as one."""
     classes: str | None = None
     """Classes of Pascal VOC: a text file with a name a line, or a prepared split; None = those that are found."""
     voc_pixels: Pixels | None = None
@@ -87,7 +89,7 @@ def _reader(place: str, images: str | None, options: SourceOptions, classes: tup
     if place.lower().endswith((".yaml", ".yml")):
         if photos is not None:
             raise DataError(f"{place}: names the folders of its images itself; leave out {images}")
-        return YoloReader(place, options.split, options.workers)
+        return YoloReader(place, options.split, options.joined, options.workers)
     if photos is None:
         raise DataError(f"{place}: give the folder of its images, too: prepare {place} IMAGES_DIR --out OUT_DIR")
     return CocoReader(place, photos)

@@ -34,16 +34,16 @@ class StoredShard:
 
 def is_sound(out: Folder, layout: Layout, meta: Meta, pool: Executor) -> bool:
     """Return whether all files of a complete split are as they were written."""
-    found = pool.map(lambda shard: _sha256(out, shard.name), meta.shards)
+    found = pool.map(lambda shard: file_sha256(out, shard.name), meta.shards)
     expected = [shard.sha256 for shard in meta.shards]
     annotations = hashlib.sha256()
     for piece in layout.annotations():
         annotations.update(piece)
     own = {INDEX: hashlib.sha256(layout.index()).hexdigest(), ANNOTATIONS: annotations.hexdigest()}
-    return list(found) == expected and all(_sha256(out, name) == sha256 for name, sha256 in own.items())
+    return list(found) == expected and all(file_sha256(out, name) == sha256 for name, sha256 in own.items())
 
 
-def _sha256(out: Folder, name: str) -> str | None:
+def file_sha256(out: Folder, name: str) -> str | None:
     """Return the file's SHA-256; None if it cannot be read."""
     digest = hashlib.sha256()
     try:

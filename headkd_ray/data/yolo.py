@@ -13,7 +13,7 @@ import numpy as np
 
 from headkd_ray.data.box_forms import misread_fractions, written_fractions
 from headkd_ray.data.checked_split import Images
-from headkd_ray.data.image_lists import counted, image_files, lines_of
+from headkd_ray.data.image_lists import counted, image_files, is_image, lines_of, names_in
 from headkd_ray.data.part import Annotations, Part, Reader
 from headkd_ray.data.problems import Problems
 from headkd_ray.data.yolo_labels import Labels
@@ -30,7 +30,9 @@ class YoloReader(Reader):
 
     uri: str
     split: str | None = None
-    """Name of the split; None = all splits."""
+    """Name of the split; None = the only one, or all if they may be ``joined``."""
+    joined: bool = False
+    """Whether several splits may be read as one, because the images are divided anew."""
     workers: int | None = None
     """Threads that read label files; None = one per CPU."""
 
@@ -39,6 +41,11 @@ class YoloReader(Reader):
         content = read_yolo_yaml(self.uri)
         if self.split is not None and self.split not in content.splits:
             raise DataError(f"{self.uri}: has no split {self.split!r}; it has {', '.join(content.splits)}")
+        if self.split is None and not self.joined and len(content.splits) > 1:
+            raise DataError(
+                f"{self.uri}: has the splits {', '.join(content.splits)}; choose one with --split NAME, or divide all images "
+                "anew with --split 0.8 0.1 0.1"
+            )
         start = Folder.of_file(self.uri, DataError)[0]
         warnings: list[str] = []
         chosen = [self.split] if self.split else [split for split in SPLITS if split in content.splits]
@@ -91,6 +98,7 @@ class _LabelFiles:
 
     def __init__(self, start: Folder, images: Sequence[str], workers: int | None) -> None:
         self._start, self._workers = start, workers
+        self._folders = sorted({posixpath.dirname(path) for path in images})
         self._paths = [label_path(path) for path in images]
         beside = [posixpath.splitext(path)[0] + ".txt" for path in images]
         there = _present(start, self._paths)
@@ -100,11 +108,8 @@ class _LabelFiles:
         self.missing = {number for number, found in enumerate(there) if not found}
         """Numbers of the images without a label file."""
         if len(self.missing) == len(images):
-            shown = (
-                folder_at(start, posixpath.dirname(path)).named(posixpath.basename(path))
-                for path in (images[0], self._paths[0])
-            )
-            raise DataError(NO_LABEL.format(len(images), *shown, "; check that the labels are there"))
+            shown = (shown_path(start, path) for path in (images[0], self._paths[0]))
+            raise DataError(NO_LABEL.format(len(images), *shown))
 
     def shown(self, number: int) -> str:
         """Return the path of an image's label file, for messages."""
@@ -132,15 +137,17 @@ class _LabelFiles:
     def warnings(self) -> list[str]:
         """Say where the label files are, if not where they belong, and how many belong to no image."""
         lines = ["the label files are beside the images, not in a folder 'labels' beside 'images'"] if self._beside else []
-        used = set(self._paths)
+        beside = [posixpath.join(place, name) for place in self._folders for name in names_in(self._start.fs, place)]
+        used = {label_path(path) for path in beside if is_image(path)}  # whichever split the images are in
         stray = [
             posixpath.join(place, name)
             for place in sorted({posixpath.dirname(path) for path in self._paths})
-            for name in Folder(self._start.fs, place, "").names()
+            for name in names_in(self._start.fs, place)
             if name.endswith(".txt") and name != "classes.txt" and posixpath.join(place, name) not in used
         ]
         if stray and not self._beside:
-            lines.append(f"{counted(len(stray), 'label file')} without an image of the same name, for example {stray[0]}")
+            example = shown_path(self._start, stray[0])
+            lines.append(f"{counted(len(stray), 'label file')} without an image of the same name, for example {example}")
         return lines
 
 
@@ -159,15 +166,15 @@ def label_path(image: str) -> str:
 def _background(images: int, empty: int, missing: int) -> list[str]:
     if not empty + missing:
         return []
-    parts = [f"{empty} have an empty label file"] * (empty > 0) + [f"{missing} have none"] * (missing > 0)
-    return [f"{empty + missing} of {images} images are background, without objects: {', '.join(parts)}"]
+    counts = f"empty label files: {empty}, images without one: {missing}"
+    return [f"{empty + missing} of {images} images are background, without objects ({counts})"]
 
 
 def _present(start: Folder, paths: Sequence[str]) -> list[bool]:
     """Return which files are there, by listing their folders."""
     names: dict[str, set[str]] = {}
     for place in {posixpath.dirname(path) for path in paths}:
-        names[place] = set(Folder(start.fs, place, "").names())
+        names[place] = set(names_in(start.fs, place))
     return [posixpath.basename(path) in names[posixpath.dirname(path)] for path in paths]
 
 

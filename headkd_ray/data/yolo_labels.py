@@ -102,8 +102,10 @@ class Labels:
         """Return whether the columns after the box are key points: as many as data.yaml says, or each with a visibility."""
         if self._keypoints is not None:
             return len(rest) == self._keypoints
-        # With an even number of columns it is no polygon. An odd number could be one, but its numbers are hardly 0, 1 or 2.
-        return len(rest) >= 3 and len(rest) % 3 == 0 and all(value in (0, 1, 2) for value in rest[2::3])
+        visible = rest[2::3]
+        if not visible or len(rest) % 3 or not all(value in (0, 1, 2) for value in visible):
+            return False
+        return len(rest) % 2 == 1 or 2 in visible  # else it may be a polygon, whose numbers may be 0 or 1, but not 2
 
 
 def _around_centre(numbers: tuple[float, ...]) -> Box:

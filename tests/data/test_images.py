@@ -160,6 +160,15 @@ def test_pages_of_a_tiff_are_counted_and_the_first_is_read() -> None:
     assert inspect(data).pages == 3 and np.array_equal(decode(data).permute(1, 2, 0), np.array(RGB))
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", ["TIFF RGB ", "TIFF RGB tiff_lzw", "TIFF RGB tiff_adobe_deflate", "BMP RGB ", "BMP P "])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.98])
+def test_a_tiff_or_bmp_that_is_cut_off_is_refused(name: str, share: float) -> None:
+    data = LOSSLESS[name][1]
+    with pytest.raises(ValueError, match=r"cannot be decoded|not a JPEG"):
+        decode(data[: int(share * len(data))])
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_sizes_are_measured_without_decoding(kind: str) -> None:
     data = oriented(RGB, 6, kind)

@@ -140,6 +140,21 @@ def test_photos_without_a_size_that_cannot_be_read_are_told_with_the_json_s_othe
     assert "0.jpg (image 500): no such file" in missing and "but a GIF" in category and "unknown category" in other
 
 
+def test_no_file_of_the_user_is_overwritten_by_the_coco_json(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, images=3)
+    before = Path(files.json).read_bytes()
+    with pytest.raises(DataError, match=r"annotations.json: is also what is read; choose another file"):
+        prepare_split(files.json, files.images, files.out, write_coco=f"{tmp_path}/./annotations.json", overwrite=True)
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    with pytest.raises(DataError, match=r"other.json: is there with another content; choose another file, or give --overwrite"):
+        prepare_split(files.json, files.images, files.out, write_coco=str(other))
+    assert Path(files.json).read_bytes() == before and other.read_text() == "{}" and not Path(files.out).exists()
+    for overwrite in (True, False):  # the same content once more is no loss
+        prepare_split(files.json, files.images, files.out, write_coco=str(other), overwrite=overwrite)
+    assert boxes_by_file(other) == boxes_by_file(files.json)
+
+
 def test_places_that_are_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = make_coco(tmp_path)
     for places, message in {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ BOX = "0 0.5 0.5 0.25 0.5\n"
 
 
 def read(yaml: str, split: str | None = "train", **options: object) -> CheckedSplit:
-    return checked([YoloReader(yaml, split)], CheckOptions(**options)).split  # type: ignore[arg-type]
+    return checked([YoloReader(yaml, split, joined=True)], CheckOptions(**options)).split  # type: ignore[arg-type]
 
 
 def test_boxes_arrive_in_pixels(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_what_is_read_otherwise_than_it_is_written_is_told_with_its_count(tmp_pa
     assert [warning.replace(str(tmp_path), "") for warning in split.warnings] == [
         "/images/train: files that are not named as images are left out (1 .doc)",
         "1 label file is without an image of the same name, for example /labels/train/stray.txt",
-        "2 of 6 images are background, without objects: 1 have an empty label file, 1 have none",
+        "2 of 6 images are background, without objects (empty label files: 1, images without one: 1)",
         "2 of 7 lines hold a polygon (a segment or an oriented box), of which the upright box around it is used",
         "2 of 7 lines hold a pose, of which the box is used",
         "1 of 7 lines hold a confidence, as predictions have; they are trained on as if they were certain",
@@ -195,6 +196,14 @@ def test_images_are_found_where_data_yaml_means_them(place: str, tmp_path: Path)
     assert [warning.endswith("/set/images/train") for warning in split.warnings] == [True] * moved
 
 
+def test_lists_of_one_folder_do_not_call_each_other_s_labels_stray(tmp_path: Path) -> None:
+    yaml = make_yolo(tmp_path, [BOX, BOX, BOX], yaml="train: train.txt\nval: val.txt\nnames: [ant]\n")
+    (tmp_path / "train.txt").write_text("images/train/0.jpg\r\nimages/train/1.jpg\r\n")
+    (tmp_path / "val.txt").write_text("\ufeffimages/train/2.jpg", encoding="utf-8")
+    assert [read(yaml, name).images.names for name in ("train", "val")] == [["0.jpg", "1.jpg"], ["2.jpg"]]
+    assert read(yaml).warnings == read(yaml, "val").warnings == ()
+
+
 def test_the_last_folder_images_is_where_labels_are_beside(tmp_path: Path) -> None:
     assert label_path("data/images/x/images/a/1.tar.jpg") == "data/images/x/labels/a/1.tar.txt"
     assert label_path("/images/1.jpg") == "/labels/1.txt" and label_path("images/1.jpg") == "labels/1.txt"
@@ -222,6 +231,16 @@ def test_several_splits_and_photos_of_one_folder_or_two(tmp_path: Path) -> None:
     split = read(yaml, None)
     assert split.images.names == ["train/0.jpg", "val/0.jpg"] and "the split test is left out" in split.warnings[0]
     assert read(yaml, "val").images.names == ["0.jpg"]
+    with pytest.raises(DataError, match=r"has the splits train, val, test; choose one with --split NAME, or divide"):
+        prepare_split(yaml, None, str(tmp_path / "out"))
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    yaml = make_yolo(tmp_path, [BOX, BOX])
+    folder = bytes(tmp_path / "images" / "train")
+    os.rename(folder + b"/0.jpg", folder + b"/caf\xe9.jpg")
+    with pytest.raises(DataError, match=r"caf\\udce9.jpg: file name that is not UTF-8; rename the file"):
+        read(yaml)
 
 
 def test_damaged_photos_and_labels_are_told_together(tmp_path: Path) -> None:
