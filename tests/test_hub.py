@@ -15,11 +15,14 @@ from huggingface_hub import constants
 
 from headkd_ray import evaluate, predict, push, train
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import build_detector
+from headkd_ray.detectors.weights import save_detector
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.errors import UserError
 from headkd_ray.job import Job, load_job
 from headkd_ray.report.model_card import model_card
 from headkd_ray.storage import Folder
+from tests.detectors.micro import transformers_spec
 from tests.hub import READ, WRITE, Hub, serve
 from tests.support import MICRO_TEACHER, edit, micro_job, micro_teacher
 
@@ -156,6 +159,22 @@ def test_only_the_checkpoint_s_files_are_fetched(hub: Hub, tmp_path: Path) -> No
     fetched = {path.rpartition("/resolve/")[2].partition("/")[2] for path in hub.asked if "/resolve/" in path}
     assert fetched == set(FILES[1:])
     assert {path.name for path in (tmp_path / "cache").glob("*/snapshots/*/*")} == set(FILES[1:])
+
+
+def test_a_detector_of_transformers_is_pushed_and_fetched_as_the_hub_has_it(hub: Hub, tmp_path: Path) -> None:
+    """A pushed checkpoint has the files that transformers reads, and a repository without our model.json is a detector, too."""
+    torch.manual_seed(0)
+    detector = build_detector(transformers_spec(), 2)
+    save_detector(tmp_path, detector, ("ant", "bee"))
+    files = push.repository_files(str(tmp_path), "me/detr")
+    assert sorted(files) == ["README.md", "config.json", "model.json", "model.safetensors", "preprocessor_config.json"]
+    assert "An object detector: `rt_detr` of `transformers`, for 2 classes." in files["README.md"].decode()
+    assert 'pip install "headkd-ray[hub,teachers]"' in files["README.md"].decode()
+    hub.put("their/detr", {name: content for name, content in files.items() if name != "model.json"})
+    loaded = fetch_detector("hf://their/detr")
+    assert (loaded.source, loaded.classes) == ("transformers", ("ant", "bee"))
+    for name, tensor in detector.state_dict().items():
+        assert torch.equal(loaded.detector.state_dict()[name], tensor)
 
 
 def test_cached_files_serve_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,10 @@ def model_card(
     """
     meta, spec = model.get("meta", {}), model["spec"]
     kind, method = spec["kind"], _escaped(str(meta.get("method", "supervised")))
+    if "backbone" in spec:
+        network, extras = f"`{kind}` with the backbone `{spec['backbone']['name']}`", "hub"
+    else:  # a whole network of another library, which reads the repository too
+        network, extras = f"`{spec['model']}` of `{kind}`", "hub,teachers"
     distilled = method != "supervised"
     tags = [LIBRARY, "object-detection", kind, *(["knowledge-distillation"] if distilled else [])]
     front = {"library_name": LIBRARY, "pipeline_tag": "object-detection", "tags": tags}
@@ -42,10 +46,10 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {_escaped(repository.rpartition('/')[2])}",
-        f"An object detector: `{kind}` with the backbone `{spec['backbone']['name']}`, for {len(model['classes'])} classes. "
+        f"An object detector: {network}, for {len(model['classes'])} classes. "
         f"Trained with {LIBRARY}" + (f" by the method {method}; see {PAPER}." if distilled else "."),
         "## Use\n\n```sh\n"
-        'python -m pip install "headkd-ray[hub]"\n'
+        f'python -m pip install "headkd-ray[{extras}]"\n'
         f"python -m headkd_ray.predict hf://{repository} photos --out found\n"
         f"python -m headkd_ray.evaluate hf://{repository} data/val\n```",
         "## Classes\n\n" + ", ".join(map(_escaped, model["classes"])),
