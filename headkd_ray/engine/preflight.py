@@ -11,6 +11,7 @@ from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import extreme_sizes
+from headkd_ray.detectors import Detector
 from headkd_ray.detectors.backbone_trial import backbone_problems
 from headkd_ray.distill import build_training_model
 from headkd_ray.distill.start import Start, load_start
@@ -100,7 +101,7 @@ def _check_sizes(job: Job, shards: ShardSet, teacher: Teacher | None) -> None:
     """
     sizes = extreme_sizes(job.data, shards.index.height, shards.index.width)
     problems = [f"student.{problem}" for problem in backbone_problems(job.student.backbone, sizes)]
-    if teacher is not None and job.teacher is not None:
+    if teacher is not None and job.teacher is not None and isinstance(teacher.detector, Detector):
         found = backbone_problems(teacher.detector.spec.backbone, sizes, changeable=False)
         problems += [f"teacher.checkpoint ({job.teacher.checkpoint}): {problem}" for problem in found]
     if problems:

@@ -17,7 +17,7 @@ from headkd_ray.detectors import Detector
 from headkd_ray.distill import TrainingModel
 from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.job import Job
-from headkd_ray.teacher import SoftTeacher
+from headkd_ray.teacher import TeacherSource
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Learner:
     """Wraps ``model`` if several processes train it."""
     start: dict[str, str] | None = None
     """The detector that the student started from: its ``checkpoint`` and the ``fingerprint`` of its weights; None = fresh."""
-    soft_teacher: SoftTeacher | None = None
+    soft_teacher: TeacherSource | None = None
     """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 
     @property

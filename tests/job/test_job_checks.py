@@ -11,6 +11,9 @@ from headkd_ray.job import Job, problems, warnings
 from headkd_ray.job.keys import dotted, sections
 from headkd_ray.job.module_specs import Spec
 
+DETR = {"kind": "transformers", "checkpoint": "t"}
+ANSWERED = {"rois": "teacher", "copy_head": False}
+
 
 def job(**changes: Any) -> Job:
     """Return a sound job, with sections replaced."""
@@ -106,6 +109,27 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             {"student": {"kind": "cascade_rcnn", "backbone": {"weights": "timm"}}, "distill": {"rois": "teacher"}},
             "distill.rois",
             "a cascade_rcnn student uses its own RoIs; use student",
+        ),
+        ({"teacher": {"checkpoint": "t", "layers": [1, 2]}}, "teacher.layers", "is for kind: transformers"),
+        ({"teacher": {"checkpoint": "t", "truth_iou": 0.4}}, "teacher.truth_iou", "is for kind: transformers"),
+        (
+            {"teacher": DETR, "distill": {"copy_head": False}},
+            "distill.rois",
+            "a teacher of kind transformers only knows the boxes of its own queries; use teacher",
+        ),
+        ({"teacher": DETR, "distill": {"rois": "teacher"}}, "distill.copy_head", "a teacher of kind transformers has no head"),
+        ({"teacher": {**DETR, "layers": [2, 1]}, "distill": ANSWERED}, "teacher.layers", "[2, 1] is not in ascending order"),
+        ({"teacher": DETR, "distill": {**ANSWERED, "ckd_towers": ["box"]}}, "distill.ckd_towers", "has no box tower"),
+        ({"teacher": DETR, "distill": {**ANSWERED, "pkd_weight": 1.0}}, "distill.pkd_weight", "has no pyramid to imitate"),
+        ({"method": "fitnet", "teacher": DETR}, "teacher.kind", "method fitnet needs a teacher of ours"),
+        (
+            {
+                "teacher": DETR,
+                "distill": {"copy_head": False},
+                "student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}},
+            },
+            "student.kind",
+            "a two-stage student uses its own RoIs, of which a teacher of kind transformers knows nothing",
         ),
         (
             {"method": "fitnet", "teacher": {"checkpoint": "t", "placement": "pool"}},
