@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from headkd_ray.soft_targets import TopLogits, ViewTargets
 
-LEVELS = {False: 255, True: 127}
-"""Number of quantisation steps from 0 to the greatest 8-bit feature, by whether features have a sign."""
+LEVELS, SIGNED_LEVELS = 255, 127
+"""Number of quantisation steps from 0 to the greatest 8-bit feature; with a sign, as many below 0."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Codec:
         for view in views:
             if len(view.boxes):
                 np.maximum(most, np.abs(view.taps).max(axis=1), out=most)
-        steps = most / LEVELS[self.signed]
+        steps = most / self._levels
         return np.where(steps > 0, steps, 1).astype(np.float32)
 
     def pack(self, view: ViewTargets, scales: NDArray[np.float32]) -> bytes:
         """Encode the features (L, k, D) of a view."""
         if self.dtype == "fp16":
             return view.taps.astype("<f2").tobytes()
-        most = LEVELS[self.signed]
-        steps = np.rint(view.taps / scales[:, None]).clip(-most if self.signed else 0, most).astype(self._byte)
+        least = -self._levels if self.signed else 0
+        steps = np.rint(view.taps / scales[:, None]).clip(least, self._levels).astype(self._byte)
         return steps.transpose(0, 2, 1).tobytes()
 
     def unpack(self, packed: bytes, count: int, scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -62,6 +62,10 @@ class Codec:
             return np.frombuffer(packed, dtype="<f2").reshape(self.layers, count, self.width).astype(np.float32)
         steps = np.frombuffer(packed, dtype=self._byte).reshape(self.layers, self.width, count)
         return np.ascontiguousarray(steps.transpose(0, 2, 1)) * scales[:, None]
+
+    @property
+    def _levels(self) -> int:
+        return SIGNED_LEVELS if self.signed else LEVELS
 
     @property
     def _byte(self) -> type[np.int8] | type[np.uint8]:
