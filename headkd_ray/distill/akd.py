@@ -51,7 +51,7 @@ class AKD(Term):
         if job.distill.rois == "teacher" and not can_choose_rois(teacher):
             assert not isinstance(teacher, TeacherSource)
             found.append(
-                "distill.rois: teacher needs a faster_rcnn teacher, whose features depend on a RoI alone, or one of "
+                "distill.rois: teacher needs a faster_rcnn teacher, whose features depend on a RoI alone, or teacher.kind: "
                 f"transformers; this one is a {teacher.spec.kind}, so use student"
             )
         if job.distill.assistant is not None and can_choose_rois(teacher):

@@ -31,8 +31,8 @@ def _source(job: Job, teacher: AnyTeacher) -> TeacherSource:
         return teacher
     if not answers_about_rois(teacher):
         raise JobError(
-            "teacher.checkpoint: the teacher must choose the RoIs, which a faster_rcnn or a detector of transformers can; this "
-            f"one is a {teacher.spec.kind}"
+            "teacher.checkpoint: the teacher must choose the RoIs, which a faster_rcnn or a DETR (teacher.kind: transformers) "
+            f"can; this one is a {teacher.spec.kind}"
         )
     return SoftTeacher(teacher, job.distill.roi_budget, view_seed(job), job.data.pad, job.teacher.precision)
 
