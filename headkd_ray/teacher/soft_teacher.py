@@ -41,7 +41,6 @@ class SoftTeacher(TeacherSource):
         self.sampler = SamplerSpec(size=budget, positive_fraction=roi.sampler.positive_fraction)
         self.budget, self.layers, self.width = budget, roi.fcs, roi.fc_channels
         self.num_classes, self.num_logits = detector.num_classes, detector.num_classes + 1
-        self.pixels = detector.spec.pixels
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.two_stage import answers_about_rois
-from headkd_ray.job import PixelSpec, RoIHeadSpec
+from headkd_ray.job import RoIHeadSpec
 from headkd_ray.soft_targets import SoftTargets
 
 
@@ -38,7 +38,10 @@ class QueryFeatures:
 
 
 class TeacherSource(ABC):
-    """A frozen teacher that answers with RoIs of its own, and with its features of each. K is the RoI budget of a view."""
+    """A frozen teacher that answers with RoIs of its own, and with its features of each. K is the RoI budget of a view.
+
+    It gets raw pixels: how it resizes and normalises them is its own affair. Boxes are in pixels of the view.
+    """
 
     budget: int
     """K: the largest number of RoIs per view."""
@@ -52,8 +55,6 @@ class TeacherSource(ABC):
     """Number of the data's classes."""
     num_logits: int
     """The largest number of class logits that it can give for a RoI, background included."""
-    pixels: PixelSpec
-    """The statistics by which it normalises RGB values; its callers give it raw pixels."""
 
     @property
     @abstractmethod

@@ -60,7 +60,7 @@ class TransformersSource(TeacherSource):
         self.budget, self.truth_iou, self.precision = budget, truth_iou, precision
         self.chosen_layers = [layer - 1 for layer in layers]
         self.layers, self.width = len(layers), model.width
-        self.pixels, self.num_classes = model.pixels, len(classes)
+        self.num_classes = len(classes)
         places = {name: place for place, name in enumerate(classes)}
         known = [(output, places[name]) for output, name in enumerate(names) if name in places]
         if model.softmax:
@@ -100,7 +100,7 @@ class TransformersSource(TeacherSource):
     @torch.no_grad()
     def answers_at(self, batch: Batch, boxes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`TeacherSource.answers_at`; each box is answered by the query whose box overlaps it most."""
-        (answer,) = self._run(batch)
+        answer = self._run(batch)
         query = pairwise_iou(boxes, self._boxes(answer.boxes, batch.sizes)[0]).argmax(1)
         return (answer.states[self.chosen_layers][:, 0, query], *self._top(answer.logits[0, query], count))
 
@@ -111,33 +111,29 @@ class TransformersSource(TeacherSource):
         logits = torch.zeros(len(batch.sizes), self.budget, outputs, device=self.device)
         if batch.idle:
             return _Chosen(targets, logits)
-        for row, answer in enumerate(self._run(batch)):
-            one = slice(row, row + 1)
-            truth = GroundTruth.of(batch.boxes[one], batch.labels[one], batch.sizes[one])
-            chosen = self._choose(answer, truth)
-            count = chosen.logits.shape[1]
-            logits[one, :count] = chosen.logits
-            targets.taps[one, :, :count] = chosen.targets.taps
-            for whole, part in zip(targets[:3], chosen.targets[:3], strict=True):
-                whole[one, :count] = part
+        chosen = self._choose(self._run(batch), GroundTruth.of(batch.boxes, batch.labels, batch.sizes))
+        count = chosen.logits.shape[1]
+        logits[:, :count] = chosen.logits
+        targets.taps[:, :, :count] = chosen.targets.taps
+        for whole, part in zip(targets[:3], chosen.targets[:3], strict=True):
+            whole[:, :count] = part
         return _Chosen(targets, logits)
 
-    def _run(self, batch: Batch) -> list[DecoderAnswer]:
-        """Run the model on the views of ``batch``, each on its own size, and return the answer about each."""
+    def _run(self, batch: Batch) -> DecoderAnswer:
+        """Run the model on the views of ``batch``, each as its processor prepares it, and return its answer in their order."""
         views = [image[:, :h, :w] for image, (h, w) in zip(batch.images, batch.sizes.tolist(), strict=True)]
         made = [self.model.inputs([view], self.device) for view in views]
         alike: dict[tuple[int, ...], list[int]] = {}
         for row, inputs in enumerate(made):
             alike.setdefault(tuple(inputs["pixel_values"].shape), []).append(row)
-        answers: dict[int, DecoderAnswer] = {}
+        answers = []
         for rows in alike.values():
             inputs = {name: torch.cat([made[row][name] for row in rows]) for name in made[rows[0]]}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                states, boxes, logits = decoder_states(self.model.module, **inputs)
-            for place, row in enumerate(rows):
-                own = slice(place, place + 1)
-                answers[row] = DecoderAnswer(states[:, own], boxes[own], logits[own])
-        return [answers[row] for row in range(len(views))]
+                answers.append(decoder_states(self.model.module, **inputs))
+        order = torch.tensor([row for rows in alike.values() for row in rows], device=self.device).argsort()
+        states, boxes, logits = zip(*answers, strict=True)
+        return DecoderAnswer(torch.cat(states, dim=1)[:, order], torch.cat(boxes)[order], torch.cat(logits)[order])
 
     def _boxes(self, shares: Tensor, sizes: Tensor) -> Tensor:
         """Turn boxes (N, Q, 4) of a DecoderAnswer into x1 y1 x2 y2 in pixels of views of ``sizes`` (N, 2), within the view."""
