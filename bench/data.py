@@ -27,7 +27,7 @@ from headkd_ray.data.batch import collate
 from headkd_ray.data.batch_stream import BatchMaker, PendingBatch, load_window
 from headkd_ray.data.epoch_order import Window, train_rows, train_windows
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.data.views import apply_view
+from headkd_ray.data.views import show
 from headkd_ray.job import DataSpec
 
 BATCH = 16
@@ -66,12 +66,16 @@ def measure(shards: ShardSet, maker: BatchMaker, windows: list[Window], side: in
 
 def parts(times: Times, maker: BatchMaker, pending: PendingBatch) -> None:
     """Note what the parts of making a batch take by themselves."""
-    count, number = len(pending.samples), pending.epoch
-    decoded = timed(times, "decode", count, lambda: [sample.pixels() for sample in pending.samples])
-    views = [maker.view(sample.image_id, number) for sample in pending.samples]
-    shown = zip(decoded, pending.samples, views, strict=True)
-    timed(times, "view", count, lambda: [apply_view(pixels, sample.boxes, view) for pixels, sample, view in shown])
-    examples = [maker.example(sample, number, view) for sample, view in zip(pending.samples, views, strict=True)]
+    count = len(pending.samples)
+    timed(times, "decode", count, lambda: [sample.pixels() for sample in pending.samples])
+    views = maker.views(pending)
+    timed(
+        times,
+        "decode + view",
+        count,
+        lambda: [show([sample], view) for sample, view in zip(pending.samples, views, strict=True)],
+    )
+    examples = list(map(maker.example, pending.samples, pending.numbers, views))
     timed(times, "pad", count, lambda: collate(examples, pending.step, maker.spec.pad))
 
 
@@ -81,12 +85,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8, help="rounds that count")
     parser.add_argument("--side", type=int, default=640, help="side of the JPEGs, pixels")
     parser.add_argument("--view", type=int, default=720, help="side of the views, pixels")
+    parser.add_argument("--reduced", action="store_true", help="with data.reduced_decode")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
     spec = DataSpec(
         train="-", val="-", batch_size=BATCH, short_side=(options.view, options.view), long_side=options.view,
-        shuffle_window=options.images,
+        shuffle_window=options.images, reduced_decode=options.reduced,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         shards = ShardSet.open(write_split(Path(scratch), "train", options.images, options.side))

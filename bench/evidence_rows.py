@@ -85,6 +85,16 @@ def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
     yield "tf_head_rcnn_warm", Row("retinanet", f"{stopping} {later}", alone, lr_of="tf_head")
 
 
+def augmented() -> Iterator[tuple[str, Row]]:
+    """Yield the baseline and HEAD with augmented views, to be read beside those with the paper's."""
+    keys = (
+        "'data.augment={mosaic: 0.25, mosaic_epochs: 8, crop: 0.4, crop_side: [0.5, 1.0], zoom_out: 0.4, "
+        "zoom_out_side: [1.0, 2.0], brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.02}'"
+    )
+    yield "baseline_augment", Row("retinanet", keys, lr_of="baseline")
+    yield "head_augment", Row("retinanet", f"method=head {keys}", ("baseline_augment",), "teacher", "head")
+
+
 def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
     """Yield rows that compare features in Pearson's distance; ``head_pearson`` also at half and twice the paper's weights."""
     keys, taught = "distill.distance=pearson", ("baseline", "akd", "head")
@@ -139,7 +149,7 @@ PRETRAINED = Heads(
     stop=5,
 )
 ROWS: dict[str, dict[str, Row]] = {
-    "micro": _tier(MICRO) | dict(ablations(MICRO)),
+    "micro": _tier(MICRO) | dict(ablations(MICRO)) | dict(augmented()),
     "pretrained": pretrained(PRETRAINED),
     "standard": _tier(STANDARD) | dict(ladder(STANDARD, "mnv2", "_mnv2")),
 }

@@ -22,7 +22,7 @@ from evidence_tables import METRICS, append, read
 from revision import revision
 
 from headkd_ray import cache
-from headkd_ray.data.epoch_order import train_rows
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.engine.distributed import Distributed
@@ -164,7 +164,7 @@ def _cost(job: Job) -> dict[str, Any]:
 
     Waiting for data counts, evaluation and checkpoints do not. A step that was repeated after an interruption counts once.
     """
-    images = len(train_rows(ShardSet.open(job.data.train).index, job.data.keep_empty)) * job.optim.epochs
+    images = sampling_of(ShardSet.open(job.data.train), job.data).images * job.optim.epochs
     steps, seconds = 0, 0.0
     for text in run_folder(job).read("log.jsonl").decode().splitlines():
         record = json.loads(text)

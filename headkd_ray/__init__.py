@@ -1,7 +1,8 @@
 """HEAD, heterogeneous distillation of object detectors, on Ray.
 
-The commands are functions, too: ``headkd_ray.prepare``, ``train``, ``evaluate``, ``export`` and ``predict``. Each is the module
-of the command, which can be called; ``headkd_ray.load`` returns a detector to be called on images. docs/api.md describes them.
+The commands are functions, too: ``headkd_ray.prepare``, ``train``, ``evaluate``, ``compare``, ``export`` and ``predict``. Each
+is the module of the command, which can be called; ``headkd_ray.load`` returns a detector to be called on images. docs/api.md
+describes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-COMMANDS = ("prepare", "train", "evaluate", "export", "predict")
+COMMANDS = ("prepare", "train", "evaluate", "compare", "export", "predict")
 """Modules that can be called."""
 
 

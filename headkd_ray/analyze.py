@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from headkd_ray.cli import command_parser, user_errors
+from headkd_ray.report.plots import png, svg
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
 from headkd_ray.text import warn
 from headkd_ray.tuning.analysis.best import best_trial, render_best
-from headkd_ray.tuning.analysis.figures import figures, png, svg
+from headkd_ray.tuning.analysis.figures import figures
 from headkd_ray.tuning.analysis.frame import read_trials, trial_frame
 from headkd_ray.tuning.analysis.importance import importances
 from headkd_ray.tuning.analysis.page import page

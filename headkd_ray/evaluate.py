@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any, NamedTuple
 
 from rich.progress import track
 
@@ -16,14 +17,18 @@ from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import keeping
 from headkd_ray.detectors.weights.fetch import fetch_detector
+from headkd_ray.diagnosis.detector_diagnosis import diagnose
 from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.inference import trained_range, view_spec
-from headkd_ray.engine.scoring import recorded_detections, scoring_of
+from headkd_ray.engine.scoring import recorded_count, recorded_detections, scoring_of
 from headkd_ray.errors import DataError
 from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.memory import enough_memory
+from headkd_ray.pictures import mistakes
+from headkd_ray.report.detector_page import detector_page
+from headkd_ray.report.plots import drawing
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -33,33 +38,82 @@ from headkd_ray.text import printable
 def evaluate_checkpoint(
     checkpoint: str,
     data: str,
-    batch_size: int = 2,
+    batch_size: int | None = None,
     out: str | None = None,
     max_detections: int | None = None,
     warn: Callable[[str], object] = lambda warning: None,
+    report: str | None = None,
 ) -> CocoMetrics:
     """Evaluate a detector on a prepared split, in this process, on the first GPU if there is one.
 
     Args:
+        batch_size: images per forward pass; None = as many as in the checkpoint's training, or 2. As many give exactly the
+            metrics that training reported; another padding moves the last digits.
         out: where to write the detections (path or URI), as a COCO results file.
         max_detections: detections per image that count; None = as many as in the checkpoint's training, or COCO's 100.
         warn: called with each warning about the metrics.
+        report: where to write a page on what the detector gets right and wrong (path or URI), as HTML.
 
     Raises:
         CheckpointError, DataError: unreadable, or the split has classes that the detector does not know.
         DeviceMemoryError: a batch needs more memory than is available.
-        StorageError: ``out`` cannot be written; raised before the evaluation starts.
+        StorageError: ``out`` or ``report`` cannot be written; raised before the evaluation starts.
+        UserError: matplotlib is not installed, which ``report`` needs.
     """
-    target = None if out is None else Folder.of_file(out)
-    if target is not None:
-        target[0].check_writable()
+    targets = {path: Folder.of_file(path) for path in (out, report) if path is not None}
+    for folder, _ in targets.values():
+        folder.check_writable()
+    if report is not None:
+        with drawing():
+            pass
     shards = ShardSet.open(data)
+    found = detect_split(checkpoint, shards, data, batch_size, max_detections, warn)
+    truth = shards.ground_truth()
+    metrics = coco_metrics(truth, found.results, found.image_ids, found.max_detections)
+    content = {}
+    if out is not None:
+        content[out] = json.dumps(found.results)
+    if report is not None:
+        diagnosis = diagnose(truth, found.results, found.max_detections)
+        summary = f"{checkpoint} on {data}: {metrics.images} images, {len(shards.meta.classes)} classes."
+        pictures = list(mistakes(shards, (diagnosis, found.results)))
+        content[report] = detector_page(
+            "What the detector gets right and wrong", summary, metrics.as_dict(), diagnosis, pictures
+        )
+    for path, text in content.items():
+        folder, name = targets[path]
+        folder.create()
+        folder.write(name, text.encode())
+    return metrics
+
+
+class Found(NamedTuple):
+    """A detector's detections on a split."""
+
+    results: list[dict[str, Any]]
+    """COCO results."""
+    image_ids: list[int]
+    """All images of the split."""
+    max_detections: int
+    """How many of an image's detections count."""
+
+
+def detect_split(
+    checkpoint: str,
+    shards: ShardSet,
+    data: str,
+    batch_size: int | None = None,
+    max_detections: int | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
+) -> Found:
+    """Detect in all images of a prepared split, which ``data`` names in messages; else as :func:`evaluate_checkpoint`."""
     loaded = fetch_detector(checkpoint)
     for note in loaded.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     check_same_range({data: shards.meta.value_range, checkpoint: trained_range(loaded.meta)})
     if loaded.classes is None and loaded.detector.num_classes != len(shards.meta.classes):
         raise DataError(f"{data} has {len(shards.meta.classes)} classes, {checkpoint} knows {loaded.detector.num_classes}")
+    batch_size = batch_size or recorded_count(loaded.meta, "eval_batch_size", 2)
     most = max_detections or recorded_detections(loaded.meta)
     scoring = scoring_of(shards, data, loaded.classes or shards.meta.classes, checkpoint, most)
     for warning in scoring.warnings:
@@ -75,11 +129,7 @@ def evaluate_checkpoint(
         with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
             found = predict(loaded.detector.to(distributed.device), shown, distributed.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
-    if target is not None:
-        folder, name = target
-        folder.create()
-        folder.write(name, json.dumps(results).encode())
-    return coco_metrics(shards.ground_truth(), results, list(found), scoring.max_detections)
+    return Found(results, list(found), scoring.max_detections)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,13 +137,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("evaluate", (__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="student folder of a run, hf://owner/name, or an mmdet or torchvision .pth file")
     parser.add_argument("data", help="prepared split (folder or URI)")
-    parser.add_argument("--batch-size", type=positive, default=2, help="images per forward pass (default %(default)s)")
+    parser.add_argument("--batch-size", type=positive, help="images per forward pass (default: as in training, or 2)")
     parser.add_argument(
         "--max-detections",
         type=positive,
         help="detections per image and class that count (default: as in the checkpoint's training, or COCO's 100)",
     )
     parser.add_argument("--out", help="write the detections to this file, as COCO results")
+    parser.add_argument(
+        "--report", help="write an HTML page to this file: what errors cost, curves, score thresholds, confused classes, images"
+    )
     with user_errors():
         options = parser.parse_args(arguments)
         metrics = evaluate_checkpoint(
@@ -103,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.out,
             options.max_detections,
             lambda warning: print(f"warning: {warning}", file=sys.stderr),
+            options.report,
         )
     print_metrics({options.checkpoint: metrics.as_dict()})
     return 0

@@ -19,7 +19,8 @@ from rich.progress import track
 
 import headkd_ray
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
-from headkd_ray.data.shards import Sample, ShardSet
+from headkd_ray.data.sample import Sample
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.deploy.description import Description, describe
 from headkd_ray.deploy.entrants import Entrant, Warn, load_as_trained, scoring_on
 from headkd_ray.deploy.exported import Exported, as_openvino
@@ -29,6 +30,7 @@ from headkd_ray.deploy.networks import FileNetwork
 from headkd_ray.deploy.onnx_file import onnx_bytes
 from headkd_ray.deploy.quantise import quantised
 from headkd_ray.deploy.side_by_side import Track, Tried, detect_side_by_side, pixels_of, raw_error
+from headkd_ray.deploy.torch_file import torch_bytes
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import batch_of
 from headkd_ray.errors import ExportError, UserError
@@ -37,7 +39,12 @@ from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
 from headkd_ray.text import warn as print_warning
 
-TARGETS = {"onnx": "model.onnx", "onnx-int8": "model-int8.onnx", "openvino": "model.xml and model.bin"}
+TARGETS = {
+    "onnx": "model.onnx",
+    "onnx-int8": "model-int8.onnx",
+    "torch-export": "model.pt2",
+    "openvino": "model.xml and model.bin",
+}
 """Names of the files by target."""
 TIMED_IMAGES = 8
 """Number of images, the first of the split, with which latency is measured."""
@@ -124,9 +131,11 @@ def _check(request: Request) -> None:
         problems.append("--beside and --images belong to the check on validation images; give --val, or leave them out")
     if problems:
         raise UserError(problems)
-    with needs_extra("onnx", f"--to {request.targets[0]}"):
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+    through_onnx = [target for target in request.targets if target != "torch-export"]
+    if through_onnx:
+        with needs_extra("onnx", f"--to {through_onnx[0]}"):
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
     if "openvino" in request.targets:
         with needs_extra("openvino", "--to openvino"):
             import openvino  # noqa: F401
@@ -144,11 +153,14 @@ def _description(request: Request, loaded: LoadedDetector) -> Description:
 
 def _files(request: Request, loaded: LoadedDetector, description: Description, calibration: ShardSet | None) -> list[Exported]:
     """Make the file of each target."""
-    content = onnx_bytes(loaded.detector, description)
+    targets = dict.fromkeys(request.targets)
+    content = onnx_bytes(loaded.detector, description) if targets.keys() - {"torch-export"} else b""
     files = []
-    for target in dict.fromkeys(request.targets):
+    for target in targets:
         if target == "openvino":
             files.append(as_openvino(content, description))
+        elif target == "torch-export":
+            files.append(Exported(TARGETS[target], {TARGETS[target]: torch_bytes(loaded.detector, description)}))
         elif calibration is not None and target == "onnx-int8":
             limit = request.calibration_images
             shown = _progress("calibrating", calibration, limit)(calibration.samples(limit))

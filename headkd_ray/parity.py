@@ -15,10 +15,10 @@ from rich.text import Text
 
 from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.errors import DataError
-from headkd_ray.golden.compare import Row
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.quantities import check
 from headkd_ray.golden.replay import replay
+from headkd_ray.golden.tolerances import Row
 from headkd_ray.report.terminal import Terminal
 
 WIDTH = 120

@@ -1,20 +1,25 @@
-"""Pictures of a split's images with the detections of several runs side by side."""
+"""Pictures of a split's images with the detections of several runs, or with one's mistakes, beside the ground truth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torchvision.transforms.v2.functional import resize
 
-from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.shards import Sample, ShardSet
 from headkd_ray.detectors.weights.fetch import fetch_detector
+from headkd_ray.diagnosis.detector_diagnosis import Diagnosis
 from headkd_ray.engine.inference import detect_images, view_spec
-from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found
+from headkd_ray.report.draw import TILE, contact_sheet, draw, draw_found, jpeg
 from headkd_ray.report.fonts import drawable
 
 SHOWN_SCORE = 0.4
 """Minimum score of the detections in the picture."""
+LONGEST_SIDE = 640
+"""Longer side of a picture of mistakes, in pixels; larger images are shrunk to it."""
 
 
 def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: int = 4) -> tuple[bytes, str | None]:
@@ -52,3 +57,70 @@ def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: 
         average_precision = result["best"]["AP"]
         titles.append(name if average_precision is None else f"{name}: AP {average_precision:.1f}")
     return contact_sheet(list(zip(*columns, strict=True)), titles), note
+
+
+Findings = tuple[Diagnosis, Sequence[Mapping[str, Any]]]
+"""A detector's diagnosis on a split, and the COCO results that it is of."""
+
+
+def mistakes(shards: ShardSet, findings: Findings, most: int = 12) -> Iterator[tuple[str, bytes]]:
+    """Draw the images with most mistakes: ground truth on the left, detections at each class's best threshold on the right.
+
+    Yields:
+        A caption and a JPEG file for each image.
+    """
+    for image_id, count in list(findings[0].mistakes.items())[:most]:
+        yield f"image {image_id}: {_counted(count)}", _beside_truth(shards, image_id, [findings])
+
+
+def disagreements(shards: ShardSet, detectors: Mapping[str, Findings], most: int = 8) -> Iterator[tuple[str, bytes]]:
+    """Draw the images on which the detectors' numbers of mistakes differ most: ground truth, then each detector's detections.
+
+    Yields:
+        A caption and a JPEG file for each image.
+    """
+    counts = [diagnosis.mistakes for diagnosis, _ in detectors.values()]
+    images = dict.fromkeys(image_id for each in counts for image_id in each)
+    ranges = {image_id: [each.get(image_id, 0) for each in counts] for image_id in images}
+    order = sorted(images, key=lambda image_id: max(ranges[image_id]) - min(ranges[image_id]), reverse=True)
+    for image_id in order[:most]:
+        if len(set(ranges[image_id])) == 1:
+            return
+        told = ", ".join(f"{name}: {_counted(count)}" for name, count in zip(detectors, ranges[image_id], strict=True))
+        yield f"image {image_id}: ground truth, then {told}", _beside_truth(shards, image_id, list(detectors.values()))
+
+
+def _counted(mistakes: int) -> str:
+    return "1 mistake" if mistakes == 1 else f"{mistakes} mistakes"
+
+
+def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Findings]) -> bytes:
+    """Return a JPEG file with an image's ground truth and, beside it, the detections of each detector at its thresholds."""
+    meta = shards.meta
+    names, _ = drawable(dict(enumerate(meta.classes)))
+    known = {id_: names[label] for label, id_ in enumerate(meta.category_ids)}
+    sample = _sample(shards, image_id)
+    pixels = sample.pixels()
+    factor = min(1.0, LONGEST_SIDE / max(pixels.shape[-2:]))
+    if factor < 1:
+        pixels = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[-2:]], antialias=True)
+    captions = [names[label] for label in sample.labels.tolist()]
+    tiles = [draw(pixels, torch.from_numpy(sample.boxes) * factor, torch.from_numpy(sample.labels), captions, TILE)]
+    for diagnosis, results in detectors:
+        limits = {id_: diagnosis.thresholds[name] for id_, name in zip(meta.category_ids, meta.classes, strict=True)}
+        smaller = [
+            {**entry, "bbox": [factor * each for each in entry["bbox"]]}
+            for entry in results
+            for limit in [limits[entry["category_id"]]]
+            if entry["image_id"] == image_id and limit is not None and entry["score"] >= limit
+        ]
+        gap = torch.full((3, tiles[0].shape[1], 8), 255, dtype=torch.uint8)
+        tiles += [gap, draw_found(pixels, smaller, known, 0.0, TILE)]
+    return jpeg(torch.cat(tiles, dim=2))
+
+
+def _sample(shards: ShardSet, image_id: int) -> Sample:
+    (place,) = np.flatnonzero(shards.index.image_id == image_id)
+    shard, row = int(shards.index.shard[place]), int(shards.index.row[place])
+    (sample,) = shards.read_group(shard, row // shards.index.row_group, [row])
+    return sample

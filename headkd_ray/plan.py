@@ -73,7 +73,7 @@ def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps:
         f"others and exchanges with its teachers, at {gbps:g} Gbit/s."
     ]
     if job.teacher is not None and job.distill.rois == "teacher" and measured.codec is not None:
-        size = cache_bytes(work.images, work.views, job.distill.roi_budget, measured.codec)
+        size = cache_bytes(work.distinct, work.views, job.distill.roi_budget, measured.codec)
         built = f", whose building takes {plans[0].build_hours:.2g} of the hours" if work.placement == "cache" else ""
         dtype = measured.codec.dtype
         notes.append(f"A cache of {work.views} views per image: at most {size / 1e9:.3g} GB ({dtype}, uncompressed){built}.")

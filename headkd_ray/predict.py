@@ -50,7 +50,7 @@ def predict(
     """Detect objects in images and videos in this process, and write ``detections.json`` and pictures.
 
     Args:
-        checkpoint: as for ``headkd_ray.load``: a student's folder, an mmdet or torchvision file, or an ``.onnx`` file.
+        checkpoint: as for ``headkd_ray.load``: a student's folder, an mmdet or torchvision file, or an exported file.
         places: files, folders and patterns, each a path or a URI.
         out: folder or URI for ``detections.json``, a COCO data set whose annotations have a ``score``, and for the pictures.
         score: boxes of at least this score are drawn.
@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("predict", __doc__)
     parser.add_argument(
-        "checkpoint", help="student folder of a run, hf://owner/name, an exported .onnx file, or an mmdet or torchvision file"
+        "checkpoint",
+        help="student folder of a run, hf://owner/name, an exported file (.onnx, .pt2, .xml), or an mmdet or torchvision file",
     )
     parser.add_argument(
         "images",

@@ -8,6 +8,7 @@ where it was stopped; delete the output folder to start over.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.synthetic import draw_splits
+from headkd_ray.errors import UserError
 from headkd_ray.job import ClusterSpec, Job, load_job
 from headkd_ray.job.provided import job_folder
 from headkd_ray.prepare import prepare
@@ -34,6 +36,8 @@ STAGES = {
 }
 """Titles of the stages, by the name of their job file and run."""
 PICTURE = "detections.png"
+STAGES_OF_SECTION = {"student": ("baseline", "head"), "teacher": ("head",), "distill": ("head",), "method": ("head",)}
+"""Stages whose jobs the overrides of a section reach, where it is not all: the teacher's job has a student of its own."""
 
 
 class Split(NamedTuple):
@@ -57,7 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=job_folder() / "small",
         help="folder with your own teacher.yaml, baseline.yaml and head.yaml (default: the micro jobs of this package)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of all three jobs")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="replace keys of the three jobs: student.* in baseline and head, teacher.* and distill.* in head, others in all",
+    )
     with user_errors():
         options = parser.parse_args(arguments)
         needed = (options.train, options.val, options.images)
@@ -72,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides: list[str]) -> None:
     """Run all stages in order. ``own``: the splits train and val; None = the drawn data set. ``out``: a path or URI."""
+    if any(each.startswith("teacher.checkpoint=") for each in overrides):
+        raise UserError("teacher.checkpoint: the quickstart trains its own teacher; for another use python -m headkd_ray.train")
     folder = Folder.open(out)
     folder.check_writable()
     splits = {name: (folder / "data" / name).uri for name in ("train", "val")}
@@ -116,7 +127,8 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
 
 def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:
     """Load the job of a stage; only HEAD has a teacher."""
-    return load_job(jobs / f"{name}.yaml", [*common, *([f"teacher.checkpoint={teacher}"] if name == "head" else [])])
+    fitting = [each for each in common if name in STAGES_OF_SECTION.get(re.split(r"[.=]", each)[0], STAGES)]
+    return load_job(jobs / f"{name}.yaml", [*fitting, *([f"teacher.checkpoint={teacher}"] if name == "head" else [])])
 
 
 def _ray() -> AbstractContextManager[Any]:

@@ -7,12 +7,14 @@ On a laptop: ``python -m headkd_ray.train jobs/small/head.yaml cluster.workers=0
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headkd_ray.cli import callable_as, command_parser, user_errors
-from headkd_ray.job import Job, load_job, render_job, warnings
+from headkd_ray.errors import JobError
+from headkd_ray.job import LENGTH_KEYS, Job, load_job, render_job, warnings
 from headkd_ray.report.console import RunConsole
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.text import masked, printable
@@ -25,6 +27,7 @@ def train(
     job: Job | str | Path,
     tell: Sink = lambda record: None,
     note: Callable[[str], None] = lambda text: None,
+    extend: bool = False,
 ) -> Record:
     """Check everything, train where ``job.cluster`` says, and return the result; a run that has ended is not trained again.
 
@@ -32,32 +35,30 @@ def train(
         job: a job, or the path of a job file.
         tell: receives the log records.
         note: receives a sentence about the run if it has already ended.
+        extend: train a run longer than it was started for: ``optim.epochs`` may be more, ``optim.milestones`` may have further
+            ones, and ``eval.patience`` may be another.
     """
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
-    from headkd_ray.engine.run import finished, only_one, run_folder
+    from headkd_ray.engine.run import extend_run, finished, only_one, run_folder
     from headkd_ray.trackers import tracker_problems, tracking
 
     if not isinstance(job, Job):
         job = load_job(job)
-    preflight(job, tracker_problems(job))
+    preflight(job, tracker_problems(job), longer=extend)
     run = run_folder(job)
+    if extend:
+        with only_one(run):
+            extend_run(job)
     result = finished(run)
     if result is not None:
         note(
             f"the run {run.uri} has already ended, at step {result['last'].get('step')}: this is its result, and nothing was "
-            "trained now; to train again, choose another run.name"
+            "trained now; to train again, choose another run.name, or --extend epochs=N to train it longer"
         )
         return result
-    with only_one(run), tracking(job, run, tell) as trackers:
-        if job.cluster.workers == 0:
-            from headkd_ray.engine.local import train_here
-
-            result = train_here(job, trackers)
-        else:
-            from headkd_ray.cluster.trainer import train_on_ray  # workers: 0 must run where Ray is not installed
-
-            result = train_on_ray(job, trackers)
+    with only_one(run), _machine(job) as train_there, tracking(job, run, tell) as trackers:
+        result = train_there(trackers)
         if trackers:
             from headkd_ray.data.shards import ShardSet
             from headkd_ray.pictures import compare
@@ -67,22 +68,53 @@ def train(
     return result
 
 
+def _length_key(given: str) -> str:
+    """Return ``epochs=24`` as an override of the job's key. Raises JobError for other keys than those of a run's length."""
+    key, _, value = given.partition("=")
+    known = {name: path for path in LENGTH_KEYS for name in (path, path.rpartition(".")[2])}
+    if key not in known or not value:
+        raise JobError(f"--extend {given}: give KEY=VALUE, where KEY is one of epochs, milestones and patience")
+    return f"{known[key]}={value}"
+
+
+@contextmanager
+def _machine(job: Job) -> Iterator[Callable[[Sink], Record]]:
+    """Yield the function that trains where ``job.cluster`` says, which is known to have room; it takes the sink of the log."""
+    if job.cluster.workers == 0:
+        from headkd_ray.engine.local import train_here
+
+        yield lambda tell: train_here(job, tell)
+    else:
+        from headkd_ray.cluster.trainer import on_ray  # workers: 0 must run where Ray is not installed
+
+        with on_ray(job) as train_there:
+            yield train_there
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("train", (__doc__ or "").splitlines()[0])
     parser.add_argument("job", help="job file (YAML); python -m headkd_ray.jobs lists those that come with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace keys of the job file")
+    parser.add_argument(
+        "--extend",
+        nargs="+",
+        default=[],
+        metavar="epochs=N",
+        help="train a run longer than it was started for, exactly as if it had been started so: epochs=24 and, if they change, "
+        "milestones=[8,11,20] and patience=null",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the complete job with all defaults, and exit")
     with user_errors():
         options = parser.parse_intermixed_args(arguments)
-        job = load_job(options.job, options.overrides)
+        job = load_job(options.job, [*options.overrides, *map(_length_key, options.extend)])
         if options.print_config:
             print(masked(render_job(job)), end="")
             return 0
         for warning in warnings(job):
             print(f"warning: {warning}", file=sys.stderr)
         with RunConsole(job.run.name) as console:
-            result = train(job, console, console.note)
+            result = train(job, console, console.note, extend=bool(options.extend))
         print_metrics({job.run.name: result["best"]})
         print(f"student: {printable(result['student'])}")
     return 0

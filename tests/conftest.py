@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +57,18 @@ def drawn_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for coco_json, out in splits.values():
         prepare_split(str(coco_json), str(drawn.images), str(out), shard_images=16, row_group=4)
     return {name: str(out) for name, (_, out) in splits.items()}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel of this checkout and return a folder with its content, as pip installs it."""
+    built, site = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(built)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    (file,) = built.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(site)
+    return site
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,7 @@ TF_HEAD: dict[str, Any] = {
 }
 """TF-HEAD's assistants for MICRO_STUDENT."""
 
+ROOT = Path(__file__).parents[1]
 HANGS = 600
 """Seconds after which a test assumes that something hangs; generous, for busy machines."""
 
@@ -115,3 +117,26 @@ def edit(file: Path, old: str, new: str) -> None:
     if file.is_symlink():
         file.unlink()
     file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def run_installed(site: Path, folder: Path, *commands: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``headkd`` with the arguments of each of ``commands``, in one process, until one fails.
+
+    Args:
+        site: folder with the installed package; the dependencies are this Python's.
+        folder: in which the commands run.
+    """
+    others = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and Path(place).resolve() != ROOT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *others])}
+    code = (
+        f"import json, sys, headkd_ray.cli; assert headkd_ray.__file__.startswith({str(site)!r}); sys.argv[0] = 'headkd'; "
+        "sys.exit(next((code for code in map(headkd_ray.cli.main, json.loads(sys.argv[1])) if code), 0))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, json.dumps([list(command) for command in commands])],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

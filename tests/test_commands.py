@@ -301,13 +301,15 @@ def test_evaluate_gives_the_ap_that_training_reported(
     trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     val, out = trained["splits"]["val"], tmp_path / "made" / "detections.json"
-    metrics = evaluate.evaluate_checkpoint(trained["student"], val, batch_size=8, out=str(out)).as_dict()
+    metrics = evaluate.evaluate_checkpoint(trained["student"], val, out=str(out)).as_dict()
     assert metrics == {key: trained["best"][key] for key in metrics}
     found = json.loads(out.read_text())
     shards = ShardSet.open(val)
     assert {entry["image_id"] for entry in found} == set(shards.index.image_id.tolist())
     assert {entry["category_id"] for entry in found} <= set(shards.meta.category_ids) and 0 not in shards.meta.category_ids
-    assert evaluate.main([trained["student"], val, "--batch-size", "8"]) == 0
+    page = tmp_path / "pages" / "student.html"
+    assert evaluate.main([trained["student"], val, "--report", str(page)]) == 0
+    assert page.read_text().endswith("</html>\n")
     assert f"{metrics['AP']:.1f}" in capsys.readouterr().out
 
 

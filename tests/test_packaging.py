@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from headkd_ray.job import load_job
+from tests.support import run_installed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -226,51 +226,29 @@ def test_no_file_names_a_machine_s_folder_or_a_registry():
     assert found == []
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel of this checkout and return a folder with its content, as pip installs it."""
-    built, site = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(built)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (file,) = built.glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
-        archive.extractall(site)
-    return site
-
-
-def run_installed(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the package in ``site`` from ``folder``; the dependencies are this Python's."""
-    others = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and Path(place).resolve() != ROOT]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *others])}
-    where = f"import runpy, headkd_ray; assert headkd_ray.__file__.startswith({str(site)!r}); "
-    code = where + f"runpy.run_module('headkd_ray.{arguments[0]}', run_name='__main__', alter_sys=True)"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments[1:]], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_wheel_has_the_package_and_the_jobs_and_nothing_else(wheel):
     installed = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "headkd_ray").rglob("*.py")}
     jobs = {path.relative_to(ROOT / "jobs").as_posix() for path in (ROOT / "jobs").rglob("*.*") if path.is_file()}
     jobs = {f"headkd_ray/job_files/{name}" for name in jobs if not name.startswith("evidence/")}
-    assert {name for name in installed if not name.startswith("headkd_ray-")} == package | jobs
+    typed = {"headkd_ray/py.typed"}  # tells type checkers that the package has annotations (PEP 561)
+    assert {name for name in installed if not name.startswith("headkd_ray-")} == package | jobs | typed
 
 
 def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
-    assert "--images IMAGES" in run_installed(wheel, tmp_path, "quickstart", "--help").stdout
-    listed = run_installed(wheel, tmp_path, "jobs")
+    assert "--images IMAGES" in run_installed(wheel, tmp_path, ["quickstart", "--help"]).stdout
+    listed = run_installed(wheel, tmp_path, ["jobs"])
     assert "small/head" in listed.stdout.split(), listed.stderr
-    copied = run_installed(wheel, tmp_path, "jobs", "copy", "small/head")
+    copied = run_installed(wheel, tmp_path, ["jobs", "copy", "small/head"])
     assert copied.stdout.splitlines() == ["wrote jobs/small/head.yaml", "wrote jobs/job.schema.json"], copied.stderr
-    checked = run_installed(wheel, tmp_path, "train", "jobs/small/head.yaml", "--print-config")
+    checked = run_installed(wheel, tmp_path, ["train", "jobs/small/head.yaml", "--print-config"])
     assert (checked.returncode, checked.stderr) == (0, "") and "\nmethod: head\n" in checked.stdout
 
 
 @pytest.mark.slow
 def test_the_quickstart_of_the_wheel_runs_in_an_empty_folder(wheel, tmp_path):
     smallest = ["optim.epochs=1", "optim.milestones=[]", "eval.every_epochs=1", "cluster.workers=0"]
-    done = run_installed(wheel, tmp_path, "quickstart", *smallest)
+    done = run_installed(wheel, tmp_path, ["quickstart", *smallest])
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/quickstart/head/student/model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -62,10 +62,13 @@ def test_own_photos_in_two_folders_and_any_place_for_the_results(
     before = {path.name for path in tmp_path.iterdir()}
     out = uri("bucket", request.getfixturevalue("s3"), "quick") if place == "s3" else place
     folder = Folder.open(out)
-    assert quickstart.main([*own, "--out", out]) == 0
+    # The teacher, of another kind, could not have this key.
+    assert quickstart.main([*own, "--out", out, "student.head.convs=2"]) == 0
     said = capsys.readouterr().out
     assert "AP by class (%)" in said and f"picture of detections: {folder.named('detections.png')}" in said
     assert f"head checkpoint: {(folder / 'head' / 'student').address}" in said
+    cards = [json.loads((folder / run / "student").read("model.json")) for run in ("baseline", "head")]
+    assert [card["spec"]["head"]["convs"] for card in cards] == [2, 2]
     assert (folder / "head" / "student").has("model.safetensors")
     assert ShardSet.open((folder / "data" / "val").uri).meta.images == 4
     picture = np.asarray(Image.open(io.BytesIO(folder.read("detections.png"))))
@@ -80,6 +83,13 @@ def test_what_is_wrong_with_a_job_is_told_before_the_data_is_prepared(
         quickstart.main([*own, "--out", str(tmp_path / "out"), "optim.epoch=2"])
     assert caught.value.code == 2 and not (tmp_path / "out").exists()
     assert "optim.epoch: unknown key; did you mean optim.epochs?" in capsys.readouterr().err
+
+
+def test_a_teacher_of_one_s_own_is_not_ignored(own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        quickstart.main([*own, "--out", str(tmp_path / "out"), "teacher.checkpoint=mine.pth"])
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
+    assert "error: teacher.checkpoint: the quickstart trains its own teacher; for another use" in capsys.readouterr().err
 
 
 def test_validation_images_alone_are_no_data_set(capsys: pytest.CaptureFixture[str]) -> None:

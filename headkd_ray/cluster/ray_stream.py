@@ -1,7 +1,8 @@
 """A rank's batches through Ray Data, with the same windows, functions and batches as ``data.batch_stream.local_stream``.
 
-One Ray Dataset holds all remaining windows of the rank, over all epochs, so Ray's start-up is paid once per run. It has two or
-three stages, each in the order of the windows (``preserve_order``):
+A Ray Dataset holds many windows, over many epochs, so that Ray's start-up is seldom paid; but not all of a run, since a driver
+of a long run on a large data set would then hold them all. It has two or three stages, each in the order of the windows
+(``preserve_order``):
 
 1. *read*: one task at a time reads windows and emits chunks of a few batches, whose images are still encoded. It reserves no
    CPU.
@@ -21,9 +22,10 @@ from __future__ import annotations
 import pickle
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import ray.data
@@ -48,6 +50,8 @@ STORE_BYTES = 512 << 20
 """Limit on the object store memory of one rank's Dataset; lower if the cluster has less."""
 STEP_SECONDS = 0.02
 """Minimum time between steps of Ray's scheduling loop, in seconds."""
+WINDOWS_PER_DATASET = 4096
+"""Windows of one Dataset: a million images at the usual 256 per window, whose plan is 10 MB."""
 WINDOWS_PER_BLOCK = 16
 """Windows per read task: if its node is lost, this many are read again."""
 
@@ -61,13 +65,15 @@ def decode_on_ray(cluster: ClusterSpec, teacher_job: Job | None = None) -> Decod
 
     @contextmanager
     def decode(shards: ShardSet, windows: Iterable[Window], maker: BatchMaker) -> Iterator[Iterator[Batch]]:
-        rows = [{"window": pickle.dumps(window)} for window in windows]
-        if not rows:
+        planned = iter(windows)
+        first = next(planned, None)
+        if first is None:
             yield iter(())
             return
         asked = teacher_job if maker.train else None
         chosen_here = asked is not None and asked.distill.rois == "student"
-        batches = _batches(_dataset(rows, shards, maker, cluster.data_cpus, None if chosen_here else asked))
+        teaching = None if chosen_here else asked
+        batches = _batches(chain([first], planned), lambda rows: _dataset(rows, shards, maker, cluster.data_cpus, teaching))
         try:
             if asked is None or not chosen_here:
                 yield batches
@@ -154,14 +160,20 @@ class Teaching:
         return {**encode(batches), "error": b"", "restarted": self.restarted}
 
 
-def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
-    """Run the dataset and yield its batches; closing the generator ends its tasks and threads.
+def _batches(windows: Iterator[Window], dataset_of: Callable[[list[Row]], ray.data.Dataset]) -> Generator[Batch, None, None]:
+    """Yield the batches of the windows from one Dataset after the other; closing the generator ends their tasks and threads."""
+    lost: set[str] = set()
+    while rows := [{"window": pickle.dumps(window)} for window in islice(windows, WINDOWS_PER_DATASET)]:
+        yield from _batches_of(dataset_of(rows), lost)
+
+
+def _batches_of(dataset: ray.data.Dataset, lost: set[str]) -> Generator[Batch, None, None]:
+    """Run the dataset and yield its batches; ``lost`` collects the teacher processes that were lost.
 
     Blocks are taken as references instead of with ``iter_batches``, whose helper threads outlive it: if one still fetches while
     the process disconnects from Ray, Ray ends the whole process.
     """
     blocks = (block for bundle in dataset.iter_internal_ref_bundles() for block in bundle.block_refs)
-    lost: set[str] = set()
     following = next(blocks, None)
     while following is not None:
         current, following = following, next(blocks, None)
@@ -170,7 +182,7 @@ def _batches(dataset: ray.data.Dataset) -> Generator[Batch, None, None]:
         block = ray.get(current)
         del current
         if "restarted" in block.column_names:
-            lost |= set(block["restarted"].to_pylist()) - {""}
+            lost.update(set(block["restarted"].to_pylist()) - {""})
         for head, pixels, error in zip(block["head"], block["pixels"], block["error"], strict=True):
             if error.as_py():
                 raise pickle.loads(error.as_py())

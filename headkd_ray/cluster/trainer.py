@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,30 +47,38 @@ from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
 
-def train_on_ray(job: Job, tell: Sink) -> Record:
-    """Run the job on the cluster and return its result record; ``tell`` receives the log records in this process.
+@contextmanager
+def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
+    """Connect to the job's cluster and yield the function that trains there.
+
+    It returns the result record, and its argument receives the log records in this process. It raises ClusterError if the
+    workers fail more than cluster.max_failures times, and TrainingError, CheckpointError, StoppedError, DataError, CacheError,
+    DeviceMemoryError and DiskError as ``fit`` does.
 
     Raises:
-        ClusterError: the cluster is missing or too small, or the workers failed more than cluster.max_failures times.
-        TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError, DiskError: raised by ``fit``.
+        ClusterError: the cluster is missing or too small.
     """
     # This interval (2 s by default) also limits how soon a report is taken.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(job.cluster):
         resources = check_resources(job)
-        run = open_run(job)
-        notes = Notes(tell)
-        for problem in drop_unusable(run):
-            notes(problem)
-        with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
-            driver = {"queue": queue, "stop": sign}
-            try:
-                result = with_restarts(lambda: _trainer(job, resources, driver).fit(), job.cluster.max_failures, notes)
-            except (TrainingFailedError, RayActorError) as error:
-                raise ClusterError(f"training failed for good: {_cause(error)}") from error
-            outcome = result.return_value
-            if "error" in outcome:
-                raise outcome["error"]
+        yield lambda tell: _train(job, resources, tell)
+
+
+def _train(job: Job, resources: Resources, tell: Sink) -> Record:
+    run = open_run(job)
+    notes = Notes(tell)
+    for problem in drop_unusable(run):
+        notes(problem)
+    with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
+        driver = {"queue": queue, "stop": sign}
+        try:
+            result = with_restarts(lambda: _trainer(job, resources, driver).fit(), job.cluster.max_failures, notes)
+        except (TrainingFailedError, RayActorError) as error:
+            raise ClusterError(f"training failed for good: {_cause(error)}") from error
+        outcome = result.return_value
+        if "error" in outcome:
+            raise outcome["error"]
     ranking = sorted(result.best_checkpoints, key=lambda entry: entry[1][SCORE], reverse=True)
     folders = [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
     return finish(run, folders, outcome["last"], outcome["data"], tell)

@@ -6,22 +6,26 @@ Ray stream (``headkd_ray.cluster.ray_stream``) runs the same two functions, so b
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import Protocol
 
+import numpy as np
+
 from headkd_ray.data.batch import Batch, Example, collate, idle_batch
-from headkd_ray.data.epoch_order import Window
-from headkd_ray.data.shards import Sample, ShardSet
-from headkd_ray.data.views import View, apply_view, eval_view, train_view, view_number, view_size
+from headkd_ray.data.epoch_order import Window, train_rows
+from headkd_ray.data.partners import Partners
+from headkd_ray.data.sample import Sample
+from headkd_ray.data.shards import READERS, ShardIndex, ShardSet
+from headkd_ray.data.views import View, eval_view, show, train_view, view_number, view_size
 from headkd_ray.errors import DataError
 from headkd_ray.job import DataSpec
 from headkd_ray.soft_targets import PackedTargets, ViewTargets, stack
-
-READERS = 8  # row groups read in parallel: hides a remote filesystem's latency, costs nothing on a local one
 
 
 class TargetReader(Protocol):
@@ -45,10 +49,11 @@ class TargetReader(Protocol):
 class PendingBatch:
     """The images of one batch before decoding."""
 
-    epoch: int
     step: int
     samples: tuple[Sample, ...]
     """The images; empty = the rank is idle in this step."""
+    numbers: tuple[int, ...]
+    """The number of each image's view."""
 
 
 def load_window(shards: ShardSet, window: Window, maker: BatchMaker) -> list[PendingBatch]:
@@ -56,24 +61,65 @@ def load_window(shards: ShardSet, window: Window, maker: BatchMaker) -> list[Pen
 
     Raises DataError, CacheError.
     """
-    index, rows = shards.index, window.rows
-    wanted: dict[tuple[int, int], list[int]] = {}
-    for row in rows.tolist():
-        wanted.setdefault((int(index.shard[row]), int(index.row[row]) // index.row_group), []).append(row)
+    numbers = [tuple(view_number(window.epoch, maker.spec, copy) for copy in batch.copies) for batch in window.batches]
+    rows = [batch.rows for batch in window.batches]
+    samples = iter(load_samples(shards, list(chain(*rows)), list(chain(*numbers)), maker))
+    return [
+        PendingBatch(batch.step, tuple(islice(samples, len(batch.rows))), views)
+        for batch, views in zip(window.batches, numbers, strict=True)
+    ]
 
-    def read(group: tuple[tuple[int, int], list[int]]) -> list[Sample]:
-        (shard, number), members = group
-        places = [int(index.row[row]) for row in members]
-        samples = shards.read_group(shard, number, places)
-        if maker.cache is None:
-            return samples
-        packed = maker.cache.read_group(shard, number, places, view_number(window.epoch, maker.spec))
-        return [replace(sample, targets=own) for sample, own in zip(samples, packed, strict=True)]
+
+def load_samples(shards: ShardSet, rows: Sequence[int], numbers: Sequence[int], maker: BatchMaker) -> list[Sample]:
+    """Read the images at ``rows`` of the index, with what views ``numbers`` of them show besides, each row group once.
+
+    Raises DataError, CacheError.
+    """
+    index, cache = shards.index, maker.cache
+    partners = _partners(shards, rows, numbers, maker)
+
+    def read(place: tuple[int, int], own: list[int]) -> list[Sample]:
+        return shards.read_group(*place, rows=index.row[own].tolist())
+
+    def read_targets(number: int, place: tuple[int, int], own: list[int]) -> list[PackedTargets]:
+        assert cache is not None
+        return cache.read_group(*place, rows=index.row[own].tolist(), view=number)
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="headkd-read") as pool:
-        groups = list(pool.map(read, wanted.items()))
-    by_row = dict(zip(chain.from_iterable(wanted.values()), chain.from_iterable(groups), strict=True))
-    return [PendingBatch(window.epoch, batch.step, tuple(by_row[row] for row in batch.rows)) for batch in window.batches]
+        groups = _by_group(index, {*rows, *chain(*partners)})
+        found = dict(zip(chain(*groups.values()), chain(*pool.map(read, groups, groups.values())), strict=True))
+        targets: dict[tuple[int, int], PackedTargets] = {}
+        for number in sorted(set(numbers)) if cache is not None else ():
+            groups = _by_group(index, {row for row, own in zip(rows, numbers, strict=True) if own == number})
+            packed = chain(*pool.map(partial(read_targets, number), groups, groups.values()))
+            targets |= {(row, number): each for row, each in zip(chain(*groups.values()), packed, strict=True)}
+    return [
+        replace(found[row], targets=targets.get((row, number)), partners=tuple(found[other] for other in others))
+        for row, number, others in zip(rows, numbers, partners, strict=True)
+    ]
+
+
+def _partners(shards: ShardSet, rows: Sequence[int], numbers: Sequence[int], maker: BatchMaker) -> list[list[int]]:
+    """Return the rows of the other images that each view shows, mostly none."""
+    index = shards.index
+    others: list[list[int]] = [[] for _ in rows]
+    if not maker.train or not maker.spec.augment.mosaic:
+        return others
+    trained = train_rows(index, maker.spec.keep_empty)
+    source, known = Partners(index, trained, maker.seed), np.isin(rows, trained)
+    for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+        count = maker.view(int(index.image_id[row]), number).partners
+        if count and known[place]:
+            others[place] = source.of(row, number, count)
+    return others
+
+
+def _by_group(index: ShardIndex, rows: set[int]) -> dict[tuple[int, int], list[int]]:
+    """Return the rows by (shard, row group in it), in ascending order."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in sorted(rows):
+        groups.setdefault((int(index.shard[row]), int(index.row[row]) // index.row_group), []).append(row)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -92,32 +138,40 @@ class BatchMaker:
         if not pending.samples:
             idle = idle_batch(pending.step, self.spec.short_side[0], self.spec.pad)
             return idle if self.cache is None else replace(idle, targets=stack([self.cache.nothing()], self.cache.budget))
-        number = view_number(pending.epoch, self.spec)
-        views = [self.view(sample.image_id, number) for sample in pending.samples]
+        views = self.views(pending)
         sizes = [view_size(*sample.size, view) for sample, view in zip(pending.samples, views, strict=True)]
-        examples = (self.example(sample, number, view) for sample, view in zip(pending.samples, views, strict=True))
+        examples = map(self.example, pending.samples, pending.numbers, views)
         return collate(examples, pending.step, self.spec.pad, self.cache.budget if self.cache else 0, sizes)
 
     def view(self, image_id: int, number: int) -> View:
         """Return the parameters of view ``number`` of the image."""
         return train_view(image_id, number, self.seed, self.spec) if self.train else eval_view(self.spec)
 
+    def views(self, pending: PendingBatch) -> list[View]:
+        """Return the parameters of the batch's views."""
+        return [self.view(sample.image_id, number) for sample, number in zip(pending.samples, pending.numbers, strict=True)]
+
     def pixels(self, pending: PendingBatch) -> int:
         """Return the bytes of the batch's images before padding, without decoding them."""
-        number = view_number(pending.epoch, self.spec)
-        sizes = (view_size(*sample.size, self.view(sample.image_id, number)) for sample in pending.samples)
-        return 3 * sum(height * width for height, width in sizes)
+        shown = zip(pending.samples, self.views(pending), strict=True)
+        return 3 * sum(math.prod(view_size(*sample.size, view)) for sample, view in shown)
 
     def example(self, sample: Sample, number: int, view: View) -> Example:
         """Decode view ``number`` of an image, whose parameters are ``view``. Raises DataError, CacheError."""
+        images = (sample, *sample.partners)
         try:
-            image, boxes = apply_view(sample.pixels(), sample.boxes, view)
+            image, boxes, labels = show(images, view)
         except ValueError as error:
-            raise DataError(f"image {sample.image_id} in the prepared shards: {error}; prepare the split again") from error
+            raise DataError(f"{_named(images)} in the prepared shards: {error}; prepare the split again") from error
         targets = None
         if self.cache is not None and sample.targets is not None:
             targets = self.cache.unpack(sample.targets, sample.image_id, number)
-        return Example(image, boxes, sample.labels, sample.image_id, sample.size, number if self.train else -1, targets)
+        return Example(image, boxes, labels, sample.image_id, sample.size, number if self.train else -1, targets)
+
+
+def _named(images: Sequence[Sample]) -> str:
+    ids = ", ".join(str(image.image_id) for image in images)
+    return f"image {ids}" if len(images) == 1 else f"one of images {ids}"
 
 
 def local_stream(

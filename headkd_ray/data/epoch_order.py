@@ -1,7 +1,9 @@
 """Compute the order in which a split is read, with pure functions of (index, seed, epoch, batch size, world size).
 
-An epoch's order is made in four steps, each a function of its key alone, so that any rank, any restart and any machine agree:
+An epoch's order is made in steps, each a function of its key alone, so that any rank, any restart and any machine agree:
 
+0. With ``data.sampling`` the epoch's images are drawn first (``repeats.py``): some appear several times, as copies that are
+   numbered from 0, some not at all.
 1. The row groups of the shards are shuffled with (seed, epoch) and laid end to end. (Prepare has mixed the images over the row
    groups once, so a row group is already a random handful of images.)
 2. The sequence of N images is cut into ``world_size`` ranges, as equal as possible: each image is on exactly one rank.
@@ -24,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +45,8 @@ class PlannedBatch:
     """Global micro-batch number, counted over all epochs; the same on every rank."""
     rows: tuple[int, ...]
     """Rows of the index; empty = the rank is idle in this step."""
+    copies: tuple[int, ...]
+    """For each row, how many times the epoch shows the image in other places that come before this one: 0 for the first."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,17 @@ class Window:
     def rows(self) -> Rows:
         """Index rows of all images in the window, int64, ascending."""
         return np.unique(np.array([row for batch in self.batches for row in batch.rows], dtype=np.int64))
+
+
+class Draws(Protocol):
+    """How often an epoch shows each image (``repeats.Repeats``)."""
+
+    @property
+    def total(self) -> int:
+        """Number of images of an epoch, with repeated ones."""
+
+    def counts(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return how often the epoch shows each image, int64 (n,)."""
 
 
 def train_rows(index: ShardIndex, keep_empty: bool) -> Rows:
@@ -80,6 +96,7 @@ def train_windows(
     epochs: int,
     accumulate: int = 1,
     start_step: int = 0,
+    draws: Draws | None = None,
 ) -> Iterator[Window]:
     """Yield the windows of ``rank`` from micro-batch ``start_step``, counted over all epochs, to the end of training.
 
@@ -89,8 +106,9 @@ def train_windows(
         window: images per window, rounded up to a multiple of ``batch_size``.
         start_step: a resumed run's next micro-batch: windows that end before it are left out, and the window that contains it
             keeps only the remaining batches.
+        draws: how often an epoch shows each of ``rows``; None = once.
     """
-    steps = steps_per_epoch(len(rows), batch_size, world_size, accumulate)
+    steps = steps_per_epoch(len(rows) if draws is None else draws.total, batch_size, world_size, accumulate)
     for epoch in range(start_step // steps, epochs):
         for planned in epoch_windows(
             index,
@@ -102,6 +120,7 @@ def train_windows(
             batch_size=batch_size,
             window=window,
             steps=steps,
+            draws=draws,
         ):
             remaining = tuple(batch for batch in planned.batches if batch.step >= start_step)
             if remaining:
@@ -119,12 +138,15 @@ def epoch_windows(
     batch_size: int,
     window: int,
     steps: int,
+    draws: Draws | None = None,
 ) -> Iterator[Window]:
     """Yield the windows of one rank in one epoch: ``steps`` batches in all, the last ones idle if there are too few images.
 
     The windows of all ranks cover the same steps.
     """
-    order = _shuffled_groups(index.group[rows], rows, seed, epoch)
+    size = len(index)
+    slots = rows if draws is None else _slots(rows, draws.counts(seed, epoch), size)
+    order = _shuffled_groups(index.group[slots % size], slots, seed, epoch)
     first, last = (len(order) * r // world_size for r in (rank, rank + 1))
     mine = order[first:last]
     length = _ceil(window, batch_size)  # steps of a window
@@ -133,7 +155,18 @@ def epoch_windows(
         part = part[key_permutation(len(part), "window", seed, epoch, rank, number)]
         batches = list(_by_aspect(part, index.portrait, batch_size))
         batches += [()] * (min(length, steps - start) - len(batches))
-        yield Window(epoch, tuple(PlannedBatch(epoch * steps + start + i, batch) for i, batch in enumerate(batches)))
+        yield Window(epoch, tuple(_planned(epoch * steps + start + i, batch, size) for i, batch in enumerate(batches)))
+
+
+def _slots(rows: Rows, counts: NDArray[np.int64], size: int) -> Rows:
+    """Return each row as often as ``counts`` says, its copy number k as row + k * ``size``, in the order of the rows."""
+    slots = np.repeat(rows, counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return slots + (np.arange(len(slots)) - first) * size
+
+
+def _planned(step: int, slots: tuple[int, ...], size: int) -> PlannedBatch:
+    return PlannedBatch(step, tuple(slot % size for slot in slots), tuple(slot // size for slot in slots))
 
 
 def interleaved(ranks: Sequence[Iterable[Window]]) -> Iterator[Window]:
@@ -153,24 +186,25 @@ def eval_windows(index: ShardIndex, *, rank: int, world_size: int, batch_size: i
     step = 0
     for start in range(first, last, size):
         part = np.arange(start, min(start + size, last))
-        batches = tuple(PlannedBatch(step + i, batch) for i, batch in enumerate(_by_aspect(part, index.portrait, batch_size)))
+        parts = _by_aspect(part, index.portrait, batch_size)
+        batches = tuple(_planned(step + i, batch, len(index)) for i, batch in enumerate(parts))
         step += len(batches)
         yield Window(0, batches)
 
 
 def _shuffled_groups(groups: NDArray[np.int64], rows: Rows, seed: int, epoch: int) -> Rows:
-    """Return ``rows`` with their row groups in the random order of (seed, epoch)."""
+    """Return ``rows``, or slots, with their row groups in the random order of (seed, epoch)."""
     _, group = np.unique(groups, return_inverse=True)  # row groups without a training image do not count
     position = np.argsort(key_permutation(int(group.max(initial=-1)) + 1, "epoch", seed, epoch))
     return rows[np.argsort(position[group], kind="stable")]
 
 
-def _by_aspect(rows: Rows, portrait: NDArray[np.bool_], batch_size: int) -> Iterator[tuple[int, ...]]:
+def _by_aspect(slots: Rows, portrait: NDArray[np.bool_], batch_size: int) -> Iterator[tuple[int, ...]]:
     """Yield batches of one aspect in the order in which they fill up; the remainders are merged if they fit one batch."""
     buckets: tuple[list[int], list[int]] = ([], [])
-    for row in rows.tolist():
-        bucket = buckets[int(portrait[row])]
-        bucket.append(row)
+    for slot in slots.tolist():
+        bucket = buckets[int(portrait[slot % len(portrait)])]
+        bucket.append(slot)
         if len(bucket) == batch_size:
             yield tuple(bucket)
             bucket.clear()

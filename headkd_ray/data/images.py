@@ -82,7 +82,11 @@ class ImageFacts:
 
 
 def decode(
-    data: bytes, reading: Reading | None = None, size: tuple[int, int] | None = None, max_pixels: int | None = MAX_PIXELS
+    data: bytes,
+    reading: Reading | None = None,
+    size: tuple[int, int] | None = None,
+    max_pixels: int | None = MAX_PIXELS,
+    least: tuple[int, int] | None = None,
 ) -> Tensor:
     """Decode a JPEG, PNG or WebP to uint8 (3, H, W), RGB, a view of interleaved memory with 3 or 4 bytes a pixel.
 
@@ -92,6 +96,8 @@ def decode(
         reading: how to treat EXIF orientation and 16-bit values; None = apply the orientation and keep the high byte.
         size: height and width that the image must have; if they differ, they decide whether it is turned upright.
         max_pixels: the largest image that is read; None = any.
+        least: height and width that are enough: a sound JPEG of twice that size or more, which is not to be turned, is decoded
+            to half of its size or less, but no less than this. None = whole images.
 
     Raises:
         OtherFormatError: the bytes are not such an image.
@@ -99,14 +105,14 @@ def decode(
         ValueError: the image is damaged or truncated, or does not have ``size``.
     """
     reading = reading or Reading()
-    pixels = _sound_jpeg(data, reading, size, max_pixels)
+    pixels = _sound_jpeg(data, reading, size, max_pixels, least)
     if pixels is None:
         pixels = _any_image(data, reading, size, max_pixels)
     return torch.from_numpy(pixels).permute(2, 0, 1)[:3]
 
 
 def _sound_jpeg(
-    data: bytes, reading: Reading, size: tuple[int, int] | None, max_pixels: int | None
+    data: bytes, reading: Reading, size: tuple[int, int] | None, max_pixels: int | None, least: tuple[int, int] | None
 ) -> NDArray[np.uint8] | None:
     """Return the pixels of a JPEG, (H, W, 4); None if Pillow has to decode the image: another format, to be turned, damaged.
 
@@ -119,7 +125,9 @@ def _sound_jpeg(
         as_wanted = size in (None, (height, width)) and (max_pixels is None or height * width <= max_pixels)
         if not as_wanted or colours not in ("YCbCr", "RGB", "Gray"):
             return None
-        return simplejpeg.decode_jpeg(data, "RGBX")
+        if least is None or height < 2 * least[0] or width < 2 * least[1]:
+            return simplejpeg.decode_jpeg(data, "RGBX")
+        return simplejpeg.decode_jpeg(data, "RGBX", min_height=least[0], min_width=least[1], min_factor=2)
     except (ValueError, MemoryError):  # Pillow forgives some damage, and says more about the rest
         return None
 

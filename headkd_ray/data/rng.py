@@ -25,6 +25,11 @@ def key_integers(count: int, bound: int, *key: int | str) -> list[int]:
     return [(int(value) * bound) >> 64 for value in raw]
 
 
+def key_fractions(count: int, *key: int | str) -> list[float]:
+    """Return ``count`` numbers in [0, 1), multiples of 2^-32, determined by ``key``."""
+    return [number / (1 << 32) for number in key_integers(count, 1 << 32, *key)]
+
+
 def key_permutation(count: int, *key: int | str) -> NDArray[np.int64]:
     """Return a uniform permutation of range(count), int64 (count,), determined by ``key``."""
     raw = np.random.Philox(key=key_bits(*key)).random_raw(count)

@@ -11,6 +11,8 @@ Layout of the folder::
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -20,13 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from torch import Tensor
 
-from headkd_ray.data.images import Reading, decode
 from headkd_ray.data.meta import Meta
+from headkd_ray.data.sample import COLUMNS, Expected, Sample, labels_of, samples_of
 from headkd_ray.data.truth import read_truth
 from headkd_ray.errors import DataError
-from headkd_ray.soft_targets import PackedTargets
 from headkd_ray.storage import Folder
 
 META, INDEX, ANNOTATIONS = "meta.json", "index.parquet", "annotations.json"
@@ -57,6 +57,8 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+READERS = 8
+"""Files or row groups that are read at a time, which hides a remote filesystem's latency and costs nothing on a local one."""
 PREPARE = "python -m headkd_ray.prepare COCO.json IMAGES_DIR --out"
 
 
@@ -89,29 +91,6 @@ class ShardIndex:
     def group(self) -> NDArray[np.int64]:
         """Number of each image's row group, counted over all shards: ascending, with gaps."""
         return self.shard.astype(np.int64) * (int(self.row.max(initial=0)) // self.row_group + 1) + self.row // self.row_group
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A stored image and its boxes."""
-
-    image_id: int
-    image: bytes
-    """Encoded bytes of the image file."""
-    boxes: NDArray[np.float32]
-    """float32 (n, 4): x1 y1 x2 y2 in pixels, without crowds."""
-    labels: NDArray[np.int64]
-    """int64 (n,), contiguous."""
-    size: tuple[int, int]
-    """Height and width in pixels, of the upright image if EXIF orientation is applied."""
-    reading: Reading
-    """How the image becomes pixels."""
-    targets: PackedTargets | None = None
-    """Soft targets of the requested view, from a cache."""
-
-    def pixels(self) -> Tensor:
-        """Decode the image to uint8 (3, H, W), RGB. Raises ValueError if the bytes are not an image of this size."""
-        return decode(self.image, self.reading, self.size, max_pixels=None)  # prepare has checked the size
 
 
 @dataclass(frozen=True)
@@ -172,56 +151,53 @@ class ShardSet:
 
         Raises DataError if the file is missing or has changed; checksums show it, because JPEG decoders accept damaged bytes.
         """
-        columns = ["image_id", "image", "boxes", "labels", "crowd", "height", "width"]
-        name = self.meta.shards[shard].name
         try:
-            source = self.folder.fs.open_input_file(self.folder.at(name))
-            with pq.ParquetFile(source, pre_buffer=self.folder.remote, page_checksum_verification=True) as file:
-                check_columns(file, SHARD_SCHEMA)
-                table = file.read_row_group(group, columns=columns, use_threads=False)
-            return [self._sample(table, shard, row) for row in rows]
+            with self._open(shard) as file:
+                table = file.read_row_group(group, columns=COLUMNS, use_threads=False)
+            first = group * self.meta.row_group
+            expected = self._expected(shard, first, self.meta.row_group)
+            wanted = [row - first for row in rows]
+            return list(samples_of(table, wanted, expected, len(self.meta.classes), self.meta.reading))
         except (OSError, ValueError, IndexError, TypeError) as error:
-            raise DataError(f"{self.folder.named(name)}: cannot be read ({error}); copy or prepare it again") from error
+            raise self._unreadable(shard, error) from error
 
-    def _sample(self, table: pa.Table, shard: int, row: int) -> Sample:
-        """Return one row of a row group's table. Raises ValueError, TypeError or IndexError if it contradicts the index."""
-        cell = {name: table[name][row % self.meta.row_group].as_py() for name in table.column_names}
-        crowd = np.array(cell["crowd"], dtype=bool)
-        boxes = np.array(cell["boxes"], dtype=np.float32).reshape(-1, 4)
-        labels = np.array(cell["labels"], dtype=np.int64)
-        wrong = self._wrong(self._position(shard, row), cell, boxes, labels, crowd)
-        if wrong is not None:
-            raise ValueError(f"row {row}, image {cell['image_id']}: {wrong}")
-        size = (cell["height"], cell["width"])
-        return Sample(cell["image_id"], cell["image"], boxes[~crowd], labels[~crowd], size, self.meta.reading)
+    def labels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the row of the index and the label of every box that is not a crowd, both int64 (n,).
 
-    def _position(self, shard: int, row: int) -> int:
-        """Return the position in the index of a shard's row."""
-        return int(np.searchsorted(self.index.shard, shard)) + row
+        Reads nothing else of the shards, but these columns of all. Raises DataError as ``read_group`` does.
+        """
+        with ThreadPoolExecutor(READERS, thread_name_prefix="headkd-read") as pool:
+            found = list(pool.map(self._labels_of, range(len(self.meta.shards))))
+        rows, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return rows, labels
 
-    def _wrong(
-        self,
-        position: int,
-        cell: dict[str, Any],
-        boxes: NDArray[np.float32],
-        labels: NDArray[np.int64],
-        crowd: NDArray[np.bool_],
-    ) -> str | None:
-        """Return what is wrong with a row, or None. Checksums do not reveal a shard that another program wrote."""
+    def _labels_of(self, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        try:
+            with self._open(shard) as file:
+                table = file.read(columns=["labels", "crowd"], use_threads=False)
+            start = int(np.searchsorted(self.index.shard, shard))
+            expected = self._expected(shard, 0, self.meta.shards[shard].images)
+            return labels_of(table, expected.boxes, len(self.meta.classes), start)
+        except (OSError, ValueError, TypeError) as error:
+            raise self._unreadable(shard, error) from error
+
+    @contextmanager
+    def _open(self, shard: int) -> Iterator[pq.ParquetFile]:
+        source = self.folder.fs.open_input_file(self.folder.at(self.meta.shards[shard].name))
+        with pq.ParquetFile(source, pre_buffer=self.folder.remote, page_checksum_verification=True) as file:
+            check_columns(file, SHARD_SCHEMA)
+            yield file
+
+    def _unreadable(self, shard: int, error: Exception) -> DataError:
+        name = self.folder.named(self.meta.shards[shard].name)
+        return DataError(f"{name}: cannot be read ({error}); copy or prepare it again")
+
+    def _expected(self, shard: int, first: int, count: int) -> Expected:
+        """Return what the index says about ``count`` rows of a shard from row ``first`` on, fewer where the shard ends."""
+        start, end = np.searchsorted(self.index.shard, (shard, shard + 1))
+        where = slice(start + first, min(start + first + count, end))
         index = self.index
-        expected = (index.image_id[position], index.height[position], index.width[position])
-        if (cell["image_id"], cell["height"], cell["width"]) != expected:
-            return "id or size differs from the index"
-        if not len(boxes) == len(labels) == len(crowd) or (~crowd).sum() != index.boxes[position]:
-            return (
-                f"{len(boxes)} boxes, {len(labels)} labels, {len(crowd)} crowd flags; the index counts {index.boxes[position]}"
-            )
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.meta.classes):
-            return f"labels {labels.min()} to {labels.max()}, of {len(self.meta.classes)} classes"
-        limits = np.array([cell["width"], cell["height"]] * 2, dtype=np.float32)
-        if not ((boxes >= 0) & (boxes <= limits)).all() or not (boxes[:, :2] <= boxes[:, 2:]).all():
-            return "a box is not x1 y1 x2 y2 inside the image"
-        return None
+        return Expected(index.image_id[where], index.height[where], index.width[where], index.boxes[where])
 
 
 def _unprepared(folder: Folder, uri: str) -> str:

@@ -13,7 +13,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.deploy.description import Description, describe
 from headkd_ray.deploy.exported import Exported
 from headkd_ray.deploy.latency import Latency, cores, measure, torch_threads
-from headkd_ray.deploy.networks import TorchNetwork
+from headkd_ray.deploy.networks import TorchFileNetwork, TorchNetwork
 from headkd_ray.deploy.predictor import Predictor
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector, keeping
@@ -48,7 +48,7 @@ class Entrant:
     def of_file(cls, file: Exported) -> Entrant:
         """Return the entrant of an exported file."""
         network = file.open()
-        kind = "ONNX" if len(file.files) == 1 else "OpenVINO"
+        kind = network.runtime
         if network.description.precision != "float32":
             kind = f"{kind} {network.description.precision}"
         return cls(file.path, kind, Predictor(network, network.description), file.size, file)
@@ -69,10 +69,11 @@ class Entrant:
         return {threads: self._latency(threads, batches) for threads in sorted({1, cores()})}
 
     def _latency(self, threads: int, batches: Sequence[Batch]) -> Latency:
-        if self.file is not None:
+        network = self.predictor.network
+        if self.file is not None and not isinstance(network, TorchFileNetwork):
             return measure(self.file.open(threads).run, batches)
         with torch_threads(threads):
-            return measure(self.predictor.network, batches)
+            return measure(network, batches)
 
 
 def load_as_trained(place: str, warn: Warn) -> LoadedDetector:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from headkd_ray.deploy.description import Description
-from headkd_ray.deploy.networks import RT_INFO, FileNetwork, OnnxNetwork, OpenVinoNetwork, first_line
+from headkd_ray.deploy.networks import RT_INFO, FileNetwork, OnnxNetwork, OpenVinoNetwork, TorchFileNetwork, first_line
 from headkd_ray.errors import CheckpointError, ExportError
 from headkd_ray.storage import Folder
 
-SUFFIXES = (".onnx", ".xml")
+SUFFIXES = (".onnx", ".pt2", ".xml")
 """Names of files that can be opened end in one of these; beside a ``.xml`` lies its ``.bin``."""
 
 
@@ -29,7 +29,7 @@ class Exported:
     def read(cls, path: str) -> Exported:
         """Read the files at a path or URI. Raises CheckpointError if one is missing or cannot be read."""
         folder, name = Folder.of_file(path, CheckpointError)
-        names = [name] if name.endswith(".onnx") else [name, str(PurePosixPath(name).with_suffix(".bin"))]
+        names = [name, str(PurePosixPath(name).with_suffix(".bin"))] if name.endswith(".xml") else [name]
         files = {}
         for each in names:
             try:
@@ -45,9 +45,14 @@ class Exported:
         return sum(len(content) for content in self.files.values())
 
     def open(self, threads: int = 0) -> FileNetwork:
-        """Open it in its runtime; ``threads`` = 0 stands for one a core. Raises CheckpointError, ExportError."""
+        """Open it in its runtime; ``threads`` = 0 stands for one a core. Raises CheckpointError, ExportError.
+
+        A ``.pt2`` file runs in this process's PyTorch, with its number of threads.
+        """
         contents = list(self.files.values())
-        if len(contents) == 1:
+        if self.path.endswith(".pt2"):
+            return TorchFileNetwork(contents[0], self.path)
+        if self.path.endswith(".onnx"):
             return OnnxNetwork(contents[0], self.path, threads)
         return OpenVinoNetwork(contents[0], contents[1], self.path, threads)
 

@@ -1,11 +1,11 @@
-"""The ways to run a detector on a batch: in PyTorch, or an exported file in ONNX Runtime or OpenVINO."""
+"""The ways to run a detector on a batch: in PyTorch, or an exported file in its runtime."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from headkd_ray.data.batch import Batch
 from headkd_ray.deploy.description import Description, read_metadata
 from headkd_ray.deploy.extras import needs_extra
+from headkd_ray.deploy.torch_archive import read_program
 from headkd_ray.detectors import Detector
 from headkd_ray.engine.evaluation import in_original_pixels
 from headkd_ray.errors import CheckpointError, ExportError
@@ -56,6 +57,8 @@ class FileNetwork(ABC):
 
     path: str
     description: Description
+    runtime: ClassVar[str]
+    """Name of what runs it."""
 
     def __call__(self, batch: Batch) -> Arrays:
         return Arrays(*self.run(batch))
@@ -83,6 +86,8 @@ class FileNetwork(ABC):
 
 class OnnxNetwork(FileNetwork):
     """A file that ``headkd export`` wrote, in ONNX Runtime on the CPU."""
+
+    runtime = "ONNX"
 
     def __init__(self, content: bytes, path: str, threads: int = 0) -> None:
         """Open a file's ``content``; ``threads`` = 0 stands for one a core.
@@ -114,6 +119,8 @@ class OnnxNetwork(FileNetwork):
 class OpenVinoNetwork(FileNetwork):
     """A model that ``headkd export`` wrote, in OpenVINO on the CPU."""
 
+    runtime = "OpenVINO"
+
     def __init__(self, model: bytes, weights: bytes, path: str, threads: int = 0) -> None:
         """Open the contents of a ``.xml`` and its ``.bin``; ``threads`` = 0 stands for one a core.
 
@@ -136,6 +143,23 @@ class OpenVinoNetwork(FileNetwork):
     def _run(self, given: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
         found = self._compiled({each.any_name: given[each.any_name] for each in self._compiled.inputs})
         return [found[each] for each in self._compiled.outputs]
+
+
+class TorchFileNetwork(FileNetwork):
+    """A ``.pt2`` file that ``headkd export`` wrote, in PyTorch on the CPU, with as many threads as torch uses there."""
+
+    runtime = "torch.export"
+
+    def __init__(self, content: bytes, path: str) -> None:
+        """Open a file's ``content``. Raises CheckpointError if it is not such a file, or headkd export did not write it."""
+        self._module, self.description = read_program(content, path)
+        self.path = path
+
+    @torch.inference_mode()
+    def _run(self, given: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        names = ("images", "sizes") if self.description.outputs == "raw" else ("images", "sizes", "original_sizes")
+        outputs = self._module(*(torch.from_numpy(given[name]) for name in names))
+        return [output.numpy() for output in outputs.values()]
 
 
 RT_INFO = "headkd_ray"

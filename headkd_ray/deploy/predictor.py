@@ -77,7 +77,8 @@ def load(
     """Load a checkpoint or an exported file for detection.
 
     Args:
-        path: a student's folder, an mmdet file with class names, or an exported ``.onnx`` or ``.xml`` file; also a URI.
+        path: a student's folder, an mmdet file with class names, or an exported ``.onnx``, ``.pt2`` or ``.xml`` file; also a
+            URI.
         device: torch device of a checkpoint, as in ``"cuda:1"``; None = the first GPU, else the CPU. Files run on the CPU.
         note: called with each sentence that the user should know about how the file was read.
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headkd_ray.data.shards import Sample, ShardSet
+from headkd_ray.data.sample import Sample
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.deploy.agreement import Agreement
 from headkd_ray.deploy.entrants import Entrant
 from headkd_ray.deploy.graph import RawGraph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,13 @@ def add_to_digest(digest: Digest, state: Mapping[str, Tensor]) -> None:
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the tensors, in hexadecimal."""
+    found = hashlib.sha256()
+    add_to_digest(found, state)
+    return found.hexdigest()
 
 
 def _parts(content: Mapping[str, Any]) -> dict[str, State]:

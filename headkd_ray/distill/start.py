@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from headkd_ray.data.class_lists import check_common, listed, outputs_by_name
 from headkd_ray.detectors.build import AnyDetector
-from headkd_ray.detectors.state_dict import add_to_digest
+from headkd_ray.detectors.state_dict import fingerprint
 from headkd_ray.detectors.weights import LoadedDetector, load_by_name
 from headkd_ray.detectors.weights.fetch import fetch_named
 from headkd_ray.detectors.weights.misfits import check_architecture
@@ -68,11 +67,4 @@ def load_start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
         *outputs_by_name("the checkpoint", known, classes),
         *loaded.notes,
     ]
-    return Start(loaded, classes, "; ".join(notes), _fingerprint(loaded.detector))
-
-
-def _fingerprint(detector: AnyDetector) -> str:
-    """Return the SHA-256 of all tensors."""
-    found = hashlib.sha256()
-    add_to_digest(found, detector.state_dict())
-    return found.hexdigest()
+    return Start(loaded, classes, "; ".join(notes), fingerprint(loaded.detector.state_dict()))

@@ -33,6 +33,7 @@ from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
+from headkd_ray.engine.optim import reset_lr
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.streams import Streams, in_order, on_device
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
@@ -82,8 +83,10 @@ def fit(
         torch.manual_seed(job.run.seed)  # again, so that initial weights do not depend on what was loaded
         model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch, start)
         state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
+        if job.teacher is not None and teacher is not None:
+            state.teacher = {"checkpoint": masked(str(job.teacher.checkpoint)), "fingerprint": teacher.fingerprint}
         if folder is not None:
-            restore(state, folder, order_key(streams))
+            restore(state, folder, fixed_facts(state, streams))
             last = scores_of(folder)
         elif start is not None:
             state.start = {"checkpoint": masked(str(job.student.checkpoint)), "fingerprint": start.fingerprint}
@@ -107,7 +110,7 @@ def fit(
     within_memory = enough_memory(f"run {job.run.name}, training", smaller_steps(job))
     with within_memory, streams.train(first, cache) as stream:
         batches = in_order(window.timed(on_device(stream, distributed.device)), first, len(streams.ranks))
-        while state.step < total_steps:
+        while state.step < total_steps and not state.patience.exhausted:
             stopping = distributed.vote(asked_to_stop())
             lr = state.optimizer.param_groups[0]["lr"]
             train_step(state, job, batches, ranks, share, note=window.add)
@@ -127,30 +130,34 @@ def fit(
             if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
                 scored = validate(job, distributed, streams, state.student)
                 last = {"step": state.step, **scored.as_dict()}
+                state.patience.see(scored.AP, epoch)
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
             keep(state, job, distributed, streams, checkpoints, scored)
-            if last_one and state.step < total_steps:
+            if last_one and state.step < total_steps and not state.patience.exhausted:
                 raise StoppedError(
                     f"run {job.run.name}: stopped as requested at step {state.step} of {total_steps}, with a checkpoint; the "
                     "same command resumes from there"
                 )
             window.reset()  # do not count evaluation as training time
+    if state.step < total_steps:
+        place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
+        sink({**place, "note": f"ended early, at step {state.step} of {total_steps} (eval.patience): {state.patience}"})
     return last
 
 
-def save(state: Learner, folder: Path, order: dict[str, Any]) -> None:
+def save(state: Learner, folder: Path, fixed: dict[str, Any]) -> None:
     """Write the training state that a resumed run needs."""
-    members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema")}
+    members = {name: getattr(state, name) for name in ("model", "optimizer", "scheduler", "ema", "patience")}
     tensors = {name: None if member is None else member.state_dict() for name, member in members.items()}
-    save_state(folder, {"step": state.step, "order": order, "start": state.start, **tensors})
+    save_state(folder, {"step": state.step, "order": fixed, "start": state.start, **tensors})
 
 
-def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
+def restore(state: Learner, folder: Path, fixed: dict[str, Any]) -> None:
     """Load the training state that ``save`` wrote.
 
     Raises:
-        CheckpointError: it is damaged, or was written by an older headkd_ray, with other data, or with another number of
-            workers (of a range: the maximum), which would change the epoch's order and the schedule's steps.
+        CheckpointError: it is damaged, or was written by an older headkd_ray, with other data or another teacher, or with
+            another number of workers (of a range: the maximum), which would change the epoch's order and the schedule's steps.
     """
     saved = load_state(folder)
     if "model" not in saved or _shapes(saved["model"]) != _shapes(state.model.state_dict()):
@@ -158,12 +165,13 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
             f"the checkpoint at step {saved['step']} was written by an older headkd_ray, whose training state this one cannot "
             "resume (its student folder can be used); choose another run.name, or finish the run with the older version"
         )
-    changed = [key for key in order if saved["order"].get(key) != order[key]]
+    before = {**fixed, **saved["order"]}  # older versions did not record all
+    changed = [key for key in fixed if before[key] != fixed[key]]
     if changed:
         raise CheckpointError(
             [
-                f"{key}: the checkpoint at step {saved['step']} was written with {saved['order'].get(key)!r}, this run has "
-                f"{order[key]!r}; resume with the former, or choose another run.name"
+                f"{key}: the checkpoint at step {saved['step']} was written with {before[key]!r}, this run has "
+                f"{fixed[key]!r}; resume with the former, or choose another run.name"
                 for key in changed
             ]
         )
@@ -172,17 +180,21 @@ def restore(state: Learner, folder: Path, order: dict[str, Any]) -> None:
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scheduler.load_state_dict(saved["scheduler"])
+    reset_lr(state.optimizer, state.scheduler)
     if state.ema is not None:
         state.ema.load_state_dict(saved["ema"])
+    if "patience" in saved:  # not in checkpoints of earlier versions
+        state.patience.load_state_dict(saved["patience"])
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def order_key(streams: Streams) -> dict[str, Any]:
-    """Return what, besides the keys that a resumed run cannot change, determines the images' order and the best checkpoint."""
-    return {"cluster.workers": streams.ranks_in_all, **data_fingerprints(streams)}
+def fixed_facts(state: Learner, streams: Streams) -> dict[str, Any]:
+    """Return what determines how a run goes on and which checkpoint is best, besides the keys that it cannot change."""
+    teacher = {} if state.teacher is None else {"teacher.checkpoint": state.teacher["fingerprint"]}
+    return {"cluster.workers": streams.ranks_in_all, **data_fingerprints(streams), **teacher}
 
 
 def data_fingerprints(streams: Streams) -> dict[str, str]:
@@ -252,14 +264,16 @@ def keep(
         checkpoints.report(name, metrics, None)
         return
     folder = checkpoints.draft()
-    save(state, folder, order_key(streams))
+    save(state, folder, fixed_facts(state, streams))
     meta = {
         "method": job.method,
         "run": job.run.name,
         "step": state.step,
         **({} if state.start is None else {"start": state.start}),
+        **({} if state.teacher is None else {"teacher": state.teacher}),
         "data": job.data.model_dump(mode="json", include={"eval_short_side", "long_side", "pad"}),
         "max_detections": job.eval.max_detections,
+        "eval_batch_size": job.eval.batch_size,
         "category_ids": list(streams.train_set.meta.category_ids),
         "value_range": streams.train_set.meta.value_range,
         "metrics": None if scored is None else scored.as_dict(),

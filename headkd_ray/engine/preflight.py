@@ -23,11 +23,12 @@ from headkd_ray.teacher import open_cache
 from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
-def preflight(job: Job, found: Iterable[str] = ()) -> None:
+def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None:
     """Open the splits, compare classes, load the teacher, build the models and probe the storage, leaving nothing behind.
 
     Args:
         found: problems that are known already, to be told with the others.
+        longer: whether a run is to be trained longer than it was started for.
 
     Raises:
         UserError: lists all problems found.
@@ -41,7 +42,7 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
             problems += error.problems
     if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
         problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
-    checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits))]
+    checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits), longer)]
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}
@@ -59,13 +60,12 @@ def preflight(job: Job, found: Iterable[str] = ()) -> None:
 
 
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
-    """Return the fingerprints of the splits and, if the run has ended, of student.checkpoint, by their job keys."""
+    """Return the fingerprints of the splits and, if the run has ended, of the weights that it was given, by their job keys."""
     found = {f"data.{name}": split.meta.fingerprint for name, split in splits.items()}
-    if job.student.checkpoint is None:
-        return found
-    with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
-        if finished(run_folder(job)) is not None and (start := _start(job, None)) is not None:
-            found["student.checkpoint"] = start.fingerprint
+    for key, load in (("student.checkpoint", _start), ("teacher.checkpoint", _teacher)):
+        with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
+            if finished(run_folder(job)) is not None and (loaded := load(job, None)) is not None:
+                found[key] = loaded.fingerprint
     return found
 
 
@@ -78,6 +78,11 @@ def _check_start(job: Job, shards: ShardSet | None) -> None:
 def _start(job: Job, classes: tuple[str, ...] | None) -> Start | None:
     with torch.random.fork_rng(devices=[]):  # as in _build
         return load_start(job, classes)
+
+
+def _teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
+    with torch.random.fork_rng(devices=[]):  # as in _build
+        return load_teacher(job, classes)
 
 
 def _build(job: Job, shards: ShardSet | None) -> None:

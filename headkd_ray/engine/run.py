@@ -18,7 +18,7 @@ from headkd_ray.engine.files import read_json, writing
 from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard, flattened
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import CheckpointError, JobError, StorageError
-from headkd_ray.job import Job
+from headkd_ray.job import LENGTH_KEYS, Job
 from headkd_ray.storage import LOCK_FILE, Folder, locked
 from headkd_ray.text import masked
 
@@ -46,16 +46,17 @@ def is_started(job: Job) -> bool:
         return False
 
 
-def check_run(job: Job, data: dict[str, str] | None = None) -> None:
+def check_run(job: Job, data: dict[str, str] | None = None, longer: bool = False) -> None:
     """Check that the job can start its run or resume it, leaving nothing behind.
 
     Args:
-        data: fingerprint of each split, and of student.checkpoint, that could be read, by its key (data.train, data.val).
+        data: fingerprint of each split, of student.checkpoint and of teacher.checkpoint that could be read, by its job key.
+        longer: whether the run is to be trained longer than it was started for, with other ``LENGTH_KEYS``.
 
     Raises:
         StorageError: run.storage is not writable, no filesystem serves it, or the run's own files are damaged.
         JobError: a run of this name exists and was started with other keys (all differing keys are named), or it has ended and
-            was trained with other data.
+            was trained with other data or weights.
     """
     try:
         folder = run_folder(job)
@@ -63,15 +64,18 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
     except StorageError as error:
         raise StorageError(f"run.storage: {error}") from error
     if not folder.has(JOB_FILE):
+        if longer:
+            raise JobError(f"run.name: there is no run {folder.uri} to extend; leave out --extend to start it")
         return
     before, after = (dict(flattened(keys, ".")) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
-    differing = [
+    differing = _lengthening(before, after, folder) if longer else []
+    differing += [
         f"{key}: the run {folder.uri} was started with {before.get(key)!r}, now {after.get(key)!r}; "
         "keep the old value to resume it, or choose another run.name"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and key.split(".")[0] not in FREE_SECTIONS
-        and not key.startswith(("run.storage", *FREE_KEYS))
+        and not key.startswith(("run.storage", *FREE_KEYS, *(LENGTH_KEYS if longer else ())))
     ]
     result = finished(folder)
     if result is not None:
@@ -92,8 +96,45 @@ def check_run(job: Job, data: dict[str, str] | None = None) -> None:
         raise JobError(differing)
 
 
+def _lengthening(before: dict[str, Any], after: dict[str, Any], folder: Folder) -> list[str]:
+    """Return why a run cannot go on as if it had been started with the other ``LENGTH_KEYS``; none if it can."""
+    epochs, schedule = before["optim.epochs"], before["optim.schedule"]
+    if schedule != "milestones" and epochs != after["optim.epochs"]:
+        return [
+            f"optim.epochs: the run {folder.uri} cannot be extended, because its learning rate follows the schedule {schedule} "
+            f"to the end of {epochs} epochs; choose another run.name, which can start from its student (student.checkpoint)"
+        ]
+    problems = []
+    if after["optim.epochs"] < epochs:
+        problems.append(
+            f"optim.epochs: {after['optim.epochs']} is less than the {epochs} that the run {folder.uri} was started with"
+        )
+    kept = [milestone for milestone in after["optim.milestones"] if milestone < epochs]
+    if kept != before["optim.milestones"]:
+        problems.append(
+            f"optim.milestones: {after['optim.milestones']} changes the learning rate of epochs that the run {folder.uri} was "
+            f"started with; keep {before['optim.milestones']}, and add only epochs from {epochs} on"
+        )
+    return problems
+
+
+def extend_run(job: Job) -> None:
+    """Make the run one that was started with the job's ``LENGTH_KEYS``, which ``check_run`` must have allowed.
+
+    If that changes any, a run that has ended has not any more. Its student stays in place until the longer run has ended.
+    """
+    folder = run_folder(job)
+    before, after = (dict(flattened(keys, ".")) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
+    if all(before[key] == after[key] for key in LENGTH_KEYS):
+        return
+    with writing(folder.named(JOB_FILE), "run.storage"):
+        folder.delete(RESULT_FILE)  # first: between the two, the run is a shorter one that has still to write its result
+        folder.write(JOB_FILE, _as_recorded(job).encode())
+
+
 def _differs(key: str) -> str:
-    return "was trained on different data" if key.startswith("data.") else "started from different weights"
+    weights = {"student.checkpoint": "started from different weights", "teacher.checkpoint": "had a different teacher"}
+    return weights.get(key, "was trained on different data")
 
 
 def _recorded(folder: Folder) -> dict[str, Any]:
@@ -140,7 +181,7 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
 
     Args:
         ranking: the run's checkpoints, the best first. Damaged ones are skipped.
-        data: fingerprint of each split by its key. That of ``student.checkpoint`` is added, if the student had one.
+        data: fingerprint of each split by its key. Those of ``student.checkpoint`` and the teacher are added, if any.
         tell: receives a note about each checkpoint that is skipped.
 
     Raises:
@@ -157,17 +198,17 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
             "best": read_json(best, METRICS_FILE, CheckpointError, "the checkpoint is damaged"),
             "last": last,
             "student": student.address,
-            "data": {**data, **_start_of(best)},
+            "data": {**data, **_weights_of(best)},
         }
         folder.write(RESULT_FILE, masked(json.dumps(result, indent=1)).encode())
     return result
 
 
-def _start_of(checkpoint: Folder) -> dict[str, str]:
-    """Return the fingerprint of the weights that a checkpoint's student started from, by its job key; empty if it had none."""
-    card = read_json(checkpoint / STUDENT_FOLDER, CARD, CheckpointError, "the checkpoint is damaged")
-    start = card.get("meta", {}).get("start")
-    return {} if start is None else {"student.checkpoint": start["fingerprint"]}
+def _weights_of(checkpoint: Folder) -> dict[str, str]:
+    """Return the fingerprints of the weights that a checkpoint's student started from and of its teacher's, by job key."""
+    meta = read_json(checkpoint / STUDENT_FOLDER, CARD, CheckpointError, "the checkpoint is damaged").get("meta", {})
+    keys = {"start": "student.checkpoint", "teacher": "teacher.checkpoint"}
+    return {key: meta[part]["fingerprint"] for part, key in keys.items() if part in meta}
 
 
 @contextmanager

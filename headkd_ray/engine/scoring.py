@@ -52,12 +52,20 @@ def scoring_of(shards: ShardSet, split: str, classes: Sequence[str], who: str, m
 def recorded_detections(meta: Mapping[str, Any]) -> int:
     """Return how many detections per image counted when the checkpoint with this ``meta`` was trained; 100 if not recorded.
 
+    Raises CheckpointError as :func:`recorded_count`.
+    """
+    return recorded_count(meta, "max_detections", MAX_DETECTIONS)
+
+
+def recorded_count(meta: Mapping[str, Any], key: str, otherwise: int) -> int:
+    """Return the positive integer at ``key`` of a checkpoint's ``meta``, or ``otherwise`` if it is not recorded.
+
     Raises:
         CheckpointError: the recorded value is not a positive integer.
     """
-    recorded = meta.get("max_detections", MAX_DETECTIONS)
+    recorded = meta.get(key, otherwise)
     if not isinstance(recorded, int) or isinstance(recorded, bool) or recorded < 1:
-        raise CheckpointError(f"model.json: meta.max_detections {recorded!r} is not a number of detections")
+        raise CheckpointError(f"model.json: meta.{key} {recorded!r} is not a positive integer")
     return recorded
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,25 +16,30 @@ from headkd_ray.data.rng import key_bits
 from headkd_ray.detectors import Detector
 from headkd_ray.distill import TrainingModel
 from headkd_ray.engine.optim import build_optimizer
+from headkd_ray.engine.patience import Patience
 from headkd_ray.job import Job
 from headkd_ray.teacher import TeacherSource
 
 
 @dataclass
 class Learner:
-    """A training model with its optimizer, schedule and moving average: all state that an optimizer step reads and changes."""
+    """A training model with its optimizer, schedule and moving average: all state that training reads and changes."""
 
     step: int
     """Number of optimizer steps taken so far."""
     model: TrainingModel
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     ema: AveragedModel | None
     """Moving average of the student's weights."""
     ddp: DistributedDataParallel | None = None
     """Wraps ``model`` if several processes train it."""
     start: dict[str, str] | None = None
     """The detector that the student started from: its ``checkpoint`` and the ``fingerprint`` of its weights; None = fresh."""
+    patience: Patience = field(default_factory=Patience)
+    """Ends training early."""
+    teacher: dict[str, str] | None = None
+    """The job's teacher, likewise; None = it has none."""
     soft_teacher: TeacherSource | None = None
     """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 
@@ -54,7 +59,7 @@ def build_learner(job: Job, model: TrainingModel, device: torch.device, global_b
     ema = None
     if job.optim.ema is not None:
         ema = AveragedModel(model.student, multi_avg_fn=get_ema_multi_avg_fn(job.optim.ema), use_buffers=True)
-    return Learner(0, model.train(), optimizer, scheduler, ema)
+    return Learner(0, model.train(), optimizer, scheduler, ema, patience=Patience(job.eval.patience))
 
 
 def train_step(

@@ -9,7 +9,8 @@ import torch
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, TargetReader, local_stream
-from headkd_ray.data.epoch_order import Window, eval_windows, interleaved, steps_per_epoch, train_rows, train_windows
+from headkd_ray.data.epoch_order import Window, eval_windows, interleaved, steps_per_epoch, train_windows
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.scoring import scoring_of_job
@@ -33,12 +34,12 @@ class Streams:
 
     def __init__(self, job: Job, distributed: Distributed, train: ShardSet, val: ShardSet, decode: Decode) -> None:
         self.job, self.distributed, self.train_set, self.val_set, self.decode = job, distributed, train, val, decode
-        self.rows = train_rows(train.index, job.data.keep_empty)
+        self.sampling = sampling_of(train, job.data)
         self.ranks_in_all = max(1, job.cluster.most_workers)
         self.ranks = distributed.ranks_of(self.ranks_in_all)
         """The ranks that this process runs; their batches of a step come in this order."""
         self.micro_batches_per_epoch = steps_per_epoch(
-            len(self.rows), job.data.batch_size, self.ranks_in_all, job.optim.accumulate
+            self.sampling.images, job.data.batch_size, self.ranks_in_all, job.optim.accumulate
         )
         """Micro-batches per epoch, the same for every epoch and rank; a multiple of optim.accumulate."""
         self.scoring = scoring_of_job(job, train, val)
@@ -49,7 +50,7 @@ class Streams:
         windows = [
             train_windows(
                 self.train_set.index,
-                self.rows,
+                self.sampling.rows,
                 seed=self.job.run.seed,
                 rank=rank,
                 world_size=self.ranks_in_all,
@@ -58,6 +59,7 @@ class Streams:
                 epochs=self.job.optim.epochs,
                 accumulate=self.job.optim.accumulate,
                 start_step=first,
+                draws=self.sampling.repeats,
             )
             for rank in self.ranks
         ]

@@ -13,9 +13,9 @@ from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors, valid_anchors
 from headkd_ray.detectors.ops.rois import Candidates, candidates, choose
 from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.detectors.rpn import RPN
-from headkd_ray.golden.compare import VALUES
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.rows import nearest_rows, positions
+from headkd_ray.golden.tolerances import VALUES
 from headkd_ray.job import SamplerSpec
 
 ALL = SamplerSpec(size=1 << 20, positive_fraction=1.0)

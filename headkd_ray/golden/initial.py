@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from headkd_ray.golden.compare import Row, failure
+from headkd_ray.golden.tolerances import Row, failure
 
 SIGMAS = 6.0
 """Largest difference of two random draws' means and deviations, in standard deviations of that difference."""

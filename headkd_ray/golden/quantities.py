@@ -11,12 +11,12 @@ from torch import Tensor
 
 from headkd_ray.detectors import Detections, RoIs, StageOutput
 from headkd_ray.detectors.build import AnyDetector
-from headkd_ray.golden.compare import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
 from headkd_ray.golden.conventions import places_of_rois
 from headkd_ray.golden.file import Golden
 from headkd_ray.golden.initial import compare_frozen, compare_initial
 from headkd_ray.golden.replay import Replay, replay
 from headkd_ray.golden.rows import compare_detections, compare_proposals, positions
+from headkd_ray.golden.tolerances import GRADIENTS, VALUES, Row, compare, compare_number, failure, merge
 
 
 def check(golden: Golden, run: Replay) -> Iterator[Row]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headkd_ray.golden.compare import VALUES, Row, compare, explained, failure, merge
 from headkd_ray.golden.proposed import Proposed
+from headkd_ray.golden.tolerances import VALUES, Row, compare, explained, failure, merge
 
 
 def positions(rows: Tensor, of: Tensor) -> Tensor | None:

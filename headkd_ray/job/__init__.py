@@ -1,10 +1,12 @@
 """Define and read the job file: every key that a user may write in ``jobs/*.yaml``."""
 
 from headkd_ray.job.assistant_specs import AssistantsSpec, FCOSAssistantSpec, RCNNAssistantSpec, RetinaAssistantSpec
+from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.checks import Problem, problems, warnings
 from headkd_ray.job.detector_spec import SPECS, DetectorSpec, FCOSHeadSpec, FCOSSpec, RetinaHeadSpec, RetinaNetSpec
 from headkd_ray.job.gfl_spec import GFLFPNSpec, GFLHeadSpec, GFLPostprocessSpec, GFLSpec
 from headkd_ray.job.job import (
+    LENGTH_KEYS,
     CheckpointSpec,
     ClusterSpec,
     DataSpec,
@@ -52,10 +54,12 @@ from headkd_ray.job.two_stage_specs import (
 )
 
 __all__ = [
+    "LENGTH_KEYS",
     "METHODS",
     "SPECS",
     "AnchorSpec",
     "AssistantsSpec",
+    "AugmentSpec",
     "BackboneSpec",
     "BoxHeadSpec",
     "CacheSpec",

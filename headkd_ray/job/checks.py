@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from headkd_ray.job import data_checks
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
-from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job
+from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, Spec
@@ -149,6 +150,10 @@ def _copy_only_copies(get: Get) -> Iterator[tuple[str, str]]:
 
 
 def _milestones(get: Get) -> Iterator[tuple[str, str]]:
+    if get("optim.schedule") != "milestones":
+        return
+    if get("optim.final_ratio") != OptimSpec().final_ratio:
+        yield "optim.final_ratio", "the schedule milestones has no such end; remove the key, or use cosine or one_cycle"
     milestones = list(get("optim.milestones"))
     if milestones != sorted(set(milestones)):
         yield "optim.milestones", f"{milestones} is not in ascending order"
@@ -365,6 +370,8 @@ CHECKS: tuple[Check, ...] = (
     _milestones,
     _short_sides,
     _eval_short_side,
+    data_checks.augment,
+    data_checks.sampling,
     _max_detections,
     _random_weights_must_learn,
     _start,

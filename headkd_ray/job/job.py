@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from headkd_ray.job.assistant_specs import AssistantsSpec
+from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.method_terms import Method
 from headkd_ray.job.module_specs import Spec, Text
@@ -22,6 +23,7 @@ from headkd_ray.job.numbers import (
     Images,
     Layers,
     Limit,
+    Momentum,
     Multiple,
     Pixels,
     Processes,
@@ -92,6 +94,17 @@ class DataSpec(Spec):
     """Distinct augmented views per image: epoch e shows view e mod views; null = a new view in each epoch."""
     view_seed: Seed | None = None
     """Seed of the views alone, so that runs with different run.seed can share a cache of soft targets; null = run.seed."""
+    reduced_decode: bool = False
+    """Decode a JPEG at half of its size or less where a training view needs no more pixels: up to twice as fast for large
+    photos, whose pixels then differ a little. Evaluation and prediction always decode the whole."""
+    augment: AugmentSpec = AugmentSpec()
+    """Random changes of training views beyond their size and flip; none by default (the paper's views)."""
+    sampling: Literal["all", "repeat_factor", "class_balanced"] = "all"
+    """Which images make an epoch: all = each once; repeat_factor = images with rare classes several times (LVIS: the square
+    root of repeat_threshold / the share of images with the class, at least 1, of the image's rarest class);
+    class_balanced = as many images in all, but each class equally often. A repeated image shows another view each time."""
+    repeat_threshold: Fraction = 0.001
+    """Share of images below which repeat_factor repeats a class (0.001 is LVIS's, meant for 1,200 classes)."""
 
 
 class DistillSpec(Spec):
@@ -166,18 +179,29 @@ class OptimSpec(Spec):
     cluster.workers (at least 1; the most of a range) x data.batch_size x optim.accumulate. null = no scaling."""
     momentum: Fraction = 0.9
     """SGD momentum (adamw: unused)."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decays of AdamW's moving averages of gradients and of their squares (sgd: unused)."""
     weight_decay: Weight = 1e-4
-    """L2 decay on all parameters."""
+    """L2 decay of the weights (adamw: decoupled from the gradient)."""
+    norm_decay: bool = True
+    """Apply weight_decay to biases and normalisation layers too, as the paper does. false = only to parameters of two and more
+    dimensions, the weights of convolutions and linear layers."""
     clip_norm: Limit | None = 20.0
     """Gradient norm above which gradients are scaled down; null = never."""
     epochs: Epochs = 12
     """Passes over the training images."""
+    schedule: Literal["milestones", "cosine", "one_cycle"] = "milestones"
+    """How the learning rate changes after warm-up: milestones = multiplied by gamma at each (the paper); cosine = falls along a
+    cosine to final_ratio at the end of training; one_cycle = as cosine, and the warm-up also rises along one."""
     milestones: tuple[Epochs, ...] = (8, 11)
-    """Epochs after which the learning rate is multiplied by gamma, ascending and below epochs; [] = never."""
+    """Epochs after which the learning rate is multiplied by gamma, ascending and below epochs; [] = never. The other schedules
+    have none."""
     gamma: Factor = 0.1
     """Factor at each milestone."""
+    final_ratio: Fraction = 0.0
+    """Learning rate at the end as a share of the peak, with schedule cosine or one_cycle."""
     warmup_steps: StepsOrNone = 500
-    """Optimizer steps of linear learning-rate warm-up."""
+    """Optimizer steps of learning-rate warm-up; a one_cycle often has 30 % of all steps here."""
     warmup_ratio: Fraction = 0.001
     """Learning rate at step 0 as a share of the peak."""
     accumulate: Batch = 1
@@ -189,6 +213,9 @@ class OptimSpec(Spec):
     """Precision of forward passes; bf16 = autocast, with weights and losses in fp32."""
 
 
+LENGTH_KEYS = ("optim.epochs", "optim.milestones", "eval.patience")
+"""The keys that may change if a run is trained longer: until its former end, nothing is different."""
+
 MAX_DETECTIONS = 100
 """COCO's own number of detections per image."""
 
@@ -198,6 +225,9 @@ class EvalSpec(Spec):
 
     every_epochs: Epochs = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    patience: Epochs | None = None
+    """Evaluations in a row without a better AP after which training ends early; null = train all epochs. The best checkpoint is
+    exported in either case."""
     batch_size: Batch = 2
     """Images per worker and forward pass."""
     max_detections: Boxes = MAX_DETECTIONS

@@ -11,6 +11,12 @@ from typing import Annotated
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Portion = Annotated[float, Field(ge=0.05, le=1.0)]
+"""A share of a length that leaves something of it."""
+Expansion = Annotated[float, Field(ge=1.0, le=16.0)]
+"""A factor by which a length grows."""
+Turn = Annotated[float, Field(ge=0.0, le=0.5)]
+"""An angle as a share of a full turn, in one of two directions."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]
 """The weight of a loss."""
@@ -25,6 +31,8 @@ Length = Annotated[float, Field(ge=0.0, le=1e6)]
 Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e4)]
 """A divisor, and therefore not 0."""
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A decay of a moving average."""
 Exponent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 Epochs = Annotated[int, Field(gt=0, le=1_000_000)]

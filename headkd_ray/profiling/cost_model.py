@@ -23,7 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from headkd_ray.data.epoch_order import steps_per_epoch, train_rows
+from headkd_ray.data.epoch_order import steps_per_epoch
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.job import Job
 from headkd_ray.teacher.cache_codec import Codec
@@ -64,7 +65,7 @@ class Work:
     """The amount of work in a job, and the resources that its processes ask for."""
 
     images: int
-    """Training images per epoch."""
+    """Training images per epoch, with repeated ones."""
     val_images: int
     batch: int
     """Images per micro-batch."""
@@ -87,6 +88,8 @@ class Work:
     """CPUs per teacher process."""
     views: int
     """Views of each image in a cache."""
+    distinct: int
+    """Training images, each counted once."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,10 @@ def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
     data_cpus = LOCAL_DATA_THREADS if alone else max(1.0, cluster.data_cpus)
     # Ray adds teachers while batches wait, except if the student chooses the RoIs.
     teachers = 1 if pool is None or alone else pool.actors[1 if placement == "cache" or job.distill.rois == "teacher" else 0]
-    every = job.eval.every_epochs
+    every, sampling = job.eval.every_epochs, sampling_of(train, job.data)
     gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(on_gpu)
     return Work(
-        images=len(train_rows(train.index, job.data.keep_empty)),
+        images=sampling.images,
         val_images=len(val.index),
         batch=job.data.batch_size,
         accumulate=job.optim.accumulate,
@@ -162,6 +165,7 @@ def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
         teacher_cpus=0.0 if pool is None else pool.cpus,
         on_ray=not alone,
         views=views_of(job),
+        distinct=len(sampling.rows),
     )
 
 
@@ -196,7 +200,7 @@ def plan(work: Work, costs: Costs, prices: Prices, workers: int, bandwidth: floa
     steps = per_epoch * work.epochs
     eval_seconds = max(costs.eval_seconds, costs.image_seconds / work.data_cpus) * -(-work.val_images // workers)
     train_hours = (steps * step_seconds + work.evaluations * eval_seconds) / 3600
-    asked = work.images * work.views if cached else 0
+    asked = work.distinct * work.views if cached else 0
     build_hours = asked * costs.teacher_seconds / work.batch / work.teachers / 3600
     # One pool builds a cache, whereas with placement pool each worker has its own.
     pool_hours = work.teachers * (workers * train_hours * pooled + build_hours)

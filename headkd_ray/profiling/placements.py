@@ -159,10 +159,7 @@ def _bare(builder: Builder) -> float:
     """Return the teacher's seconds per view, at the builder's batch size, for views that are already decoded in memory."""
     meta = builder.cache.shards.meta
     starts = range(0, min(BARE_VIEWS, meta.shards[0].images), meta.row_group)
-    groups = [
-        builder.shown(0, start // meta.row_group, 0, range(start, min(start + meta.row_group, meta.shards[0].images)))
-        for start in starts
-    ]
+    groups = [builder.shown(0, 0, range(start, min(start + meta.row_group, meta.shards[0].images))) for start in starts]
     builder.ask(groups[0])  # warms up
     started = time.perf_counter()
     for group in groups:

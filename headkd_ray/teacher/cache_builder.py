@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from headkd_ray.data.batch import Batch, Example, collate
-from headkd_ray.data.batch_stream import BatchMaker
-from headkd_ray.data.shards import Sample
+from headkd_ray.data.batch_stream import BatchMaker, load_samples
+from headkd_ray.data.sample import Sample
 from headkd_ray.memory import enough_memory
 from headkd_ray.soft_targets import TopLogits, ViewTargets
 from headkd_ray.teacher.source import TeacherSource
@@ -42,10 +44,14 @@ class Builder:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="headkd-decode") as pool:
             return self.cache.write(shard, view, self._groups(shard, view, pool))
 
-    def shown(self, shard: int, group: int, view: int, rows: Sequence[int]) -> list[tuple[Sample, Example | None]]:
-        """Read the images at ``rows`` of a shard, all in one row group, each with its ``view``, or None if not trained on."""
-        samples = self.cache.shards.read_group(shard, group, rows)
-        return [(sample, self._show(sample, view)) for sample in samples]
+    def shown(self, shard: int, view: int, rows: Sequence[int]) -> list[tuple[Sample, Example | None]]:
+        """Read the images at ``rows`` of a shard, each with its ``view``, or None if not trained on."""
+        return [(sample, self._show(sample, view)) for sample in self._samples(shard, rows, view)]
+
+    def _samples(self, shard: int, rows: Sequence[int], view: int) -> list[Sample]:
+        """Read rows of a shard, with the other images that ``view`` shows of them."""
+        first = int(np.searchsorted(self.cache.shards.index.shard, shard))
+        return load_samples(self.cache.shards, [first + row for row in rows], [view] * len(rows), self.maker)
 
     def _groups(self, shard: int, view: int, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, ViewTargets]]]:
         """Yield row groups in order. While one is written, the teacher runs on the next and the one after is decoded."""
@@ -54,8 +60,7 @@ class Builder:
 
         def show(start: int) -> list[tuple[Sample, Future[Example | None]]]:
             rows = range(start, min(start + meta.row_group, meta.shards[shard].images))
-            samples = self.cache.shards.read_group(shard, start // meta.row_group, rows)
-            return [(sample, pool.submit(self._show, sample, view)) for sample in samples]
+            return [(sample, pool.submit(self._show, sample, view)) for sample in self._samples(shard, rows, view)]
 
         def ask(read: Future[list[tuple[Sample, Future[Example | None]]]]) -> list[tuple[int, ViewTargets]]:
             return self.ask([(sample, shown.result()) for sample, shown in read.result()])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.views import distinct_views
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.state_dict import add_to_digest
-from headkd_ray.job import Job
-
-if TYPE_CHECKING:
-    from headkd_ray.teacher.source import TeacherSource
+from headkd_ray.job import AugmentSpec, DataSpec, Job
+from headkd_ray.teacher.source import TeacherSource
 
 Recipe = dict[str, Any]
 
@@ -31,6 +30,7 @@ def recipe_of(job: Job, shards: ShardSet, teacher: TeacherSource) -> Recipe:
         "data.pad": data.pad,
         "data.keep_empty": data.keep_empty,
         "data.view_seed (or run.seed)": view_seed(job),
+        **_augmented(data),
         "distill.roi_budget": job.distill.roi_budget,
         "teacher.cache.dtype": job.teacher.cache.dtype,
         "teacher.cache.logits": job.teacher.cache.logits,
@@ -49,7 +49,14 @@ def view_seed(job: Job) -> int:
 
 def views_of(job: Job) -> int:
     """Return the number of distinct views of each image in the run's epochs."""
-    return job.optim.epochs if job.data.views is None else min(job.data.views, job.optim.epochs)
+    return distinct_views(job.optim.epochs, job.data)
+
+
+def _augmented(data: DataSpec) -> Recipe:
+    """Return the keys of data.augment and the like; none if all have their defaults, so that older caches stay valid."""
+    keys = data.augment.model_dump(mode="json") if data.augment != AugmentSpec() else {}
+    decoded = {"data.reduced_decode": True} if data.reduced_decode else {}
+    return decoded | {f"data.augment.{key}": value for key, value in keys.items()}
 
 
 def _contents(shards: ShardSet) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from headkd_ray.data.class_lists import check_common, outputs_by_name
 from headkd_ray.detectors.hf_models import HFModel, read_hf_model
+from headkd_ray.detectors.state_dict import fingerprint
 from headkd_ray.detectors.weights import with_classes
 from headkd_ray.detectors.weights.fetch import check_names, fetch_named, prefixed
 from headkd_ray.detectors.weights.loaded import UNUSED
@@ -25,6 +26,8 @@ class Teacher:
     """A detector of ours with an output for each class of the data, or a source."""
     note: str | None
     """A note for the log on how its classes differ from the data's and if it is of the student's kind; None if neither."""
+    fingerprint: str
+    """SHA-256 of the weights in the checkpoint, in hexadecimal."""
 
 
 def teacher_of(job: Job, classes: tuple[str, ...]) -> AnyTeacher:
@@ -61,17 +64,18 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     names = loaded.classes
     assert names is not None
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
+    weights = fingerprint(loaded.detector.state_dict())
     notes = list(loaded.notes)
     notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD expects another kind"] if own_kind else []
     if classes is None or classes == names:
-        return Teacher(loaded.detector, "; ".join(notes) or None)
+        return Teacher(loaded.detector, "; ".join(notes) or None, weights)
     _check_common(job, names, classes)
     matched = len(set(classes) & set(names))
     notes += [
         f"teacher: its head's outputs follow the data's class names ({matched} of {len(classes)} matched)",
         *outputs_by_name("the teacher", names, classes),
     ]
-    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes))
+    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes), weights)
 
 
 def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:
@@ -91,7 +95,7 @@ def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:
         f"{', '.join(map(str, layers))} of {model.layers} are compared",
         *([] if set(classes) == set(known) else [f"it knows {len(set(classes) & set(known))} of {len(classes)} classes"]),
     ]
-    return Teacher(source, "; ".join(notes))
+    return Teacher(source, "; ".join(notes), model.fingerprint)
 
 
 def _layers(job: Job, model: HFModel) -> tuple[int, ...]:

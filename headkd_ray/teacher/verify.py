@@ -63,7 +63,7 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
         row, view = int(trained[number // cache.views]), number % cache.views
         shard, place = int(index.shard[row]), int(index.row[row])
         group = place // index.row_group
-        ((sample_of, example),) = builder.shown(shard, group, view, [place])
+        ((sample_of, example),) = builder.shown(shard, view, [place])
         assert example is not None  # train_rows are trained on
         (packed,) = cache.read_group(shard, group, [place], view)
         kept = cache.unpack(packed, sample_of.image_id, view)

@@ -36,7 +36,15 @@ def test_every_promised_row_is_there(tier: str):
     for rois in (64, 128, 256):
         rows += [f"head_inline_{rois}", f"head_rois_{rois}", f"head_cache_{rois}_fp16", f"head_cache_{rois}_int8"]
     more = {
-        "micro": ["head_ckd_quarter", "head_ckd_stop", "tf_head_rcnn_quarter", "tf_head_quarter", "tf_head_rcnn_warm"],
+        "micro": [
+            "head_ckd_quarter",
+            "head_ckd_stop",
+            "tf_head_rcnn_quarter",
+            "tf_head_quarter",
+            "tf_head_rcnn_warm",
+            "baseline_augment",
+            "head_augment",
+        ],
         "standard": [f"{row}_mnv2" for row in LADDER],
     }
     assert list(ROWS[tier]) == [*rows, *more[tier]]
@@ -73,7 +81,9 @@ def test_rows_differ_from_what_they_are_compared_with_in_nothing_but_the_method(
 def test_rows_are_the_methods_that_they_are_called(tier: Bench):
     jobs = {row: plan(tier, row, 0).job for row in tier.rows}
     named = {row: row.removesuffix("_mnv2").removesuffix("_pearson") for row in jobs}
-    methods = dict.fromkeys(("teacher", "retina_teacher", "baseline", "fcos_baseline", "baseline_views"), "supervised")
+    methods = dict.fromkeys(
+        ("teacher", "retina_teacher", "baseline", "fcos_baseline", "baseline_views", "baseline_augment"), "supervised"
+    )
     methods |= {row: row for row in ("assist", "copy_only", "akd", "head", "fitnet")}
     methods |= {row: "tf_head" for row in tier.rows if row.startswith("tf_head")}
     assert {row: job.method for row, job in jobs.items()} == {row: methods.get(named[row], "head") for row in jobs}

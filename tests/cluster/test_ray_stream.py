@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 
+from headkd_ray.cluster import ray_stream
 from headkd_ray.cluster.decoding import decoded, encode
 from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.data.batch import TENSORS, Batch
@@ -24,7 +25,7 @@ from headkd_ray.data.epoch_order import Window, eval_windows, steps_per_epoch, t
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError
-from headkd_ray.job import ClusterSpec, DataSpec
+from headkd_ray.job import AugmentSpec, ClusterSpec, DataSpec
 from tests.data.coco_files import make_coco, spoil_images
 from tests.support import HANGS
 
@@ -64,8 +65,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = HANGS) -> None:
 
 
 @pytest.mark.parametrize("start_step", [0, 27])
-def test_same_batches_in_the_same_order_as_the_local_stream(shards: ShardSet, start_step: int) -> None:
-    maker = BatchMaker(SPEC, 1, train=True)
+def test_same_batches_in_the_same_order_as_the_local_stream(
+    shards: ShardSet, start_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one Dataset ends and another begins."""
+    monkeypatch.setattr(ray_stream, "WINDOWS_PER_DATASET", 5)
+    augment = AugmentSpec(mosaic=0.3, crop=0.5, zoom_out=0.5, contrast=0.3, hue=0.1, flip_vertical=0.5)
+    maker = BatchMaker(SPEC.replace({"augment": augment}), 1, train=True)
     planned = windows(shards, epochs=3, start_step=start_step)
     with DECODE(shards, planned, maker) as on_ray:
         for one, other in zip(on_ray, local_stream(shards, planned, maker), strict=True):

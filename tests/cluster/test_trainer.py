@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,19 @@ def test_a_run_given_up_goes_on_when_started_again(tmp_path: Path, drawn_splits:
     assert_same_weights(student_weights(result), student_weights(train(micro_job(tmp_path, drawn_splits, "whole"), _quiet)))
 
 
-def test_too_many_workers_is_an_error_not_a_hang(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
-    job = micro_job(tmp_path, drawn_splits, cluster={"workers": 64, "gpus_per_worker": 1})
+def test_too_many_workers_is_an_error_not_a_hang(
+    tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracked = {"mlflow": "photos"} if find_spec("mlflow") is not None else {}
+    job = micro_job(tmp_path, drawn_splits, cluster={"workers": 64, "gpus_per_worker": 1}, log=tracked)
     started = time.monotonic()
     with pytest.raises(ClusterError) as caught:
         train(job, _quiet)
     assert time.monotonic() - started < 120, "waited for them"
     text = str(caught.value)
     assert not (tmp_path / "run").exists(), "nothing is written before the cluster is known to suffice"
+    assert not (tmp_path / "mlflow.db").exists(), "a tracker was told of a run that cannot start"
     assert "64" in text and "GPUs requested, the cluster has 0" in text and "CPUs requested, the cluster has" in text
 
 

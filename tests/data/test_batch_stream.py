@@ -14,22 +14,41 @@ import pytest
 import torch
 
 from headkd_ray.data.batch import TENSORS, Batch
-from headkd_ray.data.batch_stream import BatchMaker, load_window, local_stream
+from headkd_ray.data.batch_stream import BatchMaker, load_samples, load_window, local_stream
 from headkd_ray.data.epoch_order import Window, eval_windows, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
+from headkd_ray.data.partners import Partners
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import view_size
 from headkd_ray.errors import DataError
-from headkd_ray.job import DataSpec
+from headkd_ray.job import AugmentSpec, DataSpec
 from tests.data.coco_files import make_coco, spoil_images
 
 SPEC = DataSpec(
     train="a", val="b", batch_size=3, short_side=(40, 56), long_side=80, eval_short_side=48, pad=16, shuffle_window=6
 )
 
+AUGMENTED = SPEC.replace(
+    {
+        "augment": AugmentSpec(
+            mosaic=0.4, mosaic_epochs=2, crop=0.4, zoom_out=0.5, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05,
+            flip_vertical=0.3,
+        ),
+        "views": 2,
+        "sampling": "class_balanced",
+    }
+)  # fmt: skip
+
 
 def windows(
-    shards: ShardSet, rank: int = 0, world_size: int = 1, epochs: int = 1, start_step: int = 0, **options: bool
+    shards: ShardSet,
+    rank: int = 0,
+    world_size: int = 1,
+    epochs: int = 1,
+    start_step: int = 0,
+    spec: DataSpec = SPEC,
+    **options: bool,
 ) -> list[Window]:
     rows = train_rows(shards.index, options.get("keep_empty", False))
     return list(
@@ -43,6 +62,7 @@ def windows(
             window=6,
             epochs=epochs,
             start_step=start_step,
+            draws=sampling_of(shards, spec).repeats,
         )
     )
 
@@ -105,18 +125,69 @@ def test_what_a_batch_holds(coco: ShardSet) -> None:
             assert torch.allclose(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()], atol=1e-3)
 
 
-def test_stream_and_plain_loop_agree_and_a_resumed_stream_continues(coco: ShardSet) -> None:
-    maker = BatchMaker(SPEC, 1, train=True)
-    plain = [batch for window in windows(coco, epochs=3) for batch in map(maker, load_window(coco, window, maker))]
+@pytest.mark.parametrize("spec", [SPEC, AUGMENTED], ids=["plain", "augmented"])
+def test_stream_and_plain_loop_agree_and_a_resumed_stream_continues(coco: ShardSet, spec: DataSpec) -> None:
+    maker = BatchMaker(spec, 1, train=True)
+    planned = windows(coco, epochs=3, spec=spec)
+    plain = [batch for window in planned for batch in map(maker, load_window(coco, window, maker))]
     for threads, ahead in ((1, 1), (3, None)):
-        for one, other in zip(
-            plain, local_stream(coco, windows(coco, epochs=3), maker, threads=threads, ahead=ahead), strict=True
-        ):
+        for one, other in zip(plain, local_stream(coco, planned, maker, threads=threads, ahead=ahead), strict=True):
             assert_equal(one, other)
     for start in (1, 7, 13):
-        resumed = list(local_stream(coco, windows(coco, epochs=3, start_step=start), maker))
+        resumed = list(local_stream(coco, windows(coco, epochs=3, start_step=start, spec=spec), maker))
         for one, other in zip(plain[start:], resumed, strict=True):
             assert_equal(one, other)
+
+
+def test_a_view_is_the_same_in_any_batch_window_and_number_of_workers(coco: ShardSet) -> None:
+    """Also alone, as the builder of a cache makes it: mosaics choose the same images, wherever they are made."""
+    maker = BatchMaker(AUGMENTED, 1, train=True)
+    seen: dict[tuple[int, int], list[np.ndarray]] = {}
+    for world_size in (1, 2):
+        for rank in range(world_size):
+            for batch in local_stream(coco, windows(coco, rank, world_size, epochs=3, spec=AUGMENTED), maker):
+                for place, key in enumerate(zip(batch.image_ids.tolist(), batch.views.tolist(), strict=True)):
+                    height, width = batch.sizes[place].tolist()
+                    valid = batch.labels[place] >= 0
+                    own = [batch.images[place, :, :height, :width], batch.boxes[place][valid], batch.labels[place][valid]]
+                    arrays = [tensor.numpy() for tensor in own]
+                    for one, other in zip(arrays, seen.setdefault(key, arrays), strict=True):
+                        assert np.array_equal(one, other)
+    row_of = {int(image_id): row for row, image_id in enumerate(coco.index.image_id)}
+    assert {view for _, view in seen} == {0, 1, 2, 3} and len(seen) > 2 * len(train_rows(coco.index, False))
+    mosaics = 0
+    for (image_id, number), arrays in seen.items():
+        if image_id >= 0:
+            (sample,) = load_samples(coco, [row_of[image_id]], [number], maker)
+            example = maker.example(sample, number, maker.view(image_id, number))
+            mosaics += len(sample.partners) == 3
+            assert number < 2 or not sample.partners
+            for one, other in zip(arrays, (example.image, example.boxes, example.labels), strict=True):
+                assert np.array_equal(one, other)
+    assert mosaics > 5
+
+
+def test_the_images_of_a_mosaic_change_with_the_view(coco: ShardSet) -> None:
+    """All are trained on, and come from one row group, another one for each view."""
+    spec = SPEC.replace({"augment.mosaic": 1.0})
+    maker, trained = BatchMaker(spec, 1, train=True), set(train_rows(coco.index, False).tolist())
+    row_of = {int(image_id): row for row, image_id in enumerate(coco.index.image_id)}
+    row, groups = min(trained), []
+    for sample in load_samples(coco, [row] * 6, list(range(6)), maker):
+        others = [row_of[partner.image_id] for partner in sample.partners]
+        assert len(others) == 3 and set(others) <= trained
+        groups.append({int(coco.index.group[other]) for other in others})
+    assert {len(found) for found in groups} == {1} and len(set.union(*groups)) > 2
+    untrained = next(row for row in range(len(coco.index)) if row not in trained)
+    assert load_samples(coco, [untrained], [0], maker)[0].partners == (), "its views are not shown"
+
+
+def test_a_mosaic_with_too_few_other_images(coco: ShardSet) -> None:
+    rows = train_rows(coco.index, False)
+    first, second = int(rows[0]), int(rows[-1])
+    assert Partners(coco.index, rows[:1], 0).of(first, 5, 3) == [first] * 3
+    both = Partners(coco.index, rows[[0, -1]], 0)
+    assert {tuple(both.of(first, number, 3)) for number in range(9)} == {(first,) * 3, (second,) * 3}
 
 
 def test_views_differ_between_epochs_and_repeat_with_data_views(coco: ShardSet) -> None:

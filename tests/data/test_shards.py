@@ -93,8 +93,9 @@ def rewrite(file: Path, column: str, change: Callable[[list[Any]], Any]) -> None
     first = next(row for row, boxes in enumerate(table["boxes"].to_pylist()) if boxes)
     values[first] = change(values[first])
     field = table.schema.field(column)
-    pq.write_table(table.set_column(table.column_names.index(column), field, pa.array(values, field.type)), file)
     fields = json.loads((file.parent / META).read_text())
+    table = table.set_column(table.column_names.index(column), field, pa.array(values, field.type))
+    pq.write_table(table, file, row_group_size=fields["row_group"])
     for shard in fields["shards"]:
         if shard["name"] == file.name:
             shard["bytes"] = file.stat().st_size
@@ -110,9 +111,9 @@ def read_all(shards: ShardSet, shard: int) -> None:
 @pytest.mark.parametrize(
     ("column", "change", "words"),
     [
-        ("labels", lambda labels: [-1] * len(labels), "labels -1 to -1, of 3 classes"),
-        ("labels", lambda labels: [3] * len(labels), "labels 3 to 3, of 3 classes"),
-        ("labels", lambda labels: labels[1:], "boxes, . labels"),
+        ("labels", lambda labels: [-1] * len(labels), "label -1, of 3 classes"),
+        ("labels", lambda labels: [3] * len(labels), "label 3, of 3 classes"),
+        ("labels", lambda labels: labels[1:], "boxes, . labels, . crowd flags"),
         ("labels", lambda labels: None, ""),
         ("labels", lambda labels: [None] * len(labels), ""),
         ("boxes", lambda boxes: [[math.nan] * 4] * len(boxes), "a box is not x1 y1 x2 y2 inside the image"),

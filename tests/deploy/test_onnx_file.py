@@ -18,6 +18,7 @@ from headkd_ray.deploy.graph import DetectionGraph, RawGraph
 from headkd_ray.deploy.networks import OnnxNetwork, TorchNetwork, graph_inputs
 from headkd_ray.deploy.onnx_file import onnx_bytes
 from headkd_ray.deploy.predictor import Predictor
+from headkd_ray.deploy.static_nms import Suppress, survivors, survivors_by_torchvision
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector
@@ -61,13 +62,14 @@ def photo(height: int, width: int, seed: int = 1) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
+@pytest.mark.parametrize("suppress", [survivors, survivors_by_torchvision], ids=["onnx", "torch-export"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_graph_detects_what_the_detector_detects(variant: str) -> None:
+def test_the_graph_detects_what_the_detector_detects(variant: str, suppress: Suppress) -> None:
     """A batch with padding, and an image in it without objects, in PyTorch."""
     data, detector = batch(), detector_of(variant)
     with torch.no_grad():
         wanted = detector(data["images"], data["sizes"])
-        found = DetectionGraph(detector)(data["images"].permute(0, 2, 3, 1), data["sizes"], 2 * data["sizes"])
+        found = DetectionGraph(detector, suppress)(data["images"].permute(0, 2, 3, 1), data["sizes"], 2 * data["sizes"])
     count = wanted.scores.shape[1]
     assert (wanted.labels >= 0).sum() > 20
     assert (found.labels[:, count:] == -1).all() and (found.scores[:, count:] == 0).all()

@@ -22,6 +22,55 @@ def test_lr_scales_with_the_global_batch() -> None:
     assert peak_lr(OptimSpec(lr_batch=None), 4) == 0.01
 
 
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_cosine_is_that_of_torch_after_warm_up(warmup: int) -> None:
+    spec = OptimSpec(schedule="cosine", warmup_steps=warmup, warmup_ratio=0.1, final_ratio=0.05, epochs=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50 - warmup, eta_min=0.05)
+    for step in range(50):
+        if step < warmup:
+            assert lr_factor(spec, step, 10) == pytest.approx(0.1 + 0.9 * step / warmup)
+            continue
+        assert lr_factor(spec, step, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert lr_factor(spec, 50, 10) == pytest.approx(0.05)
+
+
+def test_one_cycle_is_that_of_torch() -> None:
+    """Torch counts steps from 1 to the last, at which its rate is the final one."""
+    spec = OptimSpec(schedule="one_cycle", warmup_steps=14, warmup_ratio=1 / 25, final_ratio=1e-3, epochs=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    shape = {"pct_start": 15 / 51, "div_factor": 25, "final_div_factor": 40, "cycle_momentum": False}
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=51, **shape)
+    for step in range(51):
+        assert lr_factor(spec, step, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < 50:
+            reference.step()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_warm_up_of_the_whole_training_never_falls(schedule: str) -> None:
+    spec = OptimSpec(schedule=schedule, warmup_steps=20, epochs=2)
+    factors = [lr_factor(spec, step, 10) for step in range(21)]
+    assert factors == sorted(factors) and factors[-1] == 1
+
+
+def test_adamw_with_betas_and_no_decay_of_norms_and_biases() -> None:
+    """A step without gradients shrinks what decays, and nothing else."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.GroupNorm(1, 2))
+    for parameter in module.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    spec = OptimSpec(optimizer="adamw", lr=0.1, betas=(0.8, 0.95), weight_decay=0.5, norm_decay=False, warmup_steps=0)
+    optimizer, _ = build_optimizer(spec, module.parameters(), 16, 10)
+    assert all(group["betas"] == (0.8, 0.95) for group in optimizer.param_groups)
+    optimizer.step()
+    values = {name: parameter.unique().item() for name, parameter in module.named_parameters()}
+    assert values == {"0.weight": pytest.approx(0.95), "0.bias": 1, "1.weight": 1, "1.bias": 1}
+
+
 def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
     free, frozen = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
     optimizer, scheduler = build_optimizer(OptimSpec(warmup_steps=0), [free, frozen], 16, 10)
@@ -56,3 +105,17 @@ def test_a_retuned_state_goes_on_with_the_other_job_s_values() -> None:
         optimizer.step()
         scheduler.step()
     assert group["lr"] == pytest.approx(0.005), "the milestone, five steps on"
+
+
+def test_a_retuned_state_keeps_its_groups() -> None:
+    weights = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    before = OptimSpec(optimizer="adamw", norm_decay=False, weight_decay=0.1)
+    after = before.replace({"betas": (0.5, 0.9), "weight_decay": 0.2, "lr": 0.004, "warmup_steps": 0})
+    optimizer, scheduler = build_optimizer(before, weights, 16, 10)
+    state = {"step": 0, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    retune(state, after, 16, 10)
+    optimizer.load_state_dict(state["optimizer"])
+    assert [(g["weight_decay"], g["betas"], g["lr"]) for g in optimizer.param_groups] == [
+        (0.2, (0.5, 0.9), 0.004),
+        (0.0, (0.5, 0.9), 0.004),
+    ]

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact, seal
 from headkd_ray.engine.local import train_here
 from headkd_ray.engine.run import only_one, open_run, run_folder
@@ -27,7 +28,16 @@ from headkd_ray.engine.stop import stop_signals
 from headkd_ray.errors import CheckpointError, JobError, StoppedError, UserError
 from headkd_ray.storage import Folder
 from headkd_ray.train import main, train
-from tests.support import HANGS, MICRO_STUDENT, assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
+from tests.support import (
+    HANGS,
+    MICRO_STUDENT,
+    assert_same_weights,
+    micro_job,
+    micro_teacher,
+    start_training,
+    student_weights,
+    wait_for_lines,
+)
 
 
 def start_unseen(job_file: Path) -> subprocess.Popen[Any]:
@@ -132,6 +142,31 @@ def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path: Path, 
         train(
             micro_job(tmp_path, drawn_splits, "new", student={**student, "checkpoint": f"{tmp_path}/gone"}), lambda record: None
         )
+
+
+def test_a_teacher_of_other_weights_is_noticed_before_and_after_the_end(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    classes = ShardSet.open(drawn_splits["train"]).meta.classes
+    teacher = micro_teacher(tmp_path / "teacher", classes)
+    sections: dict[str, Any] = {"teacher": {"checkpoint": teacher}, "checkpoint": {"every_steps": 2}}
+    job = micro_job(tmp_path, drawn_splits, method="copy_only", optim={"epochs": 1, "milestones": []}, **sections)
+
+    def cut(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            raise RuntimeError("the machine is taken away")
+
+    with pytest.raises(RuntimeError, match="taken away"):
+        train(job, cut)
+    micro_teacher(tmp_path / "teacher", classes, seed=4)
+    with pytest.raises(UserError, match=r"^teacher\.checkpoint: the checkpoint at step 2 was written with '\w{64}', this run"):
+        train(job, lambda record: None)
+    micro_teacher(tmp_path / "teacher", classes)
+    result = train(job, lambda record: None)
+    card = json.loads((Path(result["student"]) / "model.json").read_text())
+    assert card["meta"]["teacher"] == {"checkpoint": teacher, "fingerprint": result["data"]["teacher.checkpoint"]}
+    assert train(job, lambda record: None) == result
+    micro_teacher(tmp_path / "teacher", classes, seed=4)
+    with pytest.raises(UserError, match=r"^teacher\.checkpoint: the run .*/run has ended, and had a different teacher "):
+        train(job, lambda record: None)
 
 
 def test_other_keys_under_the_same_name_are_refused(tmp_path: Path, drawn_splits: dict[str, str]) -> None:

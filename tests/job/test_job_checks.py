@@ -62,6 +62,31 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "1334 is above data.long_side (1333)",
         ),
         (
+            {"data": {"train": "a", "val": "b", "augment": {"crop": 0.5, "crop_side": [0.9, 0.4]}}},
+            "data.augment.crop_side",
+            "[0.9, 0.4] is not [smallest, largest]",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "augment": {"zoom_out_side": [2, 3]}}},
+            "data.augment.zoom_out_side",
+            "has no effect, for data.augment.zoom_out is 0; set that, or remove this key",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "augment": {"mosaic": 0.5, "mosaic_epochs": 12}}},
+            "data.augment.mosaic_epochs",
+            "12 is not before the end of training (optim.epochs is 12); null = mosaics in all epochs",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "augment": {"zoom_out": 0.5, "min_visible": 0.5}}},
+            "data.augment.min_visible",
+            "has no effect without data.augment.crop or data.augment.mosaic",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "repeat_threshold": 0.1}},
+            "data.repeat_threshold",
+            "has no effect with data.sampling all; use repeat_factor, or remove the key",
+        ),
+        (
             {"eval": {"max_detections": 300}},
             "student.head.postprocess.max_detections",
             "keeps 100 per image, but eval.max_detections counts 300; set it to at least 300",

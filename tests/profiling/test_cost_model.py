@@ -41,6 +41,7 @@ WORK = Work(
     teacher_cpus=0,
     on_ray=True,
     views=12,
+    distinct=1000,
 )
 GBIT10 = 1.25e9
 """10 Gbit/s in bytes per second."""
@@ -153,6 +154,7 @@ ASKED = st.builds(
     teacher_cpus=st.floats(0, 8),
     on_ray=st.booleans(),
     views=st.integers(1, 50),
+    distinct=st.integers(1, 10**6),
 )
 
 

@@ -15,6 +15,7 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, local_stream
 from headkd_ray.data.epoch_order import train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
+from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import FasterRCNN, build_detector
 from headkd_ray.errors import CacheError, DataError
@@ -179,7 +180,7 @@ def test_a_build_goes_on_where_it_stopped(job: Job, shards: ShardSet, built: Bui
 
 def test_a_few_rows_on_request(shards: ShardSet, built: Builder) -> None:
     whole = kept(built, shards, 1)
-    found = built.ask(built.shown(1, 2, 1, [11, 9]))
+    found = built.ask(built.shown(1, 1, [11, 9]))
     ids = {
         (int(s), int(r)): int(i) for s, r, i in zip(shards.index.shard, shards.index.row, shards.index.image_id, strict=True)
     }
@@ -227,8 +228,10 @@ def test_caches_of_other_views_are_others(job: Job, shards: ShardSet, tmp_path: 
         digest(data={"pad": 64}),
         digest(data={"keep_empty": True}),
         digest(logits=2),
+        digest(data={"augment": {"crop": 0.5}}),
+        digest(data={"reduced_decode": True}),
     }
-    assert len(others) == 9 and own not in others  # run.seed and data.view_seed of 8 give the same views
+    assert len(others) == 11 and own not in others  # run.seed and data.view_seed of 8 give the same views
 
 
 @pytest.mark.parametrize(("epochs", "views", "files"), [(2, None, 2), (3, 2, 2), (2, 5, 2), (4, None, 4)])
@@ -257,6 +260,38 @@ def test_images_without_objects(tmp_path: Path, keep_empty: bool) -> None:
         for image_id, valid in zip(batch.image_ids.tolist(), batch.targets.valid, strict=True)
     }
     assert streamed.keys() == trained and all(len(found[image_id].boxes) == count for image_id, count in streamed.items())
+
+
+def test_augmented_views_and_repeated_images_come_with_their_targets(tmp_path: Path) -> None:
+    """The teacher saw the same views: where a batch has one padded size, it says the same of them now."""
+    coco = make_coco(tmp_path / "coco", images=10)
+    shards = prepare_split(coco.json, coco.images, coco.out, shard_images=7, row_group=3)
+    augment = {"mosaic": 0.5, "mosaic_epochs": 1, "crop": 0.5, "zoom_out": 0.5, "brightness": 0.3}
+    data = {"augment": augment, "sampling": "repeat_factor", "repeat_threshold": 1.0, "views": 2, "batch_size": 1}
+    job = job_on(coco.out, tmp_path / "soft", data=data, optim={"epochs": 2, "milestones": []})
+    builder = builder_for(job, shards)
+    assert builder.cache.views == 3 and all(build_all(builder)), "one with mosaics, two without"
+    teacher, draws = soft_teacher(job, detector()), sampling_of(shards, job.data).repeats
+    assert draws is not None and draws.total > 7
+    seen = set()
+    windows = train_windows(
+        shards.index,
+        train_rows(shards.index, False),
+        seed=0,
+        rank=0,
+        world_size=1,
+        batch_size=1,
+        window=4,
+        epochs=2,
+        draws=draws,
+    )
+    maker = BatchMaker(job.data, view_seed(job), train=True, cache=builder.cache)
+    for batch in local_stream(shards, windows, maker):
+        direct = teacher(batch)
+        assert batch.targets is not None and torch.equal(direct.truth, batch.targets.truth)
+        torch.testing.assert_close(batch.targets.boxes, direct.boxes, rtol=0, atol=1e-3)
+        seen.add((int(batch.image_ids), int(batch.views)))
+    assert {view for _, view in seen} == {0, 1, 2}
 
 
 def test_an_idle_batch_has_padding_for_targets(job: Job, shards: ShardSet, built: Builder) -> None:

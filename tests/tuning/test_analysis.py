@@ -17,7 +17,8 @@ from rich.console import Console
 from headkd_ray import analyze
 from headkd_ray.errors import JobError
 from headkd_ray.job import load_job
-from headkd_ray.tuning.analysis.figures import figures, pareto_front, png, svg
+from headkd_ray.report.plots import png, svg
+from headkd_ray.tuning.analysis.figures import figures, pareto_front
 from headkd_ray.tuning.analysis.importance import importances
 from headkd_ray.tuning.analysis.page import page
 from headkd_ray.tuning.analysis.progress import line

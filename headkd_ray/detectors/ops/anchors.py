@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headkd_ray.detectors.ops.fixed_size import constant
+from headkd_ray.detectors.ops.tracing import traced
 from headkd_ray.job import AnchorSpec
 
 Shape = tuple[int, int]
@@ -60,7 +61,7 @@ class Anchors:
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """Return the anchors for pyramid levels ``features`` (B, C, H, W), on their device."""
         shapes = tuple((f.shape[-2], f.shape[-1]) for f in features)
-        if torch.jit.is_tracing():  # the graph computes them from the sizes that it is run with
+        if traced():  # the graph computes them from the sizes that it is run with
             return self._make(shapes, features[0].device)
         key = (shapes, features[0].device)
         if key not in self._memo:

@@ -1,39 +1,25 @@
-"""Figures of a search, drawn with matplotlib. Text and axes have one colour, which an HTML page replaces with that of its text,
-so that figures are readable in light and dark mode."""
+"""Figures of a search."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headkd_ray.errors import UserError
 from headkd_ray.job.render import inline
-from headkd_ray.text import printable
+from headkd_ray.report.plots import BASE, BEST, FAINT, INK, axes_of, drawing, literal
 from headkd_ray.tuning.analysis.table import UNITS, ranked, short_names, shown
 from headkd_ray.tuning.search_spec import ParameterSpec
 from headkd_ray.tuning.space import Search
-from headkd_ray.tuning.study import EXTRA
 from headkd_ray.tuning.trial_records import Trial
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, BEST, BASE = "#1d1e20", "#8a8f98", "#ef7d12", "#2f78d8"
-"""Colours of text and axes, of other trials, of the best trial, and of trial 0."""
 SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
 """Colours from a low metric to a high one, all visible on white and on black."""
 MISSING = -0.12
 """Height on an axis of the parallel coordinates that shows that a key is not varied in a trial."""
-NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-"""Metadata of an SVG: none, so that it does not name any address on the network."""
-STYLE: Any = {
-    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"], INK),
-    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
-    "font.size": 10,
-}
 
 
 def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, float]) -> dict[str, Figure]:
@@ -41,11 +27,7 @@ def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, fl
 
     Raises UserError if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(f"the figures need matplotlib: {EXTRA}") from None
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         drawn = {
             "history": _history(search, trials),
             "curves": _curves(search, trials),
@@ -57,37 +39,12 @@ def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, fl
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file with a white background."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150, facecolor="white", bbox_inches="tight")
-    return out.getvalue()
-
-
-def svg(figure: Figure) -> str:
-    """Return the figure as an SVG element with a transparent background, whose text takes the colour of the page's text."""
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "headkd"}):
-        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata=NOTHING)
-    text = out.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height))
-    return figure, figure.subplots()
-
-
 def _history(search: Search, trials: Sequence[Trial]) -> Figure | None:
     metric = search.spec.objective.metric
     finished = sorted((trial for trial in trials if trial.state == "finished"), key=lambda trial: trial.ended or 0.0)
     if not finished:
         return None
-    figure, axes = _axes(8, 3.2)
+    figure, axes = axes_of(8, 3.2)
     start = min(trial.started for trial in trials)
     minutes = [((trial.ended or start) - start) / 60 for trial in finished]
     means = [trial.mean(metric) for trial in finished]
@@ -108,7 +65,7 @@ def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
     metric = search.spec.objective.metric
     order = ranked(search, trials)
     best = order[0].number if order and order[0].state == "finished" else None
-    figure, axes = _axes(8, 3.8)
+    figure, axes = axes_of(8, 3.8)
     drawn = False
     for trial in reversed(order):
         points = [(epoch, value) for epoch, value in trial.curve if value is not None]
@@ -143,7 +100,7 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
     means = [trial.mean(metric) for trial in finished]
     spread = max(means) - min(means) or 1.0
     shades = LinearSegmentedColormap.from_list("trials", SCALE)
-    figure, axes = _axes(max(6.0, 1.5 * (len(keys) + 1)), 4.2)
+    figure, axes = axes_of(max(6.0, 1.5 * (len(keys) + 1)), 4.2)
     for trial, mean in reversed(list(zip(finished, means, strict=True))):
         heights = [place(search.spec.space[key], trial.values[key]) if key in trial.values else MISSING for key in keys]
         heights.append((mean - min(means)) / spread)
@@ -159,7 +116,7 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
         axes.annotate(f"{value:.1f}", (len(keys), height), textcoords="offset points", xytext=(4, 0), fontsize=8, va="center")
     if any(key not in trial.values for trial in finished for key in keys):
         axes.text(-0.05, MISSING, "not varied", fontsize=8, ha="right", va="center")
-    names = [plain(name).replace(".", ".\n") for name in short_names(keys).values()]
+    names = [literal(name).replace(".", ".\n") for name in short_names(keys).values()]
     axes.set_xticks(range(len(keys) + 1), [*names, f"{metric} (%)"], fontsize=9)
     axes.set(yticks=[], ylim=(MISSING - 0.06, 1.06), xlim=(-0.15, len(keys) + 0.45), title="Values of the finished trials")
     axes.tick_params(length=0)
@@ -172,9 +129,9 @@ def _importance(importance: Mapping[str, float]) -> Figure | None:
     if not importance:
         return None
     names = short_names(list(importance))
-    figure, axes = _axes(8, 0.8 + 0.34 * len(importance))
+    figure, axes = axes_of(8, 0.8 + 0.34 * len(importance))
     rows = list(importance.items())[::-1]
-    axes.barh([plain(names[key]) for key, _ in rows], [share for _, share in rows], color=BASE)
+    axes.barh([literal(names[key]) for key, _ in rows], [share for _, share in rows], color=BASE)
     for y, (_, share) in enumerate(rows):
         axes.annotate(f"{share:.0%}", (share, y), textcoords="offset points", xytext=(4, 0), fontsize=9, va="center")
     axes.set(xlabel="share of the explained variance (fANOVA)", title="Importance of the keys")
@@ -209,11 +166,11 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())  # labels like 2 x 10^-3, 3 x 10^-3 would overlap
         if choices:
-            axes.set_xticks(range(len(choices)), [plain(inline(value)) for value in choices], fontsize=8)
+            axes.set_xticks(range(len(choices)), [literal(inline(value)) for value in choices], fontsize=8)
             axes.set_xlim(-0.5, len(choices) - 0.5)
         else:
             axes.scatter(parameter.ends, [finished[0].mean(metric)] * 2, alpha=0)  # make the axis show the whole range
-        axes.set_title(plain(short_names(keys)[key]), fontsize=9)
+        axes.set_title(literal(short_names(keys)[key]), fontsize=9)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{metric} (%)")
     for axes in grid.flat[len(keys) :]:
@@ -227,7 +184,7 @@ def _pareto(search: Search, trials: Sequence[Trial]) -> Figure | None:
     finished = [trial for trial in trials if trial.state == "finished"]
     if objective.cost is None or not finished:
         return None
-    figure, axes = _axes(8, 4)
+    figure, axes = axes_of(8, 4)
     front = pareto_front(search, finished)
     for trial in finished:
         x, y = trial.cost[objective.cost], trial.mean(objective.metric)
@@ -273,9 +230,4 @@ def place(parameter: ParameterSpec, value: Any) -> float:
 
 def ticks(parameter: ParameterSpec) -> list[tuple[float, str]]:
     """Return the (position, text) of the labels on a parameter's axis."""
-    return [(place(parameter, end), plain(shown(end))) for end in parameter.ends]
-
-
-def plain(text: str) -> str:
-    """Escape text so that matplotlib shows it literally, since it reads text between dollar signs as formulas."""
-    return printable(text).replace("$", r"\$")
+    return [(place(parameter, end), literal(shown(end))) for end in parameter.ends]

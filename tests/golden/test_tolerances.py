@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from headkd_ray.detectors import Proposals
-from headkd_ray.golden.compare import compare, compare_number, explained
 from headkd_ray.golden.proposed import Proposed
 from headkd_ray.golden.rows import compare_detections, compare_proposals, positions
+from headkd_ray.golden.tolerances import compare, compare_number, explained
 from headkd_ray.job import ProposalSpec
 
 

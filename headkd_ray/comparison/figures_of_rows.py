@@ -1,0 +1,101 @@
+"""The figures of rows of runs: means over seeds, and paired differences with their confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headkd_ray.comparison.run_rows import Row
+from headkd_ray.diagnosis.detector_diagnosis import Diagnosis, diagnose
+from headkd_ray.diagnosis.overlaps import Floats, Ints, overlaps
+from headkd_ray.diagnosis.resampling import ResampledAP, interval
+from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+class Spread(NamedTuple):
+    """A figure over seeds; NaN where it cannot be computed."""
+
+    mean: float
+    deviation: float
+    """Sample standard deviation; NaN for one seed."""
+
+    def __str__(self) -> str:
+        if np.isnan(self.mean):
+            return "–"
+        return f"{self.mean:.1f}" if np.isnan(self.deviation) else f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A detector on the split that rows are compared on."""
+
+    metrics: CocoMetrics
+    diagnosis: Diagnosis
+    resampled: Floats
+    """(B,) AP in percent on each resample of the images."""
+    results: list[dict[str, Any]]
+    """COCO results."""
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """A row's figures."""
+
+    name: str
+    seeds: tuple[int, ...]
+    metrics: Mapping[str, Spread]
+    """By name in ``METRICS``, in percent."""
+    per_class: Mapping[str, Spread]
+    gain: Spread | None
+    """AP minus that of the reference, seed by seed; None for the reference, and without a common seed."""
+    interval: tuple[float, float] | None
+    """95 % confidence interval of the gain's mean, over seeds and images."""
+    hours: Spread
+
+
+def measure(truth: Mapping[str, Any], results: list[dict[str, Any]], max_detections: int, weights: Ints) -> Measured:
+    """Measure COCO results on their ground truth, and on the resamples of ``weights`` (``resamples``)."""
+    image_ids = [image["id"] for image in truth["images"]]
+    return Measured(
+        coco_metrics(dict(truth), results, image_ids, max_detections),
+        diagnose(truth, results, max_detections),
+        ResampledAP(overlaps(truth, results, max_detections))(weights),
+        results,
+    )
+
+
+def figures_of(row: Row, measured: Mapping[int, Measured], reference: Mapping[int, Measured] | None) -> RowFigures:
+    """Return a row's figures.
+
+    Args:
+        measured: by seed.
+        reference: those of the row that it is compared with; None if it is that row.
+    """
+    common = [] if reference is None else sorted(measured.keys() & reference.keys())
+    gain, between = None, None
+    if reference is not None and common:
+        gain = spread([measured[seed].metrics.AP - reference[seed].metrics.AP for seed in common])
+        between = interval(np.stack([measured[seed].resampled - reference[seed].resampled for seed in common]))
+    classes = next(iter(measured.values())).metrics.per_class
+    hours = [run.hours for run in row.runs.values() if run.hours is not None]
+    return RowFigures(
+        row.name,
+        tuple(measured),
+        {name: spread([getattr(each.metrics, name) for each in measured.values()]) for name in METRICS},
+        {name: spread([each.metrics.per_class[name] for each in measured.values()]) for name in classes},
+        gain,
+        between,
+        spread(hours),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return mean and sample standard deviation."""
+    if not values:
+        return Spread(float("nan"), float("nan"))
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"))

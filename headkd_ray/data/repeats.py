@@ -1,0 +1,111 @@
+"""Decide which images an epoch shows, and how often, so that rare classes are seen more often (``data.sampling``).
+
+Each training image has a share: how often an epoch shows it on average. In a given epoch it is shown as often as the share
+says, rounded down or up; all epochs have equally many images, so that the number of steps is the same. The counts are a
+function of (seed, epoch) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headkd_ray.data.epoch_order import Rows, train_rows
+from headkd_ray.data.rng import key_integers, key_permutation
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.job import DataSpec
+
+FINE = 1 << 30
+"""Chances are whole numbers of 1 / FINE while they are added."""
+UNIT = 1 << 20
+"""Shares are whole numbers of 1 / UNIT, so that sums are exact on any machine."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How often an epoch shows each of the training images, on average."""
+
+    shares: NDArray[np.int64]
+    """int64 (n,), in units of 1 / UNIT; their sum is a whole number."""
+
+    @property
+    def total(self) -> int:
+        """Number of images of an epoch, with repeated ones."""
+        return int(self.shares.sum()) // UNIT
+
+    def counts(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return how often the epoch shows each image, int64 (n,): its share, rounded down or up."""
+        order = key_permutation(len(self.shares), "repeats", seed, epoch)
+        (start,) = key_integers(1, UNIT, "first repeat", seed, epoch)
+        marks = (np.cumsum(self.shares[order]) + start) // UNIT
+        counts = np.empty_like(self.shares)
+        counts[order] = np.diff(marks, prepend=0)
+        return counts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The images that a job trains on."""
+
+    rows: Rows
+    """Their rows of the index."""
+    repeats: Repeats | None = None
+    """How often an epoch shows each; None = once."""
+
+    @property
+    def images(self) -> int:
+        """Number of images that an epoch shows."""
+        return len(self.rows) if self.repeats is None else self.repeats.total
+
+
+def sampling_of(shards: ShardSet, spec: DataSpec) -> Sampling:
+    """Return the images that a job with ``spec`` trains on; reads the labels of all images if it repeats some.
+
+    Raises DataError if a shard cannot be read.
+    """
+    rows = train_rows(shards.index, spec.keep_empty)
+    if spec.sampling == "all" or not len(rows):
+        return Sampling(rows)
+    has = _classes_of(shards, rows)
+    wanted = _repeat_factors(has, spec.repeat_threshold) if spec.sampling == "repeat_factor" else _balanced(has)
+    return Sampling(rows, repeats_of(wanted))
+
+
+def repeats_of(wanted: NDArray[np.float64]) -> Repeats:
+    """Return shares in the proportions of ``wanted`` (n,), whose sum is rounded up to a whole number."""
+    exact = math.fsum(wanted.tolist())  # in any order the same
+    total = math.ceil(exact - 1e-6)
+    shares = np.floor(wanted * (total / exact) * UNIT).astype(np.int64)
+    missing = total * UNIT - int(shares.sum())
+    assert 0 <= missing <= len(shares), "rounding down loses less than a unit each"
+    shares[:missing] += 1
+    return Repeats(shares)
+
+
+def _classes_of(shards: ShardSet, rows: Rows) -> NDArray[np.bool_]:
+    """Return which classes each row has boxes of, bool (n, C + 1); the last column tells that it has none."""
+    image, label = shards.labels()
+    has = np.zeros((len(shards.index), len(shards.meta.classes) + 1), dtype=bool)
+    has[image, label] = True
+    has[:, -1] = shards.index.boxes == 0
+    return has[rows]
+
+
+def _repeat_factors(has: NDArray[np.bool_], threshold: float) -> NDArray[np.float64]:
+    """Return LVIS's repeat factor of each image: the greatest of its classes' max(1, sqrt(threshold / share of images))."""
+    images = has.sum(axis=0)
+    factors = np.sqrt(np.maximum(1.0, threshold * len(has) / np.maximum(images, 1)))
+    factors[-1] = 1.0  # having no object is not a class
+    return np.where(has, factors, 1.0).max(axis=1)
+
+
+def _balanced(has: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return how often each image is drawn if a class is drawn uniformly, and then an image that has it, once per image."""
+    images = has.sum(axis=0)
+    classes = int((images > 0).sum())
+    chances = np.where(images > 0, len(has) / np.maximum(images, 1) / classes, 0.0)
+    fine = np.rint(chances * FINE).astype(np.int64)  # whole numbers, whose sum is the same on any machine
+    return np.where(has, fine, 0).sum(axis=1) / FINE

@@ -1,0 +1,1 @@
+"""What a detector gets right and wrong on a split: NumPy functions of COCO ground truth and COCO results."""
