@@ -44,13 +44,14 @@ POOL = {"actors": [1, 1], "cpus": 1}
 def any_teacher(request: pytest.FixtureRequest, teacher: str, drawn_splits: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """Return the sections of a job that name a teacher: the micro Faster R-CNN, or a DETR of transformers."""
     if request.param == "ours":
-        return {"teacher": {"checkpoint": teacher}, "distill": {}}
+        return {"teacher": {"checkpoint": teacher}, "distill": {}, "optim": {"epochs": 2}}
     pytest.importorskip("transformers")
     folder = hf_folder(tmp_path / "detr", "rt_detr_v2", ShardSet.open(drawn_splits["train"]).meta.classes)
     assistant = {"fc_channels": 16, "pool": 3, "sampler": {"size": 16}}
     return {
         "teacher": {"kind": "transformers", "checkpoint": str(folder)},
         "distill": {"copy_head": False, "assistant": assistant, "distance": "pearson"},
+        "optim": {"epochs": 1, "milestones": []},
     }
 
 
@@ -105,7 +106,8 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
     The cache has nearly the same losses, because its features have 16 bits.
     """
     one_cpu = {"workers": 1, "data_cpus": 1}
-    jobs = {name: job_of(tmp_path, drawn_splits, any_teacher, name, cluster=one_cpu) for name in ("inline", "pool", "cache")}
+    keys = {"cluster": one_cpu, "optim": any_teacher["optim"]}
+    jobs = {name: job_of(tmp_path, drawn_splits, any_teacher, name, **keys) for name in ("inline", "pool", "cache")}
     builder = open_builder(jobs["cache"])
     build(jobs["cache"], builder, lambda unit, size: None)  # by an actor pool, because cluster.workers is 1
     builder.cache.check()
@@ -128,7 +130,7 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
                 torch.testing.assert_close(theirs.taps, targets.taps, rtol=1e-3, atol=1e-5)
                 torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-6)
         restarts.append(pool[0].teacher_restarts)
-    assert len(restarts) == 2 * 11 and killed and restarts[-1] == 1
+    assert len(restarts) == any_teacher["optim"]["epochs"] * 11 and killed and restarts[-1] == 1
 
 
 def kill_first(title: str, killed: list[int]) -> None:
