@@ -128,7 +128,7 @@ def measure(model: TrainingModel, batch: Batch, step: int) -> dict[str, Any]:
             losses[name] = losses[name] + loss if name in losses else loss
     places: dict[str, list[Tensor]] = {
         "tap": _tensors(forward.student.lead),
-        "backbone": list(twin.student.backbone.parameters()),
+        "backbone": list[Tensor](twin.student.backbone_parameters()),
     }
     found: dict[str, Any] = {"step": step, "losses": {name: _short(loss) for name, loss in losses.items()}}
     for place, tensors in places.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError
-from headkd_ray.job import Job, load_job
+from headkd_ray.job import Job, PyramidDetectorSpec, load_job
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,8 @@ def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
         taught_by, places["teacher.checkpoint"] = teacher.key, bench.storage / teacher.job.run.name / "student"
     keys = [*shlex.split(spec.keys), *(f"{key}={json.dumps(str(place))}" for key, place in places.items())]
     job = load_job(bench.jobs / f"{spec.job}.yaml", [*keys, f"run.seed={seed}"])
-    weights = Path(job.student.backbone.weights)
-    if weights.suffix:  # a file, which lies with the data
-        job = job.replace({"student.backbone.weights": str(bench.data / "weights" / weights.name)})
+    if weights := _weights_file(job):  # it lies with the data
+        job = job.replace({"student.backbone.weights": str(bench.data / "weights" / weights)})
     decides = _decides(bench, job)
     search = _digest(decides)
     if lr is None and spec.lr_of is not None:
@@ -122,10 +121,18 @@ def _decides(bench: Bench, job: Job) -> dict[str, Any]:
     found = {name: {} for name in sections} | job.model_dump(mode="json", include=set(sections), exclude_defaults=True)
     for section, places in {"data": ("train", "val"), "teacher": ("checkpoint",), "optim": ("lr",)}.items():
         found[section] = {key: value for key, value in found[section].items() if key not in places}
-    if Path(job.student.backbone.weights).suffix:
-        found["student"]["backbone"]["weights"] = Path(job.student.backbone.weights).name
+    if weights := _weights_file(job):
+        found["student"]["backbone"]["weights"] = weights
     splits = {split: bench.fingerprint(split) for split in ("train", "val", "test")}
     return {**found, "kind": job.student.kind, "eval": job.eval.every_epochs, "splits": splits}
+
+
+def _weights_file(job: Job) -> str | None:
+    """Return the name of the file with the backbone's initial weights; None if they are in none."""
+    if not isinstance(job.student, PyramidDetectorSpec):
+        return None
+    weights = Path(job.student.backbone.weights)
+    return weights.name if weights.suffix else None
 
 
 def _digest(values: Mapping[str, Any]) -> str:

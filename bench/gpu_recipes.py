@@ -10,7 +10,7 @@ from revision import ROOT
 from torch import Tensor
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.detectors import Detector, build_detector
+from headkd_ray.detectors import PyramidDetector, build_detector
 from headkd_ray.job import Job, load_job
 
 NAMES = tuple(f"class {number}" for number in range(1, CLASSES + 1))
@@ -23,10 +23,12 @@ def recipe(name: str, *keys: str, tiny: bool) -> Job:
     return load_job(folder / f"{name}.yaml", ["student.backbone.weights=none", "optim.lr=1e-7", "log.tensorboard=false", *keys])
 
 
-def fresh_teacher(tiny: bool) -> Detector:
+def fresh_teacher(tiny: bool) -> PyramidDetector:
     """Build the recipes' teacher with random weights, the same ones in every call. Trained weights would cost the same."""
     torch.manual_seed(0)
-    return build_detector(recipe("teacher", tiny=tiny).student, CLASSES)
+    teacher = build_detector(recipe("teacher", tiny=tiny).student, CLASSES)
+    assert isinstance(teacher, PyramidDetector)
+    return teacher
 
 
 def noise_batch(number: int, images: int, side: int, device: torch.device) -> Batch:

@@ -26,7 +26,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.distill import build_training_model
 from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.job import Job
@@ -104,7 +104,7 @@ Losses = Callable[[int], dict[str, Tensor]]
 
 
 def _ours(case: Case, job: Job, batches: list[Batch], place: Setting) -> tuple[nn.Module, Losses]:
-    teacher: Detector | None = fresh_teacher(place.tiny) if job.teacher is not None else None
+    teacher: PyramidDetector | None = fresh_teacher(place.tiny) if job.teacher is not None else None
     model = build_training_model(job, CLASSES, teacher, steps_per_epoch=1000)
     model.to(place.device).to(memory_format=torch.channels_last).train()
     late = job.distill.warmup_steps  # past every warm-up, so that all losses count

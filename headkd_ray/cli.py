@@ -24,7 +24,7 @@ KILLED = 128
 
 COMMANDS = {
     "quickstart": "run the whole method, on drawn data or your own photos",
-    "prepare": "check a COCO data set and pack it into shards",
+    "prepare": "check a COCO, YOLO or Pascal VOC data set and pack it into shards",
     "train": "train what a job file says",
     "tune": "search hyperparameters",
     "analyze": "report on a search",

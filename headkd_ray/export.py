@@ -31,6 +31,7 @@ from headkd_ray.deploy.onnx_file import onnx_bytes
 from headkd_ray.deploy.quantise import quantised
 from headkd_ray.deploy.side_by_side import Track, Tried, detect_side_by_side, pixels_of, raw_error
 from headkd_ray.deploy.torch_file import torch_bytes
+from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import batch_of
 from headkd_ray.errors import ExportError, UserError
@@ -92,6 +93,7 @@ def export(request: Request, warn: Warn = lambda warning: None) -> dict[str, Any
     for folder in (out, *(report_file or ())[:1]):
         folder.check_writable()
     loaded = load_as_trained(request.checkpoint, warn)
+    _exportable(request, loaded)
     description = _description(request, loaded)
     shards = None if request.val is None else ShardSet.open(request.val)
     calibration = None if request.calibrate is None else ShardSet.open(request.calibrate)
@@ -151,16 +153,27 @@ def _description(request: Request, loaded: LoadedDetector) -> Description:
     return description.model_copy(update={"size": request.size, "outputs": "raw" if request.raw else "detections"})
 
 
+def _exportable(request: Request, loaded: LoadedDetector) -> AnyDetector:
+    """Return the detector. Raises ExportError if it is none that can be exported."""
+    if isinstance(loaded.detector, AnyDetector):
+        return loaded.detector
+    raise ExportError(
+        f"{request.checkpoint}: a detector of transformers cannot be exported here; its folder is one that transformers itself "
+        "reads, and with it the package optimum, which exports many"
+    )
+
+
 def _files(request: Request, loaded: LoadedDetector, description: Description, calibration: ShardSet | None) -> list[Exported]:
     """Make the file of each target."""
+    detector = _exportable(request, loaded)
     targets = dict.fromkeys(request.targets)
-    content = onnx_bytes(loaded.detector, description) if targets.keys() - {"torch-export"} else b""
+    content = onnx_bytes(detector, description) if targets.keys() - {"torch-export"} else b""
     files = []
     for target in targets:
         if target == "openvino":
             files.append(as_openvino(content, description))
         elif target == "torch-export":
-            files.append(Exported(TARGETS[target], {TARGETS[target]: torch_bytes(loaded.detector, description)}))
+            files.append(Exported(TARGETS[target], {TARGETS[target]: torch_bytes(detector, description)}))
         elif calibration is not None and target == "onnx-int8":
             limit = request.calibration_images
             shown = _progress("calibrating", calibration, limit)(calibration.samples(limit))
@@ -180,7 +193,7 @@ def _refuse_another(
         network = file.predictor.network
         assert isinstance(network, FileNetwork)
         shown = _progress("comparing", shards, request.images)
-        worst = raw_error(RawGraph(loaded.detector).eval(), network, shards, request.images, shown)
+        worst = raw_error(RawGraph(_exportable(request, loaded)).eval(), network, shards, request.images, shown)
         if worst > RAW_ERROR:
             raise ExportError(f"{file.name}: not written, because its outputs differ from the checkpoint's by {worst:.1%}")
         return

@@ -44,7 +44,7 @@ def predict(
     places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
-    score: float = 0.3,
+    score: float | None = None,
     batch_size: int = 4,
 ) -> Predicted:
     """Detect objects in images and videos in this process, and write ``detections.json`` and pictures.
@@ -53,7 +53,8 @@ def predict(
         checkpoint: as for ``headkd_ray.load``: a student's folder, an mmdet or torchvision file, or an exported file.
         places: files, folders and patterns, each a path or a URI.
         out: folder or URI for ``detections.json``, a COCO data set whose annotations have a ``score``, and for the pictures.
-        score: boxes of at least this score are drawn.
+        score: boxes of at least this score are drawn; None = of at least their class's best threshold on the validation images
+            of training, or 0.3 if that is not known.
         batch_size: images of one padded size that pass through the network together.
 
     Raises:
@@ -167,10 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "images",
         nargs="+",
-        help="images (JPEG, PNG, WebP), videos, folders, patterns, or - for a list on standard input",
+        help="images (JPEG, PNG, WebP, BMP, TIFF), videos, folders, patterns, or - for a list on standard input",
     )
     parser.add_argument("--out", required=True, help="folder for the detections and the drawn images")
-    parser.add_argument("--score", type=float, help="draw boxes of at least this score (default 0.3)")
+    parser.add_argument(
+        "--score", type=float, help="draw boxes of at least this score (default: the best for each class, or 0.3)"
+    )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="images of one padded size that are detected in together (default 4)"
     )

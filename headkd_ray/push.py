@@ -13,6 +13,7 @@ from typing import Any
 
 from headkd_ray import __version__, hub
 from headkd_ray.cli import command_parser, user_errors
+from headkd_ray.detectors.hf_models import CONFIG, PROCESSOR
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.detectors.weights.native import CARD, WEIGHTS
 from headkd_ray.engine.files import read_json
@@ -27,6 +28,8 @@ README = "README.md"
 
 def repository_files(checkpoint: str, repository: str, licence: str | None = None) -> dict[str, bytes]:
     """Return the files of a model repository with this checkpoint: model.json, model.safetensors and README.md.
+
+    A detector of transformers also has those that transformers reads.
 
     Args:
         checkpoint: folder or URI of a checkpoint of headkd_ray, as a run's ``student`` folder.
@@ -43,7 +46,7 @@ def repository_files(checkpoint: str, repository: str, licence: str | None = Non
             "student folder"
         )
     fetch_detector(checkpoint)  # raises if the files are damaged or do not belong together
-    files = {name: folder.read(name) for name in (WEIGHTS, CARD)}
+    files = {name: folder.read(name) for name in (WEIGHTS, CARD, CONFIG, PROCESSOR) if folder.has(name)}
     model = json.loads(files[CARD])
     job, data = _run_of(folder, model.get("meta", {}))
     files[README] = model_card(repository, model, job, data, licence).encode()

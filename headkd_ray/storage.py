@@ -308,6 +308,20 @@ class Folder:
                     folder.rmdir()
 
 
+def folder_at(start: Folder, path: str) -> Folder:
+    """Return the folder at a normalised ``path`` in the filesystem of ``start``, named like ``start`` if it is inside it.
+
+    Raises:
+        StorageError: the path is not in what ``start`` can be reached from.
+    """
+    while start.path != path and not path.startswith(start.path.rstrip("/") + "/"):
+        parent = Folder.of_file(start.address)[0]
+        if len(parent.path) >= len(start.path):
+            raise StorageError(f"{path}: is not on the same filesystem as {start.uri}")
+        start = parent
+    return start if start.path == path else start / posixpath.relpath(path, start.path)
+
+
 @contextlib.contextmanager
 def locked(folder: Folder, busy: UserError) -> Iterator[None]:
     """Lock the folder, which must exist, against other processes; the lock ends with this process, however it ends.

@@ -45,7 +45,7 @@ def train(
 
     if not isinstance(job, Job):
         job = load_job(job)
-    preflight(job, tracker_problems(job), longer=extend)
+    job = preflight(job, tracker_problems(job), longer=extend)
     run = run_folder(job)
     if extend:
         with only_one(run):

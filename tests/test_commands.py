@@ -409,7 +409,7 @@ def test_predict_folder_with_a_truncated_file(
     headline, line = said.err[said.err.rindex("error: ") :].splitlines()
     assert headline == f"error: 1 of 4 images could not be read (the others are in {out}):"
     assert line.startswith(f"  - {photos}/d_cut.jpeg: cannot be decoded")
-    assert f"{photos}: files that are not named as JPEG, PNG or WebP are left out (1 .txt)" in said.err
+    assert f"{photos}: files that are not named as JPEG, PNG, WebP, BMP or TIFF are left out (1 .txt)" in said.err
     assert f"detections on 3 images: {out}/detections.json" in said.out
     assert sorted(path.name for path in out.iterdir()) == ["0001_a.jpg", "0002_b.jpg", "0003_c.jpg", "detections.json"]
 
@@ -522,13 +522,13 @@ def test_predict_refuses(
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     student, out = trained["student"], str(tmp_path / "out")
-    assert "no .jpeg, .jpg, .png, .webp files" in refused(
+    assert "no .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp files" in refused(
         capsys, predict.main, [student, str(tmp_path / "empty"), "--out", out]
     )
     message = refused(capsys, predict.main, [student, str(tmp_path), "--out", str(tmp_path)])
     assert f"{tmp_path}: holds the images and is also --out" in message
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    assert "standard input: no .jpeg, .jpg" in refused(capsys, predict.main, [student, "-", "--out", out])
+    assert "standard input: no .bmp, .jpeg" in refused(capsys, predict.main, [student, "-", "--out", out])
     message = refused(capsys, predict.main, [student, str(tmp_path / "gone.jpg"), "--out", out])
     assert "gone.jpg: cannot be read (No such file or directory)" in message
     message = refused(capsys, predict.main, [student, str(tmp_path / "file"), "--out", str(tmp_path / "file" / "x")])

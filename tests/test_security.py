@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import headkd_ray
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.safe_load import read_file
@@ -56,6 +57,7 @@ READERS = {
     ("load_pt2", "deploy/torch_archive.py"): "",  # only what tests/deploy/test_torch_file.py shows to be ours
     ("np.load", "golden/file.py"): "allow_pickle=False",
     ("yaml.compose", "job/yaml_tree.py"): "Loader=_Loader",
+    ("yaml.compose", "data/yolo_yaml.py"): "Loader=yaml.BaseLoader",
 }
 """Where each of these calls may occur, and with what argument."""
 MODULES = {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
@@ -171,6 +173,9 @@ def test_yaml_tags(tag: str, bomb: Bomb, tmp_path: Path) -> None:
         load_job(str(tmp_path / "job.yaml"), [])
     with pytest.raises(JobError, match="python"):
         load_job(str(ROOT / "jobs/head.yaml"), [f'run.name={tag} ["{bomb.mark}"]'])
+    (tmp_path / "data.yaml").write_text(f'train: images\nnames: [{tag} ["{bomb.mark}"]]\n')
+    with pytest.raises(DataError, match=r"data\.yaml: names: must list the names"):
+        prepare_split(str(tmp_path / "data.yaml"), None, str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("file", ["index.parquet", "shard-00000.parquet"])

@@ -43,7 +43,7 @@ from headkd_ray.errors import (
     TrainingError,
     UserError,
 )
-from headkd_ray.job import Job
+from headkd_ray.job import Job, PyramidDetectorSpec
 from headkd_ray.storage import Folder
 
 
@@ -145,7 +145,7 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
     paths = {"run.storage": job.run.storage, "data.train": job.data.train, "data.val": job.data.val}
     if job.student.checkpoint is not None:
         paths["student.checkpoint"] = job.student.checkpoint
-    if Path(job.student.backbone.weights).suffix:  # a file, not none or timm
+    if isinstance(job.student, PyramidDetectorSpec) and Path(job.student.backbone.weights).suffix:  # a file, not none or timm
         paths["student.backbone.weights"] = job.student.backbone.weights
     if job.teacher is not None:
         paths["teacher.checkpoint"] = job.teacher.checkpoint

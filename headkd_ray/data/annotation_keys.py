@@ -14,7 +14,7 @@ NESTED = ("attributes", "extra")
 
 IGNORE = "ignore"
 CROWD = "crowd"
-LEAVE_OUT = "(mark them 'ignore': 1 to leave them out)"
+LEAVE_OUT = "(mark them {marked} to leave them out)"
 SCORE = f"they are trained on as if they were certain, whatever their score {LEAVE_OUT}"
 ORDINARY = f"they are trained on as ordinary boxes {LEAVE_OUT}"
 UPRIGHT = "'bbox' is used as it is, without rotation"
@@ -43,6 +43,10 @@ class FlagError(Exception):
 class Flags:
     """Reads the keys of annotations one by one, and counts what the user should know about."""
 
+    marked: str = "'ignore': 1"
+    """How the source marks an annotation that is to be ignored."""
+    difficult_is_ignored: bool = False
+    """Whether difficult objects are to be ignored, as in Pascal VOC's own evaluation."""
     annotations: int = 0
     ignored: int = 0
     _meanings: dict[str, str | None] = field(default_factory=dict)
@@ -76,7 +80,8 @@ class Flags:
             "counts as neither right nor wrong, as for a crowd"
         ]
         return (ignored if self.ignored else []) + [
-            f"{name!r} is set in {count} {of}; {meaning}" for (name, meaning), count in self._told.items()
+            f"{name!r} is set in {count} {of}; {meaning.format(marked=self.marked)}"
+            for (name, meaning), count in self._told.items()
         ]
 
     def _meaningful(self, record: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -91,7 +96,9 @@ class Flags:
 
     def _meaning(self, key: str) -> str | None:
         if key not in self._meanings:
-            self._meanings[key] = MEANINGS.get(key.lower().translate(_PLAIN))
+            name = key.lower().translate(_PLAIN)
+            ignored = self.difficult_is_ignored and name == "difficult"
+            self._meanings[key] = IGNORE if ignored else MEANINGS.get(name)
         return self._meanings[key]
 
 
@@ -101,7 +108,7 @@ _PLAIN = {ord(mark): None for mark in "_- "}
 def _flag(name: str, value: Any) -> bool:
     """Return a yes-or-no value as bool. Raises FlagError for any other value."""
     word = value.strip().lower() if isinstance(value, str) else value
-    if word is None or (isinstance(word, (str, bool, int, float)) and word in ("", "0", "false", "no", 0)):
+    if word is None or (isinstance(word, (str, bool, int, float)) and word in ("", "0", "false", "no", "unspecified", 0)):
         return False
     if isinstance(word, (str, bool, int, float)) and word in ("1", "true", "yes", 1):
         return True
@@ -112,4 +119,4 @@ def _says_something(value: Any) -> bool:
     """Return whether the value is set and has an effect: a rotation by 0 degrees has none."""
     if isinstance(value, (bool, int, float)):
         return not -1e-3 < value < 1e-3
-    return bool(value) and str(value).strip().lower() not in ("", "0", "0.0", "false", "no", "none")
+    return bool(value) and str(value).strip().lower() not in ("", "0", "0.0", "false", "no", "none", "unspecified")

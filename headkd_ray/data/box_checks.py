@@ -1,13 +1,15 @@
-"""Check whether an annotation's box is usable: strict by default, repaired on request and never silently."""
+"""Check whether annotations' boxes are usable: strict by default, repaired on request and never silently."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from headkd_ray.data.problems import Problems
-    from headkd_ray.data.records import CocoImage
+import numpy as np
+from numpy.typing import NDArray
+
+from headkd_ray.data.problems import Problems
 
 SLACK = 1.0
 """Pixels by which a box may leave the image without an error, because annotation tools round; COCO's own files have such boxes.
@@ -15,58 +17,103 @@ Training boxes are clipped to the image; the ground truth for evaluation keeps t
 MIN_SIDE = 0.01
 """Pixels inside the image below which a side counts as having no length: it could vanish in float32 when the image is scaled
 down."""
+ROWS = 2**18
+"""Boxes that are checked at a time, which bounds the memory."""
 
 NO_AREA = "box without area inside its image; remove the annotation, or run with --fix-boxes to drop all such boxes"
 OUTSIDE = f"box leaves the image by more than {SLACK:g} px; correct it, or run with --fix-boxes to clip all such boxes"
 AREA = "'area' must be a number from 0 to the image's own area (leave it out to use width x height)"
+FOUR = "'bbox' must be four finite numbers [x, y, width, height]"
 
-Box = tuple[float, float, float, float]
+Place = Callable[[int], str]
+"""Names the annotation in a row, for messages."""
 
 
-class BoxCheck:
-    """Checks boxes one by one and records the problems, or what was fixed."""
+def check_boxes(
+    bbox: NDArray[np.float64],
+    area: NDArray[np.float64],
+    sizes: Callable[[slice], NDArray[np.float64]],
+    *,
+    fix: bool,
+    where: Place,
+    image: Place,
+    problems: Problems,
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """Check boxes, fill in missing areas, and record the problems; repair boxes in place if ``fix``.
 
-    def __init__(self, fix: bool, problems: Problems) -> None:
-        self.fixes: list[str] = []
-        self._fix, self._problems = fix, problems
+    Args:
+        bbox: float64 (n, 4), writable: x, y, width, height in pixels; finite.
+        area: float64 (n,), writable: square pixels; NaN where it is not given.
+        sizes: gives float64 (m, 2), width and height of the images of a slice of the rows.
+        where: names a row's annotation for messages.
+        image: names a row's image for messages.
 
-    def __call__(self, bbox: Any, area: Any, image: CocoImage, where: str) -> tuple[Box, float] | None:
-        """Return the ``bbox`` (x, y, width, height) and ``area`` to use, or None if the box is dropped or refused."""
-        if not is_box(bbox):
-            self._problems.add("'bbox' must be four finite numbers [x, y, width, height]", f"{where}, bbox {shortly(bbox)}")
-            return None
-        # A segmentation may also reach into the slack.
-        most = (image.width + 2 * SLACK) * (image.height + 2 * SLACK)
-        if area is not None and (not _is_finite(area) or not 0 <= area <= most):
-            self._problems.add(AREA, f"{where}, area {shortly(area)}")
-            return None
-        x, y, width, height = map(float, bbox)
-        left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
-        place = f"{where}, bbox {bbox} in image {image.id} ({image.file_name}, {image.width} x {image.height})"
-        if right - left < MIN_SIDE or bottom - top < MIN_SIDE:
-            if self._fix:
-                self.fixes.append(f"{place}: dropped, no area inside the image")
-            else:
-                self._problems.add(NO_AREA, place)
-            return None
-        if min(x, y) < -SLACK or x + width > image.width + SLACK or y + height > image.height + SLACK:
-            if not self._fix:
-                self._problems.add(OUTSIDE, place)
-                return None
-            clipped = (left, top, right - left, bottom - top)
-            self.fixes.append(f"{place}: clipped to {[round(v, 2) for v in clipped]}")
-            inside = clipped[2] * clipped[3]
-            # A segmentation's area cannot be clipped without the segmentation, but it cannot exceed the box's.
-            return clipped, inside if area is None else min(float(area), inside)
-        return (x, y, width, height), width * height if area is None else float(area)
+    Returns:
+        Which boxes are usable, bool (n,), and what was fixed, one line each.
+    """
+    usable = np.ones(len(bbox), dtype=bool)
+    fixes: list[tuple[int, str]] = []
+    for start in range(0, len(bbox), ROWS):
+        rows = slice(start, start + ROWS)
+        check = _Check(bbox[rows], area[rows], sizes(rows))
+
+        def place(row: int, start: int = start) -> str:
+            return f"{where(start + row)}, bbox {plain(bbox[start + row].tolist())} in {image(start + row)}"
+
+        def area_of(row: int, start: int = start) -> str:
+            return f"{where(start + row)}, area {plain([float(area[start + row])])[1:-1]}"
+
+        problems.add_all(AREA, check.wrong_area, area_of)
+        if fix:
+            fixes += [(start + row, f"{place(row)}: dropped, no area inside the image") for row in check.flat]
+            fixes += [(start + row, f"{place(row)}: clipped to {check.rounded(row)}") for row in check.outside]
+            check.clip()
+        else:
+            problems.add_all(NO_AREA, check.flat, place)
+            problems.add_all(OUTSIDE, check.outside, place)
+        check.fill()
+        usable[rows] = check.usable
+    return usable, [line for _, line in sorted(fixes)]
+
+
+class _Check:
+    """The check of a few boxes, on views of the columns."""
+
+    def __init__(self, bbox: NDArray[np.float64], area: NDArray[np.float64], sizes: NDArray[np.float64]) -> None:
+        self._bbox, self._area = bbox, area
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers near the limit of float64
+            ends = bbox[:, :2] + bbox[:, 2:]
+            inside = [np.maximum(bbox[:, :2], 0), np.minimum(ends, sizes)]
+            most = (sizes + 2 * SLACK).prod(axis=1)  # a segmentation may also reach into the slack
+            wrong = ~np.isnan(area) & ~((area >= 0) & (area <= most))
+            flat = ~wrong & ((inside[1] - inside[0]) < MIN_SIDE).any(1)
+            outside = ~wrong & ~flat & ((bbox[:, :2] < -SLACK).any(1) | (ends > sizes + SLACK).any(1))
+        self._clipped = np.concatenate([inside[0], inside[1] - inside[0]], axis=1)
+        self.wrong_area, self.flat, self.outside = (np.flatnonzero(mask).tolist() for mask in (wrong, flat, outside))
+        self.usable = ~wrong & ~flat
+
+    def rounded(self, row: int) -> list[float]:
+        """Return the box of a row, clipped, for a message."""
+        return [round(value, 2) for value in self._clipped[row].tolist()]
+
+    def clip(self) -> None:
+        """Clip the boxes that leave their image. A segmentation's area cannot be clipped, but cannot exceed the box's."""
+        self._bbox[self.outside] = self._clipped[self.outside]
+        inside = self._clipped[self.outside, 2:].prod(axis=1)
+        self._area[self.outside] = np.fmin(self._area[self.outside], inside)
+
+    def fill(self) -> None:
+        """Fill in the areas that are not given."""
+        with np.errstate(over="ignore"):
+            np.copyto(self._area, self._bbox[:, 2] * self._bbox[:, 3], where=np.isnan(self._area))
 
 
 def is_box(value: Any) -> bool:
     """Return whether the value is a list of four finite numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value))
+    return isinstance(value, list) and len(value) == 4 and all(map(is_finite, value))
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Return whether the value is a finite number that float64 can hold."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
@@ -74,6 +121,11 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond float64
         return False
+
+
+def plain(numbers: list[float]) -> str:
+    """Return the numbers as a JSON may have had them: 3, not 3.0."""
+    return str([int(value) if value.is_integer() and abs(value) < 2**53 else value for value in numbers])
 
 
 def shortly(value: Any) -> str:

@@ -39,6 +39,11 @@ CENTRES = Reading(
     "x = centre x - width / 2 and y = centre y - height / 2",
     3,
 )
+CENTRES_OTHERS = (
+    Reading("corners [x1, y1, x2, y2]", lambda b: b, "centre x = (x1 + x2) / 2 and width = x2 - x1, and so on", 1),
+    Reading("[x, y, width, height]", COCO.corners, "centre x = x + width / 2 and centre y = y + height / 2", 3),
+)
+"""What boxes may be that were taken for centres."""
 OTHERS = (
     Reading("corners [x1, y1, x2, y2]", lambda b: b, "width = x2 - x1 and height = y2 - y1", 1),
     CENTRES,
@@ -52,7 +57,7 @@ OTHERS = (
 )
 
 
-def misread(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
+def misread(boxes: Array, sizes: Array, slack: float = 1.0) -> tuple[str, int] | None:
     """Return what the boxes look like and how to write them, and the number of an example; None if they look like COCO's.
 
     Args:
@@ -63,7 +68,45 @@ def misread(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | None:
     if not len(boxes):
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the limit of float64
-        return _fractions(boxes, sizes) or _other_form(boxes, sizes, slack) or _larger_images(boxes, sizes)
+        return _fractions(boxes, sizes) or _other_form(boxes, sizes, slack) or larger_images(boxes, sizes)
+
+
+def misread_fractions(boxes: Array, sizes: Array) -> tuple[str, int] | None:
+    """Return the same as :func:`misread` for boxes that were written as centres, in fractions of their image, as YOLO's are.
+
+    Args:
+        boxes: float64 (n, 4): x, y, width, height in pixels, as they follow from the fractions.
+        sizes: float64 (n, 2), width and height of each box's image, pixels.
+    """
+    if not len(boxes):
+        return None
+    written = _fractions_of(boxes, sizes)
+    with np.errstate(over="ignore", invalid="ignore"):
+        large = (written > 1 + FRACTION_SLACK).any(1)
+        pixels = (written[:, :2] <= sizes).all(1) & (written[:, 2:] <= sizes).all(1) & large
+        form = _fitting(written, np.ones_like(sizes), FRACTION_SLACK, CENTRES, CENTRES_OTHERS)
+    if 2 * large.sum() > len(boxes) and pixels.sum() >= 0.9 * large.sum():
+        message = f"{large.sum()} of {len(boxes)} boxes are not in fractions (0 to 1) of their image: they look like pixels"
+        return f"{message}; divide by the image's width and height", int(pixels.argmax())
+    if form is None:
+        return None
+    wrong = _misfits(CENTRES, written, np.ones_like(sizes), FRACTION_SLACK)
+    message = (
+        f"{wrong.sum()} of {len(boxes)} boxes leave their image or have no area, while nearly all fit as {form.name}; write "
+        f"them as {CENTRES.name}: {form.mend}"
+    )
+    return message, int(wrong.argmax())
+
+
+def written_fractions(box: Array, size: Array) -> str:
+    """Return a box (4,) in pixels of an image of that width and height as YOLO writes it."""
+    return " ".join(f"{value:.6g}" for value in _fractions_of(box[None], size[None])[0].tolist())
+
+
+def _fractions_of(boxes: Array, sizes: Array) -> Array:
+    """Return x, y, width, height in pixels as centres, in fractions of the images' sides."""
+    parts = boxes / np.tile(sizes, (1, 2))
+    return np.concatenate([parts[:, :2] + parts[:, 2:] / 2, parts[:, 2:]], axis=1)
 
 
 def unreached(boxes: Array, sizes: Array, images: int) -> str | None:
@@ -111,7 +154,15 @@ def _other_form(boxes: Array, sizes: Array, slack: float) -> tuple[str, int] | N
     return message, int((wrong & right).argmax())
 
 
-def _larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
+def larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
+    """Return the same as :func:`misread` if the boxes look like those of larger images."""
+    if not len(boxes):
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _of_larger_images(boxes, sizes)
+
+
+def _of_larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
     ends = COCO.corners(boxes)[:, 2:] / sizes
     likely = (boxes[:, 2:] > 0).all(1) & (ends < 100).all(1)  # else a number is wrong, not a size
     outside = likely & (boxes[:, :2] + boxes[:, 2:] / 2 > sizes).any(1)
@@ -128,17 +179,19 @@ def _larger_images(boxes: Array, sizes: Array) -> tuple[str, int] | None:
     return message, int(outside.argmax())
 
 
-def _fitting(boxes: Array, sizes: Array, slack: float) -> Reading | None:
-    """Return the format that the boxes fit far better than COCO's, or None if they fit COCO's well enough."""
-    wrong = _misfits(COCO, boxes, sizes, slack).sum()
+def _fitting(
+    boxes: Array, sizes: Array, slack: float, expected: Reading = COCO, others: tuple[Reading, ...] = OTHERS
+) -> Reading | None:
+    """Return which of the ``others`` the boxes fit far better than ``expected``, or None if they fit that well enough."""
+    wrong = _misfits(expected, boxes, sizes, slack).sum()
     if wrong < 0.4 * len(boxes) and (wrong < 5 or wrong < 0.05 * len(boxes)):
         return None
     # In COCO's format some boxes start nearer to the left or top border than half their size, which no centre does. Where few
     # such boxes are to be expected, their absence proves nothing.
     near_border = (boxes[:, 2:] / (2 * sizes)).sum()
-    likely = [other for other in OTHERS if wrong >= other.least and (other is not CENTRES or near_border >= 4)]
-    others = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in likely]
-    fits, best = min(others, key=lambda pair: pair[0], default=(wrong, COCO))
+    likely = [other for other in others if wrong >= other.least and (other is not CENTRES or near_border >= 4)]
+    counts = [(_misfits(other, boxes, sizes, slack).sum(), other) for other in likely]
+    fits, best = min(counts, key=lambda pair: pair[0], default=(wrong, expected))
     return best if fits <= 0.1 * wrong else None
 
 

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+KINDS = "JPEG, PNG, WebP, BMP or TIFF"
+"""Names of the formats, for messages."""
 OTHERS = {
     b"GIF8": "a GIF",
-    b"BM": "a BMP",
-    b"II*\0": "a TIFF",
-    b"MM\0*": "a TIFF",
+    b"BM": "a BMP of a kind that cannot be read",
+    b"II*\0": "a TIFF of a kind that cannot be read (write it as 8-bit RGB)",
+    b"MM\0*": "a TIFF of a kind that cannot be read (write it as 8-bit RGB)",
     b"%PDF": "a PDF",
     b"version https://git-lfs": "a git-LFS pointer, not the image itself (git lfs pull fetches it)",
     b"<": "an HTML, XML or SVG text",
@@ -47,7 +49,7 @@ TURNS: dict[int, Image.Transpose] = {
 
 
 class OtherFormatError(ValueError):
-    """The bytes are not a JPEG, PNG or WebP image."""
+    """The bytes are not an image of a kind that is read."""
 
 
 class TooLargeError(ValueError):
@@ -74,11 +76,13 @@ class ImageFacts:
     """EXIF orientation, 1 to 8; 1 if there is none."""
     values: tuple[int, int] | None
     """The range that holds 99.8 % of a 16-bit image's values; None for other images."""
+    pages: int = 1
+    """Pages of a TIFF, of which the first is read."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
         """Height and width of the upright image, in pixels."""
-        return self.size if self.orientation < 5 else self.size[::-1]
+        return _upright(self.size, self.orientation)
 
 
 def decode(
@@ -88,9 +92,10 @@ def decode(
     max_pixels: int | None = MAX_PIXELS,
     least: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Decode a JPEG, PNG or WebP to uint8 (3, H, W), RGB, a view of interleaved memory with 3 or 4 bytes a pixel.
+    """Decode an image file to uint8 (3, H, W), RGB, a view of interleaved memory with 3 or 4 bytes a pixel.
 
-    Grey, palette and CMYK images become RGB, alpha is dropped, and only the first frame of an animation is read.
+    Grey, palette and CMYK images become RGB, alpha is dropped, and only the first frame or page is read. The orientation of a
+    TIFF belongs to its own header and is always applied.
 
     Args:
         reading: how to treat EXIF orientation and 16-bit values; None = apply the orientation and keep the high byte.
@@ -156,23 +161,66 @@ def inspect(data: bytes, max_pixels: int | None = MAX_PIXELS) -> ImageFacts:
     try:
         orientation, values = _orientation(image, data), _deep_values(image, data)
         between = None if values is None else tuple(int(value) for value in np.quantile(values, (0.001, 0.999)))
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         raise ValueError(f"cannot be decoded ({error})") from error
-    return ImageFacts((image.height, image.width), orientation, cast("tuple[int, int] | None", between))
+    return ImageFacts((image.height, image.width), orientation, cast("tuple[int, int] | None", between), pages)
+
+
+def measure(data: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return height and width as stored, and of the upright image, from a file's header. Raises the same errors as ``decode``.
+
+    ``data`` may end after the header if the file is a JPEG.
+    """
+    image = _open(data, None)
+    stored = image.height, image.width
+    return stored, _upright(stored, _orientation(image, data))
+
+
+def thumbnail(data: bytes, side: int) -> NDArray[np.uint8]:
+    """Return the image as stored, in grey and scaled to ``side`` x ``side`` pixels. Raises the same errors as ``decode``."""
+    image = _open(data, None)
+    try:
+        image.draft("L", (8 * side, 8 * side))  # a JPEG is decoded at a fraction of its size
+        values = _deep_values(image, data)
+        grey = (image if values is None else Image.fromarray(_to_bytes(values, FULL_RANGE))).convert("L")
+        return np.asarray(grey.resize((side, side), Image.Resampling.BOX))
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+
+def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size if orientation < 5 else size[::-1]
 
 
 def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise OtherFormatError(f"not a JPEG, PNG or WebP{_other(data)}") from error
+        raise OtherFormatError(f"not a {KINDS}{_other(data)}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot be decoded ({error})") from error
     if max_pixels is not None and image.width * image.height > max_pixels:
         size = f"{image.width * image.height / 1e6:.1f} megapixels ({image.width} x {image.height})"
         raise TooLargeError(f"has {size}, more than the {max_pixels / 1e6:.1f} that are allowed")
     image.decodermaxblock = len(data)  # Pillow would decode pieces of 64 KB, copying the rest each time
+    if image.format == "TIFF":
+        _prepare_tiff(image)
     return image
+
+
+def _prepare_tiff(image: ImageFile.ImageFile) -> None:
+    """Refuse values that have no one meaning as 8 bits, and let Pillow turn the image, as it does whenever it reads a TIFF."""
+    arguments = image.tile[0][3] if image.tile else ""
+    raw = str(arguments[0]) if isinstance(arguments, tuple) else str(arguments)
+    if image.mode in ("I", "F") or (";16" in raw and not image.mode.startswith("I")):
+        raise OtherFormatError(f"a TIFF whose values are not 8-bit, or 16-bit grey, but {raw!r} in Pillow's terms")
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if turned:
+            image.load()
+    except Exception as error:  # a damaged directory, for which Pillow raises many kinds of errors
+        raise ValueError(f"cannot be decoded ({error})") from error
 
 
 def _other(data: bytes) -> str:
@@ -188,6 +236,8 @@ def _has_orientation(data: bytes) -> bool:
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
     # Pillow decodes a whole PNG to look for EXIF after its pixels, but almost no PNG has any.
+    if image.format == "TIFF":  # Pillow has turned it
+        return 1
     if image.format == "PNG" and not any(name in data for name in (b"eXIf", b"Raw profile type", b"Orientation")):
         return 1
     try:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headkd_ray.data.coco import CocoSplit
+from headkd_ray.data.checked_split import CheckedSplit
 from headkd_ray.data.meta import Meta, ShardFile
 from headkd_ray.data.photos import PhotoOptions, Tally
 from headkd_ray.data.rng import key_permutation
@@ -26,7 +26,7 @@ LAYOUT = 1
 class Layout:
     """The assignment of a split's images to shards, and the content of its files."""
 
-    split: CocoSplit
+    split: CheckedSplit
     shard_images: int
     """Images per shard file."""
     row_group: int
@@ -77,22 +77,22 @@ class Layout:
 
     def index(self) -> bytes:
         """Return the content of index.parquet."""
-        split, rows = self.split, []
-        for number, (_, members) in enumerate(self.shards()):
-            for row, image in enumerate(members):
-                record = split.images[image]
-                boxes = int((~split.crowd[split.first[image] : split.first[image + 1]]).sum())
-                rows.append((record.id, record.file_name, record.width, record.height, number, row, boxes))
-        columns = zip(*rows, strict=True)
+        parts = [members for _, members in self.shards()]
+        order = np.concatenate(parts)
+        shard = np.repeat(np.arange(len(parts)), [len(members) for members in parts])
+        row = np.concatenate([np.arange(len(members)) for members in parts])
+        boxes = np.diff(np.concatenate([[0], np.cumsum(~self.split.crowd)])[self.split.first])
+        images = self.split.images.take(order.tolist())
+        columns = (images.ids, images.names, images.sizes[:, 0], images.sizes[:, 1], shard, row, boxes[order])
         arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
         table = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         return buffer.getvalue()
 
-    def annotations(self) -> bytes:
-        """Return the content of annotations.json."""
-        return json.dumps(self.split.ground_truth(), separators=(",", ":")).encode()
+    def annotations(self) -> Iterator[bytes]:
+        """Yield the content of annotations.json, in pieces."""
+        return self.split.coco_json()
 
     def meta(self, shards: list[ShardFile], tally: Tally, photos: str) -> Meta:
         """Return the content of meta.json; ``photos`` is ``Photos.version``."""

@@ -1,258 +1,142 @@
-"""Prepare a split: pack a COCO JSON and its image folder into shards.
-
-Images are read, decoded and checked by threads (decoding releases the GIL) and written by one thread in a fixed order, so the
-files have the same bytes for any number of workers. A shard gets its final name when it is complete, and meta.json is written
-last: after a kill, the same command keeps the finished shards whose image files are unchanged, and makes the rest.
-"""
+"""Prepare splits: read and check their annotations, and pack them with their images into shards."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from headkd_ray.data.coco import read_coco
-from headkd_ray.data.file_names import FileNames
-from headkd_ray.data.images import FULL_RANGE, MAX_PIXELS
-from headkd_ray.data.layout import Layout
-from headkd_ray.data.meta import Meta, ShardFile
-from headkd_ray.data.photos import Exif, Fault, Photo, PhotoOptions, Photos, Tally
-from headkd_ray.data.problems import Problems
-from headkd_ray.data.shards import ANNOTATIONS, INDEX, META, SHARD_SCHEMA, ShardSet
-from headkd_ray.data.stored import StoredShard, is_sound, read_stored
+from headkd_ray.data.checked_split import CheckedSplit
+from headkd_ray.data.checking import Checked, CheckOptions, checked
+from headkd_ray.data.dividing import check_fractions, divided
+from headkd_ray.data.images import FULL_RANGE
+from headkd_ray.data.near_duplicates import Fingerprint, fingerprint
+from headkd_ray.data.photos import Exif
+from headkd_ray.data.shard_writer import pack
+from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.sources import SourceOptions, readers
+from headkd_ray.data.voc import Pixels
 from headkd_ray.errors import DataError
-from headkd_ray.storage import Folder, locked
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in total) in the calling thread."""
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """The inputs, the destination and the workers of one preparation."""
-
-    layout: Layout
-    photos: Photos
-    out: Folder
-    pool: ThreadPoolExecutor
-    ahead: int
-    """Number of images that are read ahead."""
-    progress: Progress
+from headkd_ray.storage import Folder
 
 
 def prepare_split(
-    json_uri: str,
-    images_uri: str,
+    annotations: str | Sequence[str],
+    images: str | Sequence[str] | None,
     out_uri: str,
     *,
-    shard_images: int = 512,
-    row_group: int = 16,
-    workers: int | None = None,
+    split: str | None = None,
+    classes: str | None = None,
+    voc_pixels: Pixels | None = None,
     fix_boxes: bool = False,
     exif: Exif | None = None,
-    value_range: tuple[int, int] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    workers: int | None = None,
+    write_coco: str | None = None,
+    **options: Any,
 ) -> ShardSet:
-    """Prepare a split; the JSON, the image folder and the output folder are paths or URIs.
+    """Prepare a split; all places are paths or URIs.
 
     Args:
-        shard_images: images per shard file.
-        row_group: images per row group, the smallest unit that is read.
-        workers: threads that read and check images; None = one per CPU.
+        annotations: COCO JSON, data.yaml of a YOLO data set, or folder in Pascal VOC's format; or several of them.
+        images: folder of the images that a JSON names; or several, one for each of the ``annotations``. None = they say it.
+        split: split of a data.yaml, or list in Pascal VOC's ImageSets/Main; None = all images.
+        classes: classes of Pascal VOC, a text file or a prepared split; None = those that are found.
+        voc_pixels: what Pascal VOC's coordinates are; None = as the numbers imply.
         fix_boxes: clip or drop unusable boxes instead of refusing the split.
-        exif: apply or ignore EXIF orientation; None = as the JSON's sizes imply.
-        value_range: values of 16-bit images that become 0 and 255; None = keep the high byte.
-        max_pixels: the largest image that is accepted.
-        overwrite: replace a complete split in the folder, whether it is this one or another.
+        exif: apply or ignore EXIF orientation; None = as the annotations' sizes or format imply.
+        workers: threads that read and check images; None = one per CPU.
+        write_coco: file to which the split is also written as a COCO JSON.
+        options: passed on to :func:`pack`.
 
     Returns:
         The opened split. If the folder already holds this very split, it is only checked, and damaged files are made again.
 
     Raises:
-        DataError: the JSON or the images have problems, all of which are listed; or the folder holds another split, or this one
-            with other images, or another process is preparing a split there.
+        DataError: the annotations or the images have problems, all of which are listed; or as :func:`pack`.
     """
+    check_range(options.get("value_range"))
+    source = SourceOptions(split, classes, voc_pixels, workers)
+    found = checked(readers(_several(annotations), _several(images), source), CheckOptions(fix_boxes, exif, workers))
+    if write_coco is not None:
+        write_coco_json(found.split, write_coco)
+    return pack(found, out_uri, exif=exif, workers=workers, **options)
+
+
+def prepare_splits(
+    annotations: str | Sequence[str],
+    images: str | Sequence[str] | None,
+    out_uri: str,
+    fractions: Sequence[float],
+    *,
+    group_by: str | None = None,
+    seed: int = 0,
+    classes: str | None = None,
+    voc_pixels: Pixels | None = None,
+    fix_boxes: bool = False,
+    exif: Exif | None = None,
+    workers: int | None = None,
+    write_coco: str | None = None,
+    **options: Any,
+) -> dict[str, ShardSet]:
+    """Divide all images into the parts train, val and test of ``out_uri``, and prepare each; returns them by name.
+
+    Args:
+        fractions: two or three, for train, val and test.
+        group_by: regular expression; images whose names it matches with the same text (of its first group) stay together.
+        seed: of the random division.
+
+    Everything else is as for :func:`prepare_split`, which see.
+    """
+    check_range(options.get("value_range"))
+    check_fractions(fractions, group_by)
+    source = SourceOptions(None, classes, voc_pixels, workers)
+    found = checked(readers(_several(annotations), _several(images), source), CheckOptions(fix_boxes, exif, workers))
+    if write_coco is not None:
+        write_coco_json(found.split, write_coco)
+    prints = fingerprints(found, workers)
+    parts = divided(found.split, fractions, prints, group_by=group_by, seed=seed)
+    packed, errors = {}, []
+    for name, split in parts.items():
+        try:
+            place = (Folder.open(out_uri, DataError) / name).uri
+            packed[name] = pack(found._replace(split=split), place, exif=exif, workers=workers, **options)
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        raise DataError([problem for error in errors for problem in error.problems], errors[0].headline)
+    return packed
+
+
+def fingerprints(found: Checked, workers: int | None) -> list[Fingerprint | None]:
+    """Return the fingerprint of each image; None for one that cannot be read, which packing will report."""
+    folder = found.folder
+
+    def of(name: str) -> Fingerprint | None:
+        try:
+            return None if folder is None else fingerprint(folder.read(name))
+        except (OSError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="headkd-look") as pool:
+        return list(pool.map(of, found.split.images.names))
+
+
+def _several(places: str | Sequence[str] | None) -> list[str]:
+    return [places] if isinstance(places, str) else [*(places or ())]
+
+
+def check_range(value_range: tuple[int, int] | None) -> None:
+    """Raise DataError if the range of 16-bit images' values is not one."""
     low, high = value_range or FULL_RANGE
     if not FULL_RANGE[0] <= low < high <= FULL_RANGE[1]:
         raise DataError(f"--range {low} {high}: give two ascending values, from {FULL_RANGE[0]} to {FULL_RANGE[1]}")
-    images = Folder.open(images_uri, DataError)
-    names = FileNames(images)
-    split = read_coco(json_uri, fix_boxes=fix_boxes, names=names)
-    options = PhotoOptions(exif, value_range, max_pixels)
-    photos = Photos(split, images, names, options)
-    out, layout = Folder.open(out_uri, DataError), Layout(split, shard_images, row_group, options)
-    workers = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers, thread_name_prefix="headkd-prepare") as pool:
-        try:
-            work = Preparation(layout, photos, out, pool, 4 * workers + row_group, progress)
-            version = photos.version()
-            before = None if overwrite else _complete(out, layout)
-            unchanged = before is not None and version != "" and before.photos == version
-            if before is None or not unchanged or not is_sound(out, layout, before, pool):
-                _write(work, version, overwrite)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    progress(len(split.images), len(split.images))
-    return ShardSet.open(out_uri)
 
 
-def _complete(out: Folder, layout: Layout) -> Meta | None:
-    """Return meta.json if this split is complete in the folder, else None. Raises DataError if it holds another split."""
-    if out.size(META) is None:
-        return None
-    meta = Meta.from_json(out.read(META), out.named(META))
-    if meta.fingerprint != layout.fingerprint(meta.upright):
-        raise DataError(
-            f"{out.uri}: holds another prepared split ({meta.images} images, or other options); "
-            "choose another --out, or replace it with --overwrite"
-        )
-    return meta
-
-
-def _write(work: Preparation, version: str, overwrite: bool) -> None:
-    """Make the files that are missing or out of date."""
-    out, layout = work.out, work.layout
-    busy = DataError(f"{out.uri}: another process is preparing a split there; wait for it, end it, or choose another --out")
+def write_coco_json(split: CheckedSplit, uri: str) -> None:
+    """Write the split as a COCO JSON; file names are relative to the images' folder. Raises DataError if that fails."""
+    folder, name = Folder.of_file(uri, DataError)
     try:
-        out.create()
-        with locked(out, busy):
-            before = None if overwrite else _complete(out, layout)
-            stored: list[StoredShard | None] = [None] * len(layout.shards())
-            if not overwrite:
-                stored = list(
-                    work.pool.map(partial(read_stored, out, layout, work.photos), *zip(*layout.shards(), strict=True))
-                )
-            _check_unchanged(stored, before, out)
-            kept = [shard if shard and (before or not shard.missing) and not shard.changed else None for shard in stored]
-            out.delete(META)  # From here on the folder counts as incomplete.
-            _delete_shards(out, keep={shard.file.name for shard in kept if shard})
-            shards, tally = _write_shards(work, kept)
-            out.write(INDEX, layout.index())
-            out.write(ANNOTATIONS, layout.annotations())
-            whole = not any(shard and shard.missing for shard in kept)
-            out.write(META, layout.meta(shards, tally, version if whole else "").to_json())
-    except OSError as error:  # from the output; reading the images raises none
-        raise DataError(f"{out.uri}: cannot be written ({error}); choose another --out, or fix it and run again") from error
-
-
-def _check_unchanged(stored: list[StoredShard | None], before: Meta | None, out: Folder) -> None:
-    """Raise DataError if the image files have changed since a complete split was prepared from them."""
-    changed = [name for shard in stored if shard for name in shard.changed]
-    if before is None or not changed:
-        return
-    problems = Problems()
-    for name in changed:
-        problems.add("has changed since the split was prepared", name)
-    raise DataError(
-        problems.lines(), f"{out.uri}: image files have changed; replace the split with --overwrite, or choose another --out:"
-    )
-
-
-def _delete_shards(out: Folder, keep: set[str]) -> None:
-    """Delete the shards that an earlier run left behind, except ``keep``."""
-    for name in out.names():
-        if name.startswith("shard-") and name not in keep:
-            out.delete(name)
-
-
-def _write_shards(work: Preparation, kept: list[StoredShard | None]) -> tuple[list[ShardFile], Tally]:
-    """Write the shards that are None in ``kept``. Raises DataError if an image cannot be used."""
-    problems, tally, shards = Problems(), Tally(), []
-    total, done, plan = len(work.layout.split.images), 0, work.layout.shards()
-    checked = _checked(work, [i for (_, members), shard in zip(plan, kept, strict=True) if shard is None for i in members])
-    for (name, members), stored in zip(plan, kept, strict=True):
-        if stored is None:
-            stored = _write_shard(work, name, members, checked, problems, partial(_advance, work.progress, done, total))
-        if stored is not None:
-            shards.append(stored.file)
-            tally += stored.tally
-        done += len(members)
-        work.progress(done, total)
-    problems.check(f"{work.photos.folder.uri}: images cannot be used:")
-    return shards, tally
-
-
-def _advance(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
-
-
-def _write_shard(
-    work: Preparation,
-    name: str,
-    members: list[int],
-    checked: Iterator[Photo | Fault],
-    problems: Problems,
-    advance: Callable[[int], None],
-) -> StoredShard | None:
-    """Write one shard from the next ``len(members)`` entries of ``checked``; None if one of its images has a problem."""
-    out, layout = work.out, work.layout
-    schema = SHARD_SCHEMA.with_metadata({"recipe": layout.recipe})
-    sound, tally = True, Tally()
-    with (
-        out.fs.open_output_stream(out.at(name + ".tmp")) as stream,
-        _Hashing(stream) as sink,
-        pq.ParquetWriter(
-            sink, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
-        ) as writer,
-    ):
-        for start in range(0, len(members), layout.row_group):
-            group = members[start : start + layout.row_group]
-            encoded: list[bytes] = []
-            for image in group:
-                match next(checked):
-                    case Photo(data, facts):
-                        encoded.append(data)
-                        tally += Tally.of(facts, layout.split.images[image])
-                    case Fault(kind, where):
-                        problems.add(kind, where)
-                        sound = False
-            if sound:
-                writer.write_table(layout.rows(group, encoded))
-            advance(start + len(group))
-    if not sound:
-        out.delete(name + ".tmp")
-        return None
-    out.publish(name)
-    return StoredShard(ShardFile(name, len(members), sink.size, sink.digest.hexdigest()), tally)
-
-
-def _checked(work: Preparation, members: list[int]) -> Iterator[Photo | Fault]:
-    """Yield each checked image in order, holding at most ``work.ahead`` of them."""
-    coming: deque[Future[Photo | Fault]] = deque()
-    for image in members:
-        coming.append(work.pool.submit(work.photos.check, image))
-        if len(coming) >= work.ahead:
-            yield coming.popleft().result()
-    while coming:
-        yield coming.popleft().result()
-
-
-class _Hashing(io.RawIOBase):
-    """A sink that counts and hashes the bytes written through it."""
-
-    def __init__(self, sink: pa.NativeFile) -> None:
-        self._sink = sink
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self._sink.write(view)
-        self.digest.update(view)
-        self.size += view.nbytes
-        return view.nbytes
+        folder.create()
+        folder.write(name, split.coco_json())
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be written ({error}); choose another file for --write-coco") from error

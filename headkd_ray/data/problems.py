@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from headkd_ray.errors import DataError
 
 SHOWN = 20
@@ -25,6 +27,20 @@ class Problems:
         listed = self._kinds.setdefault(kind, [])
         if len(listed) < SHOWN:
             listed.append(where)
+
+    def add_all(self, kind: str, rows: Sequence[int], where: Callable[[int], str]) -> None:
+        """Record a problem of one kind for each of ``rows``; ``where`` names a row, and is called for those that are listed."""
+        if rows:
+            listed = self._kinds.setdefault(kind, [])
+            listed += [where(row) for row in rows[: max(0, SHOWN - len(listed))]]
+            self._counts[kind] = self._counts.get(kind, 0) + len(rows)
+
+    def add_from(self, other: Problems) -> None:
+        """Record another collection's problems, too."""
+        for kind, places in other._kinds.items():
+            listed = self._kinds.setdefault(kind, [])
+            listed += places[: max(0, SHOWN - len(listed))]
+            self._counts[kind] = self._counts.get(kind, 0) + other._counts[kind]
 
     def __bool__(self) -> bool:
         return bool(self._kinds)

@@ -16,6 +16,9 @@ from headkd_ray.data.photos import Fault, Photos, Tally
 from headkd_ray.data.shards import ANNOTATIONS, INDEX, SHARD_SCHEMA, check_columns
 from headkd_ray.storage import Folder
 
+PIECE = 2**24
+"""Bytes of a file that are read at a time."""
+
 
 @dataclass(frozen=True)
 class StoredShard:
@@ -33,16 +36,21 @@ def is_sound(out: Folder, layout: Layout, meta: Meta, pool: Executor) -> bool:
     """Return whether all files of a complete split are as they were written."""
     found = pool.map(lambda shard: _sha256(out, shard.name), meta.shards)
     expected = [shard.sha256 for shard in meta.shards]
-    try:
-        own = [out.read(name) for name in (INDEX, ANNOTATIONS)]
-    except OSError:
-        return False
-    return list(found) == expected and own == [layout.index(), layout.annotations()]
+    annotations = hashlib.sha256()
+    for piece in layout.annotations():
+        annotations.update(piece)
+    own = {INDEX: hashlib.sha256(layout.index()).hexdigest(), ANNOTATIONS: annotations.hexdigest()}
+    return list(found) == expected and all(_sha256(out, name) == sha256 for name, sha256 in own.items())
 
 
 def _sha256(out: Folder, name: str) -> str | None:
+    """Return the file's SHA-256; None if it cannot be read."""
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(out.read(name)).hexdigest()
+        with out.open_file(name) as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+        return digest.hexdigest()
     except OSError:
         return None
 

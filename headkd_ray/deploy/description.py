@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 import headkd_ray
-from headkd_ray.detectors import DenseHead
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import trained_range, view_spec
 from headkd_ray.errors import CheckpointError
@@ -56,14 +55,19 @@ class Description(BaseModel):
     score: float
     """Score that every detection exceeds."""
     nms_iou: float
-    """IoU above which NMS within a class has dropped the lower-scored detection."""
+    """IoU above which NMS within a class has dropped the lower-scored detection; 1 = there is no NMS."""
     max_detections: int
     """Largest number of detections of an image."""
+    thresholds: tuple[float | None, ...] | None = None
+    """Score of each class that balances false and missed detections best (highest F1 at IoU 0.5) on the validation images of
+    training, None = nothing right was found there; None in all = not known."""
 
     @model_validator(mode="after")
     def _one_id_a_class(self) -> Description:
         if len(self.classes) != len(self.category_ids):
             raise ValueError(f"{len(self.classes)} classes, but {len(self.category_ids)} category_ids")
+        if self.thresholds is not None and len(self.thresholds) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes, but {len(self.thresholds)} thresholds")
         return self
 
     @property
@@ -85,8 +89,7 @@ def describe(loaded: LoadedDetector, checkpoint: str) -> Description:
     """
     if loaded.classes is None:
         raise CheckpointError(f"{checkpoint}: does not name its classes; a headkd_ray student or an mmdet .pth with meta does")
-    spec, head = loaded.detector.spec, loaded.detector.detection_head
-    rules = head.spec.postprocess if isinstance(head, DenseHead) else head.stages[-1].spec.postprocess
+    spec, rules = loaded.detector.spec, loaded.detector.rules
     data = view_spec(loaded.meta)
     return Description(
         headkd_ray=headkd_ray.__version__,
@@ -103,7 +106,15 @@ def describe(loaded: LoadedDetector, checkpoint: str) -> Description:
         score=rules.score,
         nms_iou=rules.nms_iou,
         max_detections=rules.max_detections,
+        thresholds=_thresholds(loaded.meta, loaded.classes),
     )
+
+
+def _thresholds(meta: Mapping[str, Any], classes: Sequence[str]) -> tuple[float | None, ...] | None:
+    """Return the thresholds that the last evaluation in training found; None in checkpoints that were not evaluated, or are of
+    earlier versions."""
+    recorded = (meta.get("metrics") or {}).get("thresholds")
+    return None if recorded is None else tuple(recorded.get(name) for name in classes)
 
 
 def read_metadata(entries: Mapping[str, str], path: str) -> Description:

@@ -15,7 +15,7 @@ from headkd_ray.deploy.exported import Exported
 from headkd_ray.deploy.latency import Latency, cores, measure, torch_threads
 from headkd_ray.deploy.networks import TorchFileNetwork, TorchNetwork
 from headkd_ray.deploy.predictor import Predictor
-from headkd_ray.detectors.build import AnyDetector
+from headkd_ray.detectors import Detector
 from headkd_ray.detectors.weights import LoadedDetector, keeping
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.engine.inference import trained_range
@@ -39,7 +39,7 @@ class Entrant:
     """The exported file; None = it is a checkpoint."""
 
     @classmethod
-    def of_checkpoint(cls, place: str, detector: AnyDetector, description: Description) -> Entrant:
+    def of_checkpoint(cls, place: str, detector: Detector, description: Description) -> Entrant:
         """Return the entrant of a checkpoint in PyTorch."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in detector.state_dict().values())
         return cls(place, "PyTorch", Predictor(TorchNetwork(detector, torch.device("cpu")), description), size)

@@ -24,7 +24,7 @@ from headkd_ray.errors import CheckpointError, DataError, StorageError
 from headkd_ray.storage import Folder
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
-"""A path or URI of a JPEG, PNG or WebP file; a PIL image; an array (H, W, 3) or a tensor (3, H, W), both uint8, RGB."""
+"""A path or URI of a JPEG, PNG, WebP, BMP or TIFF; a PIL image; an array (H, W, 3) or a tensor (3, H, W), both uint8, RGB."""
 
 
 class Predictor:

@@ -50,7 +50,8 @@ def torch_bytes(detector: AnyDetector, description: Description) -> bytes:
         del inputs["original_sizes"]
     try:
         # Otherwise the graph would hold for batches and maps of at least two alone.
-        with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True), warnings.catch_warnings():
+        oblivious = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # torch makes it at import
+        with torch.no_grad(), oblivious, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torchvision's use of torch
             program = torch.export.export(
                 graph.eval(), tuple(inputs.values()), dynamic_shapes=_variable(inputs, description), strict=False

@@ -1,6 +1,7 @@
-"""Detectors in plain PyTorch (dense: RetinaNet, FCOS, GFL, RepPoints; two-stage: Faster, Cascade R-CNN) and their weights."""
+"""Detectors in plain PyTorch (dense: RetinaNet, FCOS, GFL, RepPoints; two-stage: Faster, Cascade R-CNN), those of transformers,
+and their weights."""
 
-from headkd_ray.detectors.base import DenseHead, Detector, RoIHead, StageOutput
+from headkd_ray.detectors.base import DenseHead, Detector, PyramidDetector, RoIHead, StageOutput
 from headkd_ray.detectors.build import build_detector
 from headkd_ray.detectors.cascade_rcnn import CascadeHead, CascadeRCNN
 from headkd_ray.detectors.dense import DenseDetector
@@ -32,6 +33,7 @@ __all__ = [
     "GFLHead",
     "GroundTruth",
     "Proposals",
+    "PyramidDetector",
     "RepPoints",
     "RepPointsHead",
     "RetinaHead",

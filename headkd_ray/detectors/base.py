@@ -1,26 +1,33 @@
 """Abstract base classes: what a detector, a dense head and a RoI head must provide to everything outside this folder.
 
-To add a kind of detector, subclass these, add its spec to ``headkd_ray.job.detector_spec`` and a line to ``registry.py``. It
-can then be a student, a teacher and an assistant beside every other kind, and ``tests/detectors/test_contract.py`` checks it.
+A ``Detector`` can be trained, evaluated and stored. A ``PyramidDetector`` is one with heads on a feature pyramid, which methods
+with assistants and teachers need. To add a kind, subclass these, add its spec to ``headkd_ray.job.detector_spec`` and a line to
+``registry.py``; ``tests/detectors/test_contract.py`` then checks it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from headkd_ray.detectors.backbone import STRIDES as BACKBONE_STRIDES
 from headkd_ray.detectors.backbone import Backbone
+from headkd_ray.detectors.backbone_trial import Size, backbone_problems
+from headkd_ray.detectors.fit import check_fit, fit
 from headkd_ray.detectors.fpn import FPN
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.proposals import Detections, Found, Proposals, best_pairs, conclude, flatten_cells, propose
 from headkd_ray.detectors.ops.rois import RoIs
-from headkd_ray.job import BoxHeadSpec, DenseDetectorSpec, DenseHeadSpec, TwoStageDetectorSpec
+from headkd_ray.detectors.safe_load import read_file
+from headkd_ray.job import BoxHeadSpec, DenseHeadSpec, PyramidDetectorSpec, WholeDetectorSpec
 
 if TYPE_CHECKING:
     from headkd_ray.detectors.roi_head import BoxHead, BoxOutputs
@@ -29,22 +36,32 @@ Losses = dict[str, Tensor]
 """Losses as float32 scalars by name; training minimises their plain sum."""
 
 
-class Detector(nn.Module, ABC):
-    """A backbone, a feature pyramid and the heads that a subclass adds; a checkpoint holds exactly this module tree."""
+WEIGHTS = "model.safetensors"
+"""Name of the file with a detector's tensors in the folder of a checkpoint."""
 
-    spec: DenseDetectorSpec | TwoStageDetectorSpec
-    strides: ClassVar[tuple[int, ...]]
-    """Stride of each pyramid level in pixels, finest first."""
+
+class Rules(NamedTuple):
+    """What every detection has passed."""
+
+    score: float
+    """Score that it exceeds."""
+    nms_iou: float
+    """IoU above which NMS within a class has dropped the lower-scored detection; 1 = there is no NMS."""
+    max_detections: int
+    """Largest number of detections of an image."""
+
+
+class Detector(nn.Module, ABC):
+    """A network that finds boxes of ``num_classes`` classes; a checkpoint holds exactly its tensors."""
+
+    spec: WholeDetectorSpec
     _mean: Tensor
     _std: Tensor
 
-    def __init__(self, spec: DenseDetectorSpec | TwoStageDetectorSpec, num_classes: int) -> None:
+    def __init__(self, spec: WholeDetectorSpec, num_classes: int) -> None:
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes
-        self._finest = BACKBONE_STRIDES.index(self.strides[0])
-        self.backbone = Backbone(spec.backbone)
-        self.neck = FPN(spec.neck, self.backbone.channels[self._finest :])
         self.register_buffer("_mean", torch.tensor(spec.pixels.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(spec.pixels.std).view(1, 3, 1, 1), persistent=False)
 
@@ -59,6 +76,78 @@ class Detector(nn.Module, ABC):
         columns = torch.arange(images.shape[3], device=images.device)[None, None, :]
         return x.masked_fill_(~((rows < h) & (columns < w)).unsqueeze(1), 0.0)
 
+    @abstractmethod
+    def supervised(self, x: Tensor, truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
+        """Compute the supervised losses, float32 scalars by name, of images ``x`` as :meth:`normalise` returns them.
+
+        ``generator`` (on the tensors' device; None = torch's default) is used where the detector draws samples.
+        """
+
+    @abstractmethod
+    def detect(self, x: Tensor, sizes: Tensor) -> Detections:
+        """Detect objects in images ``x`` as :meth:`normalise` returns them, without gradients. Call it in eval mode.
+
+        ``sizes`` (B, 2) are the (h, w) of the views without padding, in whose pixels the boxes are.
+        """
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Detections:
+        """Detect objects in ``images`` (B, 3, H, W) uint8 RGB; ``sizes`` (B, 2) are their unpadded (h, w)."""
+        return self.detect(self.normalise(images, sizes), sizes)
+
+    @property
+    @abstractmethod
+    def rules(self) -> Rules:
+        """The rules by which it keeps detections."""
+
+    @abstractmethod
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the backbone, which may be trained with a learning rate of their own."""
+
+    @abstractmethod
+    def class_rows(self) -> Mapping[str, Tensor]:
+        """Return which class each row of a tensor stands for, by the tensor's name in ``state_dict()``: (rows,) int64.
+
+        It lists the tensors with a row, or several, for each class. ``num_classes`` stands for background.
+        """
+
+    @abstractmethod
+    def size_problems(self, sizes: Sequence[Size], changeable: bool = True) -> list[str]:
+        """List what keeps the network from taking views of ``sizes``, padding included, each with the key to mend.
+
+        ``changeable``: whether the detector's own keys can be changed; those of a trained one cannot.
+        """
+
+    def save(self, folder: Path, classes: Sequence[str], meta: Mapping[str, Any]) -> None:
+        """Write the tensors into the local ``folder`` as ``WEIGHTS``.
+
+        ``classes`` and ``meta`` are those of ``model.json``, for what another library keeps beside the tensors.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    @abstractmethod
+    def load(cls, spec: Any, num_classes: int, folder: Path) -> Self:
+        """Build the detector from a ``spec`` of its kind, with the tensors that :meth:`save` wrote into ``folder``.
+
+        Raises CheckpointError listing every tensor that does not fit, JobError if it cannot be built. Nothing of the spec's
+        size is allocated before the tensors fit.
+        """
+
+
+class PyramidDetector(Detector, ABC):
+    """A backbone, a feature pyramid and the heads that a subclass adds."""
+
+    spec: PyramidDetectorSpec
+    strides: ClassVar[tuple[int, ...]]
+    """Stride of each pyramid level in pixels, finest first."""
+
+    def __init__(self, spec: PyramidDetectorSpec, num_classes: int) -> None:
+        super().__init__(spec, num_classes)
+        self._finest = BACKBONE_STRIDES.index(self.strides[0])
+        self.backbone = Backbone(spec.backbone)
+        self.neck = FPN(spec.neck, self.backbone.channels[self._finest :])
+
     def features(self, x: Tensor) -> list[Tensor]:
         """Compute the pyramid levels (B, channels, H, W), finest first, of normalised images ``x`` (B, 3, H, W)."""
         return self.neck(self.backbone(x)[self._finest :])
@@ -70,18 +159,32 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, features: list[Tensor], truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
-        """Compute the supervised losses, float32 scalars by name, on one pyramid.
+        """Compute the losses of :meth:`supervised` on one pyramid."""
 
-        ``generator`` (on the tensors' device; None = torch's default) is used where the detector draws samples.
-        """
+    def supervised(self, x: Tensor, truth: GroundTruth, generator: torch.Generator | None = None) -> Losses:
+        return self.losses(self.features(x), truth, generator)
 
-    @abstractmethod
-    def detect(self, x: Tensor, sizes: Tensor) -> Detections:
-        """Detect objects in normalised images ``x`` (B, 3, H, W), without gradients. Call it in eval mode."""
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        return list(self.backbone.parameters())
 
-    def forward(self, images: Tensor, sizes: Tensor) -> Detections:
-        """Detect objects in ``images`` (B, 3, H, W) uint8 RGB; ``sizes`` (B, 2) are their unpadded (h, w)."""
-        return self.detect(self.normalise(images, sizes), sizes)
+    def size_problems(self, sizes: Sequence[Size], changeable: bool = True) -> list[str]:
+        return backbone_problems(self.spec.backbone, sizes, changeable)
+
+    @classmethod
+    def load(cls, spec: Any, num_classes: int, folder: Path) -> Self:
+        tensors = read_file(folder / WEIGHTS)
+        # The backbone's initial weights are part of these tensors: nothing to load or download again.
+        spec = spec.replace({"backbone.weights": "none", **cls.newer_keys(spec, tensors)})
+        with torch.device("meta"):
+            check_fit(cls(spec, num_classes), tensors, str(folder))
+        detector = cls(spec, num_classes)
+        fit(detector, tensors, str(folder))
+        return detector
+
+    @staticmethod
+    def newer_keys(spec: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the keys that ``spec`` lacks because it is older than they are, with the values that its ``tensors`` tell."""
+        return {}
 
 
 class DenseOutputs(Protocol):

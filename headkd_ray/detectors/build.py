@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
 from headkd_ray.detectors.backbone import Backbone
 from headkd_ray.detectors.backbone_names import backbone_names
+from headkd_ray.detectors.base import Detector, PyramidDetector
 from headkd_ray.detectors.dense import DenseDetector
 from headkd_ray.detectors.fit import fit
 from headkd_ray.detectors.registry import detector_class
@@ -17,13 +18,21 @@ from headkd_ray.detectors.safe_load import read_file
 from headkd_ray.detectors.state_dict import find_state_dict
 from headkd_ray.detectors.two_stage import TwoStageDetector
 from headkd_ray.errors import JobError
-from headkd_ray.job import DenseDetectorSpec, TwoStageDetectorSpec
+from headkd_ray.job import PyramidDetectorSpec, WholeDetectorSpec
 
 AnyDetector = DenseDetector | TwoStageDetector
-"""A detector of either family."""
+"""A detector of either family with heads on a feature pyramid."""
 
 
-def build_detector(spec: DenseDetectorSpec | TwoStageDetectorSpec, num_classes: int, section: str = "student") -> AnyDetector:
+@overload
+def build_detector(spec: PyramidDetectorSpec, num_classes: int, section: str = ...) -> AnyDetector: ...
+
+
+@overload
+def build_detector(spec: WholeDetectorSpec, num_classes: int, section: str = ...) -> Detector: ...
+
+
+def build_detector(spec: WholeDetectorSpec, num_classes: int, section: str = "student") -> Detector:
     """Build a freshly initialised detector for ``num_classes`` classes, with the backbone weights that ``spec`` names.
 
     Random numbers come from torch's default generator. Raises JobError for a backbone that timm cannot build (``section`` is
@@ -31,11 +40,11 @@ def build_detector(spec: DenseDetectorSpec | TwoStageDetectorSpec, num_classes: 
     """
     make: Any = detector_class(spec)  # Any: the registry pairs each class with its spec, which mypy cannot see
     try:
-        detector: AnyDetector = make(spec, num_classes)
+        detector: Detector = make(spec, num_classes)
     except JobError as error:
         raise JobError([f"{section}.{problem}" for problem in error.problems]) from error
-    if spec.backbone.weights not in ("none", "timm"):
-        load_backbone(detector.backbone, Path(spec.backbone.weights))
+    if isinstance(detector, PyramidDetector) and detector.spec.backbone.weights not in ("none", "timm"):
+        load_backbone(detector.backbone, Path(detector.spec.backbone.weights))
     return detector
 
 

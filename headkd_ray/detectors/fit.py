@@ -15,11 +15,16 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: M
     Raises CheckpointError if they do not fit (as :func:`check_fit` does), or if some have values that are not finite.
     """
     check_fit(module, tensors, source, origin)
-    broken = {(origin or {}).get(name, name): count for name, tensor in tensors.items() if (count := _not_finite(tensor))}
+    check_finite({(origin or {}).get(name, name): tensor for name, tensor in tensors.items()}, source)
+    module.load_state_dict({**module.state_dict(), **tensors})
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError listing every tensor with values that are NaN or infinite."""
+    broken = {name: count for name, tensor in tensors.items() if (count := _not_finite(tensor))}
     if broken:
         problems = [f"{name}: {count} are NaN or infinite" for name, count in broken.items()]
         raise CheckpointError(problems, headline=f"{source}: its training has failed, or it is damaged; use another one:")
-    module.load_state_dict({**module.state_dict(), **tensors})
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str, origin: Mapping[str, str] | None = None) -> None:

@@ -160,7 +160,7 @@ def _read(folder: Path, source: str) -> HFModel:
     """Read a local ``folder``, which the user knows as ``source``."""
     _check_files(folder, source)
     transformers = _transformers(source)
-    with _quiet(transformers):
+    with quiet(transformers):
         config = _config(transformers, folder, source)
         processor = _image_processor(transformers, folder, source)
         resizing, pixels = _resizing(processor, source), _pixels(processor)
@@ -226,7 +226,7 @@ def _transformers(source: str) -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Keep transformers from printing progress bars and warnings, which are checked here and told in our words."""
     log = transformers.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors.base import Detector, Losses, RoIHead, StageOutput
+from headkd_ray.detectors.base import Detector, Losses, PyramidDetector, RoIHead, Rules, StageOutput
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.proposals import Detections
 from headkd_ray.detectors.ops.rois import flatten, sample_rois
@@ -18,7 +19,7 @@ ROI_LEVELS = 4
 """Number of levels, the finest ones, from which a RoI head pools: P2 to P5 here, P3 to P6 as a dense student's assistant."""
 
 
-class TwoStageDetector(Detector):
+class TwoStageDetector(PyramidDetector):
     """A backbone, an FPN on C2 to C5, an RPN and a RoI head; a subclass names the head's class."""
 
     spec: TwoStageDetectorSpec
@@ -55,6 +56,21 @@ class TwoStageDetector(Detector):
         features = self.features(x)
         boxes, image = flatten(self.rpn.proposals(self.rpn(features), sizes))
         return self.roi.detect(features, boxes, image, sizes)
+
+    @property
+    def rules(self) -> Rules:
+        kept = self.roi.stages[-1].spec.postprocess
+        return Rules(kept.score, kept.nms_iou, kept.max_detections)
+
+    def class_rows(self) -> Mapping[str, Tensor]:
+        names = {module: name for name, module in self.named_modules()}
+        classes = torch.arange(self.num_classes + 1)  # background last
+        layers = {}
+        for stage in self.roi.stages:
+            layers[f"{names[stage]}.cls_out"] = classes
+            if not stage.spec.class_agnostic:
+                layers[f"{names[stage]}.box_out"] = classes[:-1].repeat_interleave(4)  # the four deltas of a box
+        return {f"{layer}.{tensor}": rows for layer, rows in layers.items() for tensor in ("weight", "bias")}
 
 
 def answers_about_rois(detector: Detector) -> TypeGuard[TwoStageDetector]:

@@ -62,14 +62,14 @@ def overlaps(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
     """Find the pairs of a detection and an object of one image that overlap.
 
     Args:
-        ground_truth: COCO dictionary (images, annotations, categories).
+        ground_truth: COCO dictionary (images, annotations, categories), without regard to annotations of other images.
         results: COCO results (image_id, category_id, bbox xywh in pixels of the stored image, score); those of images or
             categories that the ground truth does not have are left out.
         max_detections: how many of an image's best detections count in each class, as in COCO's AP.
     """
     images = {image["id"]: index for index, image in enumerate(ground_truth["images"])}
     labels = {category["id"]: index for index, category in enumerate(ground_truth["categories"])}
-    annotations = ground_truth["annotations"]
+    annotations = [each for each in ground_truth["annotations"] if each["image_id"] in images]
     objects = _boxes(annotations, images, labels)
     crowd = np.array([bool(each.get("iscrowd", 0)) for each in annotations], dtype=bool)
 

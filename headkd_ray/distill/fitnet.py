@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.ops.losses import mean_squared_error
 from headkd_ray.distill.copying import copy_weights
@@ -28,14 +28,14 @@ class FitNet(Term):
     @classmethod
     def build(cls, parts: Parts, assistant: str = "") -> FitNet:
         student, teacher, spec = parts.student, parts.teacher, parts.job.distill
-        assert isinstance(teacher, Detector)  # the job's own checks
+        assert isinstance(teacher, PyramidDetector)  # the job's own checks
         if spec.copy_head:
             copy_weights(teacher.detection_head, student.detection_head, "student.head")
         return cls(student.spec.neck.channels, teacher.spec.neck.channels, spec.fitnet_levels, spec.fitnet_weight)
 
     @classmethod
     def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
-        assert isinstance(teacher, Detector)  # the job's own checks
+        assert isinstance(teacher, PyramidDetector)  # the job's own checks
         if teacher.spec.kind == job.student.kind:
             return []
         wanted = f"method fitnet needs a {job.student.kind} teacher"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headkd_ray.detectors import Detector, RoIHead, build_detector, head_class
+from headkd_ray.detectors import PyramidDetector, RoIHead, build_detector, head_class
 from headkd_ray.detectors.dense import STRIDES
 from headkd_ray.detectors.two_stage import ROI_LEVELS
 from headkd_ray.distill.akd import AKD
@@ -18,7 +18,7 @@ from headkd_ray.distill.pkd import PKD
 from headkd_ray.distill.start import Start
 from headkd_ray.distill.terms import AssistantPlan, Parts, Term
 from headkd_ray.errors import JobError
-from headkd_ray.job import METHODS, Job, RoIHeadSpec
+from headkd_ray.job import METHODS, Job, PyramidDetectorSpec, RoIHeadSpec
 from headkd_ray.job.method_terms import terms_of
 from headkd_ray.teacher.source import AnyTeacher
 
@@ -42,8 +42,12 @@ def build_training_model(
     if problems:
         raise JobError(problems)
     student = build_detector(job.student, num_classes)
+    if job.optim.backbone_lr_factor != 1.0 and not student.backbone_parameters():
+        raise JobError("optim.backbone_lr_factor: the student has no backbone of its own; remove the key")
     if start is not None:
         start.load_into(student)
+    if not isinstance(student, PyramidDetector):
+        return TrainingModel(student)
     plans = assistant_plans(job, teacher) if "assistant" in METHODS[job.method].terms else {}
     assistants: dict[str, Assistant] = {}
     parts = Parts(job, student, teacher, assistants, plans, steps_per_epoch)
@@ -54,7 +58,7 @@ def build_training_model(
     terms += [term for kind in kinds if not kind.per_assistant for term in kind.build_all(parts, "")]
     if not _in_the_step(job, terms):
         return TrainingModel(student, assistants, terms)
-    assert isinstance(teacher, Detector)  # a source has answered before the step
+    assert isinstance(teacher, PyramidDetector)  # a source has answered before the step
     return TrainingModel(student, assistants, terms, teacher)
 
 
@@ -77,7 +81,7 @@ def assistant_plans(job: Job, teacher: AnyTeacher | None) -> dict[str, Assistant
     return {ASSIST: AssistantPlan(head, distill.assistant_weight, distill.ckd_weight, warm=distill.warm_assistant)}
 
 
-def _assistant(plan: AssistantPlan, student: Detector, teacher: AnyTeacher | None, copy: bool) -> Assistant:
+def _assistant(plan: AssistantPlan, student: PyramidDetector, teacher: AnyTeacher | None, copy: bool) -> Assistant:
     """Build the planned assistant on the student's pyramid, with the teacher's weights if there is a teacher and ``copy``."""
     make: Any = head_class(plan.head)
     # A dense head takes P3 to P7 of any student; a RoI head pools from the finest levels that the student has.
@@ -97,6 +101,8 @@ def _in_the_step(job: Job, terms: list[Term]) -> bool:
 
 def _problems(job: Job, num_classes: int, teacher: AnyTeacher | None, kinds: list[type[Term]]) -> list[str]:
     """List everything in the job or its teacher that does not fit the method, each with the key to mend."""
+    if kinds and not isinstance(job.student, PyramidDetectorSpec):
+        return [f"student.kind: {job.student.kind} has no feature pyramid for method {job.method}; use method supervised"]
     if not METHODS[job.method].teacher:
         return [f"teacher: method {job.method} uses none"] if teacher is not None else []
     if teacher is None:

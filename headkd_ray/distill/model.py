@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.detectors import Detector, GroundTruth
+from headkd_ray.detectors import Detector, GroundTruth, PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.assistants import Assistant
 from headkd_ray.distill.step_forward import StepForward
@@ -33,7 +33,7 @@ class TrainingModel(nn.Module):
         student: Detector,
         assistants: Mapping[str, Assistant] | None = None,
         terms: Iterable[Term] = (),
-        teacher: Detector | None = None,
+        teacher: PyramidDetector | None = None,
     ) -> None:
         """``teacher`` is needed if a term reads it and its outputs do not come with the batches."""
         super().__init__()
@@ -43,7 +43,7 @@ class TrainingModel(nn.Module):
         self._teacher = FrozenTeacher(teacher) if teacher is not None else None
 
     @property
-    def teacher(self) -> Detector | None:
+    def teacher(self) -> PyramidDetector | None:
         """The frozen teacher, which is not in ``parameters()``, ``modules()`` or ``state_dict()``."""
         return self._teacher.detector if self._teacher else None
 
@@ -54,17 +54,24 @@ class TrainingModel(nn.Module):
         the RoIs. AKD and CKD compare with ``batch.targets``, at their RoIs, if there are any; else with the teacher behind
         ``batch.ask``, if given; else with the model's own.
         """
+        if not isinstance(self.student, PyramidDetector):  # no term reads it: the job's own checks
+            x, truth = self._seen(batch)
+            return self.student.supervised(x, truth, generator)
         return self.losses(self.run(batch, generator), step)
 
     def run(self, batch: Batch, generator: torch.Generator | None = None) -> StepForward:
-        """Run the student on ``batch``; assistants and teacher follow when a term reads them."""
-        x = self.student.normalise(batch.images, batch.sizes)
-        truth = GroundTruth.of(batch.boxes, batch.labels, batch.sizes)
+        """Run a student with a pyramid on ``batch``; assistants and teacher follow when a term reads them."""
+        assert isinstance(self.student, PyramidDetector)
+        x, truth = self._seen(batch)
         student = StudentForward.run(self.student, x, truth, generator)
         teacher = None
         if self._teacher is not None:
             teacher = TeacherForward(self._teacher, self._teacher.input(batch.images, batch.sizes, x, self.student))
         return StepForward(student, self.assistants, teacher, batch.ask, batch.targets, generator)  # type: ignore[arg-type]
+
+    def _seen(self, batch: Batch) -> tuple[Tensor, GroundTruth]:
+        x = self.student.normalise(batch.images, batch.sizes)
+        return x, GroundTruth.of(batch.boxes, batch.labels, batch.sizes)
 
     def losses(self, forward: StepForward, step: int) -> Losses:
         """Return the student's own losses and those of all terms, in order, at optimizer step ``step``."""

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headkd_ray.detectors import DenseDetector, Detector, GroundTruth, Proposals, RoIHead, RoIs, StageOutput, TwoStageDetector
+from headkd_ray.detectors import (
+    DenseDetector,
+    GroundTruth,
+    Proposals,
+    PyramidDetector,
+    RoIHead,
+    RoIs,
+    StageOutput,
+    TwoStageDetector,
+)
 from headkd_ray.detectors.base import DenseOutputs, Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.rois import sample_rois
@@ -24,7 +33,7 @@ Sampler = Callable[[Proposals, GroundTruth, RoIHeadSpec, int, "torch.Generator |
 class StudentForward:
     """The outputs of a student for a batch."""
 
-    student: Detector
+    student: PyramidDetector
     truth: GroundTruth
     losses: Losses
     """The student's own ground-truth losses."""
@@ -41,7 +50,7 @@ class StudentForward:
     """The RoIs of a two-stage student's first stage, row for row with ``lead``; None for a dense one."""
 
     @classmethod
-    def run(cls, student: Detector, x: Tensor, truth: GroundTruth, generator: torch.Generator | None) -> StudentForward:
+    def run(cls, student: PyramidDetector, x: Tensor, truth: GroundTruth, generator: torch.Generator | None) -> StudentForward:
         """Run ``student`` on normalised images ``x`` (B, 3, H, W); ``generator`` draws a two-stage student's samples."""
         pyramid = student.features(x)
         if isinstance(student, TwoStageDetector):
@@ -54,7 +63,7 @@ class StudentForward:
 
     @classmethod
     def of_stages(
-        cls, student: Detector, truth: GroundTruth, losses: Losses, pyramid: list[Tensor], stages: Sequence[StageOutput]
+        cls, student: PyramidDetector, truth: GroundTruth, losses: Losses, pyramid: list[Tensor], stages: Sequence[StageOutput]
     ) -> StudentForward:
         """Return the outputs of a two-stage ``student`` whose RoI head said ``stages``."""
         # P6 of a two-stage student is pooled from P5 and has no conv of its own, so P7 is pooled from P6 likewise.

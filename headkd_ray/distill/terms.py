@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.assistants import Assistant
 from headkd_ray.distill.step_forward import StepForward
@@ -38,7 +38,7 @@ class Parts:
     """Everything from which terms are built."""
 
     job: Job
-    student: Detector
+    student: PyramidDetector
     teacher: AnyTeacher | None
     assistants: Mapping[str, Assistant]
     plans: Mapping[str, AssistantPlan]

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from headkd_ray.diagnosis.curves import curves
+from headkd_ray.diagnosis.overlaps import overlaps
+
 try:
     from faster_coco_eval import COCO
     from faster_coco_eval import COCOeval_faster as COCOeval
@@ -38,13 +41,17 @@ class CocoMetrics:
     APl: float
     per_class: dict[str, float]
     """AP by class name, in the data set's class order."""
+    thresholds: dict[str, float]
+    """Score threshold with the highest F1 at IoU 0.5, by class name, in the data set's class order; NaN if nothing right is
+    found."""
     images: int
     """Number of images evaluated."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the metrics for JSON, which has no NaN: a metric that cannot be computed is None."""
         values = asdict(self)
-        values["per_class"] = {name: _known(value) for name, value in self.per_class.items()}
+        for by_class in ("per_class", "thresholds"):
+            values[by_class] = {name: _known(value) for name, value in values[by_class].items()}
         return {name: _known(value) for name, value in values.items()}
 
 
@@ -89,8 +96,18 @@ def coco_metrics(
         per_class={
             category["name"]: _mean(overall[:, :, categories[category["id"]] - 1]) for category in ground_truth["categories"]
         },
+        thresholds=_thresholds(ground_truth, detections, image_ids, max_detections),
         images=len(image_ids),
     )
+
+
+def _thresholds(
+    ground_truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int], max_detections: int
+) -> dict[str, float]:
+    wanted = set(image_ids)
+    truth = {**ground_truth, "images": [image for image in ground_truth["images"] if image["id"] in wanted]}
+    found = curves(overlaps(truth, detections, max_detections))
+    return {each.name: math.nan if each.threshold is None else each.threshold for each in found}
 
 
 def _ranks(ids: Iterable[int]) -> dict[int, int]:

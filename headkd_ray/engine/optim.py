@@ -11,6 +11,13 @@ import torch
 
 from headkd_ray.job import OptimSpec
 
+BACKBONE = "backbone"
+"""Mark of a group of the backbone's parameters in an optimizer."""
+BARE = "bare"
+"""Mark of a group of parameters that do not decay."""
+_RATES = {"base_lrs": "initial_lr", "_last_lr": "lr"}
+"""Where a scheduler keeps the rates of an optimizer's groups."""
+
 
 def peak_lr(spec: OptimSpec, global_batch: int) -> float:
     """Return the learning rate after warm-up, scaled linearly from ``lr_batch`` to ``global_batch`` images per step."""
@@ -39,25 +46,39 @@ def _along_cosine(start: float, end: float, progress: float) -> float:
 
 
 def build_optimizer(
-    spec: OptimSpec, parameters: Iterable[torch.nn.Parameter], global_batch: int, steps_per_epoch: int
+    spec: OptimSpec,
+    parameters: Iterable[torch.nn.Parameter],
+    global_batch: int,
+    steps_per_epoch: int,
+    backbone: Iterable[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Build the optimizer over the trainable parameters, and its schedule (``scheduler.step()`` once per optimizer step)."""
+    """Build the optimizer over the trainable parameters, and its schedule (``scheduler.step()`` once per optimizer step).
+
+    Those of ``parameters`` that are the ``backbone``'s are groups of their own if their learning rate differs, and biases and
+    parameters of normalisation layers if they do not decay.
+    """
     free = [parameter for parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": free, "weight_decay": spec.weight_decay}]
-    if not spec.norm_decay:
-        groups = [
-            {"params": [each for each in free if each.ndim > 1], "weight_decay": spec.weight_decay},
-            {"params": [each for each in free if each.ndim <= 1], "weight_decay": 0.0},
-        ]
     lr = peak_lr(spec, global_batch)
+    slow = set() if spec.backbone_lr_factor == 1.0 else {id(parameter) for parameter in backbone}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for parameter in free:
+        key = id(parameter) in slow, not spec.norm_decay and parameter.ndim <= 1
+        groups.setdefault(key, {"params": [], **_rates(spec, lr, *key)})["params"].append(parameter)
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=spec.momentum)
+        optimizer = torch.optim.SGD(groups.values(), lr=lr, momentum=spec.momentum)
     else:
         # One kernel for all parameters, which counts the steps on the GPU; by default the host counts them.
         fused = True if all(parameter.is_cuda for parameter in free) else None
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=fused)
+        optimizer = torch.optim.AdamW(groups.values(), lr=lr, betas=spec.betas, fused=fused)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(spec, step, steps_per_epoch))
+
+
+def _rates(spec: OptimSpec, lr: float, backbone: bool, bare: bool) -> dict[str, Any]:
+    """Return the options of a group of parameters, with marks (``BACKBONE``, ``BARE``) by which it is known again."""
+    marks = {name: True for name, marked in ((BACKBONE, backbone), (BARE, bare)) if marked}
+    decay = 0.0 if bare else spec.weight_decay
+    return {"lr": lr * (spec.backbone_lr_factor if backbone else 1.0), "weight_decay": decay, **marks}
 
 
 def reset_lr(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
@@ -69,15 +90,11 @@ def reset_lr(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_schedul
 
 def retune(state: dict[str, Any], spec: OptimSpec, global_batch: int, steps_per_epoch: int) -> None:
     """Change the learning rate, momentum (``betas``) and weight decay in a saved training state (``loop.save``) to those of
-    another job, because a resumed optimizer keeps the saved ones. ``norm_decay`` must be the same in both."""
-    peak = peak_lr(spec, global_batch)
-    lr = peak * lr_factor(spec, state["step"], steps_per_epoch)
+    another job, because a resumed optimizer keeps the saved ones. The groups of parameters must be the same in both."""
     groups = state["optimizer"]["param_groups"]
-    decays = [spec.weight_decay, 0.0][: len(groups)]  # as in build_optimizer
-    for group, decay in zip(groups, decays, strict=True):
-        group |= {"lr": lr, "initial_lr": peak, "weight_decay": decay}
-        if "momentum" in group:
-            group["momentum"] = spec.momentum
-        if "betas" in group:
-            group["betas"] = spec.betas
-    state["scheduler"] |= {"base_lrs": [peak] * len(groups), "_last_lr": [lr] * len(groups)}
+    factor = lr_factor(spec, state["step"], steps_per_epoch)
+    for group in groups:
+        options = _rates(spec, peak_lr(spec, global_batch), BACKBONE in group, BARE in group)
+        group |= {**options, "initial_lr": options["lr"], "lr": options["lr"] * factor}
+        group |= {name: getattr(spec, name) for name in ("momentum", "betas") if name in group}
+    state["scheduler"] |= {name: [group[key] for group in groups] for name, key in _RATES.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -12,10 +12,9 @@ from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import extreme_sizes
 from headkd_ray.detectors import Detector
-from headkd_ray.detectors.backbone_trial import backbone_problems
 from headkd_ray.distill import build_training_model
 from headkd_ray.distill.start import Start, load_start
-from headkd_ray.engine.run import check_run, finished, is_started, run_folder
+from headkd_ray.engine.run import check_run, finished, is_started, run_folder, whole_job
 from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
@@ -23,8 +22,10 @@ from headkd_ray.teacher import open_cache
 from headkd_ray.teacher.loading import Teacher, load_teacher
 
 
-def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None:
+def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> Job:
     """Open the splits, compare classes, load the teacher, build the models and probe the storage, leaving nothing behind.
+
+    Returns the job, with the architecture of its student if that is left to ``student.checkpoint``.
 
     Args:
         found: problems that are known already, to be told with the others.
@@ -34,6 +35,10 @@ def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None
         UserError: lists all problems found.
     """
     problems = list(found)
+    try:
+        job = whole_job(job)
+    except UserError as error:  # its student cannot be built
+        raise UserError([*problems, *_lines(error)]) from error
     splits: dict[str, ShardSet] = {}
     for name in ("train", "val"):
         try:
@@ -53,10 +58,15 @@ def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> None
         try:
             check()
         except UserError as error:
-            problems += error.problems if error.headline is None else [str(error)]
+            problems += _lines(error)
     problems = list(dict.fromkeys(problems))  # two checks may meet the same one
     if problems:
         raise UserError(problems, headline=f"run {job.run.name} cannot start:" if len(problems) > 1 else None)
+    return job
+
+
+def _lines(error: UserError) -> Sequence[str]:
+    return error.problems if error.headline is None else [str(error)]
 
 
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
@@ -91,23 +101,23 @@ def _build(job: Job, shards: ShardSet | None) -> None:
     with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not affect those of the run
         teacher = load_teacher(job, classes)
         outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
-        build_training_model(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
-    if shards is not None:
-        _check_sizes(job, shards, teacher)
+        model = build_training_model(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
+        if shards is not None:
+            _check_sizes(job, shards, model.student, teacher)
     if shards is not None and teacher is not None and job.teacher is not None and job.teacher.placement == "cache":
         open_cache(job, shards, teacher.detector).check()
 
 
-def _check_sizes(job: Job, shards: ShardSet, teacher: Teacher | None) -> None:
-    """Try the backbones on the job's smallest and largest views, since many timm models accept only one image size.
+def _check_sizes(job: Job, shards: ShardSet, student: Detector, teacher: Teacher | None) -> None:
+    """Try the detectors on the job's smallest and largest views, since many timm models accept only one image size.
 
     Raises:
-        JobError: a backbone does not accept them.
+        JobError: a detector does not accept them.
     """
     sizes = extreme_sizes(job.data, shards.index.height, shards.index.width)
-    problems = [f"student.{problem}" for problem in backbone_problems(job.student.backbone, sizes)]
+    problems = [f"student.{problem}" for problem in student.size_problems(sizes)]
     if teacher is not None and job.teacher is not None and isinstance(teacher.detector, Detector):
-        found = backbone_problems(teacher.detector.spec.backbone, sizes, changeable=False)
+        found = teacher.detector.size_problems(sizes, changeable=False)
         problems += [f"teacher.checkpoint ({job.teacher.checkpoint}): {problem}" for problem in found]
     if problems:
         raise JobError(problems)

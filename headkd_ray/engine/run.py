@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from headkd_ray.detectors.weights.native import CARD
+from headkd_ray.distill.start import takes_architecture, with_architecture
 from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact
 from headkd_ray.engine.files import read_json, writing
 from headkd_ray.engine.log import JsonLines, Record, Sink, TensorBoard, flattened
@@ -44,6 +45,24 @@ def is_started(job: Job) -> bool:
         return run_folder(job).has(JOB_FILE)
     except StorageError:
         return False
+
+
+def whole_job(job: Job) -> Job:
+    """Return the job with the architecture that its student takes from ``student.checkpoint``, if it takes one.
+
+    A run that was started before has recorded it, and does not need the checkpoint again.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or not a detector whose architecture can be taken over.
+        StorageError: the run's own files are damaged.
+    """
+    if not takes_architecture(job) or not is_started(job):
+        return with_architecture(job)
+    with suppress(ValidationError):  # it was started by another version
+        before = Job.model_validate(_recorded(run_folder(job))).student
+        if masked(str(before.checkpoint)) == masked(str(job.student.checkpoint)) and before.kind == job.student.kind:
+            return with_architecture(job, before)
+    return with_architecture(job)
 
 
 def check_run(job: Job, data: dict[str, str] | None = None, longer: bool = False) -> None:

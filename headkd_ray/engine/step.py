@@ -55,7 +55,8 @@ def build_learner(job: Job, model: TrainingModel, device: torch.device, global_b
     """Build a learner at step 0 and move ``model`` to ``device``; the learning rate depends on ``global_batch`` (images per
     optimizer step) and ``steps_per_epoch`` (optimizer steps)."""
     model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
-    optimizer, scheduler = build_optimizer(job.optim, model.parameters(), global_batch, steps_per_epoch)
+    backbone = model.student.backbone_parameters()
+    optimizer, scheduler = build_optimizer(job.optim, model.parameters(), global_batch, steps_per_epoch, backbone)
     ema = None
     if job.optim.ema is not None:
         ema = AveragedModel(model.student, multi_avg_fn=get_ema_multi_avg_fn(job.optim.ema), use_buffers=True)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headkd_ray.detectors import DenseHead, Detector, RoIHead
+from headkd_ray.detectors import DenseHead, PyramidDetector, RoIHead
+from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import Adapter, MMDetModel
 from headkd_ray.distill import TrainingModel, build_training_model
@@ -54,7 +55,7 @@ class OfficialModel(NamedTuple):
     """Parameters as we initialise them, by the loader's names; without assistants that are a teacher's copies."""
 
 
-def official_model(student: MMDetModel, teacher: LoadedDetector | None, source: str) -> OfficialModel:
+def official_model(student: MMDetModel, teacher: LoadedDetector[AnyDetector] | None, source: str) -> OfficialModel:
     """Build the training model of a golden file's ``student`` and ``teacher``.
 
     Which official config it is follows from the kinds of detectors and from the assistants and adapters that there are.
@@ -88,7 +89,7 @@ def official_model(student: MMDetModel, teacher: LoadedDetector | None, source: 
     return OfficialModel(model, names, {name: parameter.detach() for name, parameter in initial.items()})
 
 
-def _check_assistants(student: MMDetModel, teacher: Detector | None, names: Mapping[str, str], source: str) -> None:
+def _check_assistants(student: MMDetModel, teacher: PyramidDetector | None, names: Mapping[str, str], source: str) -> None:
     """Raise DataError unless the assistants are TF-HEAD's or, beside a teacher, of its kind."""
     known = {ASSIST, *AssistantsSpec.model_fields}
     if unknown := [official for name, official in names.items() if name not in known]:
@@ -121,7 +122,7 @@ def parameters(
     return found
 
 
-def _names(student: MMDetModel, teacher: LoadedDetector | None) -> dict[str, str]:
+def _names(student: MMDetModel, teacher: LoadedDetector[AnyDetector] | None) -> dict[str, str]:
     """Return {our name: official name} of the assistants."""
     official = list(student.assistants)
     if teacher is not None or (official == ["rcnn"] and not student.adapters):
@@ -129,7 +130,7 @@ def _names(student: MMDetModel, teacher: LoadedDetector | None) -> dict[str, str
     return {{"retina": "retinanet"}.get(name, name): name for name in official}
 
 
-def _job(student: MMDetModel, teacher: Detector | None, names: Mapping[str, str]) -> dict[str, Any]:
+def _job(student: MMDetModel, teacher: PyramidDetector | None, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the sections of the job of the official config."""
     sections: dict[str, Any] = {
         "run": {"name": "parity"},
@@ -193,7 +194,7 @@ class Place(NamedTuple):
         return before
 
 
-def _places(model: TrainingModel, student: MMDetModel, teacher: Detector | None, source: str) -> dict[int, Place]:
+def _places(model: TrainingModel, student: MMDetModel, teacher: PyramidDetector | None, source: str) -> dict[int, Place]:
     """Return the place of each of the file's adapters, by its number.
 
     The official configs number them in one order, AKD's by layer. The release has CKD behind AKD, the research branch in front.

@@ -13,9 +13,9 @@ from torch import Tensor
 from headkd_ray.detectors import (
     DenseDetector,
     DenseHead,
-    Detector,
     GroundTruth,
     Proposals,
+    PyramidDetector,
     RoIHead,
     RoIs,
     StageOutput,
@@ -75,7 +75,9 @@ class Recorded:
             self.maps.setdefault(f"{name}_reshaped", []).append([level.permute(0, 2, 3, 1) for level in tap])
 
 
-def training_step(golden: Golden, official: OfficialModel, teacher: Detector | None, x: Tensor, sizes: Tensor) -> Recorded:
+def training_step(
+    golden: Golden, official: OfficialModel, teacher: PyramidDetector | None, x: Tensor, sizes: Tensor
+) -> Recorded:
     """Compute the losses of a training step on normalised images ``x`` (B, 3, H, W) with unpadded (h, w) ``sizes`` (B, 2)."""
     return _Step(golden, official, teacher, x, sizes).run()
 
@@ -83,7 +85,9 @@ def training_step(golden: Golden, official: OfficialModel, teacher: Detector | N
 class _Step:
     """The step while it is computed; each method adds what it computes to ``record``."""
 
-    def __init__(self, golden: Golden, official: OfficialModel, teacher: Detector | None, x: Tensor, sizes: Tensor) -> None:
+    def __init__(
+        self, golden: Golden, official: OfficialModel, teacher: PyramidDetector | None, x: Tensor, sizes: Tensor
+    ) -> None:
         self.golden = golden
         self.model = official.model.train()
         self.official = official.assistants

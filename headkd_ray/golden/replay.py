@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from headkd_ray.detectors import Detections
+from headkd_ray.detectors.build import AnyDetector
 from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import load_mmdet_model
 from headkd_ray.detectors.weights.mmdet_names import mmdet_names
@@ -25,8 +26,8 @@ from headkd_ray.golden.recorded import Recorded, training_step
 class Replay:
     """Our values of everything that a golden file may hold."""
 
-    student: LoadedDetector
-    teacher: LoadedDetector | None
+    student: LoadedDetector[AnyDetector]
+    teacher: LoadedDetector[AnyDetector] | None
     device: torch.device
     """Device on which the values were computed."""
     initial: dict[str, Tensor] = field(default_factory=dict)

@@ -30,6 +30,7 @@ from headkd_ray.job.module_specs import (
     PooledFPNSpec,
     PostprocessSpec,
     ProposalSpec,
+    PyramidDetectorSpec,
     ResNet50Spec,
     RoIPostprocessSpec,
     RPNAnchorSpec,
@@ -38,10 +39,12 @@ from headkd_ray.job.module_specs import (
     SamplerSpec,
     Spec,
     Stds,
+    WholeDetectorSpec,
 )
 from headkd_ray.job.render import render_job
 from headkd_ray.job.reppoints_spec import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
 from headkd_ray.job.teacher_spec import CacheSpec, PoolSpec, TeacherSpec
+from headkd_ray.job.transformers_spec import QueryPostprocessSpec, TransformersSpec
 from headkd_ray.job.two_stage_specs import (
     BoxHeadSpec,
     CascadeHeadSpec,
@@ -94,6 +97,8 @@ __all__ = [
     "PostprocessSpec",
     "Problem",
     "ProposalSpec",
+    "PyramidDetectorSpec",
+    "QueryPostprocessSpec",
     "RCNNAssistantSpec",
     "RPNAnchorSpec",
     "RPNSamplerSpec",
@@ -113,7 +118,9 @@ __all__ = [
     "Spec",
     "Stds",
     "TeacherSpec",
+    "TransformersSpec",
     "TwoStageDetectorSpec",
+    "WholeDetectorSpec",
     "load_job",
     "problems",
     "render_job",

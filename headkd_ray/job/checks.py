@@ -16,7 +16,7 @@ from headkd_ray.job.detector_spec import SPECS
 from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.method_terms import METHODS
-from headkd_ray.job.module_specs import DenseDetectorSpec, Spec
+from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
 from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
 
@@ -94,6 +94,12 @@ def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
     needed = METHODS[method].student
     if needed is not None and kind != needed:
         yield "student.kind", f"method {method} needs a {needed} student, got {kind}"
+    elif METHODS[method].terms and not issubclass(SPECS[kind], PyramidDetectorSpec):
+        yield (
+            "student.kind",
+            f"{kind} has no feature pyramid for the assistants and losses of method {method}; use method supervised (and the "
+            "trained detector as a teacher), or a student of another kind",
+        )
 
 
 def _tf_assistants(get: Get) -> Iterator[tuple[str, str]]:
@@ -202,6 +208,16 @@ def _start(get: Get) -> Iterator[tuple[str, str]]:
         )
     if method == "fitnet" and get("distill.copy_head"):
         yield "distill.copy_head", "true would replace the head of student.checkpoint with the teacher's; use false"
+
+
+def _whole_network(get: Get) -> Iterator[tuple[str, str]]:
+    """Check that an architecture outside this package is given once: by its own keys, or by student.checkpoint."""
+    if issubclass(SPECS[get("student.kind")], PyramidDetectorSpec) or get("student.model") is not None:
+        return
+    if get("student.checkpoint") is None:
+        yield "student.model", "missing: name an architecture (rt_detr, ...), or give student.checkpoint, whose it then is"
+    elif PixelSpec.model_validate(get("student.pixels")) != PixelSpec():
+        yield "student.pixels", "comes with student.checkpoint; remove the key, or also give student.model"
 
 
 def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
@@ -375,6 +391,7 @@ CHECKS: tuple[Check, ...] = (
     _max_detections,
     _random_weights_must_learn,
     _start,
+    _whole_network,
     _pyramid,
     _cascade_stages,
     _regress_ranges,

@@ -21,10 +21,12 @@ from headkd_ray.job.module_specs import (
     FPNSpec,
     PostprocessSpec,
     ProposalSpec,
+    WholeDetectorSpec,
 )
 from headkd_ray.job.numbers import Channels, Exponent, Factor, Fraction, Layers, Scale
 from headkd_ray.job.reppoints_spec import RepPointsSpec
-from headkd_ray.job.two_stage_specs import CascadeRCNNSpec, FasterRCNNSpec, TwoStageDetectorSpec
+from headkd_ray.job.transformers_spec import TransformersSpec
+from headkd_ray.job.two_stage_specs import CascadeRCNNSpec, FasterRCNNSpec
 
 
 class RetinaHeadSpec(DenseHeadSpec):
@@ -125,11 +127,12 @@ class FCOSSpec(DenseDetectorSpec):
 
 
 DetectorSpec = Annotated[
-    RetinaNetSpec | FCOSSpec | GFLSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec, Field(discriminator="kind")
+    RetinaNetSpec | FCOSSpec | GFLSpec | RepPointsSpec | FasterRCNNSpec | CascadeRCNNSpec | TransformersSpec,
+    Field(discriminator="kind"),
 ]
 """The spec of any detector, chosen by ``kind``. ``headkd_ray.detectors.registry`` has the classes built from these specs."""
 
-SPECS: dict[str, type[DenseDetectorSpec] | type[TwoStageDetectorSpec]] = {
+SPECS: dict[str, type[WholeDetectorSpec]] = {
     spec.model_fields["kind"].default: spec for spec in get_args(get_args(DetectorSpec)[0])
 }
 """Kind -> spec, for every kind of detector."""

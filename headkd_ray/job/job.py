@@ -200,6 +200,9 @@ class OptimSpec(Spec):
     """Factor at each milestone."""
     final_ratio: Fraction = 0.0
     """Learning rate at the end as a share of the peak, with schedule cosine or one_cycle."""
+    backbone_lr_factor: Factor = 1.0
+    """Learning rate of the student's backbone as a share of lr; 1 = the same (paper). DETRs are usually trained with 0.1, if
+    their backbone starts from trained weights."""
     warmup_steps: StepsOrNone = 500
     """Optimizer steps of learning-rate warm-up; a one_cycle often has 30 % of all steps here."""
     warmup_ratio: Fraction = 0.001

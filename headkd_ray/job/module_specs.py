@@ -224,6 +224,9 @@ class DenseHeadSpec(Spec):
 class WholeDetectorSpec(Spec):
     """The keys that every detector has."""
 
+    if TYPE_CHECKING:  # each subclass declares it among its own keys
+        pixels: PixelSpec
+
     kind: str
     checkpoint: Text | None = None
     """A whole trained detector to start from: a folder of ours (model.safetensors + model.json), or an mmdet or torchvision
@@ -236,7 +239,15 @@ class WholeDetectorSpec(Spec):
     (The classes that are learned are the data's.)"""
 
 
-class DenseDetectorSpec(WholeDetectorSpec):
+class PyramidDetectorSpec(WholeDetectorSpec):
+    """The keys that every detector with a backbone, a feature pyramid and heads on it has."""
+
+    if TYPE_CHECKING:  # each subclass declares them among its own keys
+        backbone: BackboneSpec
+        neck: FPNSpec
+
+
+class DenseDetectorSpec(PyramidDetectorSpec):
     """The keys that every dense detector has; each kind overrides the defaults."""
 
     backbone: BackboneSpec
@@ -249,6 +260,6 @@ class DenseDetectorSpec(WholeDetectorSpec):
 KIND = Field(
     description="The detector's kind: retinanet, fcos, gfl or reppoints (a dense head of anchors, of points, of anchors with\n"
     "box distributions or of point sets on P3 to P7), faster_rcnn or cascade_rcnn (an RPN on P2 to P6, and on P2 to P5 one\n"
-    "RoI head or a cascade of three)."
+    "RoI head or a cascade of three), transformers (a DETR, or another detector, of the package transformers)."
 )
 """The field of ``kind``, shared by the specs of all detectors."""

@@ -17,6 +17,7 @@ from headkd_ray.job.module_specs import (
     PixelSpec,
     PooledFPNSpec,
     ProposalSpec,
+    PyramidDetectorSpec,
     ResNet50Spec,
     RoIPostprocessSpec,
     RPNAnchorSpec,
@@ -25,7 +26,6 @@ from headkd_ray.job.module_specs import (
     SamplerSpec,
     Spec,
     Stds,
-    WholeDetectorSpec,
 )
 from headkd_ray.job.numbers import Bins, Boxes, Channels, Factor, Fraction, Layers, LayersOrNone, Length, Samples, Scale, Weight
 
@@ -100,7 +100,7 @@ class RoIHeadSpec(BoxHeadSpec):
     divided by this."""
 
 
-class TwoStageDetectorSpec(WholeDetectorSpec):
+class TwoStageDetectorSpec(PyramidDetectorSpec):
     """The keys that every two-stage detector has; each kind overrides the defaults."""
 
     backbone: BackboneSpec

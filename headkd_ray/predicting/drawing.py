@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headkd_ray.errors import UserError
 from headkd_ray.predicting.inputs import InputFile, reason_of
-from headkd_ray.report.draw import draw_found, jpeg
+from headkd_ray.report.draw import Scores, draw_found, jpeg
 from headkd_ray.storage import Folder
 
 LONGEST_STEM = 120
@@ -24,7 +24,7 @@ def picture_name(file: InputFile, number: int, digits: int, suffix: str) -> str:
 
 
 def write_picture(
-    out: Folder, name: str, pixels: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: float
+    out: Folder, name: str, pixels: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: Scores
 ) -> str | None:
     """Write ``<out>/<name>`` with the COCO results of at least ``score``, and return why it could not be written, if so.
 

@@ -11,12 +11,13 @@ from contextlib import closing
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from headkd_ray.data.images import KINDS
 from headkd_ray.errors import DataError
 from headkd_ray.predicting.file_tree import is_pattern, matching, split_pattern, walk
 from headkd_ray.storage import Folder
 from headkd_ray.text import printable
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
+IMAGES = {".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 MOST_FOLDERS = 100
 """Folders of a store that are kept open at a time."""
@@ -162,7 +163,7 @@ def _taken(names: Iterable[str], place: str, out: Folder, folder: Folder, no_vid
             others[suffix or "without a suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(SHOWN))
-        _note(f"{place}: files that are not named as JPEG, PNG or WebP are left out ({kinds})")
+        _note(f"{place}: files that are not named as {KINDS} are left out ({kinds})")
     if videos:
         _note(f"{place}: {videos} videos are left out; {no_videos}")
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from headkd_ray.data.images import Reading, decode
+from headkd_ray.data.images import KINDS, Reading, decode
 from headkd_ray.errors import DataError, StorageError
 from headkd_ray.predicting.inputs import InputFile, reason_of
 
@@ -39,7 +39,7 @@ def read_pixels(file: InputFile, reading: Reading) -> Tensor:
     except StorageError as error:
         raise UnreachableError(f"cannot be read ({error})") from error
     except ValueError as error:
-        raise DataError(f"{error}; give JPEG, PNG or WebP files") from error
+        raise DataError(f"{error}; give {KINDS} files") from error
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> Iterator[Result]:

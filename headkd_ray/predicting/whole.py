@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
+from headkd_ray.deploy.description import Description
 from headkd_ray.deploy.predictor import Predictor
 from headkd_ray.errors import DataError, StorageError
 from headkd_ray.predicting.batching import Shown, detect_in_order
@@ -19,7 +20,7 @@ from headkd_ray.predicting.drawing import picture_name, write_picture
 from headkd_ray.predicting.inputs import InputFile, reason_of
 from headkd_ray.predicting.reading import read_ahead, read_pixels
 from headkd_ray.predicting.video import Frame, VideoReader, VideoWriter
-from headkd_ray.report.draw import draw_found
+from headkd_ray.report.draw import Scores, draw_found
 from headkd_ray.report.fonts import drawable
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -48,14 +49,22 @@ class Predicted:
     """Name and reason for each picture or annotated video that could not be drawn or written."""
 
 
+SHOWN_SCORE = 0.3
+"""Least score of the boxes that are drawn for a class whose best threshold is not known."""
+
+
 class _Photo(NamedTuple):
     image_id: int
     file: InputFile
     problem: str | None = None
 
 
-def predict_here(predictor: Predictor, inputs: Sequence[InputFile], out: Folder, score: float, batch_size: int) -> Predicted:
+def predict_here(
+    predictor: Predictor, inputs: Sequence[InputFile], out: Folder, score: float | None, batch_size: int
+) -> Predicted:
     """Detect objects, and write ``detections.json``, and pictures with boxes of at least ``score``, into ``out``.
+
+    Without a score, each class has its own: the detector's best threshold, or ``SHOWN_SCORE`` if it is not known.
 
     The JSON is a COCO data set whose annotations have a ``score``. Image ids count images and frames from 1, in the order of
     ``inputs``; a frame has the id of its video, its number and its time. ``problems`` lists what could not be read. If the work
@@ -82,13 +91,27 @@ def predict_here(predictor: Predictor, inputs: Sequence[InputFile], out: Folder,
     return run.predicted
 
 
+def least_scores(description: Description) -> dict[int, float]:
+    """Return the least score that is drawn, by category id."""
+    known = description.thresholds or [None] * len(description.classes)
+    scores = (SHOWN_SCORE if each is None else each for each in known)
+    return dict(zip(description.category_ids, scores, strict=True))
+
+
 class _Run:
     """The state of ``predict_here``."""
 
     def __init__(
-        self, predictor: Predictor, out: Folder, score: float, batch_size: int, coco: CocoWriter, inputs: Sequence[InputFile]
+        self,
+        predictor: Predictor,
+        out: Folder,
+        score: float | None,
+        batch_size: int,
+        coco: CocoWriter,
+        inputs: Sequence[InputFile],
     ) -> None:
-        self.predictor, self.out, self.score, self.batch_size = predictor, out, score, batch_size
+        self.predictor, self.out, self.batch_size = predictor, out, batch_size
+        self.score: Scores = least_scores(predictor.description) if score is None else score
         self.coco, self.inputs, self.digits = coco, inputs, max(4, len(str(len(inputs))))
         self.names = dict(zip(predictor.description.category_ids, predictor.classes, strict=True))
         self.drawn_names, undrawable = drawable(self.names)

@@ -16,8 +16,9 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, load_window
 from headkd_ray.data.epoch_order import Window
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import Detector, RoIs
+from headkd_ray.detectors import PyramidDetector, RoIs
 from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model, load_start
+from headkd_ray.distill.start import with_architecture
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.loop import smaller_steps
@@ -98,6 +99,7 @@ class _TimedLearner:
     """
 
     def __init__(self, job: Job, classes: tuple[str, ...], distributed: Distributed) -> None:
+        job = with_architecture(job)
         loaded = load_teacher(job, classes)
         detector = None if loaded is None else loaded.detector
         # A tiny learning rate costs the same work, and the loss cannot diverge.
@@ -112,7 +114,7 @@ class _TimedLearner:
             if job.distill.rois == "teacher":
                 self.soft = soft_teacher(job, detector, distributed.device)
             else:
-                assert isinstance(detector, Detector)  # the job's own checks
+                assert isinstance(detector, PyramidDetector)  # the job's own checks
                 self.frozen = FrozenTeacher(detector.to(distributed.device).to(memory_format=torch.channels_last))
         self.codec = codec_of(job, detector) if detector is not None and can_choose_rois(detector) else None
         self.answer_bytes = 0

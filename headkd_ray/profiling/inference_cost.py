@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors import build_detector
+from headkd_ray.distill.start import with_architecture
 from headkd_ray.engine.distributed import Distributed
-from headkd_ray.job import Job
+from headkd_ray.job import Job, PyramidDetectorSpec, WholeDetectorSpec
 
 WARM_UP, TIMES = 3, 20
 
@@ -26,9 +27,11 @@ def inference_cost(job: Job) -> dict[str, float]:
         - ``latency``: median time of a pass with post-processing, ms, on this process's device. The weights are untrained and
           detect hardly anything, so post-processing has little to do; other load on the machine is not excluded.
     """
-    distributed = Distributed.here(job.cluster)
+    job, distributed = with_architecture(job), Distributed.here(job.cluster)
     classes = ShardSet.open(job.data.val).meta.classes
-    spec = job.student.replace({"backbone.weights": "none"})
+    spec: WholeDetectorSpec = job.student
+    if isinstance(spec, PyramidDetectorSpec):
+        spec = spec.replace({"backbone.weights": "none"})
     with torch.random.fork_rng(devices=[]):
         student = build_detector(spec, len(classes)).to(distributed.device).eval()
     size = [-(-side // job.data.pad) * job.data.pad for side in (job.data.eval_short_side, job.data.long_side)]

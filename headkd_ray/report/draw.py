@@ -21,6 +21,8 @@ LEAST_LETTERS, LETTERS_A_SIDE = 13, 60
 
 Rectangle = tuple[int, int, int, int]
 """x1, y1, x2, y2 in pixels, without the last column and row."""
+Scores = float | Mapping[int, float]
+"""A least score, or one for each category id."""
 Colour = tuple[int, int, int]
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
@@ -93,10 +95,11 @@ def _write(pen: ImageDraw.ImageDraw, ground: Rectangle, pieces: Sequence[Run], s
 
 
 def draw_found(
-    image: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: float, least_side: int = 0
+    image: Tensor, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], score: Scores, least_side: int = 0
 ) -> Tensor:
     """Draw an image's COCO results of at least ``score``; ``names``: class names by category id, in the class order."""
-    shown = [entry for entry in found if entry["score"] >= score]
+    least = score if isinstance(score, Mapping) else dict.fromkeys(names, score)
+    shown = [entry for entry in found if entry["score"] >= least[entry["category_id"]]]
     boxes = torch.tensor([entry["bbox"] for entry in shown]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     label_of = {category: label for label, category in enumerate(names)}

@@ -8,14 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import DenseDetector, Detector, RoIs, TwoStageDetector
+from headkd_ray.detectors import DenseDetector, Detector, PyramidDetector, RoIs, TwoStageDetector
 from headkd_ray.detectors.head_features import HeadFeatures
 
 
 class FrozenTeacher:
     """A detector hidden from ``nn.Module``, so that it never reaches an optimizer or a checkpoint, or enters train mode."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: PyramidDetector) -> None:
         self.detector = detector.eval().requires_grad_(False)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from headkd_ray.data.class_lists import check_common, outputs_by_name
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.hf_models import HFModel, read_hf_model
 from headkd_ray.detectors.state_dict import fingerprint
 from headkd_ray.detectors.weights import with_classes
 from headkd_ray.detectors.weights.fetch import check_names, fetch_named, prefixed
 from headkd_ray.detectors.weights.loaded import UNUSED
-from headkd_ray.errors import JobError
+from headkd_ray.errors import CheckpointError, JobError
 from headkd_ray.job import Job, RoIHeadSpec
 from headkd_ray.teacher.source import AnyTeacher
 from headkd_ray.teacher.transformers_source import TransformersSource
@@ -63,6 +64,11 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
     names = loaded.classes
     assert names is not None
+    if not isinstance(loaded.detector, PyramidDetector):
+        raise CheckpointError(
+            f"teacher.checkpoint: {job.teacher.checkpoint} is a {loaded.detector.spec.kind} detector, which has no feature "
+            "pyramid and no head to distill from; its hidden states teach with teacher.kind: transformers"
+        )
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
     weights = fingerprint(loaded.detector.state_dict())
     notes = list(loaded.notes)
@@ -75,7 +81,9 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         f"teacher: its head's outputs follow the data's class names ({matched} of {len(classes)} matched)",
         *outputs_by_name("the teacher", names, classes),
     ]
-    return Teacher(with_classes(loaded, classes).detector, "; ".join(notes), weights)
+    adapted = with_classes(loaded, classes).detector
+    assert isinstance(adapted, PyramidDetector)
+    return Teacher(adapted, "; ".join(notes), weights)
 
 
 def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from headkd_ray.data.batch import Batch
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.job import RoIHeadSpec
 from headkd_ray.soft_targets import SoftTargets
@@ -104,7 +104,7 @@ class TeacherSource(ABC):
         return SoftTargets.empty(views, self.budget, self.layers, self.width, self.device)
 
 
-AnyTeacher = Detector | TeacherSource
+AnyTeacher = PyramidDetector | TeacherSource
 """A teacher as it is loaded: a detector of ours, of which some can be a source as well, or a source."""
 
 

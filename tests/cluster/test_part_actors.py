@@ -58,7 +58,7 @@ def test_a_killed_prediction_goes_on(
     assert f"detections on {IMAGES - 1} images, in parts: {out}" in said.out
     assert f"of {IMAGES} parts are finished" in said.err
     assert f"error: 1 of {IMAGES} images could not be read (the others are in {out}):\n" in said.err
-    assert f"{tmp_path}/photos/001.jpg: not a JPEG, PNG or WebP" in said.err
+    assert f"{tmp_path}/photos/001.jpg: not a JPEG, PNG, WebP, BMP or TIFF" in said.err
     assert {path: path.stat().st_mtime_ns for path in first} == first, "a finished part was made again"
     parts = sorted(out.glob("part-*[0-9].jsonl"))
     rows = [json.loads(line) for part in parts for line in part.read_text().splitlines()]

@@ -61,6 +61,6 @@ def test_the_example_answers_with_what_load_detects(ray_cluster: None, example: 
         assert [each["score"] for each in answer["detections"]] == pytest.approx(wanted.scores.tolist())
         for each, box in zip(answer["detections"], wanted.boxes.tolist(), strict=True):
             assert each["box"] == pytest.approx(box, abs=1e-3)
-        assert post(b"nonsense") == (400, {"error": "the image cannot be read: not a JPEG, PNG or WebP"})
+        assert post(b"nonsense") == (400, {"error": "the image cannot be read: not a JPEG, PNG, WebP, BMP or TIFF"})
     finally:
         serve.shutdown()

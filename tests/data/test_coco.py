@@ -35,6 +35,10 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "duplicate category name": (lambda d: d["categories"].append({"id": 8, "name": "ant"}), "duplicate category name"),
     "no categories": (lambda d: d["categories"].clear(), "no categories"),
     "no width": (lambda d: d["images"][0].pop("width"), "image 500, None x 30: 'width' and 'height'"),
+    "no size": (
+        lambda d: (d["images"][0].pop("width"), d["images"][0].pop("height")),
+        "image 500 .0.jpg. has none: 'width' and",
+    ),
     "no file name": (lambda d: d["images"][0].pop("file_name"), "image 500, file_name None"),
     "absolute file name": (lambda d: d["images"][0].update(file_name="/etc/x.jpg"), "relative to IMAGES_DIR"),
     "file name that leaves": (lambda d: d["images"][0].update(file_name="a/../../x.jpg"), "a/../../x.jpg.*stays in it"),

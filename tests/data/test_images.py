@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from headkd_ray.data.images import Reading, TooLargeError, decode, inspect
+from headkd_ray.data.images import TURNS, OtherFormatError, Reading, TooLargeError, decode, inspect, measure
 from tests.data.coco_files import encoded, oriented, pixels, png16
 
 RGB = pixels(1, 50, 37)
@@ -114,6 +114,60 @@ def test_orientation(kind: str, orientation: int) -> None:
         assert torch.equal(decode(data, Reading(), facts.size), stored)
 
 
+LOSSLESS = {
+    f"{kind} {mode} {options.get('compression', '')}": (mode, encoded(RGB.convert(mode), kind, **options))
+    for kind, modes, options in (
+        ("TIFF", ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK"), {}),
+        ("TIFF", ("L", "P", "RGB"), {"compression": "tiff_lzw"}),
+        ("TIFF", ("RGB",), {"compression": "tiff_adobe_deflate"}),
+        ("BMP", ("1", "L", "P", "RGB"), {}),
+    )
+    for mode in modes
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_tiff_and_bmp_have_the_pixels_that_were_written(name: str) -> None:
+    mode, data = LOSSLESS[name]
+    assert np.array_equal(decode(data).permute(1, 2, 0), np.array(RGB.convert(mode).convert("RGB")))
+    facts = inspect(data)
+    assert (facts.size, facts.orientation, facts.values, facts.pages) == ((37, 50), 1, None, 1)
+    assert measure(data) == ((37, 50), (37, 50))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_always_upright(orientation: int) -> None:
+    """Its orientation is part of its own header, not of EXIF, and Pillow applies it."""
+    data = oriented(RGB, orientation, "TIFF")
+    shown = {1: RGB, **{number: RGB.transpose(turn) for number, turn in TURNS.items()}}[orientation]
+    expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+    assert torch.equal(decode(data), expected) and torch.equal(decode(data, Reading(upright=False)), expected)
+    assert inspect(data).size == inspect(data).upright_size == measure(data)[0] == measure(data)[1] == expected.shape[1:]
+
+
+def test_a_16_bit_tiff_is_read_as_a_png_is_and_deeper_ones_are_refused() -> None:
+    grey = np.random.default_rng(0).integers(0, 4096, (10, 12), dtype=np.uint16)
+    data = encoded(Image.fromarray(grey), "TIFF")
+    assert np.array_equal(decode(data, Reading(value_range=(0, 4095)))[0], grey >> 4)
+    assert inspect(data).values is not None
+    for mode in ("I", "F"):
+        with pytest.raises(OtherFormatError, match="a TIFF whose values are not 8-bit, or 16-bit grey"):
+            decode(encoded(Image.fromarray(grey).convert(mode), "TIFF"))
+
+
+def test_pages_of_a_tiff_are_counted_and_the_first_is_read() -> None:
+    data = encoded(RGB, "TIFF", save_all=True, append_images=[RGB.rotate(180)] * 2)
+    assert inspect(data).pages == 3 and np.array_equal(decode(data).permute(1, 2, 0), np.array(RGB))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_sizes_are_measured_without_decoding(kind: str) -> None:
+    data = oriented(RGB, 6, kind)
+    assert measure(data) == ((37, 50), (50, 37))
+    if kind == "JPEG":  # its header alone
+        assert measure(data[: data.index(b"\xff\xda") + 20]) == ((37, 50), (50, 37))
+
+
 def test_orientation_of_a_16_bit_png() -> None:
     values = np.arange(12, dtype=np.uint16).reshape(3, 4) << 8
     exif = Image.Exif()
@@ -155,11 +209,9 @@ def test_cut_off_files_are_refused(name: str, share: float) -> None:
         decode(FILES[name][: int(share * len(FILES[name]))])
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"hello", encoded(RGB, "GIF"), encoded(RGB, "BMP"), encoded(RGB, "TIFF"), b"\xff\xd8\xff" + bytes(50)]
-)
+@pytest.mark.parametrize("data", [b"", b"hello", encoded(RGB, "GIF"), b"BM" + bytes(60), b"\xff\xd8\xff" + bytes(50)])
 def test_other_files_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"cannot be decoded|not a JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|not a JPEG, PNG, WebP, BMP or TIFF"):
         decode(data)
 
 
@@ -168,14 +220,14 @@ def test_other_files_are_refused(data: bytes) -> None:
     [
         (b"", "an empty file"),
         (encoded(RGB, "GIF"), "a GIF"),
-        (encoded(RGB, "TIFF"), "a TIFF"),
+        (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "a TIFF of a kind that cannot be read"),
         (b"\0\0\0\x18ftypheic" + bytes(50), "a HEIC"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer"),
         (b"<!DOCTYPE html>", "an HTML"),
     ],
 )
 def test_files_of_other_kinds_are_called_what_they_are(data: bytes, name: str) -> None:
-    with pytest.raises(ValueError, match=f"not a JPEG, PNG or WebP but {name}"):
+    with pytest.raises(ValueError, match=f"not a JPEG, PNG, WebP, BMP or TIFF but {name}"):
         decode(data)
 
 

@@ -101,9 +101,9 @@ def test_all_faulty_images_are_reported_at_once_and_nothing_counts_as_complete(t
         "0.jpg": "damaged",
         "deep/1.png": "damaged",
         "2.webp": "damaged",
-        "deep/3.jpg": "not a JPEG, PNG or WebP",
+        "deep/3.jpg": "not a JPEG, PNG, WebP, BMP or TIFF",
         "4.png": "no such file",
-        "deep/5.webp": "not a JPEG, PNG or WebP",
+        "deep/5.webp": "not a JPEG, PNG, WebP, BMP or TIFF",
         "6.jpg": "stored 41 x 30, JSON 40 x 30: stored size differs",
     }.items():
         (line,) = [line for line in lines if f"images/{name} (image " in line]

@@ -135,7 +135,7 @@ def test_what_is_no_picture(picture: object, said: str, files: dict[str, str]) -
 
 def test_a_file_that_is_no_picture(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>")
-    with pytest.raises(DataError, match=r"page\.jpg: cannot be read \(not a JPEG, PNG or WebP but an HTML"):
+    with pytest.raises(DataError, match=r"page\.jpg: cannot be read \(not a JPEG, PNG, WebP, BMP or TIFF but an HTML"):
         headkd_ray.load(files["checkpoint"])(tmp_path / "page.jpg")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import GroundTruth
-from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, GFLSpec, RepPointsSpec, RetinaNetSpec
+from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, FCOSSpec, GFLSpec, RepPointsSpec, RetinaNetSpec, TransformersSpec
 
 BACKBONE: dict[str, Any] = {
     "name": "resnet10t",
@@ -62,6 +62,38 @@ def reppoints_spec(**head: Any) -> RepPointsSpec:
     return RepPointsSpec.model_validate({"backbone": BACKBONE, "neck": neck, "head": head})
 
 
+RT_DETR: dict[str, Any] = {
+    "kind": "transformers",
+    "model": "rt_detr",
+    "input_size": [64, 64],
+    "config": {
+        "backbone_config": {
+            "model_type": "rt_detr_resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 12, 16],
+            "depths": [1, 1, 1],
+            "layer_type": "basic",
+            "out_indices": [2, 3],
+        },
+        "freeze_backbone_batch_norms": False,
+        "feat_strides": [8, 16],
+        "encoder_in_channels": [12, 16],
+        "decoder_in_channels": [16, 16],
+        "encode_proj_layers": [1],
+        "num_feature_levels": 2,
+        **dict.fromkeys(("d_model", "encoder_hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 16),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "decoder_layers"), 2),
+        "num_queries": 12,
+        "num_denoising": 6,
+    },
+}
+"""The keys of a micro RT-DETR of transformers."""
+
+
+def transformers_spec(**config: Any) -> TransformersSpec:
+    return TransformersSpec.model_validate({**RT_DETR, "config": {**RT_DETR["config"], **config}})
+
+
 SPECS: dict[str, Any] = {
     "retinanet": retinanet_spec,
     "fcos": fcos_spec,
@@ -70,6 +102,8 @@ SPECS: dict[str, Any] = {
     "faster_rcnn": faster_rcnn_spec,
     "cascade_rcnn": cascade_spec,
 }
+"""A micro spec of every kind of detector with a feature pyramid."""
+ALL_SPECS: dict[str, Any] = {**SPECS, "transformers": transformers_spec}
 """A micro spec of every kind of detector."""
 
 

@@ -9,28 +9,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkd_ray.detectors import KINDS, DenseDetector, DenseHead, Detector, RoIHead, build_detector, head_class
+from headkd_ray.detectors import (
+    KINDS,
+    DenseDetector,
+    DenseHead,
+    Detector,
+    PyramidDetector,
+    RoIHead,
+    TwoStageDetector,
+    build_detector,
+    head_class,
+)
 from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.weights import load_detector, save_detector
 from headkd_ray.job import SPECS as JOB_SPECS
-from tests.detectors.micro import SPECS, batch, liven, truth_of
+from tests.detectors.micro import ALL_SPECS, SPECS, batch, liven, truth_of
 
 CLASSES = 3
 NAMES = [kind.spec.model_fields["kind"].default for kind in KINDS]
-DENSE = [name for name, kind in zip(NAMES, KINDS, strict=True) if issubclass(kind.detector, DenseDetector)]
+PYRAMID, DENSE = (
+    [name for name, kind in zip(NAMES, KINDS, strict=True) if issubclass(kind.detector, family)]
+    for family in (PyramidDetector, DenseDetector)
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def detector_of(name: str) -> Detector:
     torch.manual_seed(0)
-    detector = build_detector(SPECS[name](), CLASSES)
+    detector = build_detector(ALL_SPECS[name](), CLASSES)
     liven(detector)
     return detector
 
 
 def pyramid(detector: Detector) -> list[Tensor]:
     data = batch()
+    assert isinstance(detector, PyramidDetector)
     with torch.no_grad():
         return detector.features(detector.normalise(data["images"], data["sizes"]))
 
@@ -42,17 +56,22 @@ def head_of(name: str) -> tuple[DenseHead[Any], list[Tensor]]:
 
 
 def test_the_registry_and_the_job_file_know_the_same_kinds() -> None:
-    assert NAMES == list(JOB_SPECS) and set(NAMES) == set(SPECS)
+    assert NAMES == list(JOB_SPECS) and set(NAMES) == set(ALL_SPECS) and set(PYRAMID) == set(SPECS)
     for name, kind in zip(NAMES, KINDS, strict=True):
         detector = detector_of(name)
         assert type(detector) is kind.detector and JOB_SPECS[name] is kind.spec
+        if kind.head_spec is None:
+            assert name not in PYRAMID
+            continue
+        assert isinstance(detector, DenseDetector | TwoStageDetector) and issubclass(kind.detector, type(detector))
         assert type(detector.detection_head) is head_class(detector.detection_head.spec) is kind.detector.head_class
         assert type(detector.detection_head.spec) is kind.head_spec
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PYRAMID)
 def test_a_pyramid_has_the_strides_that_it_states(name: str) -> None:
     detector = detector_of(name)
+    assert isinstance(detector, PyramidDetector)
     for level, stride in zip(pyramid(detector), detector.strides, strict=True):
         assert level.shape == (3, detector.spec.neck.channels, -(-64 // stride), -(-96 // stride))
 
@@ -120,13 +139,14 @@ def test_losses_are_scalars_on_the_detector_s_device_and_reach_every_parameter(n
     for objects in (True, False):
         if not objects:
             data |= {"boxes": data["boxes"][:, :0], "labels": data["labels"][:, :0]}
-        features = detector.features(detector.normalise(data["images"], data["sizes"]))
-        losses = detector.losses(features, truth_of(data), torch.Generator(device).manual_seed(0))
+        x = detector.normalise(data["images"], data["sizes"])
+        losses = detector.supervised(x, truth_of(data), torch.Generator(device).manual_seed(0))
         assert all(name.startswith("loss_") and loss.shape == () for name, loss in losses.items())
         assert {(loss.dtype, loss.device.type) for loss in losses.values()} == {(torch.float32, device)}
         detector.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
-        assert [n for n, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+        free = [(n, p) for n, p in detector.named_parameters() if p.requires_grad]
+        assert free and [n for n, p in free if p.grad is None or not p.grad.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -139,15 +159,47 @@ def test_a_dense_head_keeps_to_its_device(name: str) -> None:
     assert {loss.device.type for loss in losses.values()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in DENSE])
+@pytest.mark.parametrize("name", [name for name in PYRAMID if name not in DENSE])
 def test_each_stage_of_a_roi_head_has_the_taps_that_it_states(name: str) -> None:
     detector = detector_of(name)
+    assert isinstance(detector, TwoStageDetector)
     head = detector.detection_head
     assert isinstance(head, RoIHead)
     features, boxes, image = pyramid(detector), torch.rand(5, 4).cumsum(1) * 20, torch.zeros(5, dtype=torch.int64)
     taps = [tap for stage in head.stages for tap in stage(features, boxes, image).taps]
     assert [tap.shape for tap in taps] == [(5, width) for width in head.tap_channels]
     assert head.lead_channels == head.stages[0].fc_widths[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_follow_the_generator(name: str) -> None:
+    """The default generator is neither read nor changed, so that a golden file's samples can be drawn again."""
+    detector, data = detector_of(name).train(), batch()
+    x = detector.normalise(data["images"], data["sizes"])
+    losses = []
+    for default in (1, 2):
+        torch.manual_seed(default)
+        before = torch.get_rng_state()
+        losses.append(detector.supervised(x, truth_of(data), torch.Generator().manual_seed(0)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detections_keep_the_rules_and_lie_in_their_images(name: str) -> None:
+    detector, data = detector_of(name).eval(), batch()
+    found = detector(data["images"], data["sizes"])
+    real = found.labels >= 0
+    assert real.any(1).all() and (found.scores[real] > detector.rules.score).all() and (found.scores[~real] == 0).all()
+    assert real.sum(1).max() <= detector.rules.max_detections and (found.scores.diff() <= 0).all()
+    assert (found.boxes >= 0).all() and (found.boxes <= data["sizes"].flip(1).repeat(1, 2)[:, None]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_backbone_can_be_told_apart(name: str) -> None:
+    detector = detector_of(name)
+    own, whole = {id(p) for p in detector.backbone_parameters()}, [id(p) for p in detector.parameters()]
+    assert 0 < len(own) < len(whole) and own < set(whole)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -81,6 +81,33 @@ def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_backbone_may_have_a_rate_of_its_own(optimizer: str) -> None:
+    """It follows the same schedule, and a state that is retuned keeps the two apart."""
+    body, head = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    spec = OptimSpec(optimizer=optimizer, lr=0.02, lr_batch=None, backbone_lr_factor=0.1, warmup_steps=4, warmup_ratio=0.5)
+    stepper, scheduler = build_optimizer(spec, [body, head], 16, 10, [body])
+    rates = [{id(p): group["lr"] for group in stepper.param_groups for p in group["params"]}]
+    for _ in range(80):
+        stepper.step()
+        scheduler.step()
+    rates.append({id(p): group["lr"] for group in stepper.param_groups for p in group["params"]})
+    assert [rate[id(head)] for rate in rates] == pytest.approx([0.01, 0.002])
+    assert [rate[id(body)] for rate in rates] == pytest.approx([0.001, 0.0002])
+
+    state = {"step": 80, "optimizer": stepper.state_dict(), "scheduler": scheduler.state_dict()}
+    after = spec.replace({"lr": 0.05, "backbone_lr_factor": 0.5})
+    retune(state, after, 16, 10)
+    stepper, scheduler = build_optimizer(after, [body, head], 16, 10, [body])
+    stepper.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    assert [group["lr"] for group in stepper.param_groups] == pytest.approx([0.005, 0.0025])
+    for _ in range(30):
+        stepper.step()
+        scheduler.step()
+    assert [group["lr"] for group in stepper.param_groups] == pytest.approx([0.0005, 0.00025]), "the second milestone"
+
+
 def test_a_retuned_state_goes_on_with_the_other_job_s_values() -> None:
     """Momentum buffers stay, and the schedule continues at the same step."""
     weight = torch.nn.Parameter(torch.ones(2))

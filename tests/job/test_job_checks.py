@@ -43,6 +43,28 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "student.kind",
             "method fitnet needs a retinanet student",
         ),
+        *(
+            (
+                {"method": method, "teacher": teacher, "student": {"kind": "transformers", "model": "rt_detr"}},
+                "student.kind",
+                f"transformers has no feature pyramid for the assistants and losses of method {method}; use method supervised",
+            )
+            for method, teacher in (("head", {"checkpoint": "t"}), ("assist", None))
+        ),
+        (
+            {"method": "supervised", "teacher": None, "student": {"kind": "transformers"}},
+            "student.model",
+            "missing: name an architecture (rt_detr, ...), or give student.checkpoint, whose it then is",
+        ),
+        (
+            {
+                "method": "supervised",
+                "teacher": None,
+                "student": {"kind": "transformers", "checkpoint": "c", "pixels": {"mean": [0, 0, 0]}},
+            },
+            "student.pixels",
+            "comes with student.checkpoint; remove the key, or also give student.model",
+        ),
         ({"method": "copy_only", "distill": {"copy_head": False}}, "distill.copy_head", "method copy_only copies"),
         ({"optim": {"milestones": [8, 8]}}, "optim.milestones", r"[8, 8] is not in ascending order"),
         ({"optim": {"milestones": [8, 12]}}, "optim.milestones", r"[12] is not before the end"),

@@ -26,7 +26,7 @@ from headkd_ray.job.load import read_file
 from headkd_ray.job.schema import schema_text, write_schema
 
 JOBS = Path(__file__).parents[2] / "jobs"
-OWN = ["head_detr.yaml", "teacher_coco.yaml"]
+OWN = ["head_detr.yaml", "rtdetr_teacher.yaml", "teacher_coco.yaml"]
 """Jobs that are not the paper's recipes."""
 PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_") and path.name not in OWN)
 FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if not path.name.startswith("tune_"))
@@ -40,7 +40,12 @@ def test_every_promised_job_is_there():
     small = ["akd", "assist", "baseline", "copy_only", "head", "teacher", "tf_head"]
     assert [f"{name}.yaml" for name in paper] == PAPER
     evidence = ["fcos", "retina_teacher", "retinanet", "teacher"]
-    folders = {"": paper, "small/": small, "evidence/micro/": evidence, "evidence/standard/": [*evidence, "mnv2"]}
+    folders = {
+        "": paper,
+        "small/": small,
+        "evidence/micro/": ["detr_teacher", *evidence],
+        "evidence/standard/": [*evidence, "mnv2"],
+    }
     folders["evidence/pretrained/"] = ["retinanet", "teacher"]
     assert sorted([*OWN, *(f"{folder}{name}.yaml" for folder, names in folders.items() for name in names)]) == FILES
 

@@ -19,7 +19,7 @@ from headkd_ray.errors import JobError
 from headkd_ray.job import CascadeRCNNSpec, FasterRCNNSpec, Job, RetinaNetSpec, load_job, render_job
 from headkd_ray.tuning.search_spec import SearchSpec
 
-KINDS = "retinanet, fcos, gfl, reppoints, faster_rcnn, cascade_rcnn"
+KINDS = "retinanet, fcos, gfl, reppoints, faster_rcnn, cascade_rcnn, transformers"
 
 MINIMAL = """\
 run:

@@ -41,7 +41,7 @@ def test_order_is_the_places_and_nothing_is_taken_twice(here: Path) -> None:
 def test_what_is_left_out_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found("in", no_videos="the reason") == ["in/a/c.PNG", "in/b.jpg"]
     told = capsys.readouterr().err
-    assert "note: in: files that are not named as JPEG, PNG or WebP are left out (1 .txt)" in told
+    assert "note: in: files that are not named as JPEG, PNG, WebP, BMP or TIFF are left out (1 .txt)" in told
     assert "note: in: 1 videos are left out; the reason" in told
     with pytest.raises(DataError, match=r"^in/clip.mp4: is a video; the reason$"):
         found("in/clip.mp4", no_videos="the reason")

@@ -1,4 +1,4 @@
-"""Load any checkpoint: ours, mmdet's and torchvision's are told apart by what is in them."""
+"""Load any checkpoint: ours, mmdet's, torchvision's and transformers' are told apart by what is in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from headkd_ray.detectors.safe_load import read_file
 from headkd_ray.detectors.state_dict import find_state_dict, meta_of
+from headkd_ray.detectors.weights.hf_folder import is_hf_folder, load_hf_folder
 from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet import is_mmdet, load_mmdet
 from headkd_ray.detectors.weights.native import CARD, WEIGHTS, load_detector
@@ -16,16 +17,17 @@ from headkd_ray.errors import CheckpointError
 def load_checkpoint(path: str | Path) -> LoadedDetector:
     """Load the detector in ``path`` onto the CPU.
 
-    ``path`` is a folder of ours (or its model.safetensors), or an mmdet 2.x/3.x or torchvision .pth or .safetensors file. Files
-    are read without running code from them.
+    ``path`` is a folder of ours or of transformers (or its model.safetensors), or an mmdet 2.x/3.x or torchvision .pth or
+    .safetensors file. Files are read without running code from them.
 
     Raises CheckpointError if the file is missing, damaged, of an unknown origin, or any tensor does not match (all are listed).
     """
     path = Path(path)
-    if path.is_dir() or not path.exists():
-        return load_detector(path)
-    if path.name == WEIGHTS and path.parent.joinpath(CARD).is_file():
-        return load_detector(path.parent)
+    folder = path.parent if path.name == WEIGHTS else path
+    if not (folder / CARD).is_file() and is_hf_folder(folder):
+        return load_hf_folder(folder)
+    if path.is_dir() or not path.exists() or (folder / CARD).is_file():
+        return load_detector(folder)
     content = read_file(path)
     state = find_state_dict(content, str(path), lambda state: is_torchvision(state) or is_mmdet(state))
     if is_torchvision(state):

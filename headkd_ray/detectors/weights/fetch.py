@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from headkd_ray import hub
+from headkd_ray.detectors.hf_models import CONFIG, PROCESSOR
 from headkd_ray.detectors.weights import LoadedDetector, drop_unused_classes, load_checkpoint
+from headkd_ray.detectors.weights.hf_folder import is_hf_folder
 from headkd_ray.detectors.weights.loaded import UNUSED
 from headkd_ray.detectors.weights.native import CARD, WEIGHTS
 from headkd_ray.errors import CheckpointError, StorageError
@@ -19,7 +21,8 @@ from headkd_ray.storage import Folder
 def fetch_detector(place: str, all_outputs: bool = False) -> LoadedDetector:
     """Load the checkpoint at a path or a URI; a remote one is copied to a temporary folder first.
 
-    ``hf://owner/name[@revision]`` is a repository of the Hugging Face Hub that ``headkd push`` wrote.
+    ``hf://owner/name[@revision]`` is a repository of the Hugging Face Hub that ``headkd push`` wrote, or a detector of
+    transformers.
 
     Args:
         all_outputs: also keep outputs of classes named "N/A", which torchvision's COCO models have and nobody wants to detect.
@@ -84,7 +87,10 @@ def check_names(
 
 def _fetch(place: str) -> LoadedDetector:
     if place.startswith(hub.SCHEME):
-        return _load_copy(hub.download(place, (CARD, WEIGHTS)), place)
+        files = hub.download(place, (), also=(CARD, WEIGHTS, CONFIG, PROCESSOR))
+        if not is_hf_folder(files):
+            files = hub.download(place, (CARD, WEIGHTS))  # raises if it has not both
+        return _load_copy(files, place)
     folder, name = Folder.of_file(place, CheckpointError)
     if not folder.remote:
         return load_checkpoint(folder.at(name) if "://" in place else place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 
 from headkd_ray.detectors.backbone import Backbone
-from headkd_ray.detectors.build import AnyDetector, build_detector
+from headkd_ray.detectors.base import Detector
+from headkd_ray.detectors.build import build_detector
 from headkd_ray.detectors.fit import check_fit
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, DenseDetectorSpec, TwoStageDetectorSpec
+from headkd_ray.job import BackboneSpec, PyramidDetectorSpec, WholeDetectorSpec
 
 _BACKBONE = ("name", "kwargs", "leaky_slope", "norm_eps", "final_conv", "stride_in_1x1")
 """The keys that shape a backbone. Different ones can mean the same network, so that the networks are compared."""
@@ -30,9 +32,14 @@ _FREE = frozenset(
 """Keys that say how a detector is trained, or how its outputs become detections: weights fit whatever they are."""
 _FREE_IN_HEAD = frozenset({"head.base_scale"})
 """Likewise: in the anchor-free heads that have it, it scales targets and losses. (In ``anchors`` it scales boxes.)"""
+_FREE_IN_CONFIG = re.compile(
+    r".*(dropout|layerdrop|num_denoising|_cost|_coefficient|_noise.*|matcher_.*|focal_.*|mal_alpha|weight_loss_.*|init(ializer)?_.*"
+    r"|auxiliary_loss|freeze_backbone_batch_norms|freeze_batch_norm_2d|disable_custom_kernels)"
+)
+"""Likewise in the config of a network of transformers."""
 
 
-def check_architecture(mine: DenseDetectorSpec | TwoStageDetectorSpec, other: AnyDetector, section: str = "student") -> None:
+def check_architecture(mine: WholeDetectorSpec, other: Detector, section: str = "student") -> None:
     """Check that a detector built from ``mine`` can take the weights of ``other`` and would compute the same with them.
 
     Raises:
@@ -45,10 +52,13 @@ def check_architecture(mine: DenseDetectorSpec | TwoStageDetectorSpec, other: An
             f"{section}.kind: {mine.kind} in the job, {theirs.kind} in the checkpoint; a detector starts only from one of its "
             "own kind (one of another kind can be its teacher, with teacher.checkpoint)"
         )
+    differing: dict[str, tuple[Any, Any]] = {}
+    if isinstance(mine, PyramidDetectorSpec) and isinstance(theirs, PyramidDetectorSpec):
+        mine = mine.replace({"backbone.weights": "none"})
+        differing = {f"backbone.{key}": pair for key, pair in _backbones(mine.backbone, theirs.backbone)}
     with torch.device("meta"):
-        whole = build_detector(mine.replace({"backbone.weights": "none"}), other.num_classes, section)
-    differing = {f"backbone.{key}": pair for key, pair in _backbones(mine.backbone, theirs.backbone)}
-    differing |= _differing(_architecture(mine, other.num_classes), _architecture(theirs, other.num_classes))
+        whole = build_detector(mine, other.num_classes, section)
+    differing |= _differing(_architecture(whole.spec, other.num_classes), _architecture(theirs, other.num_classes))
     if not differing:
         check_fit(whole, other.state_dict(), "the checkpoint")
         return
@@ -76,9 +86,11 @@ def _printed(spec: BackboneSpec) -> str:
         return repr(Backbone(spec.replace({"weights": "none", "frozen_stages": 0, "kwargs": kwargs})))
 
 
-def _architecture(spec: DenseDetectorSpec | TwoStageDetectorSpec, classes: int) -> dict[str, Any]:
-    """Return the keys, dotted, that the meaning of a detector's weights depends on, without its backbone's."""
+def _architecture(spec: WholeDetectorSpec, classes: int) -> dict[str, Any]:
+    """Return the keys, dotted, that the meaning of a detector's weights depends on, without our backbones'."""
     keys = dict(_flat(spec.model_dump()))
+    if not isinstance(spec, PyramidDetectorSpec):
+        return {key: value for key, value in keys.items() if not _FREE_IN_CONFIG.fullmatch(key)}
     unused = []
     if keys["neck.norm"] != "group":
         unused.append("neck.norm_groups")

@@ -21,7 +21,7 @@ from headkd_ray.detectors.weights.loaded import LoadedDetector
 from headkd_ray.detectors.weights.mmdet_config import MMDetConfig
 from headkd_ray.detectors.weights.mmdet_names import mmdet_assistants, mmdet_kind, mmdet_names
 from headkd_ray.errors import CheckpointError
-from headkd_ray.job import BackboneSpec, DenseDetectorSpec, PixelSpec, TwoStageDetectorSpec
+from headkd_ray.job import BackboneSpec, PixelSpec, WholeDetectorSpec
 
 _NORMALISATION = ("data_preprocessor.mean", "data_preprocessor.std")
 _STEMS = ("backbone.body.conv1.weight", "backbone.body.conv_stem.weight")
@@ -40,14 +40,16 @@ Adapter = nn.Linear | nn.Conv2d
 class MMDetModel(NamedTuple):
     """An mmdet file's detector and, if it is a student of the official HEAD, what helped it learn."""
 
-    loaded: LoadedDetector
+    loaded: LoadedDetector[AnyDetector]
     assistants: dict[str, DenseHead[Any] | RoIHead]
     """The assistants by their official names: rcnn, cascade, or that of an extra head (fcos, retina, reppoints)."""
     adapters: dict[int, Adapter]
     """The adapters by their number in the official config; a 1x1 conv between maps, a Linear on rows."""
 
 
-def load_mmdet(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet") -> LoadedDetector:
+def load_mmdet(
+    state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, source: str = "mmdet"
+) -> LoadedDetector[AnyDetector]:
     """Build a detector from an mmdet state dict and the file's ``meta``; the architecture follows from the tensors' shapes.
 
     What no shape tells comes from the training config in ``meta``, where mmdet's own files have it: a caffe-style backbone
@@ -108,7 +110,7 @@ def load_mmdet_model(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None
 
 def _spec(
     ours: Mapping[str, Tensor], kind: Kind, conversion: MMDetConversion, config: MMDetConfig, pixels: PixelSpec
-) -> tuple[DenseDetectorSpec | TwoStageDetectorSpec, int]:
+) -> tuple[WholeDetectorSpec, int]:
     """Return the spec of the detector in ``ours`` and its number of classes."""
     neck = shapes.fpn(ours)
     backbone = _backbone(ours, config)

@@ -5,24 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from headkd_ray.detectors.base import Detector
-from headkd_ray.detectors.build import build_detector
-from headkd_ray.detectors.fit import check_fit, fit
-from headkd_ray.detectors.safe_load import mistaken_for, read_file
+from headkd_ray.detectors.base import WEIGHTS, Detector
+from headkd_ray.detectors.registry import detector_class
+from headkd_ray.detectors.safe_load import mistaken_for
 from headkd_ray.detectors.weights.loaded import UNUSED, LoadedDetector
 from headkd_ray.errors import CheckpointError, JobError
-from headkd_ray.job import DataSpec, DenseDetectorSpec, DetectorSpec
+from headkd_ray.job import DataSpec, DetectorSpec
 
-WEIGHTS = "model.safetensors"
 CARD = "model.json"
 FORMAT = 1
 """The version of the format; it is raised when an older reader would misread a newer file."""
@@ -66,8 +61,7 @@ def save_detector(folder: str | Path, detector: Detector, classes: Sequence[str]
         raise ValueError(f"{len(classes)} class names for a detector with {detector.num_classes} classes")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    detector.save(folder, classes, meta or {})
     card = {
         "format": FORMAT,
         "classes": list(classes),
@@ -90,29 +84,16 @@ def load_detector(folder: str | Path) -> LoadedDetector:
     if missing:
         raise CheckpointError(_not_a_checkpoint(folder, missing))
     card = _read_card(folder / CARD)
-    tensors = read_file(folder / WEIGHTS)
-    # The backbone's initial weights are part of these tensors: nothing to load or download again.
-    spec = card.spec.replace({"backbone.weights": "none", **_newer_keys(card.spec, tensors)})
     try:
-        with torch.device("meta"):
-            check_fit(build_detector(spec, len(card.classes), "spec"), tensors, str(folder))
-        detector = build_detector(spec, len(card.classes), "spec")
+        detector = detector_class(card.spec).load(card.spec, len(card.classes), folder)
     except JobError as error:
-        raise CheckpointError([f"{folder / CARD}: {problem}" for problem in error.problems]) from error
+        raise CheckpointError([f"{folder / CARD}: spec.{problem}" for problem in error.problems]) from error
     if card.sha256 is not None and card.sha256 != _sha256(folder / WEIGHTS):
         raise CheckpointError(
             f"{folder / WEIGHTS}: is not the file that was saved with {CARD}: its bytes have another SHA-256; it is damaged or "
             "belongs to another checkpoint; copy both files again"
         )
-    fit(detector, tensors, str(folder))
     return LoadedDetector(detector, card.classes, "headkd_ray", meta=card.meta)
-
-
-def _newer_keys(spec: DetectorSpec, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Return the keys that a card lacks because it is older than they are, with the values that its ``tensors`` tell."""
-    if not isinstance(spec, DenseDetectorSpec) or "conv_bias" not in type(spec.head).model_fields:
-        return {}
-    return {} if "conv_bias" in spec.head.model_fields_set else {"head.conv_bias": "head.cls_tower.0.bias" in tensors}
 
 
 def _read_card(path: Path) -> _Card:
