@@ -50,12 +50,14 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
     from headkd_ray.engine.streams import Decode, decode_here
     from headkd_ray.profiling.placements import WARM_UP, Placement, fill, images_per_second, inline, measure, some_shards
 
+    assert job.teacher is not None
     distributed = Distributed.here(job.cluster)
     shards = some_shards(ShardSet.open(job.data.train), (steps + WARM_UP) * job.data.batch_size)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="headkd-bench-"))
-        own = _changed(job, "student", "inline", scratch)
         theirs, cache = (_changed(job, "teacher", name, scratch) for name in ("inline", "cache"))
+        both = job.teacher.answers_the_student
+        own = _changed(job, "student", "inline", scratch) if both else theirs
         decode: Decode = decode_here
         if job.cluster.most_workers > 0:
             from headkd_ray.cluster.connect import connected
@@ -69,15 +71,16 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
             check_resources(pool.replace({"cluster.workers": 1}))
             decode = decode_on_ray(job.cluster)
         builder, building = fill(cache, shards, distributed)
-        placements = [
-            Placement("no teacher", own, decode, teacher=False),
-            Placement("inline, student's RoIs", own, decode),
-            Placement("inline, teacher's RoIs", theirs, decode, asked=inline(theirs, shards, distributed)),
-            Placement("cache", cache, decode, cache=builder.cache),
-        ]
-        if job.cluster.most_workers > 0:
-            placements.insert(2, Placement("pool, student's RoIs", held, decode_on_ray(job.cluster, held)))
-            placements.insert(4, Placement("pool, teacher's RoIs", pool, decode_on_ray(job.cluster, pool)))
+        pooled = job.cluster.most_workers > 0
+        placements = [Placement("no teacher", own, decode, teacher=False)]
+        if both:
+            placements.append(Placement("inline, student's RoIs", own, decode))
+        if both and pooled:
+            placements.append(Placement("pool, student's RoIs", held, decode_on_ray(job.cluster, held)))
+        placements.append(Placement("inline, teacher's RoIs", theirs, decode, asked=inline(theirs, shards, distributed)))
+        if pooled:
+            placements.append(Placement("pool, teacher's RoIs", pool, decode_on_ray(job.cluster, pool)))
+        placements.append(Placement("cache", cache, decode, cache=builder.cache))
         measure(placements, shards, steps, rounds)
     rates = {placement.name: images_per_second(placement) for placement in placements}
     _tell(placements, rates, building)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class SoftTargets(NamedTuple):
-    """The soft targets of a batch; K is the RoI budget, L the number of the teacher's fully connected layers, D their width."""
+    """The soft targets of a batch; K is the RoI budget, L the number of the teacher's layers, D their width."""
 
     boxes: Tensor
     """RoIs: float32 (B, K, 4), x1 y1 x2 y2 in pixels of the network input; zeros as padding."""
@@ -21,7 +21,7 @@ class SoftTargets(NamedTuple):
     valid: Tensor
     """Which RoIs are not padding: bool (B, K)."""
     taps: Tensor
-    """The teacher's post-ReLU outputs, layer by layer: float32 (B, L, K, D); zeros as padding."""
+    """The teacher's features, layer by layer: float32 (B, L, K, D); zeros as padding."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
         """Return the targets with ``change`` applied to every tensor."""
@@ -55,7 +55,7 @@ class ViewTargets(NamedTuple):
     truth: NDArray[np.bool_]
     """Which RoIs are ground-truth boxes: bool (k,)."""
     taps: NDArray[np.float32]
-    """The teacher's post-ReLU outputs, layer by layer: float32 (L, k, D)."""
+    """The teacher's features, layer by layer: float32 (L, k, D)."""
     top: TopLogits
     """The teacher's largest class logits."""
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from headkd_ray.cluster.teacher_process import actors_of, answer_of, set_up, within_memory
 from headkd_ray.data.batch import Batch
-from headkd_ray.detectors import RoIs
+from headkd_ray.detectors import PyramidDetector, RoIs
 from headkd_ray.distill import FrozenTeacher, HeadFeatures
 from headkd_ray.job import Job, PoolSpec
 from headkd_ray.teacher.loading import teacher_of
@@ -39,7 +39,9 @@ class TeacherActor:
         self.job = whole = Job.model_validate(job)
         assert whole.teacher is not None
         self.device = set_up(whole)
-        self.teacher = FrozenTeacher(teacher_of(whole, tuple(classes)).to(self.device).to(memory_format=torch.channels_last))
+        teacher = teacher_of(whole, tuple(classes))
+        assert isinstance(teacher, PyramidDetector)  # the job's own checks
+        self.teacher = FrozenTeacher(teacher.to(self.device).to(memory_format=torch.channels_last))
         self.bf16 = whole.teacher.precision == "bf16"
         self.born = uuid.uuid4().hex
         self.held: dict[int, list[torch.Tensor]] = {}

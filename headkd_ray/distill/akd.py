@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.ops.losses import mean_squared_error
-from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill.assistants import DenseAssistant
 from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
+from headkd_ray.teacher.source import AnyTeacher, TeacherSource, can_choose_rois
 
 
 class AKD(Term):
@@ -46,16 +45,17 @@ class AKD(Term):
         return cls(adapters, spec.akd_weight, spec.warmup_steps, DISTANCES[spec.distance])
 
     @classmethod
-    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
         assert teacher is not None
         found = []
-        if job.distill.rois == "teacher" and not answers_about_rois(teacher):
+        if job.distill.rois == "teacher" and not can_choose_rois(teacher):
+            assert not isinstance(teacher, TeacherSource)
             found.append(
-                "distill.rois: teacher needs a faster_rcnn teacher, whose features depend on a RoI alone; this one is a "
-                f"{teacher.spec.kind}, so use student"
+                "distill.rois: teacher needs a faster_rcnn teacher, whose features depend on a RoI alone, or teacher.kind: "
+                f"transformers; this one is a {teacher.spec.kind}, so use student"
             )
-        if job.distill.assistant is not None and answers_about_rois(teacher):
-            own, theirs = job.distill.assistant.fcs, len(teacher.roi.tap_channels)
+        if job.distill.assistant is not None and can_choose_rois(teacher):
+            own, theirs = job.distill.assistant.fcs, len(teacher.detection_head.tap_channels)
             if own != theirs:
                 found.append(
                     f"distill.assistant.fcs: the assistant has {own} fully connected layers, the teacher {theirs};"

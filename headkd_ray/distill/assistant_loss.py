@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from headkd_ray.detectors import PyramidDetector, head_class
+from headkd_ray.detectors import head_class
 from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
+from headkd_ray.teacher.source import AnyTeacher, TeacherSource
 
 
 class AssistantLoss(Term):
@@ -24,10 +25,11 @@ class AssistantLoss(Term):
         return cls(assistant, plan.gt_weight, parts.job.distill.warmup_steps if plan.warm else 0)
 
     @classmethod
-    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
         described = job.distill.assistant
-        if teacher is None or described is None or isinstance(teacher.detection_head, head_class(described)):
+        if teacher is None or described is None or head_class(teacher.detection_head.spec) is head_class(described):
             return []
+        assert not isinstance(teacher, TeacherSource)  # its assistant has a head of ``described``'s kind
         return [
             "distill.assistant: describes an R-CNN head, but this teacher's assistant must have a head like its own, that of a "
             f"{teacher.spec.kind}; use null"

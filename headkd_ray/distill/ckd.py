@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headkd_ray.detectors import DenseDetector, PyramidDetector, RoIs, TwoStageDetector
+from headkd_ray.detectors import DenseDetector, RoIs, TwoStageDetector
 from headkd_ray.detectors.base import Losses
 from headkd_ray.detectors.head_features import Tap
 from headkd_ray.detectors.ops.fixed_size import constant, rows_that_count
@@ -27,6 +27,7 @@ from headkd_ray.distill.distances import DISTANCES, Distance, adapted_distance, 
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
+from headkd_ray.teacher.source import AnyTeacher
 
 TOWERS = ("cls", "box")
 """The towers of dense heads by their names in ``distill.ckd_towers``, in the order of their taps."""
@@ -89,7 +90,7 @@ class CKD(Term):
         return [cls.build(parts, assistant, TOWERS.index(tower)) for tower in parts.job.distill.ckd_towers]
 
     @classmethod
-    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
         if isinstance(teacher, TwoStageDetector) and "box" in job.distill.ckd_towers:
             return [f"distill.ckd_towers: a {teacher.spec.kind} teacher has no box tower to imitate; use [cls]"]
         return []

@@ -12,6 +12,7 @@ from headkd_ray.distill.copying import copy_weights
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job
+from headkd_ray.teacher.source import AnyTeacher
 
 
 class FitNet(Term):
@@ -27,14 +28,14 @@ class FitNet(Term):
     @classmethod
     def build(cls, parts: Parts, assistant: str = "") -> FitNet:
         student, teacher, spec = parts.student, parts.teacher, parts.job.distill
-        assert teacher is not None
+        assert isinstance(teacher, PyramidDetector)  # the job's own checks
         if spec.copy_head:
             copy_weights(teacher.detection_head, student.detection_head, "student.head")
         return cls(student.spec.neck.channels, teacher.spec.neck.channels, spec.fitnet_levels, spec.fitnet_weight)
 
     @classmethod
-    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
-        assert teacher is not None
+    def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
+        assert isinstance(teacher, PyramidDetector)  # the job's own checks
         if teacher.spec.kind == job.student.kind:
             return []
         wanted = f"method fitnet needs a {job.student.kind} teacher"

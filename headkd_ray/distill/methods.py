@@ -20,6 +20,7 @@ from headkd_ray.distill.terms import AssistantPlan, Parts, Term
 from headkd_ray.errors import JobError
 from headkd_ray.job import METHODS, Job, PyramidDetectorSpec, RoIHeadSpec
 from headkd_ray.job.method_terms import terms_of
+from headkd_ray.teacher.source import AnyTeacher
 
 TERMS: dict[str, type[Term]] = {"assistant": AssistantLoss, "akd": AKD, "ckd": CKD, "fitnet": FitNet, "pkd": PKD}
 """The classes of terms by their names in ``headkd_ray.job.method_terms``."""
@@ -29,7 +30,7 @@ ASSIST = "assist"
 
 
 def build_training_model(
-    job: Job, num_classes: int, teacher: PyramidDetector | None, steps_per_epoch: int, start: Start | None = None
+    job: Job, num_classes: int, teacher: AnyTeacher | None, steps_per_epoch: int, start: Start | None = None
 ) -> TrainingModel:
     """Build the student of ``job`` with its assistants and terms, freshly initialised from torch's default generator.
 
@@ -55,10 +56,13 @@ def build_training_model(
         assistants[name] = _assistant(plan, student, teacher, copy=job.distill.copy_head)
         terms += [term for kind in kinds if kind.per_assistant for term in kind.build_all(parts, name)]
     terms += [term for kind in kinds if not kind.per_assistant for term in kind.build_all(parts, "")]
-    return TrainingModel(student, assistants, terms, teacher if _in_the_step(job, terms) else None)
+    if not _in_the_step(job, terms):
+        return TrainingModel(student, assistants, terms)
+    assert isinstance(teacher, PyramidDetector)  # a source has answered before the step
+    return TrainingModel(student, assistants, terms, teacher)
 
 
-def assistant_plans(job: Job, teacher: PyramidDetector | None) -> dict[str, AssistantPlan]:
+def assistant_plans(job: Job, teacher: AnyTeacher | None) -> dict[str, AssistantPlan]:
     """Plan the assistants of a job, by name: those that tf_head lists, else a single one.
 
     The single one has a head of the teacher's kind and widths or, without a teacher, an R-CNN head.
@@ -77,7 +81,7 @@ def assistant_plans(job: Job, teacher: PyramidDetector | None) -> dict[str, Assi
     return {ASSIST: AssistantPlan(head, distill.assistant_weight, distill.ckd_weight, warm=distill.warm_assistant)}
 
 
-def _assistant(plan: AssistantPlan, student: PyramidDetector, teacher: PyramidDetector | None, copy: bool) -> Assistant:
+def _assistant(plan: AssistantPlan, student: PyramidDetector, teacher: AnyTeacher | None, copy: bool) -> Assistant:
     """Build the planned assistant on the student's pyramid, with the teacher's weights if there is a teacher and ``copy``."""
     make: Any = head_class(plan.head)
     # A dense head takes P3 to P7 of any student; a RoI head pools from the finest levels that the student has.
@@ -95,7 +99,7 @@ def _in_the_step(job: Job, terms: list[Term]) -> bool:
     return "pyramid" in reads or ("head" in reads and here)
 
 
-def _problems(job: Job, num_classes: int, teacher: PyramidDetector | None, kinds: list[type[Term]]) -> list[str]:
+def _problems(job: Job, num_classes: int, teacher: AnyTeacher | None, kinds: list[type[Term]]) -> list[str]:
     """List everything in the job or its teacher that does not fit the method, each with the key to mend."""
     if kinds and not isinstance(job.student, PyramidDetectorSpec):
         return [f"student.kind: {job.student.kind} has no feature pyramid for method {job.method}; use method supervised"]

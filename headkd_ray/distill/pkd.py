@@ -11,6 +11,7 @@ from headkd_ray.detectors.base import Losses
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.terms import Parts, Term
 from headkd_ray.job import Job, PyramidDetectorSpec
+from headkd_ray.teacher.source import AnyTeacher
 
 
 class PKD(Term):
@@ -28,14 +29,14 @@ class PKD(Term):
 
     @classmethod
     def build(cls, parts: Parts, assistant: str = "") -> PKD:
-        assert parts.teacher is not None
+        assert isinstance(parts.teacher, PyramidDetector)  # the job's own checks
         own, theirs = parts.student.strides, parts.teacher.strides
         levels = [(own.index(stride), theirs.index(stride)) for stride in own if stride in theirs]
         return cls(levels, parts.job.distill.pkd_weight)
 
     @classmethod
-    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
-        assert teacher is not None and isinstance(job.student, PyramidDetectorSpec)
+    def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
+        assert isinstance(teacher, PyramidDetector) and isinstance(job.student, PyramidDetectorSpec)  # the job's own checks
         own, theirs = job.student.neck.channels, teacher.spec.neck.channels
         if own == theirs:
             return []

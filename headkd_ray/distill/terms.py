@@ -15,6 +15,7 @@ from headkd_ray.distill.assistants import Assistant
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.job import Job
 from headkd_ray.job.module_specs import Spec
+from headkd_ray.teacher.source import AnyTeacher
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Parts:
 
     job: Job
     student: PyramidDetector
-    teacher: PyramidDetector | None
+    teacher: AnyTeacher | None
     assistants: Mapping[str, Assistant]
     plans: Mapping[str, AssistantPlan]
     """The plan of each assistant, by name."""
@@ -80,7 +81,7 @@ class Term(nn.Module, ABC):
         return [cls.build(parts, assistant)]
 
     @classmethod
-    def problems(cls, job: Job, teacher: PyramidDetector | None) -> list[str]:
+    def problems(cls, job: Job, teacher: AnyTeacher | None) -> list[str]:
         """List what in the job or its loaded ``teacher`` does not fit the term, each with the key to mend."""
         return []
 

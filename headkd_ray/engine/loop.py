@@ -41,7 +41,7 @@ from headkd_ray.engine.streams import Streams, in_order, on_device
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
-from headkd_ray.teacher import Cache, SoftTeacher, open_cache, soft_teacher
+from headkd_ray.teacher import AnyTeacher, Cache, TeacherSource, open_cache, soft_teacher
 from headkd_ray.teacher.loading import load_teacher
 from headkd_ray.text import masked
 
@@ -238,8 +238,8 @@ def smaller_steps(job: Job) -> str:
 
 
 def soft_targets(
-    job: Job, shards: ShardSet, teacher: Detector | None, device: torch.device
-) -> tuple[SoftTeacher | None, Cache | None]:
+    job: Job, shards: ShardSet, teacher: AnyTeacher | None, device: torch.device
+) -> tuple[TeacherSource | None, Cache | None]:
     """Return a teacher in this process that chooses its own RoIs, or the cache of one; neither if the student chooses the RoIs
     or if a pool adds the soft targets to the batches.
 

@@ -119,7 +119,7 @@ def _check_sizes(job: Job, shards: ShardSet, student: Detector, teacher: Teacher
     """
     sizes = extreme_sizes(job.data, shards.index.height, shards.index.width)
     problems = [f"student.{problem}" for problem in student.size_problems(sizes)]
-    if teacher is not None and job.teacher is not None:
+    if teacher is not None and job.teacher is not None and isinstance(teacher.detector, Detector):
         found = teacher.detector.size_problems(sizes, changeable=False)
         problems += [f"teacher.checkpoint ({job.teacher.checkpoint}): {problem}" for problem in found]
     if problems:

@@ -18,7 +18,7 @@ from headkd_ray.distill import TrainingModel
 from headkd_ray.engine.optim import build_optimizer
 from headkd_ray.engine.patience import Patience
 from headkd_ray.job import Job
-from headkd_ray.teacher import SoftTeacher
+from headkd_ray.teacher import TeacherSource
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Learner:
     """Ends training early."""
     teacher: dict[str, str] | None = None
     """The job's teacher, likewise; None = it has none."""
-    soft_teacher: SoftTeacher | None = None
+    soft_teacher: TeacherSource | None = None
     """A teacher in this process that chooses its own RoIs and adds its soft targets to every batch."""
 
     @property

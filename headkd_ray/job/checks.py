@@ -17,6 +17,7 @@ from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
+from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
 
 Get = Callable[[str], Any]
@@ -305,6 +306,36 @@ def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
         yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
 
 
+def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
+    if get("teacher") is None:
+        return
+    kind, method = get("teacher.kind"), get("method")
+    if kind == "ours":
+        for key in ("layers", "truth_iou"):
+            if get(f"teacher.{key}") != TeacherSpec.model_fields[key].default:
+                yield f"teacher.{key}", "is for kind: transformers; remove the key, or set teacher.kind"
+        return
+    layers = list(get("teacher.layers") or ())
+    if layers != sorted(set(layers)):
+        yield "teacher.layers", f"{layers} is not in ascending order"
+    if "akd" not in METHODS[method].terms:
+        yield "teacher.kind", f"method {method} needs a teacher of ours, whose head or pyramid it reads; use method akd or head"
+        return
+    if issubclass(SPECS[get("student.kind")], TwoStageDetectorSpec):
+        yield (
+            "student.kind",
+            f"a two-stage student uses its own RoIs, of which a teacher of kind {kind} knows nothing; use a dense one",
+        )
+    elif get("distill.rois") != "teacher":
+        yield "distill.rois", f"a teacher of kind {kind} only knows the boxes of its own queries; use teacher"
+    if get("distill.copy_head"):
+        yield "distill.copy_head", f"a teacher of kind {kind} has no head that an assistant could start from; use false"
+    if "box" in get("distill.ckd_towers"):
+        yield "distill.ckd_towers", f"a teacher of kind {kind} has no box tower to imitate; use [cls]"
+    if get("distill.pkd_weight") > 0:
+        yield "distill.pkd_weight", f"a teacher of kind {kind} has no pyramid to imitate; remove the key"
+
+
 def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
     most = get("eval.max_detections")
     keys = [".".join(("student", *path)) for path in below(get("student"), most)] if most > MAX_DETECTIONS else []
@@ -345,6 +376,7 @@ CHECKS: tuple[Check, ...] = (
     _workers,
     _method_and_teacher,
     _teacher_placement,
+    _teacher_kind,
     _method_and_student,
     _tf_assistants,
     _tf_head_weights,

@@ -158,7 +158,8 @@ class DistillSpec(Spec):
     """RoIs that AKD and CKD compare: student = those that the student proposes in the step (the paper); teacher = the
     ground-truth boxes and the teacher's own proposals, sampled once for each view, so that the teacher's outputs depend on the
     view alone and can be computed elsewhere or cached. (The assistant's ground-truth losses use the student's RoIs in both
-    cases.) teacher needs a dense student and a Faster R-CNN teacher."""
+    cases.) teacher needs a dense student, and a Faster R-CNN teacher or one of transformers (whose own proposals are the boxes
+    of the queries that it is surest of)."""
     roi_budget: Boxes = 128
     """RoIs per view with rois: teacher."""
     warmup_steps: StepsOrNone = 2000

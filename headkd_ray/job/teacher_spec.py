@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from headkd_ray.job.module_specs import Spec, Text
-from headkd_ray.job.numbers import Batch, Logits, Processes, Scale, ShareOrNone
+from headkd_ray.job.numbers import Batch, Fraction, Layers, Logits, Processes, Scale, ShareOrNone
 
 
 class PoolSpec(Spec):
@@ -39,12 +39,23 @@ class CacheSpec(Spec):
 class TeacherSpec(Spec):
     """The frozen detector that the student is distilled from."""
 
+    kind: Literal["ours", "transformers"] = "ours"
+    """What the teacher is: ours = a detector of this package, from its own files, mmdet's or torchvision's; transformers = a
+    DETR of the package transformers (detr, deformable_detr, rt_detr, rt_detr_v2, d_fine, ...), whose hidden states are
+    imitated. It needs pip install 'headkd-ray[teachers]', distill.rois: teacher and distill.copy_head: false."""
     checkpoint: Text
-    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file; a path,
+    """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file; with
+    kind: transformers a folder that save_pretrained wrote (config.json, model.safetensors, preprocessor_config.json). A path,
     a URI, or hf://owner/name@revision on the Hugging Face Hub. A relative path is resolved against the command's current
     folder."""
     classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
+    layers: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
+    """Decoder layers whose hidden states AKD compares, 1 = the first, ascending (kind transformers); CKD reads the last of
+    them. null = the last ones, as many as the assistant has fully connected layers."""
+    truth_iou: Fraction = 0.5
+    """IoU that a query's box must have with a ground-truth box to answer for it; a ground-truth box that no query reaches is
+    not compared (kind transformers)."""
     placement: Literal["inline", "pool", "cache"] = "inline"
     """Where the teacher runs: inline = in the train worker; pool = in its own processes, which with distill.rois: teacher add
     its outputs to each batch before it reaches the worker, and with rois: student hold its features and answer the worker's
@@ -58,3 +69,8 @@ class TeacherSpec(Spec):
     """The teacher processes next to the train workers."""
     cache: CacheSpec = CacheSpec()
     """The soft targets on disk."""
+
+    @property
+    def answers_the_student(self) -> bool:
+        """Whether the teacher can be asked about RoIs that the student chooses; a DETR only knows those of its queries."""
+        return self.kind == "ours"

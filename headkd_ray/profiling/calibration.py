@@ -16,8 +16,7 @@ from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, load_window
 from headkd_ray.data.epoch_order import Window
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import RoIs
-from headkd_ray.detectors.two_stage import answers_about_rois
+from headkd_ray.detectors import PyramidDetector, RoIs
 from headkd_ray.distill import FrozenTeacher, HeadFeatures, build_training_model, load_start
 from headkd_ray.distill.start import with_architecture
 from headkd_ray.engine.distributed import Distributed
@@ -31,6 +30,7 @@ from headkd_ray.profiling.cost_model import Costs
 from headkd_ray.teacher import codec_of, soft_teacher
 from headkd_ray.teacher.cache_codec import Codec
 from headkd_ray.teacher.loading import load_teacher
+from headkd_ray.teacher.source import can_choose_rois
 
 WARM_UP = 2
 """Number of first steps that are not counted."""
@@ -114,8 +114,9 @@ class _TimedLearner:
             if job.distill.rois == "teacher":
                 self.soft = soft_teacher(job, detector, distributed.device)
             else:
+                assert isinstance(detector, PyramidDetector)  # the job's own checks
                 self.frozen = FrozenTeacher(detector.to(distributed.device).to(memory_format=torch.channels_last))
-        self.codec = codec_of(job, detector) if detector is not None and answers_about_rois(detector) else None
+        self.codec = codec_of(job, detector) if detector is not None and can_choose_rois(detector) else None
         self.answer_bytes = 0
         self.student: list[float] = []
         self.teacher: list[float] = []

@@ -13,16 +13,15 @@ import torch
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.distill import build_training_model, load_start
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.loop import smaller_steps
 from headkd_ray.engine.step import build_learner, train_step
 from headkd_ray.engine.streams import Decode, Streams, on_device
-from headkd_ray.errors import DataError, JobError
+from headkd_ray.errors import DataError
 from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
-from headkd_ray.teacher import Builder, Cache, SoftTeacher, builder_of, soft_teacher
+from headkd_ray.teacher import Builder, Cache, TeacherSource, builder_of, soft_teacher
 from headkd_ray.teacher.loading import teacher_of
 
 WARM_UP = 2
@@ -40,7 +39,7 @@ class Placement:
     name: str
     job: Job
     decode: Decode
-    asked: SoftTeacher | None = None
+    asked: TeacherSource | None = None
     cache: Cache | None = None
     teacher: bool = True
     """Whether a teacher is used; without one the assistant learns from labels alone."""
@@ -144,11 +143,6 @@ def images_per_second(placement: Placement) -> float:
 def fill(job: Job, shards: ShardSet, distributed: Distributed) -> tuple[Builder, Building]:
     """Fill the job's cache for all its views of ``shards``, read it back, and time the teacher alone on one file's views."""
     teacher = teacher_of(job, shards.meta.classes)
-    if not answers_about_rois(teacher):
-        kind = teacher.spec.kind
-        raise JobError(
-            f"teacher.checkpoint: only a faster_rcnn can choose the RoIs, so there is nothing to compare; got a {kind}"
-        )
     builder = builder_of(job, shards, teacher, distributed.device)
     cache = builder.cache
     cache.begin()
@@ -173,7 +167,7 @@ def _bare(builder: Builder) -> float:
     return (time.perf_counter() - started) / max(1, sum(example is not None for group in groups for _, example in group))
 
 
-def inline(job: Job, shards: ShardSet, distributed: Distributed) -> SoftTeacher:
+def inline(job: Job, shards: ShardSet, distributed: Distributed) -> TeacherSource:
     """Load the job's teacher as a soft teacher in this process."""
     teacher = teacher_of(job, shards.meta.classes)
     return soft_teacher(job, teacher, distributed.device)

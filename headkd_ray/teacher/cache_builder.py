@@ -14,7 +14,7 @@ from headkd_ray.data.batch_stream import BatchMaker, load_samples
 from headkd_ray.data.sample import Sample
 from headkd_ray.memory import enough_memory
 from headkd_ray.soft_targets import TopLogits, ViewTargets
-from headkd_ray.teacher.soft_teacher import SoftTeacher
+from headkd_ray.teacher.source import TeacherSource
 from headkd_ray.teacher.target_cache import Cache
 
 AHEAD = 2
@@ -26,7 +26,7 @@ class Builder:
     """Computes the soft targets of ``teacher`` for views and writes them to ``cache``."""
 
     cache: Cache
-    teacher: SoftTeacher
+    teacher: TeacherSource
     maker: BatchMaker
     batch_size: int
     """Number of views per forward pass."""
@@ -102,8 +102,7 @@ class Builder:
     def answer(self, batch: Batch) -> list[ViewTargets]:
         """Compute the teacher's targets for each view of a batch, without padding."""
         with enough_memory("asking the teacher", f"lower teacher.batch_size ({self.batch_size})"):
-            targets = self.teacher(batch.to(self.teacher.device))
-            top = self.teacher.top_logits(targets.taps, self.cache.codec.logits)
+            targets, *top = self.teacher.with_logits(batch.to(self.teacher.device), self.cache.codec.logits)
         views = zip(*(tensor.cpu() for tensor in (*targets, *top)), strict=True)
         return [
             ViewTargets(

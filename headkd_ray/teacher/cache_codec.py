@@ -1,7 +1,8 @@
 """Encoding of a view's soft targets as bytes: features in 16 or 8 bits, class logits in 16.
 
-The features are outputs of a ReLU: never negative, many of them 0. In 8 bits they are stored channel by channel, with a scale
-for each channel, so that channels that are 0 for all RoIs form long runs, which Parquet compresses well.
+In 8 bits they are stored channel by channel, with a scale for each channel. The features of an R-CNN are outputs of a ReLU,
+never negative and many of them 0: channels that are 0 for all RoIs form long runs, which Parquet compresses well. Those of
+other teachers may be negative; their 8 bits have a sign.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 
 from headkd_ray.soft_targets import TopLogits, ViewTargets
 
-LEVELS = 255
-"""Number of quantisation steps of an 8-bit feature."""
+LEVELS, SIGNED_LEVELS = 255, 127
+"""Number of quantisation steps from 0 to the greatest 8-bit feature; with a sign, as many below 0."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Codec:
     width: int
     logits: int = 0
     """Number of class logits kept for each RoI."""
+    signed: bool = False
+    """Whether features may be negative."""
 
     @property
     def limit(self) -> float:
@@ -41,23 +44,32 @@ class Codec:
             return most + 1
         for view in views:
             if len(view.boxes):
-                np.maximum(most, view.taps.max(axis=1), out=most)
-        steps = most / LEVELS
+                np.maximum(most, np.abs(view.taps).max(axis=1), out=most)
+        steps = most / self._levels
         return np.where(steps > 0, steps, 1).astype(np.float32)
 
     def pack(self, view: ViewTargets, scales: NDArray[np.float32]) -> bytes:
         """Encode the features (L, k, D) of a view."""
         if self.dtype == "fp16":
             return view.taps.astype("<f2").tobytes()
-        steps = np.rint(view.taps / scales[:, None]).clip(0, LEVELS).astype(np.uint8)
+        least = -self._levels if self.signed else 0
+        steps = np.rint(view.taps / scales[:, None]).clip(least, self._levels).astype(self._byte)
         return steps.transpose(0, 2, 1).tobytes()
 
     def unpack(self, packed: bytes, count: int, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode the features (L, k, D) of ``count`` = k RoIs."""
         if self.dtype == "fp16":
             return np.frombuffer(packed, dtype="<f2").reshape(self.layers, count, self.width).astype(np.float32)
-        steps = np.frombuffer(packed, dtype=np.uint8).reshape(self.layers, self.width, count)
+        steps = np.frombuffer(packed, dtype=self._byte).reshape(self.layers, self.width, count)
         return np.ascontiguousarray(steps.transpose(0, 2, 1)) * scales[:, None]
+
+    @property
+    def _levels(self) -> int:
+        return SIGNED_LEVELS if self.signed else LEVELS
+
+    @property
+    def _byte(self) -> type[np.int8] | type[np.uint8]:
+        return np.int8 if self.signed else np.uint8
 
     def pack_top(self, top: TopLogits) -> tuple[bytes, bytes]:
         """Encode the logits (k, M) and classes (k, M) of a view."""

@@ -11,16 +11,17 @@ from headkd_ray.data.views import distinct_views
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.state_dict import add_to_digest
 from headkd_ray.job import AugmentSpec, DataSpec, Job
+from headkd_ray.teacher.source import TeacherSource
 
 Recipe = dict[str, Any]
 
 
-def recipe_of(job: Job, shards: ShardSet, teacher: Detector) -> Recipe:
+def recipe_of(job: Job, shards: ShardSet, teacher: TeacherSource) -> Recipe:
     """Return the recipe's fields, named after the keys that a user would change, with JSON values."""
     assert job.teacher is not None
     data = job.data
     return {
-        "teacher.checkpoint (weights)": _digest(teacher, classes=job.teacher.cache.logits > 0),
+        **teacher.recipe(logits=job.teacher.cache.logits > 0),
         "teacher.precision": job.teacher.precision,
         "data.train (contents)": _contents(shards),
         "data.short_side": list(data.short_side),
@@ -64,7 +65,7 @@ def _contents(shards: ShardSet) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-def _digest(teacher: Detector, classes: bool) -> str:
+def weights_digest(teacher: Detector, classes: bool) -> str:
     """Return the SHA-256 of the architecture and of all tensors that soft targets depend on.
 
     The RoI head's box layer is left out, for it is never run, and so is its class layer unless ``classes``.

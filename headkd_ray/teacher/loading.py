@@ -8,26 +8,31 @@ import torch
 
 from headkd_ray.data.class_lists import check_common, outputs_by_name
 from headkd_ray.detectors import PyramidDetector
+from headkd_ray.detectors.hf_models import HFModel, read_hf_model
 from headkd_ray.detectors.state_dict import fingerprint
 from headkd_ray.detectors.weights import with_classes
-from headkd_ray.detectors.weights.fetch import fetch_named
-from headkd_ray.errors import CheckpointError
-from headkd_ray.job import Job
+from headkd_ray.detectors.weights.fetch import check_names, fetch_named, prefixed
+from headkd_ray.detectors.weights.loaded import UNUSED
+from headkd_ray.errors import CheckpointError, JobError
+from headkd_ray.job import Job, RoIHeadSpec
+from headkd_ray.teacher.source import AnyTeacher
+from headkd_ray.teacher.transformers_source import TransformersSource
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher with an output for each class of the data, on the CPU."""
+    """A loaded teacher, on the CPU."""
 
-    detector: PyramidDetector
+    detector: AnyTeacher
+    """A detector of ours with an output for each class of the data, or a source."""
     note: str | None
     """A note for the log on how its classes differ from the data's and if it is of the student's kind; None if neither."""
     fingerprint: str
     """SHA-256 of the weights in the checkpoint, in hexadecimal."""
 
 
-def teacher_of(job: Job, classes: tuple[str, ...]) -> PyramidDetector:
-    """Load the detector of a job that has a teacher; raise as :func:`load_teacher` does.
+def teacher_of(job: Job, classes: tuple[str, ...]) -> AnyTeacher:
+    """Load the teacher of a job that has a teacher; raise as :func:`load_teacher` does.
 
     Outputs for classes that it does not know are drawn with the run's seed, so that they are the same wherever it is loaded.
     """
@@ -50,16 +55,19 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
         CheckpointError: the teacher is unreadable or does not name its classes. (``build_training_model`` checks whether it
             is of the kind that the method needs.)
         DataError: the teacher knows none of the data's classes.
+        JobError: the teacher does not have the layers that the job compares.
     """
     if job.teacher is None:
         return None
+    if job.teacher.kind == "transformers":
+        return _of_transformers(job, classes)
     loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
     names = loaded.classes
     assert names is not None
     if not isinstance(loaded.detector, PyramidDetector):
         raise CheckpointError(
             f"teacher.checkpoint: {job.teacher.checkpoint} is a {loaded.detector.spec.kind} detector, which has no feature "
-            "pyramid and no head to distill from"
+            "pyramid and no head to distill from; its hidden states teach with teacher.kind: transformers"
         )
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
     weights = fingerprint(loaded.detector.state_dict())
@@ -67,8 +75,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     notes += [f"warning: the teacher is a {job.student.kind} like the student; HEAD expects another kind"] if own_kind else []
     if classes is None or classes == names:
         return Teacher(loaded.detector, "; ".join(notes) or None, weights)
-    who, data = f"teacher ({job.teacher.checkpoint})", f"data.train ({job.data.train})"
-    check_common(who, names, data, classes, "teacher.classes")
+    _check_common(job, names, classes)
     matched = len(set(classes) & set(names))
     notes += [
         f"teacher: its head's outputs follow the data's class names ({matched} of {len(classes)} matched)",
@@ -77,3 +84,44 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     adapted = with_classes(loaded, classes).detector
     assert isinstance(adapted, PyramidDetector)
     return Teacher(adapted, "; ".join(notes), weights)
+
+
+def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:
+    assert job.teacher is not None
+    with prefixed("teacher"):
+        model = read_hf_model(job.teacher.checkpoint)
+    names = check_names("teacher", job.teacher.checkpoint, job.teacher.classes, model.classes, model.num_classes)
+    known = tuple(name for name in names if name != UNUSED)
+    classes = known if classes is None else classes
+    _check_common(job, known, classes)
+    layers = _layers(job, model)
+    source = TransformersSource(
+        model, names, classes, job.distill.roi_budget, layers, job.teacher.truth_iou, job.teacher.precision
+    )
+    notes = [
+        f"teacher: a {model.kind} of transformers with {model.queries} queries; hidden states of decoder layers "
+        f"{', '.join(map(str, layers))} of {model.layers} are compared",
+        *([] if set(classes) == set(known) else [f"it knows {len(set(classes) & set(known))} of {len(classes)} classes"]),
+    ]
+    return Teacher(source, "; ".join(notes), model.fingerprint)
+
+
+def _layers(job: Job, model: HFModel) -> tuple[int, ...]:
+    """Return the decoder layers that are compared, 1 = the first. Raises JobError if the model has fewer."""
+    assert job.teacher is not None
+    if job.teacher.layers is None:
+        count = (job.distill.assistant or RoIHeadSpec()).fcs
+        if count > model.layers:
+            raise JobError(
+                f"distill.assistant.fcs: {count} fully connected layers would be compared with as many decoder layers, but the "
+                f"teacher has {model.layers}; lower it"
+            )
+        return tuple(range(model.layers - count + 1, model.layers + 1))
+    if job.teacher.layers[-1] > model.layers:
+        raise JobError(f"teacher.layers: {list(job.teacher.layers)}, but the teacher has {model.layers} decoder layers")
+    return job.teacher.layers
+
+
+def _check_common(job: Job, names: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    assert job.teacher is not None
+    check_common(f"teacher ({job.teacher.checkpoint})", names, f"data.train ({job.data.train})", classes, "teacher.classes")

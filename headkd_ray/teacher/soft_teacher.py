@@ -1,4 +1,4 @@
-"""A teacher that chooses its own RoIs: its targets depend on the view alone, so they can be computed anywhere, at any time.
+"""A Faster R-CNN that chooses its own RoIs, from its own proposals.
 
 The RoIs of a view are a sample of its ground-truth boxes and of the teacher's own proposals. A hash of (seed, image, view,
 candidate) draws it, and each view is processed without the padding that its batch adds, so neither the batch nor the machine
@@ -8,20 +8,27 @@ error lets one proposal in or out, all ranks below it would shift and another sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.rng import key_bits
-from headkd_ray.detectors import GroundTruth, TwoStageDetector
+from headkd_ray.detectors import GroundTruth, RoIHead, TwoStageDetector
 from headkd_ray.detectors.ops.rois import Candidates, candidates
 from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.job import SamplerSpec
 from headkd_ray.soft_targets import SoftTargets
+from headkd_ray.teacher.cache_recipe import weights_digest
+from headkd_ray.teacher.source import TeacherSource
 
 
-class SoftTeacher:
+class SoftTeacher(TeacherSource):
     """Computes soft targets with a frozen two-stage detector whose RoI head has one stage."""
+
+    signed = False
 
     def __init__(self, detector: TwoStageDetector, budget: int, seed: int, pad: int, precision: str = "fp32") -> None:
         """``budget`` is the number of RoIs per view; each view is padded on its own to a multiple of ``pad`` pixels."""
@@ -32,17 +39,37 @@ class SoftTeacher:
         (self.head,) = detector.roi.stages
         roi = self.head.spec
         self.sampler = SamplerSpec(size=budget, positive_fraction=roi.sampler.positive_fraction)
-        self.layers, self.width = roi.fcs, roi.fc_channels
+        self.budget, self.layers, self.width = budget, roi.fcs, roi.fc_channels
+        self.num_classes, self.num_logits = detector.num_classes, detector.num_classes + 1
 
     @property
     def device(self) -> torch.device:
         """The device that the teacher is on."""
         return next(self.detector.parameters()).device
 
+    def to(self, device: torch.device | str) -> Self:
+        self.detector.to(device).to(memory_format=torch.channels_last)
+        return self
+
+    @property
+    def detection_head(self) -> RoIHead:
+        return self.detector.roi
+
+    def recipe(self, logits: bool) -> dict[str, Any]:
+        return {"teacher.checkpoint (weights)": weights_digest(self.detector, classes=logits)}
+
+    def with_logits(self, batch: Batch, count: int) -> tuple[SoftTargets, Tensor, Tensor]:
+        targets = self(batch)
+        return (targets, *self.top_logits(targets.taps, count))
+
+    def answers_at(self, batch: Batch, boxes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        taps = self.taps_at(batch, boxes)
+        logits, classes = self.top_logits(taps.unsqueeze(0), count)
+        return taps, logits[0], classes[0]
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SoftTargets:
-        """Compute the targets for ``batch``, which must be on the teacher's device; for an idle batch they are all padding."""
-        targets = self._nothing(len(batch.sizes))
+        targets = self.nothing(len(batch.sizes))
         if batch.idle:
             return targets
         # Views of one padded size share a forward pass.
@@ -88,16 +115,13 @@ class SoftTeacher:
             boxes = pool.boxes.gather(1, places.expand(-1, -1, 4)) * chosen.valid.unsqueeze(-1)
             image, place = chosen.valid.nonzero(as_tuple=True)
             taps = self.head(features, boxes[image, place], image).taps
-        targets, count = self._nothing(len(rows)), chosen.picked.shape[1]
+        targets, count = self.nothing(len(rows)), chosen.picked.shape[1]
         targets.boxes[:, :count] = boxes
         targets.truth[:, :count] = (chosen.picked < truth.labels.shape[1]) & chosen.valid
         targets.valid[:, :count] = chosen.valid
         for layer, tap in enumerate(taps):
             targets.taps[image, layer, place] = tap.float()
         return targets
-
-    def _nothing(self, views: int) -> SoftTargets:
-        return SoftTargets.empty(views, self.sampler.size, self.layers, self.width, self.device)
 
     def _tickets(self, batch: Batch, rows: Tensor, pool: Candidates) -> Tensor:
         """Return numbers (N, G + P) in [0, 1), each a hash of (seed, image, view, candidate)."""

@@ -168,7 +168,7 @@ class Cache:
 
     def _rows(self, view: int, group: Sequence[tuple[int, ViewTargets]]) -> pa.Table:
         for image_id, targets in group:
-            most = targets.taps.max(initial=0.0)
+            most = np.abs(targets.taps).max(initial=0.0)
             if not most <= self.codec.limit:  # also if it is NaN
                 raise CacheError(
                     f"image {image_id}, view {view}: a feature of the teacher is {most}, but teacher.cache.dtype "

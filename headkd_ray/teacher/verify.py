@@ -11,7 +11,6 @@ from headkd_ray.data.batch import collate
 from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.rng import key_permutation
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors.two_stage import answers_about_rois
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from headkd_ray.soft_targets import ViewTargets
@@ -30,10 +29,7 @@ def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
             "with distill.rois: teacher"
         )
     shards = ShardSet.open(job.data.train)
-    teacher = teacher_of(job, shards.meta.classes)
-    if not answers_about_rois(teacher):
-        raise JobError(f"teacher.checkpoint: a cache needs a faster_rcnn teacher, but this one is a {teacher.spec.kind}")
-    return builder_of(job, shards, teacher, device)
+    return builder_of(job, shards, teacher_of(job, shards.meta.classes), device)
 
 
 @dataclass(frozen=True)
@@ -73,13 +69,13 @@ def verify(builder: Builder, sample: int, seed: int = 0) -> Agreement:
         kept = cache.unpack(packed, sample_of.image_id, view)
         batch = collate([example], 0, builder.maker.spec.pad).to(builder.teacher.device)
         same += same_rois(kept, builder.answer(batch)[0])
-        taps = builder.teacher.taps_at(batch, torch.from_numpy(kept.boxes).to(builder.teacher.device))
+        boxes = torch.from_numpy(kept.boxes).to(builder.teacher.device)
+        taps, _, classes = builder.teacher.answers_at(batch, boxes, min(cache.codec.logits, 1))
         live = taps.cpu().numpy()
         if cache.codec.logits:
-            classes = builder.teacher.top_logits(taps.unsqueeze(0), 1)[1].flatten().cpu().numpy()
-            agree.append(kept.top.classes[:, 0] == classes)
+            agree.append(kept.top.classes[:, 0] == classes.flatten().cpu().numpy())
         cosines.append(cosine(kept.taps, live))
-        gap, most = max(gap, float(np.abs(kept.taps - live).max(initial=0))), max(most, float(live.max(initial=0)))
+        gap, most = max(gap, float(np.abs(kept.taps - live).max(initial=0))), max(most, float(np.abs(live).max(initial=0)))
     every = np.concatenate([c.ravel() for c in cosines]) if cosines else np.array([np.nan])
     same_class = float(np.concatenate(agree).mean()) if agree else None
     return Agreement(len(order), same, float(every.mean()), float(every.min()), gap / most if most else 0.0, same_class)

@@ -31,12 +31,28 @@ from headkd_ray.job import Job
 from headkd_ray.teacher.loading import load_teacher
 from headkd_ray.teacher.verify import open_builder
 from headkd_ray.train import train
+from tests.detectors.hf_micro import hf_folder
 from tests.detectors.micro import fcos_spec
 from tests.support import assert_same_weights, micro_job, micro_teacher, student_weights
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 POOL = {"actors": [1, 1], "cpus": 1}
+
+
+@pytest.fixture(params=["ours", "transformers"])
+def any_teacher(request: pytest.FixtureRequest, teacher: str, drawn_splits: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """Return the sections of a job that name a teacher: the micro Faster R-CNN, or a DETR of transformers."""
+    if request.param == "ours":
+        return {"teacher": {"checkpoint": teacher}, "distill": {}, "optim": {"epochs": 2}}
+    pytest.importorskip("transformers")
+    folder = hf_folder(tmp_path / "detr", "rt_detr_v2", ShardSet.open(drawn_splits["train"]).meta.classes)
+    assistant = {"fc_channels": 16, "pool": 3, "sampler": {"size": 16}}
+    return {
+        "teacher": {"kind": "transformers", "checkpoint": str(folder)},
+        "distill": {"copy_head": False, "assistant": assistant, "distance": "pearson"},
+        "optim": {"epochs": 1, "milestones": []},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +64,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
 def job_of(
     folder: Path,
     splits: dict[str, str],
-    teacher: str,
+    teacher: str | dict[str, Any],
     placement: str,
     name: str = "run",
     rois: str = "teacher",
     **keys: Any,
 ) -> Job:
-    kept = {"checkpoint": teacher, "placement": placement, "pool": POOL, "cache": {"path": str(folder / "cache")}}
-    distill = {"rois": rois, "roi_budget": 24, "warmup_steps": 4}
+    own = teacher if isinstance(teacher, dict) else {"teacher": {"checkpoint": teacher}, "distill": {}}
+    kept = {**own["teacher"], "placement": placement, "pool": POOL, "cache": {"path": str(folder / "cache")}}
+    distill = {"rois": rois, "roi_budget": 24, "warmup_steps": 4, **own["distill"]}
     return micro_job(folder, splits, name, method="head", teacher=kept, distill=distill, **keys)
 
 
@@ -83,13 +100,14 @@ def losses_of(job: Job, epochs: int = 2) -> Iterator[tuple[Batch, dict[str, Tens
             yield batch, losses
 
 
-def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], teacher: str) -> None:
+def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str], any_teacher: dict[str, Any]) -> None:
     """Inline and pool agree exactly, although the pool's teacher is killed on the way, which is counted and loses no batch.
 
     The cache has nearly the same losses, because its features have 16 bits.
     """
     one_cpu = {"workers": 1, "data_cpus": 1}
-    jobs = {name: job_of(tmp_path, drawn_splits, teacher, name, cluster=one_cpu) for name in ("inline", "pool", "cache")}
+    keys = {"cluster": one_cpu, "optim": any_teacher["optim"]}
+    jobs = {name: job_of(tmp_path, drawn_splits, any_teacher, name, **keys) for name in ("inline", "pool", "cache")}
     builder = open_builder(jobs["cache"])
     build(jobs["cache"], builder, lambda unit, size: None)  # by an actor pool, because cluster.workers is 1
     builder.cache.check()
@@ -112,7 +130,7 @@ def test_inline_pool_and_cache_agree(tmp_path: Path, drawn_splits: dict[str, str
                 torch.testing.assert_close(theirs.taps, targets.taps, rtol=1e-3, atol=1e-5)
                 torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-6)
         restarts.append(pool[0].teacher_restarts)
-    assert len(restarts) == 2 * 11 and killed and restarts[-1] == 1
+    assert len(restarts) == any_teacher["optim"]["epochs"] * 11 and killed and restarts[-1] == 1
 
 
 def kill_first(title: str, killed: list[int]) -> None:

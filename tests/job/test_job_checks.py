@@ -11,6 +11,11 @@ from headkd_ray.job import Job, problems, warnings
 from headkd_ray.job.keys import dotted, sections
 from headkd_ray.job.module_specs import Spec
 
+DETR = {"kind": "transformers", "checkpoint": "t"}
+FASTER_RCNN = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}
+OF_DETR = "a teacher of kind transformers has"
+ANSWERED = {"rois": "teacher", "copy_head": False}
+
 
 def job(**changes: Any) -> Job:
     """Return a sound job, with sections replaced."""
@@ -153,6 +158,23 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             {"student": {"kind": "cascade_rcnn", "backbone": {"weights": "timm"}}, "distill": {"rois": "teacher"}},
             "distill.rois",
             "a cascade_rcnn student uses its own RoIs; use student",
+        ),
+        ({"teacher": {"checkpoint": "t", "layers": [1, 2]}}, "teacher.layers", "is for kind: transformers"),
+        ({"teacher": {"checkpoint": "t", "truth_iou": 0.4}}, "teacher.truth_iou", "is for kind: transformers"),
+        (
+            {"teacher": DETR, "distill": {"copy_head": False}},
+            "distill.rois",
+            "a teacher of kind transformers only knows the boxes of its own queries; use teacher",
+        ),
+        ({"teacher": DETR, "distill": {"rois": "teacher"}}, "distill.copy_head", f"{OF_DETR} no head"),
+        ({"teacher": {**DETR, "layers": [2, 1]}, "distill": ANSWERED}, "teacher.layers", "[2, 1] is not in ascending order"),
+        ({"teacher": DETR, "distill": {**ANSWERED, "ckd_towers": ["box"]}}, "distill.ckd_towers", f"{OF_DETR} no box tower"),
+        ({"teacher": DETR, "distill": {**ANSWERED, "pkd_weight": 1.0}}, "distill.pkd_weight", f"{OF_DETR} no pyramid"),
+        ({"method": "fitnet", "teacher": DETR}, "teacher.kind", "method fitnet needs a teacher of ours"),
+        (
+            {"teacher": DETR, "distill": {"copy_head": False}, "student": FASTER_RCNN},
+            "student.kind",
+            "a two-stage student uses its own RoIs, of which a teacher of kind transformers knows nothing",
         ),
         (
             {"method": "fitnet", "teacher": {"checkpoint": "t", "placement": "pool"}},

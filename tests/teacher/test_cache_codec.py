@@ -16,6 +16,7 @@ from headkd_ray.teacher.cache_codec import LEVELS, Codec
 
 FEATURE = st.one_of(st.just(0.0), st.floats(2.0**-20, 6e4, width=32))
 """A ReLU's output, within the range of 16 bits."""
+SIGNED = st.one_of(FEATURE, FEATURE.map(lambda feature: -feature))
 
 
 def view_of(taps: NDArray[np.float32]) -> ViewTargets:
@@ -27,13 +28,13 @@ def view_of(taps: NDArray[np.float32]) -> ViewTargets:
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[Codec, list[ViewTargets]]:
     """Draw a row group and a codec: views of 0 to 4 RoIs, with some channels that are 0 in all of them."""
-    layers, width = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    layers, width, signed = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.booleans())
     dead = draw(hnp.arrays(bool, (layers, width)))
     views = []
     for rois in draw(st.lists(st.integers(0, 4), min_size=1, max_size=4)):
-        taps = draw(hnp.arrays(np.float32, (layers, rois, width), elements=FEATURE))
+        taps = draw(hnp.arrays(np.float32, (layers, rois, width), elements=SIGNED if signed else FEATURE))
         views.append(view_of(np.where(dead[:, None], np.float32(0), taps)))
-    return Codec(draw(st.sampled_from(["fp16", "int8"])), layers, width), views
+    return Codec(draw(st.sampled_from(["fp16", "int8"])), layers, width, signed=signed), views
 
 
 @settings(deadline=None, max_examples=200)
@@ -49,7 +50,7 @@ def test_round_trip(group: tuple[Codec, list[ViewTargets]]) -> None:
         assert taps.shape == view.taps.shape and taps.dtype == np.float32 and taps.flags.c_contiguous and taps.flags.writeable
         error = np.abs(taps.astype(np.float64) - view.taps)
         if codec.dtype == "fp16":
-            assert (error <= np.maximum(view.taps * 2.0**-11, 2.0**-25)).all()
+            assert (error <= np.maximum(np.abs(view.taps) * 2.0**-11, 2.0**-25)).all()
         else:
             assert (error <= scales[:, None] * 0.5001).all()
         assert (taps[view.taps == 0] == 0).all()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,29 +46,43 @@ def fetch_named(section: str, place: str, classes: tuple[str, ...] | None) -> Lo
             or they are more or fewer than the outputs or have a name twice.
         StorageError: as :func:`fetch_detector`, with the job key in front.
     """
-    try:
+    with prefixed(section):
         loaded = fetch_detector(place, all_outputs=classes is not None)
+    return replace(loaded, classes=check_names(section, place, classes, loaded.classes, loaded.detector.num_classes))
+
+
+@contextmanager
+def prefixed(section: str) -> Iterator[None]:
+    """Put the job key ``section``.checkpoint in front of the errors that are raised within the context."""
+    try:
+        yield
     except (CheckpointError, StorageError) as error:
         if error.headline is not None:
             raise type(error)(error.problems, f"{section}.checkpoint: {error.headline}") from error
         raise type(error)([f"{section}.checkpoint: {problem}" for problem in error.problems]) from error
-    names = classes or loaded.classes
+
+
+def check_names(
+    section: str, place: str, given: tuple[str, ...] | None, found: tuple[str, ...] | None, outputs: int
+) -> tuple[str, ...]:
+    """Return the class names of a checkpoint's ``outputs``: those ``given`` by the job, else those ``found`` in it.
+
+    Raises CheckpointError if there are none, more or fewer than the outputs, or one of them twice.
+    """
+    names = given or found
     if names is None:
         raise CheckpointError(
-            f"{section}.checkpoint: {place} does not name its {loaded.detector.num_classes} classes; list them in order in "
-            f"{section}.classes"
+            f"{section}.checkpoint: {place} does not name its {outputs} classes; list them in order in {section}.classes"
         )
-    if len(names) != loaded.detector.num_classes:
-        raise CheckpointError(
-            f"{section}.classes: names {len(names)} classes, but {place} has {loaded.detector.num_classes} outputs for classes"
-        )
+    if len(names) != outputs:
+        raise CheckpointError(f"{section}.classes: names {len(names)} classes, but {place} has {outputs} outputs for classes")
     twice = sorted({name for name in names if names.count(name) > 1} - {UNUSED})
     if twice:
-        who = f"{section}.classes:" if classes else f"{section}.checkpoint: {place} names its classes itself, but"
+        who = f"{section}.classes:" if given else f"{section}.checkpoint: {place} names its classes itself, but"
         raise CheckpointError(
             f"{who} {', '.join(map(repr, twice))} is there more than once; {section}.classes needs other names"
         )
-    return replace(loaded, classes=names)
+    return names
 
 
 def _fetch(place: str) -> LoadedDetector:

@@ -140,4 +140,6 @@ def _not_a_checkpoint(folder: Path, missing: list[str]) -> str:
         return f"{folder}: no such folder or file"
     inside = sorted({found.parent.relative_to(folder).as_posix() for found in folder.glob(f"**/{CARD}")} - {"."})
     hint = f"; did you mean {', '.join(str(folder / place) for place in inside[:3])}?" if inside else ""
+    if (folder / "config.json").is_file():
+        hint = "; it looks like a model of transformers, which can be a teacher (teacher.kind: transformers)"
     return f"{folder}: no checkpoint here ({' and '.join(missing)} missing){hint}"
