@@ -22,7 +22,12 @@ BARE = "without Ray"
 LOOPS: dict[str, dict[str, Any]] = {
     BARE: {"cluster.workers": 0},
     "Ray worker": {},
-    "Ray worker and pool": {"teacher.placement": "pool", "distill.rois": "teacher"},
+    "Ray worker and pool": {
+        "teacher.placement": "pool",
+        "distill.rois": "teacher",
+        "teacher.pool": {"cpus": 0.5},  # shares of CPUs, so that all of it fits on two cores
+        "cluster.cpus_per_worker": 0.5,
+    },
 }
 
 
