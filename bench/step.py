@@ -54,6 +54,7 @@ class Measured:
 
     def row(self) -> Row:
         """Return the medians, in ms, with memory and floating-point operations, for which two more steps are taken."""
+        self.step.optimizer.zero_grad(set_to_none=True)  # the gradients of the last step would hide those of the next
         return {
             "case": self.case.name,
             "ms": median(sum(parts) for parts in self.parts),

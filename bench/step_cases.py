@@ -162,7 +162,7 @@ def _torchvision(case: Case, job: Job, batches: list[Batch], size: Size) -> tupl
         levels: dict[str, Any] = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(512, 256)}
         body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3, **levels)
         model = torchvision.models.detection.RetinaNet(body, CLASSES, **sizes)
-    # Its reference loop has SGD as ours, and no channels-last memory, which makes convolutions faster: given here too.
+    # Its reference loop does not use channels-last memory, which makes convolutions faster; here both have it.
     model.to(size.device).to(memory_format=torch.channels_last).train()
     first = int(case.job == "teacher")  # torchvision's Faster R-CNN counts the background as class 0
     images = [[image.float() / 255 for image in batch.images] for batch in batches]

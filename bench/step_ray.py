@@ -22,7 +22,12 @@ BARE = "without Ray"
 LOOPS: dict[str, dict[str, Any]] = {
     BARE: {"cluster.workers": 0},
     "Ray worker": {},
-    "Ray worker and pool": {"teacher.placement": "pool", "distill.rois": "teacher"},
+    "Ray worker and pool": {
+        "teacher.placement": "pool",
+        "distill.rois": "teacher",
+        "teacher.pool": {"cpus": 0.5},  # shares of CPUs, so that all of it fits on two cores
+        "cluster.cpus_per_worker": 0.5,
+    },
 }
 
 
@@ -33,13 +38,18 @@ def measure_loops(size: Size, threads: int, steps: int, runs: int = 2) -> list[d
         job = _job(Path(scratch), size, threads, steps + WARM)
         for turn in range(runs):
             for name, changes in LOOPS.items():
-                records: list[dict[str, Any]] = []
-                named = {"run.name": f"{name.replace(' ', '-')}-{turn}", **changes}
-                train(job.replace(named), lambda record: records.append(record) if "losses" in record else None)  # noqa: B023
+                records = _records(job.replace({"run.name": f"{name.replace(' ', '-')}-{turn}", **changes}))
                 times[name] += [1e3 * size.images / record["images_per_second"] for record in records[WARM:]]
                 print(f"run {turn + 1} of {runs}, {name}: median {median(times[name]):.0f} ms a step", flush=True)
     bare = median(times[BARE])
     return [{"loop": name, "ms": median(all_of), "times_bare": median(all_of) / bare} for name, all_of in times.items()]
+
+
+def _records(job: Job) -> list[dict[str, Any]]:
+    """Train ``job`` and return the log's records of steps."""
+    records: list[dict[str, Any]] = []
+    train(job, lambda record: records.append(record) if "losses" in record else None)
+    return records
 
 
 def _job(folder: Path, size: Size, threads: int, steps: int) -> Job:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import step
+from gpu_recipes import recipe
 
 
 def test_steps_are_compared_with_the_plain_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +28,9 @@ def test_a_step_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     assert (
         "['HAED inline'] are not among: RetinaNet R18, alone; torchvision RetinaNet R18; HEAD inline" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("case", step.CASES, ids=lambda case: case.name)
+def test_every_job_loads_at_full_size_with_random_weights(case: step.Case) -> None:
+    """Rehearsals measure micro jobs alone, and these have other keys."""
+    assert recipe(case.job, *case.keys, tiny=False).student.backbone.weights == "none"
