@@ -35,7 +35,7 @@ def hf_config(kind: str, labels: tuple[str, ...]) -> Any:
         config = hf.DeformableDetrConfig if several else hf.DetrConfig
         more = {"num_feature_levels": 3} if several else {}
         backbone = hf.ResNetConfig(**tiny, out_features=levels if several else levels[-1:])
-        plain = {"use_timm_backbone": False, "use_pretrained_backbone": False, "encoder_layers": 1}
+        plain = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "encoder_layers": 1}
         return config(backbone_config=backbone, **plain, **COMMON, **more, **names)
     if kind == "yolos":
         yolos = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
