@@ -108,6 +108,7 @@ def test_teacher_cache_run_and_student_are_on_s3(s3: str, splits: dict[str, str]
     assert train(job, lambda record: pytest.fail("it had ended")) == result
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_an_upload(proxy: Proxy, splits: dict[str, str], tmp_path: Path) -> None:
     """The half-written checkpoint is not chosen: the run resumes from the previous one and ends like an undisturbed one."""
     job = job_on(proxy.netloc, splits, "killed", checkpoint={"every_steps": 2})

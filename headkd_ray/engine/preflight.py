@@ -75,9 +75,17 @@ def _lines(error: UserError) -> Sequence[str]:
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
     """Return the fingerprints of the splits and, if the run has ended, of the weights that it was given, by their job keys."""
     found = {f"data.{name}": split.meta.fingerprint for name, split in splits.items()}
-    for key, load in (("student.checkpoint", _start), ("teacher.checkpoint", _teacher)):
+    given = {
+        "student.checkpoint": None if job.student.checkpoint is None else _start,
+        "teacher.checkpoint": None if job.teacher is None else _teacher,
+    }
+    ended = False
+    if any(given.values()):
+        with suppress(UserError):  # found elsewhere
+            ended = finished(run_folder(job)) is not None
+    for key, load in given.items():
         with suppress(UserError):  # a run that has ended needs no checkpoint; other problems are found elsewhere
-            if finished(run_folder(job)) is not None and (loaded := load(job, None)) is not None:
+            if ended and load is not None and (loaded := load(job, None)) is not None:
                 found[key] = loaded.fingerprint
     return found
 

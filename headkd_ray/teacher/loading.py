@@ -59,7 +59,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     """
     if job.teacher is None:
         return None
-    if job.teacher.kind == "transformers":
+    if job.teacher.kind != "ours":
         return _of_transformers(job, classes)
     loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
     names = loaded.classes

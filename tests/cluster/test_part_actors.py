@@ -33,6 +33,7 @@ def command(tmp_path: Path) -> list[str]:
     return [*places, "--workers", "1", "--part-images", "1", "--format", "jsonl"]
 
 
+@pytest.mark.slow
 def test_a_killed_prediction_goes_on(
     ray_cluster: None, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,9 +69,9 @@ def test_same_batches_in_the_same_order_as_the_local_stream(
     shards: ShardSet, start_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where one Dataset ends and another begins."""
-    monkeypatch.setattr(ray_stream, "WINDOWS_PER_DATASET", 5)
+    monkeypatch.setattr(ray_stream, "WINDOWS_PER_DATASET", 9)
     augment = AugmentSpec(mosaic=0.3, crop=0.5, zoom_out=0.5, contrast=0.3, hue=0.1, flip_vertical=0.5)
-    maker = BatchMaker(SPEC.replace({"augment": augment}), 1, train=True)
+    maker = BatchMaker(SPEC.replace({"augment": augment, "keep_empty": True}), 1, train=True)
     planned = windows(shards, epochs=3, start_step=start_step)
     with DECODE(shards, planned, maker) as on_ray:
         for one, other in zip(on_ray, local_stream(shards, planned, maker), strict=True):

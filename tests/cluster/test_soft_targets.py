@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 POOL = {"actors": [1, 1], "cpus": 1}
 
 
-@pytest.fixture(params=["ours", "transformers"])
+@pytest.fixture(params=["ours", pytest.param("transformers", marks=pytest.mark.slow)])
 def any_teacher(request: pytest.FixtureRequest, teacher: str, drawn_splits: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """Return the sections of a job that name a teacher: the micro Faster R-CNN, or a DETR of transformers."""
     if request.param == "ours":

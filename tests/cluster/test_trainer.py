@@ -24,6 +24,7 @@ ON_RAY = {"workers": 1, "threads_per_worker": 1}
 IN_PROCESS = ClusterSpec(workers=0, threads_per_worker=1)
 
 
+@pytest.mark.slow
 def test_ray_and_in_process_runs_end_with_the_same_weights(
     tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None
 ) -> None:

@@ -77,6 +77,12 @@ def exported(
     return {**json.loads(report.read_text()), "out": out, "teacher": teacher}
 
 
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two detectors have the same AP, and the same score thresholds to rounding."""
+    scores = [[each or 0.0 for each in metrics["thresholds"].values()] for metrics in (one, other)]
+    return {**one, "thresholds": None} == {**other, "thresholds": None} and scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
 def test_the_report_has_ap_size_and_latency_of_all(
     exported: dict[str, Any], student: str, drawn_splits: dict[str, str]
 ) -> None:
@@ -85,7 +91,7 @@ def test_the_report_has_ap_size_and_latency_of_all(
     agreement = rows["model.onnx"]["agreement"]
     assert agreement["alone"] == 0 and agreement["detections"] > 100 and agreement["box"] < 0.1 and exported["images"] == 10
     assert [row["name"] for row in exported["rows"] if row["agreement"]] == ["model.onnx"]
-    assert rows["model.onnx"]["metrics"] == rows[student]["metrics"]
+    assert alike(rows["model.onnx"]["metrics"], rows[student]["metrics"])
     for row in exported["rows"]:
         assert row["metrics"]["images"] == 10
         assert all(0 < time["median"] <= time["p95"] for time in row["latency"].values()) and "1" in row["latency"]

@@ -76,6 +76,7 @@ def test_mistakes(tmp_path: Path, drawn_splits: dict[str, str], capsys: pytest.C
         assert caught.value.code == 2
 
 
+@pytest.mark.slow
 def test_ray_is_not_needed(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     job = write(tmp_path, drawn_splits, cluster={"workers": 4})
     script = "import sys; sys.modules['ray'] = None; from headkd_ray import plan; plan.main(sys.argv[1:])"
