@@ -370,7 +370,7 @@ def mobilenet_file(official: Arrays, updates: int) -> Arrays:
     return arrays
 
 
-@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize("updates", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_file_of_mobilenet_whose_norms_train(updates: int, official: Arrays, tmp_path: Path) -> None:
     arrays = mobilenet_file(official, updates)
     norms = numbers(arrays, "grad_norms_json")

@@ -145,6 +145,7 @@ def test_kill_9_in_the_middle_of_an_upload(proxy: Proxy, splits: dict[str, str],
     assert steps == list(range(1, steps[-1] + 1)), "a step is missing from the log, or there twice"
 
 
+@pytest.mark.slow
 def test_a_search_on_s3_is_found_and_analyzed_there(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +169,7 @@ def test_the_log_is_not_uploaded_with_every_record(proxy: Proxy, splits: dict[st
     assert 1 <= len(uploads) <= 4, "2 epochs, an evaluation and the end; 13 records"
 
 
+@pytest.mark.slow
 def test_credentials_that_expire_during_a_run(
     proxy: Proxy, splits: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = HANGS) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("start_step", [0, 27])
+@pytest.mark.parametrize("start_step", [pytest.param(0, marks=pytest.mark.slow), 27])
 def test_same_batches_in_the_same_order_as_the_local_stream(
     shards: ShardSet, start_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +91,7 @@ def test_evaluation_and_idle_batches(shards: ShardSet) -> None:
         assert list(on_ray) == []
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_image_once_when_ranks_stream_at_the_same_time(shards: ShardSet, world_size: int) -> None:
     seen: list[list[int]] = [[] for _ in range(world_size)]
     steps: list[list[int]] = [[] for _ in range(world_size)]
@@ -133,6 +133,7 @@ class TracingMaker(BatchMaker):
         return super().__call__(pending)
 
 
+@pytest.mark.slow
 def test_a_consumer_that_stalls_stops_the_tasks(shards: ShardSet, tmp_path: Path) -> None:
     """Back-pressure works: of 900 MB of batches, only what fits the cluster's 100 MB of shared memory is made ahead."""
     large = SPEC.replace({"short_side": (560, 560), "long_side": 900})

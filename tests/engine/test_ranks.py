@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -97,6 +98,7 @@ def fit_twice(distributed: Distributed, first: Job, second: Job, kind: str) -> A
     return fit_on(distributed, second)
 
 
+@pytest.mark.slow
 def test_the_reported_ap_is_that_of_the_exported_student(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     """Two processes report the AP that one finds.
 
@@ -147,6 +149,7 @@ def test_a_step_of_two_workers_is_that_of_one_with_all_images(tmp_path: Path) ->
                 torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_workers_in_the_same_steps(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
     """Three ranks are run by one process, and then first by two and later by one.
 

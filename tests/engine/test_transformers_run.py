@@ -20,6 +20,7 @@ from tests.detectors.micro import transformers_spec
 from tests.support import assert_same_weights, micro_job, student_weights
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_training_from_a_folder_of_transformers_is_bit_exact(
     tmp_path: Path, drawn_splits: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
