@@ -17,7 +17,7 @@ Rows = dict[str, dict[int, Record]]
 """Row -> seed -> record."""
 Order = Mapping[str, Mapping[str, Sequence[str]]]
 """Tier -> row, in table order -> rows that it is compared with, its matched baseline first."""
-README_ROWS = ("baseline", "assist", "akd", "head", "tf_head")
+README_ROWS = ("baseline", "assist", "akd", "head", "akd_pearson", "head_pearson", "tf_head")
 """Rows of each tier that the README shows."""
 
 
