@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from headkd_ray.cli import callable_as, command_parser, user_errors
 from headkd_ray.comparison.figures_of_rows import Measured, RowFigures, figures_of, measure
@@ -19,15 +19,27 @@ from headkd_ray.comparison.run_rows import FinishedRun, Row, differences, read_r
 from headkd_ray.comparison.tables_of_rows import markdown, page, rich_table
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.diagnosis.resampling import resamples
+from headkd_ray.engine.checkpoint import STUDENT_FOLDER
 from headkd_ray.engine.coco_metrics import coco_metrics
 from headkd_ray.errors import UserError
 from headkd_ray.evaluate import detect_split
 from headkd_ray.job import load_job
 from headkd_ray.pictures import disagreements
-from headkd_ray.report.plots import drawing
+from headkd_ray.report.plots import need_matplotlib
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
 from headkd_ray.text import printable
+
+
+class Comparison(NamedTuple):
+    """What a comparison finds."""
+
+    rows: list[RowFigures]
+    reference: str
+    """Name of the row that the others are compared with."""
+    notes: list[str]
+    """Sentences on what makes the comparison less than fair, and on the teachers."""
+
 
 RESAMPLES = 200
 """Resamples of the images for a confidence interval."""
@@ -39,8 +51,8 @@ def compare(
     against: str | None = None,
     out: str | None = None,
     tell: Callable[[str], object] = lambda note: None,
-) -> list[RowFigures]:
-    """Compare finished runs and return the figures of each row, in the order in which the rows' first runs were given.
+) -> Comparison:
+    """Compare finished runs; rows are in the order in which their first runs were given.
 
     Args:
         runs: folders of the runs.
@@ -56,8 +68,7 @@ def compare(
     folder = None if out is None else Folder.open(out)
     if folder is not None:
         folder.check_writable()
-        with drawing():
-            pass
+        need_matplotlib()
     finished_runs, problems = [], []
     for address in runs:
         try:
@@ -100,7 +111,7 @@ def compare(
         folder.write("compare.md", markdown(figures, summary, notes).encode())
         folder.write("compare.html", page(list(zip(rows, figures, strict=True)), summary, notes, pictures).encode())
         folder.write("compare.json", json.dumps([_as_json(each) for each in figures], indent=1).encode())
-    return figures
+    return Comparison(figures, reference.name, notes)
 
 
 def notes_on(rows: Sequence[Row], reference: Row) -> list[str]:
@@ -118,8 +129,11 @@ def notes_on(rows: Sequence[Row], reference: Row) -> list[str]:
             notes.append(
                 f"{row.name} and {reference.name} do not have the same seeds; the gain is over {common} that both have"
             )
-    if all(len(row.runs) < 3 for row in rows):
-        notes.append("fewer than three seeds say little: gains of this kind vary by a point of AP from seed to seed")
+    if any(len(row.runs) < 3 for row in rows):
+        notes.append(
+            "fewer than three seeds say little: gains of this kind vary by a point of AP from seed to seed, and an interval of "
+            "so few is too narrow"
+        )
     return notes
 
 
@@ -137,34 +151,34 @@ def _detections(
     run: FinishedRun, shards: ShardSet, split: str, folder: Folder | None, warn: Callable[[str], object]
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the student's COCO results on the split, and how many of an image count; from ``folder`` if they are there."""
-    weights = run.folder / "student"
+    if folder is None:
+        found = detect_split(run.student, shards, split, warn=warn)
+        return found.results, found.max_detections
+    weights = run.folder / STUDENT_FOLDER
     key = hashlib.sha256(weights.read("model.safetensors") + weights.read("model.json") + shards.meta.fingerprint.encode())
     name = f"{run.job.run.name}-{key.hexdigest()[:16]}.json"
-    place = None if folder is None else folder / "detections"
-    if place is not None and place.has(name):
+    place = folder / "detections"
+    if place.has(name):
         stored = json.loads(place.read(name))
         return stored["results"], stored["max_detections"]
     found = detect_split(run.student, shards, split, warn=warn)
-    if place is not None:
-        place.create()
-        place.write(name, json.dumps({"results": found.results, "max_detections": found.max_detections}).encode())
+    place.create()
+    place.write(name, json.dumps(found._asdict()).encode())
     return found.results, found.max_detections
 
 
 def _as_json(figures: RowFigures) -> dict[str, Any]:
-    def known(values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {name: known(value) for name, value in values.items()}
-        if isinstance(values, tuple):
-            fields = getattr(values, "_fields", None)
-            return (
-                [known(each) for each in values]
-                if fields is None
-                else {f: known(v) for f, v in zip(fields, values, strict=True)}
-            )
-        return None if isinstance(values, float) and values != values else values
-
-    return {name: known(value) for name, value in vars(figures).items()}
+    """Return the figures for JSON, which has no NaN: what cannot be computed is null."""
+    entry = {
+        **vars(figures),
+        "metrics": {name: each._asdict() for name, each in figures.metrics.items()},
+        "per_class": {name: each._asdict() for name, each in figures.per_class.items()},
+        "gain": None if figures.gain is None else figures.gain._asdict(),
+        "hours": figures.hours._asdict(),
+    }
+    text = json.dumps(entry)
+    known: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
+    return known
 
 
 def train_all(jobs: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], tell: Callable[[str], object]) -> list[str]:
@@ -206,9 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"note: {printable(note)}", file=sys.stderr)
 
         runs = [*options.runs, *train_all(options.jobs, options.set, options.seeds, tell)]
-        figures = compare(runs, options.data, options.against, options.out, tell)
-        reference = next((each.name for each in figures if each.gain is None), figures[0].name)
-        Terminal().print(rich_table(figures, reference))
+        compared = compare(runs, options.data, options.against, options.out, tell)
+        Terminal().print(rich_table(compared.rows, compared.reference))
         if options.out is not None:
             print(f"page: {printable(Folder.open(options.out).named('compare.html'))}")
     return 0

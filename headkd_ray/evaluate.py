@@ -18,6 +18,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights import keeping
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.diagnosis.detector_diagnosis import diagnose
+from headkd_ray.diagnosis.overlaps import overlaps
 from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
@@ -28,7 +29,7 @@ from headkd_ray.job.job import MAX_DETECTIONS
 from headkd_ray.memory import enough_memory
 from headkd_ray.pictures import mistakes
 from headkd_ray.report.detector_page import detector_page
-from headkd_ray.report.plots import drawing
+from headkd_ray.report.plots import need_matplotlib
 from headkd_ray.report.tables import print_metrics
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -64,8 +65,7 @@ def evaluate_checkpoint(
     for folder, _ in targets.values():
         folder.check_writable()
     if report is not None:
-        with drawing():
-            pass
+        need_matplotlib()
     shards = ShardSet.open(data)
     found = detect_split(checkpoint, shards, data, batch_size, max_detections, warn)
     truth = shards.ground_truth()
@@ -74,7 +74,7 @@ def evaluate_checkpoint(
     if out is not None:
         content[out] = json.dumps(found.results)
     if report is not None:
-        diagnosis = diagnose(truth, found.results, found.max_detections)
+        diagnosis = diagnose(overlaps(truth, found.results, found.max_detections))
         summary = f"{checkpoint} on {data}: {metrics.images} images, {len(shards.meta.classes)} classes."
         pictures = list(mistakes(shards, (diagnosis, found.results)))
         content[report] = detector_page(

@@ -61,12 +61,9 @@ class RowFigures:
 def measure(truth: Mapping[str, Any], results: list[dict[str, Any]], max_detections: int, weights: Ints) -> Measured:
     """Measure COCO results on their ground truth, and on the resamples of ``weights`` (``resamples``)."""
     image_ids = [image["id"] for image in truth["images"]]
-    return Measured(
-        coco_metrics(dict(truth), results, image_ids, max_detections),
-        diagnose(truth, results, max_detections),
-        ResampledAP(overlaps(truth, results, max_detections))(weights),
-        results,
-    )
+    metrics = coco_metrics(dict(truth), results, image_ids, max_detections)
+    pairs = overlaps(truth, results, max_detections)
+    return Measured(metrics, diagnose(pairs), ResampledAP(pairs)(weights), results)
 
 
 def figures_of(row: Row, measured: Mapping[int, Measured], reference: Mapping[int, Measured] | None) -> RowFigures:

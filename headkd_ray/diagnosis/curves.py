@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headkd_ray.diagnosis.overlaps import Floats, Overlaps, matched
+from headkd_ray.diagnosis.overlaps import Floats, Matches, Overlaps, matched
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,13 @@ class Curve:
         return float(np.append(envelope, 0.0)[np.minimum(at, len(envelope))].mean())
 
 
-def curves(pairs: Overlaps, iou: float = 0.5) -> list[Curve]:
-    """Return the curve of each class. Detections that cover only a crowd do not count."""
-    objects, ignored = matched(pairs, iou)
+def curves(pairs: Overlaps, matches: Matches | None = None) -> list[Curve]:
+    """Return the curve of each class. Detections that cover only a crowd do not count.
+
+    Args:
+        matches: what ``matched`` returns; None = at IoU 0.5.
+    """
+    objects, ignored = matched(pairs) if matches is None else matches
     return [
         curve(name, int((counted & (pairs.objects.label == label)).sum()), pairs.score[mine], objects[mine] >= 0)
         for counted in [~pairs.crowd]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from headkd_ray.diagnosis.confusion import confusion
 from headkd_ray.diagnosis.curves import Curve, curves
 from headkd_ray.diagnosis.error_types import ErrorTypes, error_types
-from headkd_ray.diagnosis.overlaps import Ints, Overlaps, matched, overlaps
+from headkd_ray.diagnosis.overlaps import Ints, Matches, Overlaps, matched
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,18 @@ class Diagnosis:
         return [(names[one], names[other], int(counts[one, other])) for one, other in pairs if counts[one, other]]
 
 
-def diagnose(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], max_detections: int = 100) -> Diagnosis:
-    """Analyse COCO results on their ground truth; arguments as for :func:`overlaps`."""
-    pairs = overlaps(ground_truth, results, max_detections)
-    found = tuple(curves(pairs))
+def diagnose(pairs: Overlaps) -> Diagnosis:
+    """Analyse the overlaps of a detector's results with the ground truth."""
+    matches = matched(pairs)
+    found = tuple(curves(pairs, matches))
     thresholds = [each.threshold for each in found]
-    return Diagnosis(found, error_types(pairs), confusion(pairs, thresholds), _mistakes(pairs, thresholds))
+    errors = error_types(pairs, matches)
+    return Diagnosis(found, errors, confusion(pairs, thresholds), _mistakes(pairs, matches, thresholds))
 
 
-def _mistakes(pairs: Overlaps, thresholds: Sequence[float | None]) -> dict[int, int]:
+def _mistakes(pairs: Overlaps, matches: Matches, thresholds: Sequence[float | None]) -> dict[int, int]:
     limits = np.array([np.inf if each is None else each for each in thresholds])
-    objects, ignored = matched(pairs)
+    objects, ignored = matches
     kept = pairs.score >= limits[pairs.found.label]
     missed = ~pairs.crowd
     missed[objects[kept & (objects >= 0)]] = False

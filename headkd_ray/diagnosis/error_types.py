@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from headkd_ray.diagnosis.curves import curve
-from headkd_ray.diagnosis.overlaps import LEAST_IOU, Flags, Floats, Ints, Overlaps, matched
+from headkd_ray.diagnosis.overlaps import LEAST_IOU, Flags, Floats, Ints, Matches, Overlaps
 
+WELL = 0.5
+"""IoU from which an object is covered well."""
 KINDS = {
     "class": "an object of another class is covered well",
     "location": "an object of the class is covered, but not well",
@@ -18,7 +20,7 @@ KINDS = {
     "background": "there is nothing",
     "missed": "an object is not found, nor is there a class or location error for it",
 }
-"""The kinds of errors. *Well* is an IoU of 0.5 and more; below 0.1 nothing is covered."""
+"""The kinds of errors. Below an IoU of ``LEAST_IOU`` nothing is covered."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,25 @@ class ErrorTypes:
     """By how much ``ap50`` rises if errors of this kind alone are mended, by kind. They do not add up to what is missing."""
 
 
-def error_types(pairs: Overlaps, iou: float = 0.5) -> ErrorTypes:
+def error_types(pairs: Overlaps, matches: Matches) -> ErrorTypes:
     """Sort the wrong detections and the missed objects into ``KINDS``.
 
     Mending gives a detection with a class error the object's class, and one with a location error its place; if that object is
     found already, only the surest of them stays. Other wrong detections disappear, and missed objects do not count.
+
+    Args:
+        matches: what ``matched`` returns at an IoU of ``WELL``.
     """
-    objects, ignored = matched(pairs, iou)
+    objects, ignored = matches
     wrong = (objects < 0) & ~ignored
     same, same_iou = _closest(pairs, pairs.same_label & ~pairs.crowd[pairs.pair_object])
     other, other_iou = _closest(pairs, ~pairs.same_label & ~pairs.crowd[pairs.pair_object])
     left = wrong.copy()
     kinds: dict[str, Flags] = {}
     for kind, holds in {
-        "location": (same_iou >= LEAST_IOU) & (same_iou < iou),
-        "class": other_iou >= iou,
-        "duplicate": same_iou >= iou,
+        "location": (same_iou >= LEAST_IOU) & (same_iou < WELL),
+        "class": other_iou >= WELL,
+        "duplicate": same_iou >= WELL,
         "both": other_iou >= LEAST_IOU,
         "background": np.ones(len(wrong), dtype=bool),
     }.items():

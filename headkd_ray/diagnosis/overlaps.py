@@ -96,7 +96,11 @@ def overlaps(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
     )
 
 
-def matched(pairs: Overlaps, iou: float = 0.5) -> tuple[Ints, Flags]:
+Matches = tuple[Ints, Flags]
+"""What ``matched`` returns."""
+
+
+def matched(pairs: Overlaps, iou: float = 0.5) -> Matches:
     """Match detections with objects of their class as COCO does: the best first, each to the object that it overlaps most.
 
     Returns:

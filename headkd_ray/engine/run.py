@@ -117,7 +117,9 @@ def check_run(job: Job, data: dict[str, str] | None = None, longer: bool = False
 
 def _lengthening(before: dict[str, Any], after: dict[str, Any], folder: Folder) -> list[str]:
     """Return why a run cannot go on as if it had been started with the other ``LENGTH_KEYS``; none if it can."""
-    epochs, schedule = before["optim.epochs"], before["optim.schedule"]
+    epochs, schedule = before.get("optim.epochs"), before.get("optim.schedule")
+    if epochs is None or schedule is None:  # another version's job, whose differing keys the caller names
+        return []
     if schedule != "milestones" and epochs != after["optim.epochs"]:
         return [
             f"optim.epochs: the run {folder.uri} cannot be extended, because its learning rate follows the schedule {schedule} "
@@ -144,7 +146,7 @@ def extend_run(job: Job) -> None:
     """
     folder = run_folder(job)
     before, after = (dict(flattened(keys, ".")) for keys in (_recorded(folder), json.loads(_as_recorded(job))))
-    if all(before[key] == after[key] for key in LENGTH_KEYS):
+    if all(before.get(key) == after.get(key) for key in LENGTH_KEYS):
         return
     with writing(folder.named(JOB_FILE), "run.storage"):
         folder.delete(RESULT_FILE)  # first: between the two, the run is a shorter one that has still to write its result

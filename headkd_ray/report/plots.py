@@ -26,13 +26,20 @@ STYLE: Any = {
 }
 
 
+def need_matplotlib() -> None:
+    """Raise UserError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError('figures need matplotlib: python -m pip install "headkd-ray[report]"') from None
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draw figures in the block in our style. Raises UserError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('figures need matplotlib: python -m pip install "headkd-ray[report]"') from None
+    need_matplotlib()
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
         yield
 

@@ -50,7 +50,8 @@ def test_average_precision_is_coco_s(seed: int, most: int) -> None:
     found = curves(overlaps(truth, results, most))
     expected = coco_metrics(truth, results, [image["id"] for image in truth["images"]], most)
     assert 100 * np.mean([each.ap50 for each in found]) == pytest.approx(expected.AP50, abs=1e-9)
-    stricter = curves(overlaps(truth, results, most), iou=0.75)
+    strict_pairs = overlaps(truth, results, most)
+    stricter = curves(strict_pairs, matched(strict_pairs, 0.75))
     assert 100 * np.mean([each.ap50 for each in stricter]) == pytest.approx(expected.AP75, abs=1e-9)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headkd_ray.diagnosis.error_types import KINDS, error_types
-from headkd_ray.diagnosis.overlaps import overlaps
+from headkd_ray.diagnosis.overlaps import matched, overlaps
 from headkd_ray.engine.coco_metrics import coco_metrics
 from tests.diagnosis.test_curves import record, split
 
@@ -18,7 +18,8 @@ RIGHT = [record(1, 1, 0, score=0.9), record(1, 2, 100, score=0.8)]
 
 def found(*results: dict[str, Any], objects: list[dict[str, Any]] = OBJECTS) -> Any:
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    return error_types(overlaps({"images": [{"id": 1}], "categories": categories, "annotations": objects}, list(results)))
+    pairs = overlaps({"images": [{"id": 1}], "categories": categories, "annotations": objects}, list(results))
+    return error_types(pairs, matched(pairs))
 
 
 def test_nothing_is_wrong() -> None:
@@ -57,7 +58,7 @@ def test_a_mended_detection_of_an_object_that_is_found_already_is_one_too_many()
 def test_ap_is_coco_s_and_every_wrong_detection_has_a_kind(seed: int) -> None:
     truth, results = split(seed)
     pairs = overlaps(truth, results)
-    errors = error_types(pairs)
+    errors = error_types(pairs, matched(pairs))
     expected = coco_metrics(truth, results, [image["id"] for image in truth["images"]]).AP50
     assert 100 * errors.ap50 == pytest.approx(expected, abs=1e-9)
     assert all(gain >= -1e-12 for gain in errors.gain.values())

@@ -14,6 +14,7 @@ from PIL import Image
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.diagnosis.detector_diagnosis import diagnose
+from headkd_ray.diagnosis.overlaps import overlaps
 from headkd_ray.engine.coco_metrics import coco_metrics
 from headkd_ray.errors import UserError
 from headkd_ray.pictures import mistakes
@@ -60,9 +61,9 @@ def findings(shards: ShardSet) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def test_the_page_shows_each_mistake(drawn_splits: dict[str, str], tmp_path: Path) -> None:
     shards = ShardSet.open(drawn_splits["val"])
     truth, results = findings(shards)
-    diagnosis = diagnose(truth, results)
+    diagnosis = diagnose(overlaps(truth, results))
     metrics = coco_metrics(truth, results, [image["id"] for image in truth["images"]]).as_dict()
-    named = diagnose(shards.ground_truth(), results)
+    named = diagnose(overlaps(shards.ground_truth(), results))
     pictures = list(mistakes(shards, (named, results)))
     text = detector_page("A <detector>", "of a split & more", metrics, diagnosis, pictures)
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), "it needs nothing from the network"
@@ -87,7 +88,7 @@ def test_a_detector_that_finds_nothing_and_a_split_without_objects(drawn_splits:
     images = [image["id"] for image in truth["images"]]
     for ground_truth, found in ((truth, []), ({**truth, "annotations": []}, results), ({**truth, "annotations": []}, [])):
         metrics = coco_metrics(ground_truth, found, images).as_dict()
-        assert "</html>" in detector_page("title", "summary", metrics, diagnose(ground_truth, found), [])
+        assert "</html>" in detector_page("title", "summary", metrics, diagnose(overlaps(ground_truth, found)), [])
 
 
 def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch, drawn_splits: dict[str, str]) -> None:
