@@ -59,8 +59,11 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     """
     if job.teacher is None:
         return None
-    if job.teacher.kind != "ours":
-        return _of_transformers(job, classes)
+    return LOADERS[job.teacher.kind](job, classes)
+
+
+def _of_ours(job: Job, classes: tuple[str, ...] | None) -> Teacher:
+    assert job.teacher is not None
     loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
     names = loaded.classes
     assert names is not None
@@ -104,6 +107,10 @@ def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:
         *([] if set(classes) == set(known) else [f"it knows {len(set(classes) & set(known))} of {len(classes)} classes"]),
     ]
     return Teacher(source, "; ".join(notes), model.fingerprint)
+
+
+LOADERS = {"ours": _of_ours, "transformers": _of_transformers}
+"""By ``teacher.kind``: the function that loads the teacher of a job."""
 
 
 def _layers(job: Job, model: HFModel) -> tuple[int, ...]:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 from typing_extensions import Self
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.detectors import GroundTruth
 from headkd_ray.detectors.hf_models import DecoderAnswer, HFModel, decoder_states
-from headkd_ray.detectors.ops.boxes import pairwise_iou
+from headkd_ray.detectors.ops.boxes import clip, pairwise_iou
 from headkd_ray.job import RoIHeadSpec
 from headkd_ray.soft_targets import SoftTargets
 from headkd_ray.teacher.source import QueryFeatures, TeacherSource
@@ -137,9 +138,8 @@ class TransformersSource(TeacherSource):
 
     def _boxes(self, shares: Tensor, sizes: Tensor) -> Tensor:
         """Turn boxes (N, Q, 4) of a DecoderAnswer into x1 y1 x2 y2 in pixels of views of ``sizes`` (N, 2), within the view."""
-        centre, half = shares[..., :2], shares[..., 2:] / 2
         extent = sizes.flip(1).repeat(1, 2).unsqueeze(1).to(shares.dtype)
-        return (torch.cat([centre - half, centre + half], dim=-1) * extent).clamp_(min=0).minimum(extent)
+        return clip(box_convert(shares, "cxcywh", "xyxy") * extent, sizes)
 
     def _choose(self, answer: DecoderAnswer, truth: GroundTruth) -> _Chosen:
         """Choose the RoIs of N views: ground-truth boxes by index, then queries by index."""
