@@ -85,7 +85,7 @@ def section(records: Sequence[Record]) -> str:
     ]
     libraries = [record["libraries_mb"] for record in found.values()]
     dates = ", ".join(dict.fromkeys(record["date"] for record in found.values()))
-    notes = f"s: CPU seconds; MB: peak of the process, of which {min(libraries)} to {max(libraries)} MB are Python and libraries."
+    notes = f"s: CPU seconds; MB: peak of the process, its {min(libraries)} to {max(libraries)} MB of libraries included."
     return "\n".join([*lines, "", f"{'; '.join(about)}. {notes} {dates}."])
 
 

@@ -129,8 +129,8 @@ def _pieces(ground_truth: dict[str, Any], detections: Records, images: Mapping[i
 def _precision(piece: _Piece, images: dict[int, int], max_detections: int) -> np.ndarray:
     """Return the precision at IoU thresholds 0.50, 0.55 …, recalls, classes of the piece and areas, float64 (10, 101, C, 4)."""
     # Ids become numbers from 1: faster-coco-eval keeps those of images and classes as float64, and both libraries record the id
-    # of the annotation that a detection matched, and read an id of 0 as "no match". An area is what their loadRes would add, but
-    # that makes a polygon of each box, too.
+    # of the annotation that a detection matched, and read an id of 0 as "no match". The area is what their loadRes adds, which
+    # also makes a polygon of each box.
     found = [{**each, "area": each["bbox"][2] * each["bbox"][3], "iscrowd": 0} for each in piece.detections]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         of_truth, of_found = (_indexed(images, piece.categories, records) for records in (piece.annotations, found))

@@ -29,19 +29,20 @@ def check_optuna(search: Search) -> None:
         raise UserError(f"searcher.kind {search.spec.searcher.kind} needs Optuna: {EXTRA}") from None
 
 
-def propose(search: Search, trials: Sequence[Trial], number: int | None = None) -> Values | None:
+def propose(search: Search, trials: Sequence[Trial], number: int | None = None, earlier: Sequence[Trial] = ()) -> Values | None:
     """Return the values of the next trial, or None when a grid is exhausted.
 
     Args:
         trials: all trials so far, ended or not.
         number: the next trial's number; None = the number of trials.
+        earlier: trials of an earlier search (``warm_start.earlier_trials``).
     """
     if not trials:
         return base_values(search)
     if search.spec.searcher.kind == "grid":
         seen = [trial.values for trial in trials]
         return next((values for values in grid(search) if values not in seen), None)
-    study = study_of(search, trials)
+    study = study_of(search, [*earlier, *trials])
     study.sampler = _sampler(search, number=len(trials) if number is None else number)
     asked = study.ask()
     values: Values = {}
@@ -58,28 +59,44 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
     It omits failed trials, which say nothing about the metric, and those with values outside the space (possibly trial 0).
     """
     import optuna
-    from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    objective = search.spec.objective
-    study = optuna.create_study(directions=["maximize", "minimize"] if objective.cost is not None else ["maximize"])
-    states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING}
+    study = optuna.create_study(directions=directions(search))
     for trial in trials:
-        space = {key: search.spec.space[key] for key in trial.values}
-        if trial.state == "failed" or not all(contains(space[key], value) for key, value in trial.values.items()):
-            continue
-        values = scores(search, trial) if trial.state == "finished" else None
-        study.add_trial(
-            create_trial(
-                state=states[trial.state],
-                values=values,
-                params={key: _label(space[key], value) for key, value in trial.values.items()},
-                distributions={key: distribution(parameter) for key, parameter in space.items()},
-                intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
-                user_attrs={"number": trial.number},
-            )
-        )
+        if trial.state != "failed" and fits(search, trial):
+            study.add_trial(frozen(search, trial))
     return study
+
+
+def directions(search: Search) -> list[str]:
+    """Return Optuna's direction of each objective."""
+    return ["maximize"] + (["minimize"] if search.spec.objective.cost is not None else [])
+
+
+def fits(search: Search, trial: Trial) -> bool:
+    """Return whether all values of a trial lie in the space."""
+    return all(contains(search.spec.space[key], value) for key, value in trial.values.items())
+
+
+def frozen(search: Search, trial: Trial) -> optuna.trial.FrozenTrial:
+    """Return the trial as Optuna's; without its values if they do not fit."""
+    from optuna.trial import TrialState, create_trial
+
+    states = {
+        "finished": TrialState.COMPLETE,
+        "stopped": TrialState.PRUNED,
+        "running": TrialState.RUNNING,
+        "failed": TrialState.FAIL,
+    }
+    space = {key: search.spec.space[key] for key in trial.values} if fits(search, trial) else {}
+    return create_trial(
+        state=states[trial.state],
+        values=scores(search, trial) if trial.state == "finished" else None,
+        params={key: _label(parameter, trial.values[key]) for key, parameter in space.items()},
+        distributions={key: distribution(parameter) for key, parameter in space.items()},
+        intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
+        user_attrs={"number": trial.number},
+    )
 
 
 def scores(search: Search, trial: Trial) -> list[float]:

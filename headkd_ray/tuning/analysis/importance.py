@@ -20,7 +20,8 @@ def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, floa
     """
     finished = [trial for trial in trials if trial.state == "finished"]
     if len(finished) < FEWEST:
-        return {}, f"{len(finished)} trials have finished; importances need at least {FEWEST}."
+        some = "1 trial has" if len(finished) == 1 else f"{len(finished)} trials have"
+        return {}, f"{some} finished; importances need at least {FEWEST}, so {FEWEST - len(finished)} more."
     try:
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
