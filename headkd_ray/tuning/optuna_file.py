@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from headkd_ray.errors import UserError
 from headkd_ray.tuning.space import Search
-from headkd_ray.tuning.study import EXTRA, directions, frozen
+from headkd_ray.tuning.study import EXTRA, directions, frozen_trials
 from headkd_ray.tuning.trial_records import Trial
 
 if TYPE_CHECKING:
@@ -37,19 +37,18 @@ def optuna_file(search: Search, trials: Sequence[Trial]) -> bytes:
         study = optuna.create_study(study_name=search.spec.run.name, storage=storage, directions=directions(search))
         objective = search.spec.objective
         study.set_user_attr("objectives", [objective.metric] + ([objective.cost] if objective.cost else []))
-        study.add_trials([_told(search, trial) for trial in trials])
+        study.add_trials(list(map(_with_all, frozen_trials(search, trials), trials)))
         storage.remove_session()
         storage.engine.dispose()
         return path.read_bytes()
 
 
-def _told(search: Search, trial: Trial) -> optuna.trial.FrozenTrial:
-    """Return the trial as Optuna's, with its times and with what Optuna has no field for."""
-    own = frozen(search, trial)
+def _with_all(own: optuna.trial.FrozenTrial, trial: Trial) -> optuna.trial.FrozenTrial:
+    """Add to Optuna's trial its times and what Optuna has no field for."""
     own.datetime_start = datetime.fromtimestamp(trial.started)
-    own.datetime_complete = None if trial.ended is None else datetime.fromtimestamp(trial.ended)
-    known = asdict(trial)
-    for name in ("values", "cause", "results", "cost", "copies"):
-        if known[name]:
-            own.set_user_attr(name, known[name])
+    if trial.ended is not None:
+        own.datetime_complete = datetime.fromtimestamp(trial.ended)
+    for name, value in asdict(trial).items():
+        if value and name in ("values", "cause", "results", "cost", "copies"):
+            own.set_user_attr(name, value)
     return own

@@ -62,9 +62,8 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(directions=directions(search))
-    for trial in trials:
-        if trial.state != "failed" and fits(search, trial):
-            study.add_trial(frozen(search, trial))
+    said_something = [trial for trial in trials if trial.state != "failed" and fits(search, trial)]
+    study.add_trials(frozen_trials(search, said_something))
     return study
 
 
@@ -78,8 +77,8 @@ def fits(search: Search, trial: Trial) -> bool:
     return all(contains(search.spec.space[key], value) for key, value in trial.values.items())
 
 
-def frozen(search: Search, trial: Trial) -> optuna.trial.FrozenTrial:
-    """Return the trial as Optuna's; without its values if they do not fit."""
+def frozen_trials(search: Search, trials: Sequence[Trial]) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials as Optuna's; without their values if these do not fit."""
     from optuna.trial import TrialState, create_trial
 
     states = {
@@ -88,15 +87,19 @@ def frozen(search: Search, trial: Trial) -> optuna.trial.FrozenTrial:
         "running": TrialState.RUNNING,
         "failed": TrialState.FAIL,
     }
-    space = {key: search.spec.space[key] for key in trial.values} if fits(search, trial) else {}
-    return create_trial(
-        state=states[trial.state],
-        values=scores(search, trial) if trial.state == "finished" else None,
-        params={key: _label(parameter, trial.values[key]) for key, parameter in space.items()},
-        distributions={key: distribution(parameter) for key, parameter in space.items()},
-        intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
-        user_attrs={"number": trial.number},
-    )
+    distributions = {key: distribution(parameter) for key, parameter in search.spec.space.items()}
+    return [
+        create_trial(
+            state=states[trial.state],
+            values=scores(search, trial) if trial.state == "finished" else None,
+            params={key: _label(search.spec.space[key], value) for key, value in values.items()},
+            distributions={key: distributions[key] for key in values},
+            intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
+            user_attrs={"number": trial.number},
+        )
+        for trial in trials
+        for values in [trial.values if fits(search, trial) else {}]
+    ]
 
 
 def scores(search: Search, trial: Trial) -> list[float]:

@@ -233,7 +233,9 @@ def test_everything_that_is_put_into_the_page_is_escaped(folder: SearchFolder) -
     """This includes text that no readable file could contain."""
     search, trials = searched(folder)
     odd: Any = "<img src=x>"
-    text = page(search, [replace(trial, number=odd, state="failed", cause=odd) for trial in trials[:1]], {}, odd)
+    text = page(
+        search, [replace(trial, number=odd, state="failed", cause=odd) for trial in trials[:1]], {"importance": "<svg/>"}, odd
+    )
     assert "<img" not in text and text.count("&lt;img") >= 3
 
 
