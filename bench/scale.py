@@ -36,15 +36,14 @@ Record = dict[str, Any]
 def measure(part: str, size: str, folder: Path) -> list[Record]:
     """Run a part in this process, and return a record for each thing that it does."""
     records: list[Record] = []
-    running = PARTS[part](folder, SIZES[size])
-    before, step = resident("VmRSS"), next(running, None)
-    over = object()
-    while step is not over:
+    running, before = PARTS[part](folder, SIZES[size]), resident("VmRSS")
+    step = next(running, "")
+    while step != "":
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory would hide what the step takes
         RESET.write_text("5")  # the peak starts from here (man 5 proc)
         started = time.process_time()
-        following = next(running, over)
+        following = next(running, "")
         seconds = time.process_time() - started
         if step is not None:
             own = {"seconds": round(seconds, 3), "peak_mb": round(resident("VmHWM")), "libraries_mb": round(before)}

@@ -129,7 +129,7 @@ def bare(folder: Path, size: Size) -> Iterator[str | None]:
     sizes[::4] = HEIGHT, WIDTH
     names = [f"images/v1/patch{k % 50}/photo_{k:08d}.jpg" for k in range(size.images)]
     first = np.arange(size.images + 1) * size.boxes // size.images
-    none = np.zeros(size.boxes, np.bool_)
+    none: Any = np.zeros(size.boxes, np.bool_)
     classes = tuple(f"class {k}" for k in range(size.classes))
     ids = tuple(range(1, size.classes + 1))
     images = Images(np.arange(size.images), names, sizes)
@@ -241,7 +241,7 @@ READING = ("prepare", "read", "sampling", "evaluation")
 
 def _windows(shards: ShardSet, epochs: int = EPOCHS, start: int = 0) -> Iterator[Window]:
     rows = train_rows(shards.index, keep_empty=False)
-    keys = {"seed": 0, "rank": 0, "world_size": WORKERS, "batch_size": BATCH, "window": WINDOW}
+    keys: dict[str, Any] = {"seed": 0, "rank": 0, "world_size": WORKERS, "batch_size": BATCH, "window": WINDOW}
     return train_windows(shards.index, rows, **keys, epochs=epochs, start_step=start)
 
 

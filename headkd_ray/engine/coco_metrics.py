@@ -27,7 +27,7 @@ except ImportError:
     from pycocotools.cocoeval import COCOeval
 
 Records = list[dict[str, Any]]
-PIECE = 1_000_000
+PIECE = 250_000
 """Number of detections, and of pairs of an image and a class, that are scored at a time: the libraries take 1 kB for each."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from headkd_ray.errors import UserError
 from headkd_ray.job.render import inline
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+Direction = Literal["minimize", "maximize"]
 EXTRA = 'python -m pip install "headkd-ray[tune]"'
 
 
@@ -67,9 +68,9 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
     return study
 
 
-def directions(search: Search) -> list[str]:
+def directions(search: Search) -> list[Direction]:
     """Return Optuna's direction of each objective."""
-    return ["maximize"] + (["minimize"] if search.spec.objective.cost is not None else [])
+    return ["maximize"] if search.spec.objective.cost is None else ["maximize", "minimize"]
 
 
 def fits(search: Search, trial: Trial) -> bool:

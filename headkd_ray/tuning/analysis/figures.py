@@ -82,7 +82,7 @@ def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
     ends = [shown[trial.number][-1] for trial in order if trial.state in ("stopped", "failed") and shown[trial.number]]
     axes.plot([x for x, _ in ends], [y for _, y in ends], "x", color=FAINT, ms=7)
     for number, colour, label in ((0, BASE, "trial 0: the base job"), (best, BEST, f"best: trial {best}")):
-        if shown.get(number):
+        if number is not None and shown.get(number):
             axes.plot(*zip(*shown[number], strict=True), color=colour, marker=".", lw=2, label=label)
     axes.plot([], [], "x", color=FAINT, label="stopped or failed")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
