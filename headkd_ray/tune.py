@@ -22,6 +22,7 @@ from headkd_ray.tuning.warm_start import earlier_trials
 
 def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[Trial]:
     """Check everything, run the search as the base job's cluster section says, and return all trials. Raises UserError."""
+    earlier = earlier_trials(search, warn)
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the files are reported before that.
     from headkd_ray.deploy.extras import needs_extra
     from headkd_ray.engine.preflight import preflight
@@ -32,7 +33,6 @@ def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[T
         with needs_extra("onnx", "objective.cost: onnx_latency"):
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
-    earlier = earlier_trials(search, warn)
     preflight(search.job({}, "preflight", folder.runs.address, search.seeds[0]))
     folder.start(search)
     return search_on_ray(search, folder, train, console, earlier)
