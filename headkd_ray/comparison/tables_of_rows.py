@@ -11,8 +11,9 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from headkd_ray.comparison.figures_of_rows import METRICS, RowFigures, Spread
+from headkd_ray.comparison.figures_of_rows import METRICS, RowFigures
 from headkd_ray.comparison.run_rows import Row
+from headkd_ray.comparison.spread import Spread
 from headkd_ray.report.html import cell, document, html
 from headkd_ray.report.plots import FAINT, axes_of, drawing, literal, svg
 
@@ -26,7 +27,7 @@ def cells_of(figures: RowFigures) -> list[tuple[str, float | None]]:
     """Return the text of each cell of a row, after its name, and the value that it is sorted by."""
     gain, between = "", ""
     if figures.gain is not None:
-        gain = f"{figures.gain.mean:+.1f}" + ("" if math.isnan(figures.gain.deviation) else f" ± {figures.gain.deviation:.1f}")
+        gain = f"{figures.gain:+}"
     if figures.interval is not None:
         between = f"{figures.interval[0]:+.1f} to {figures.interval[1]:+.1f}"
     return [
