@@ -14,8 +14,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import headkd_ray
+from headkd_ray.data.class_weights import class_weights_of, described
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import Detector, weigh_classes
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import build_training_model, load_start
 from headkd_ray.engine.checkpoint import (
@@ -84,6 +85,9 @@ def fit(
         start = load_start(job, classes) if folder is None else None
         torch.manual_seed(job.run.seed)  # again, so that initial weights do not depend on what was loaded
         model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch, start)
+        weights = class_weights_of(job, streams.train_set)
+        if weights is not None:
+            weigh_classes(model, weights)
         state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
         if job.teacher is not None and teacher is not None:
             state.teacher = {"checkpoint": masked(str(job.teacher.checkpoint)), "fingerprint": teacher.fingerprint}
@@ -103,6 +107,8 @@ def fit(
     notes = [*checkpoints.notes, *notes]
     if teacher is not None and teacher.note is not None and state.step == 0:
         notes.append(teacher.note)
+    if weights is not None and state.step == 0:
+        notes.append(described(weights, classes))
     if state.step == 0:
         notes += [f"warning: {warning}" for warning in streams.scoring.warnings]
 

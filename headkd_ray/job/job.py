@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
+from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import Method
 from headkd_ray.job.module_specs import Spec, Text
 from headkd_ray.job.numbers import (
@@ -321,6 +322,8 @@ class Job(Spec):
     """The teacher; required by copy_only, akd, head and fitnet, not allowed for other methods; null = none."""
     distill: DistillSpec = DistillSpec()
     """The loss weights of distillation, and the assistant; no effect for method supervised."""
+    losses: LossesSpec = LossesSpec()
+    """The classification losses."""
     optim: OptimSpec = OptimSpec()
     """The optimizer and its schedule."""
     eval: EvalSpec = EvalSpec()
