@@ -25,6 +25,7 @@ from headkd_ray.cluster.resources import Resources, check_resources
 from headkd_ray.cluster.restarts import with_restarts
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import SCORE, check
+from headkd_ray.engine.detections import store_of
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
@@ -173,8 +174,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     with run_log(run_folder(job), job, config["queue"].put) as open_sink:
         up = stop.wait.remote()
+
+        def asked_to_stop() -> bool:
+            return bool(ray.wait([up], timeout=0)[0])
+
         try:
-            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
+            store = store_of(job, run_folder(job), streams.val_set)
+            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, asked_to_stop, store)
             return {"last": last, "data": data_fingerprints(streams)}
         except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}

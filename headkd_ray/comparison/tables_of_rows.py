@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from rich.text import Text
 from headkd_ray.comparison.figures_of_rows import METRICS, RowFigures
 from headkd_ray.comparison.run_rows import Row
 from headkd_ray.comparison.spread import Spread
-from headkd_ray.report.html import cell, document, html
+from headkd_ray.report.html import cell, document, html, picture
 from headkd_ray.report.plots import FAINT, axes_of, drawing, literal, svg
 
 if TYPE_CHECKING:
@@ -89,9 +88,7 @@ def page(
     parts += [Markup("<h2>AP by class</h2>"), _table(("class", *(each.name for each in figures)), classes)]
     if pictures:
         parts.append(Markup("<h2>Images on which they disagree most</h2>"))
-    for caption, content in pictures:
-        image = html('<img alt="" style="max-width: 100%" src="data:image/jpeg;base64,{}">', base64.b64encode(content).decode())
-        parts.append(html("<figure>{}<figcaption>{}</figcaption></figure>", image, caption))
+    parts += [picture(caption, content) for caption, content in pictures]
     return document("Comparison", parts)
 
 

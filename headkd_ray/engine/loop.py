@@ -32,6 +32,7 @@ from headkd_ray.engine.checkpoint import (
 )
 from headkd_ray.engine.coco_metrics import CocoMetrics
 from headkd_ray.engine.compiling import Compilations, compile_modules
+from headkd_ray.engine.detections import Store
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
@@ -54,6 +55,7 @@ def fit(
     checkpoints: Checkpoints,
     open_sink: Callable[[int], Sink],
     asked_to_stop: Callable[[], bool] = lambda: False,
+    store: Store | None = None,
 ) -> Record:
     """Train to the end, resuming from the latest checkpoint if any; return the last evaluation's metrics. Collective.
 
@@ -63,6 +65,7 @@ def fit(
     Args:
         open_sink: called on rank 0 with the step from which training resumes (0 = new run); the sink receives the log records.
         asked_to_stop: polled at every step; if it is True on any rank, training ends with that step and a checkpoint of it.
+        store: called on rank 0 with the detections of each evaluation, before its record.
 
     Raises:
         TrainingError: the loss is not finite, or torch.compile does not work here.
@@ -115,6 +118,10 @@ def fit(
     def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
 
+    def keep_found(scored: CocoMetrics, found: list[dict[str, Any]]) -> None:
+        if store is not None:
+            store(found, state.step, not scored.AP < state.patience.best)
+
     for note in notes:
         tell(note)
 
@@ -146,7 +153,7 @@ def fit(
                 continue
             scored = None
             if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
-                scored = validate(job, distributed, streams, state.student)
+                scored = validate(job, distributed, streams, state.student, keep_found)
                 last = {"step": state.step, **scored.as_dict()}
                 state.patience.see(scored.AP, epoch)
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
@@ -220,15 +227,21 @@ def data_fingerprints(streams: Streams) -> dict[str, str]:
     return {"data.train": streams.train_set.meta.fingerprint, "data.val": streams.val_set.meta.fingerprint}
 
 
-def validate(job: Job, distributed: Distributed, streams: Streams, student: Detector) -> CocoMetrics:
-    """Compute COCO metrics on the validation split, and return them on every rank."""
+def validate(
+    job: Job,
+    distributed: Distributed,
+    streams: Streams,
+    student: Detector,
+    keep: Callable[[CocoMetrics, list[dict[str, Any]]], None] = lambda metrics, results: None,
+) -> CocoMetrics:
+    """Compute COCO metrics on the validation split, and return them on every rank; ``keep`` as in ``evaluate``."""
     distributed.share_buffers(student)  # rank 0's student is exported, so evaluate that one
     truth = streams.val_set.ground_truth() if distributed.rank == 0 else None
     smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
     # What is evaluated is the student as it is exported, and no graphs are made for the sizes of evaluation.
     as_exported = torch.compiler.set_stance("force_eager") if job.optim.compile is not None else nullcontext()
     with as_exported, enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
-        return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision)
+        return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision, keep)
 
 
 def smaller_steps(job: Job) -> str:

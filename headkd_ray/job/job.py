@@ -262,6 +262,10 @@ class LogSpec(Spec):
     """Optimizer steps between log lines."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
+    report: bool | None = None
+    """Keep a page on the run in its folder, report.html: curves, what the student gets right and wrong, and pictures, which
+    TensorBoard and the trackers get, too. It is written at evaluations, but takes at most a twentieth of the time, and at the
+    end. null = yes, if matplotlib is installed (pip install 'headkd-ray[report]')."""
     mlflow: Place | None = None
     """Also track the run in MLflow, in the experiment of this name; MLFLOW_TRACKING_URI in the environment names the server.
     Needs pip install 'headkd-ray[mlflow]'."""
