@@ -21,9 +21,9 @@ from PIL import Image
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.diagnosis.detector_diagnosis import diagnose
 from headkd_ray.diagnosis.overlaps import overlaps
-from headkd_ray.engine.detections import BEST, LAST, StoredDetections, stored_detections
 from headkd_ray.engine.log import Record, Sink, records_in
 from headkd_ray.engine.scratch import Scratch
+from headkd_ray.engine.stored_detections import BEST, LAST, StoredDetections, stored_detections
 from headkd_ray.job import Job, render_job
 from headkd_ray.pictures import mistakes, samples
 from headkd_ray.report.run_page import BestStudent, run_page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ JOBS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "head": {"method": "head", "teacher": {"checkpoint": "not yet"}},
 }
+
+
+def as_yolo(folder: Path) -> str:
+    """Write what ``own`` has written as COCO in YOLO's layout, too; return the path of its data.yaml."""
+    for name in ("train", "val"):
+        coco = json.loads((folder / f"{name}.json").read_text())
+        shutil.copytree(folder / name, folder / "yolo" / "images" / name)
+        (folder / "yolo" / "labels" / name).mkdir(parents=True)
+        numbers = {category["id"]: number for number, category in enumerate(coco["categories"])}
+        for image in coco["images"]:
+            lines = [
+                f"{numbers[each['category_id']]} {(x + w / 2) / image['width']} {(y + h / 2) / image['height']} "
+                f"{w / image['width']} {h / image['height']}"
+                for each in coco["annotations"]
+                if each["image_id"] == image["id"]
+                for x, y, w, h in [each["bbox"]]
+            ]
+            label = (folder / "yolo" / "labels" / name / image["file_name"]).with_suffix(".txt")
+            label.write_text("\n".join(lines))
+    names = [category["name"] for category in coco["categories"]]
+    (folder / "yolo" / "data.yaml").write_text(yaml.safe_dump({"train": "images/train", "val": "images/val", "names": names}))
+    return str(folder / "yolo" / "data.yaml")
 
 
 @pytest.fixture
@@ -58,6 +81,8 @@ def test_own_photos_in_two_folders_and_any_place_for_the_results(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if place.startswith("memory"):  # and the other format
+        own = ["--train", as_yolo(tmp_path), *own[-2:]]
     monkeypatch.chdir(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
     out = uri("bucket", request.getfixturevalue("s3"), "quick") if place == "s3" else place
@@ -70,7 +95,8 @@ def test_own_photos_in_two_folders_and_any_place_for_the_results(
     cards = [json.loads((folder / run / "student").read("model.json")) for run in ("baseline", "head")]
     assert [card["spec"]["head"]["convs"] for card in cards] == [2, 2]
     assert (folder / "head" / "student").has("model.safetensors")
-    assert ShardSet.open((folder / "data" / "val").uri).meta.images == 4
+    shards = ShardSet.open((folder / "data" / "val").uri)
+    assert (shards.meta.images, len(shards.meta.classes)) == (4, 8) and shards.meta.boxes > 0
     picture = np.asarray(Image.open(io.BytesIO(folder.read("detections.png"))))
     assert picture.shape[0] > 4 * TILE and picture.shape[1] > 4 * TILE
     assert {path.name for path in tmp_path.iterdir()} - before <= {place}

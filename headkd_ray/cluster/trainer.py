@@ -25,13 +25,13 @@ from headkd_ray.cluster.resources import Resources, check_resources
 from headkd_ray.cluster.restarts import with_restarts
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import SCORE, check
-from headkd_ray.engine.detections import store_of
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import finish, open_run, run_folder, run_log
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.engine.stop import stop_signals
+from headkd_ray.engine.stored_detections import store_of
 from headkd_ray.engine.streams import Streams
 from headkd_ray.errors import (
     CacheError,

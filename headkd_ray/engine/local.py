@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import LocalCheckpoints
-from headkd_ray.engine.detections import store_of
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import finish, open_run, run_log
 from headkd_ray.engine.stop import stop_signals
+from headkd_ray.engine.stored_detections import store_of
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.job import Job
 

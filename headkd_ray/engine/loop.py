@@ -32,13 +32,13 @@ from headkd_ray.engine.checkpoint import (
 )
 from headkd_ray.engine.coco_metrics import CocoMetrics
 from headkd_ray.engine.compiling import Compilations, compile_modules
-from headkd_ray.engine.detections import Store
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.optim import reset_lr
 from headkd_ray.engine.step import Learner, build_learner, train_step
+from headkd_ray.engine.stored_detections import Store
 from headkd_ray.engine.streams import Streams, in_order, on_device
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job

@@ -14,13 +14,15 @@ from headkd_ray.diagnosis.detector_diagnosis import Diagnosis
 from headkd_ray.report.console import number
 from headkd_ray.report.detector_page import detector_sections
 from headkd_ray.report.html import document, html, picture
-from headkd_ray.report.plots import BASE, BEST, FAINT, axes_of, drawing, literal, svg
+from headkd_ray.report.plots import BASE, BEST, FAINT, INK, axes_of, drawing, literal, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 400
 """Most points of a curve; of more records, neighbouring ones are averaged."""
+WIDE = 20
+"""Ratio of losses above which their axis is logarithmic."""
 SHOWN_NOTES = 50
 """Most notes of the log that are shown, the last ones."""
 METRICS = {"AP": BEST, "AP50": FAINT, "AP75": BASE}
@@ -110,6 +112,8 @@ def _ap(records: Sequence[Record]) -> Figure | None:
     for name, colour in METRICS.items():
         points = [(record["epoch"], record["val"][name]) for record in scored if record["val"][name] is not None]
         axes.plot(*zip(*points, strict=True), color=colour, marker=".", lw=1.6, label=name)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return _finished(figure, "percent")
 
 
@@ -121,10 +125,14 @@ def _losses(records: Sequence[Record]) -> Figure | None:
     names = list(dict.fromkeys(name for record in steps for name in record["losses"]))
     for name in sorted(names, key=lambda name: name != "total"):
         points = np.array([(each["epoch"], each["losses"][name]) for each in steps if name in each["losses"]])
-        look = {"lw": 1.8, "color": BEST} if name == "total" else {"lw": 1.1}
+        look = {"lw": 1.8, "color": INK} if name == "total" else {"lw": 1.1}
         axes.plot(*_averaged(points).T, label=literal(name.removeprefix("loss_")), **look)
-    if all(value > 0 for record in steps for value in record["losses"].values()):
+    values = [value for record in steps for value in record["losses"].values()]
+    if 0 < min(values) < max(values) / WIDE:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=min(0, *values))
     return _finished(figure, "loss")
 
 
