@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from headkd_ray import quickstart
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.report.draw import TILE
 from headkd_ray.storage import Folder
+from tests.data.format_files import yolo_of_coco
 from tests.s3 import uri
 from tests.support import MICRO_TEACHER, micro_job
 
@@ -25,28 +25,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "head": {"method": "head", "teacher": {"checkpoint": "not yet"}},
 }
-
-
-def as_yolo(folder: Path) -> str:
-    """Write what ``own`` has written as COCO in YOLO's layout, too; return the path of its data.yaml."""
-    for name in ("train", "val"):
-        coco = json.loads((folder / f"{name}.json").read_text())
-        shutil.copytree(folder / name, folder / "yolo" / "images" / name)
-        (folder / "yolo" / "labels" / name).mkdir(parents=True)
-        numbers = {category["id"]: number for number, category in enumerate(coco["categories"])}
-        for image in coco["images"]:
-            lines = [
-                f"{numbers[each['category_id']]} {(x + w / 2) / image['width']} {(y + h / 2) / image['height']} "
-                f"{w / image['width']} {h / image['height']}"
-                for each in coco["annotations"]
-                if each["image_id"] == image["id"]
-                for x, y, w, h in [each["bbox"]]
-            ]
-            label = (folder / "yolo" / "labels" / name / image["file_name"]).with_suffix(".txt")
-            label.write_text("\n".join(lines))
-    names = [category["name"] for category in coco["categories"]]
-    (folder / "yolo" / "data.yaml").write_text(yaml.safe_dump({"train": "images/train", "val": "images/val", "names": names}))
-    return str(folder / "yolo" / "data.yaml")
 
 
 @pytest.fixture
@@ -82,7 +60,8 @@ def test_own_photos_in_two_folders_and_any_place_for_the_results(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if place.startswith("memory"):  # and the other format
-        own = ["--train", as_yolo(tmp_path), *own[-2:]]
+        splits = {name: (tmp_path / f"{name}.json", tmp_path / name) for name in ("train", "val")}
+        own = ["--train", yolo_of_coco(tmp_path / "yolo", splits), *own[-2:]]
     monkeypatch.chdir(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
     out = uri("bucket", request.getfixturevalue("s3"), "quick") if place == "s3" else place

@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, st
 
 
 def test_the_page_shows_the_run(trained: tuple[Job, Folder]) -> None:
-    job, run = trained
+    _, run = trained
     text = run.read("report.html").decode()
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), "it needs nothing from the network"
     records = [json.loads(line) for line in run.read("log.jsonl").decode().splitlines()]
