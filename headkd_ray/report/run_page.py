@@ -108,12 +108,14 @@ def _ap(records: Sequence[Record]) -> Figure | None:
     scored = [record for record in records if "val" in record]
     if not any(record["val"]["AP"] is not None for record in scored):
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = axes_of(8, 3)
     for name, colour in METRICS.items():
         points = [(record["epoch"], record["val"][name]) for record in scored if record["val"][name] is not None]
         axes.plot(*zip(*points, strict=True), color=colour, marker=".", lw=1.6, label=name)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _finished(figure, "percent")
 
 
