@@ -124,6 +124,7 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
     console.print(headline_table(metrics))
     console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))
     from headkd_ray.pictures import compare  # imported late, with timm, which takes seconds
+    from headkd_ray.run_report import PAGE
 
     sheet, note = compare(ShardSet.open(splits["val"]), results)
     if note is not None:
@@ -131,6 +132,8 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
     folder.write(PICTURE, sheet)
     for name in results:
         console.print(f"{name} checkpoint: {results[name]['student']}")
+        if (folder / name).has(PAGE):
+            console.print(f"{name} page: {(folder / name).named(PAGE)}")
     console.print(f"picture of detections: {folder.named(PICTURE)}")
 
 

@@ -88,7 +88,7 @@ class RunReport:
 
     def __call__(self, record: Record) -> None:
         self.tell(record)
-        self.place = {name: record[name] for name in self.place}
+        self.place = {name: record.get(name, before) for name, before in self.place.items()}
         enough = time.monotonic() - self.ended >= self.cost / SHARE
         if "val" in record and enough and record["step"] != record["steps"]:  # the end has a page in any case
             self.update()
@@ -115,15 +115,19 @@ class RunReport:
         records = list(records_in(self.run))
         scores = {record["step"]: record for record in records if "val" in record}
         last, best = (stored_detections(self.run, name) for name in (LAST, BEST))
+        pictures = None if last is None or last.step not in scores else self._samples(last, scores[last.step])
         page = run_page(
             self.job.run.name,
             _summary(self.job),
             records,
             masked(render_job(self.job)),
             None if best is None or best.step not in scores else self._best(best, scores[best.step]),
-            None if last is None or last.step not in scores else self._samples(last, scores[last.step]),
+            pictures,
         )
         self.run.write(PAGE, page.encode("utf-8", "backslashreplace"))
+        if pictures is not None and last is not None and last.step != self.shown:
+            self.show(pictures[1], last.step)
+            self.shown = last.step
 
     def _best(self, found: StoredDetections, record: Record) -> BestStudent:
         truth = self._truth(found)
@@ -135,9 +139,6 @@ class RunReport:
 
     def _samples(self, found: StoredDetections, record: Record) -> tuple[str, bytes]:
         picture = samples(self.shards, self._sample_ids(found), (record["val"]["thresholds"], found.results))
-        if found.step != self.shown:
-            self.show(picture, found.step)
-            self.shown = found.step
         caption = (
             f"Ground truth on the left, detections of the student of epoch {record['epoch']:g}, the last evaluation, on the "
             "right, at each class's threshold."
@@ -165,7 +166,7 @@ class RunReport:
 
 def _summary(job: Job) -> str:
     teacher = "" if job.teacher is None else f", taught by {masked(str(job.teacher.checkpoint))}"
-    return f"Method {job.method}: {job.student.kind}{teacher}; {job.data.train}."
+    return f"{job.student.kind}, method {job.method}{teacher}, on {job.data.train}."
 
 
 class TensorBoardPictures:

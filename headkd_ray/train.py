@@ -119,6 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
             result = train(job, console, console.note, extend=bool(options.extend))
         print_metrics({job.run.name: result["best"]})
         print(f"student: {printable(result['student'])}")
+        from headkd_ray.engine.run import run_folder
+        from headkd_ray.run_report import PAGE
+
+        if (run := run_folder(job)).has(PAGE):
+            print(f"page: {printable(run.named(PAGE))}")
     return 0
 
 
