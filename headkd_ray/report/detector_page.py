@@ -57,6 +57,8 @@ def detector_sections(metrics: Mapping[str, Any], diagnosis: Diagnosis, pictures
     }
     parts = [_headline(metrics)]
     for heading, (figure, table) in drawn.items():
+        if figure is None and table is None:
+            continue
         parts.append(html("<h2>{}</h2><p class=note>{}</p>", heading, NOTES[heading]))
         parts += [html("<figure>{}</figure>", Markup(svg(figure)))] if figure else []
         parts += [table] if table else []
@@ -108,10 +110,10 @@ def _errors(diagnosis: Diagnosis) -> Figure | None:
         return None
     figure, axes = axes_of(8, 2.6)
     kinds = list(KINDS)[::-1]
-    gains = [100 * diagnosis.errors.gain[kind] for kind in kinds]
+    gains = [100 * np.nan_to_num(diagnosis.errors.gain[kind]) for kind in kinds]  # NaN: there would be nothing left to find
     worst = max(gains)
     axes.barh(kinds, gains, color=[BEST if gain == worst and gain > 0 else FAINT for gain in gains])
-    axes.set_xlabel("AP50 gained (points)")
+    axes.set(xlabel="AP50 gained (points)", xlim=(min(0, *gains), max(1, 1.05 * worst)))
     return figure
 
 
