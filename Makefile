@@ -15,13 +15,16 @@ OWN := $(if $(TRAIN),--train "$$TRAIN") $(if $(VAL),--val "$$VAL") $(if $(IMAGES
 # Tests that train nothing and start no Ray.
 FAST := tests/job tests/data tests/report tests/golden tests/test_architecture.py tests/test_storage.py tests/test_text.py
 
+# Two processes of pytest-xdist; tests/conftest.py says which tests stay together. (With ARGS="-n 0" it is one.)
+TWO := -n 2 --dist loadgroup
+
 .PHONY: setup quickstart test test-fast lint lock
 
 quickstart: setup
 	$(PY) -m headkd_ray.quickstart $(OWN) $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(TWO) $(ARGS)
 
 test-fast: setup
 	$(PY) -m pytest $(FAST) $(ARGS)
