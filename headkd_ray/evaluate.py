@@ -161,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.report,
         )
     print_metrics({options.checkpoint: metrics.as_dict()})
+    if options.report is not None:
+        print(f"page: {printable(options.report)}")
     return 0
 
 

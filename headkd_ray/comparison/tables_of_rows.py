@@ -113,8 +113,10 @@ def _curves(rows: Sequence[Row]) -> Figure | None:
             points = {**points, **{epoch: [*points.get(epoch, []), ap] for epoch, ap in run.curve}}
         means = sorted((epoch, sum(values) / len(values)) for epoch, values in points.items())
         if means:
-            axes.plot(*zip(*means, strict=True), color=f"C{number}", lw=1.8, label=literal(row.name))
+            axes.plot(*zip(*means, strict=True), color=f"C{number}", marker=".", lw=1.8, label=literal(row.name))
     axes.set(xlabel="epoch", ylabel="AP on data.val (%)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.grid(color=FAINT, alpha=0.2)
     axes.legend(fontsize=8, frameon=False)
     return figure

@@ -13,7 +13,8 @@ STYLE = """
         --mark: light-dark(#fdf1e4, #3a2c1c); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        background: light-dark(#ffffff, #16181b); color: light-dark(#1d1e20, #e4e6ea); }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h1:not(:first-of-type) { margin-top: 3rem }
+h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note, figcaption { color: var(--faint) }
 figure { margin: 1rem 0; overflow-x: auto } figure svg, img { max-width: 100%; height: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }

@@ -155,6 +155,7 @@ def _averaged(points: np.ndarray) -> np.ndarray:
 def _finished(figure: Figure, up: str, legend: bool = True) -> Figure:
     (axes,) = figure.axes
     axes.set(xlabel="epoch", ylabel=up)
+    axes.set_xlim(left=0)
     axes.grid(color=FAINT, alpha=0.2)
     if legend:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
