@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,16 @@ MEASURE = """(() => {
 def chromium() -> str | None:
     """Return the program that the environment variable names, or one on PATH; None if there is none."""
     return os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+START = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+"""Becomes the program of its arguments, which reads from descriptor 3 and writes to 4, as Chromium does."""
 
 
 class Seen(NamedTuple):
@@ -117,8 +128,8 @@ def browser(program: str, profile: Path) -> Iterator[Browser]:
     (their_read, write), (read, their_write) = os.pipe(), os.pipe()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
     offline = ["--proxy-server=127.0.0.1:9", "--disable-background-networking", f"--user-data-dir={profile}"]
-    process = subprocess.Popen(  # it reads from descriptor 3 and writes to 4
-        ["sh", "-c", f'exec "$0" "$@" 3<&{their_read} 4>&{their_write}', program, *options, *offline],
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", START, str(their_read), str(their_write), program, *options, *offline],
         pass_fds=(their_read, their_write),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
