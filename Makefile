@@ -1,5 +1,6 @@
 # make quickstart                                                 the whole method on a drawn data set
 # make quickstart TRAIN=train.json VAL=val.json IMAGES=photos     the same on own photos (COCO JSON and image folder)
+# make quickstart TRAIN=data.yaml                                 the same on a YOLO data set, or on a folder of Pascal VOC
 # make quickstart TRAIN=... VAL=... IMAGES=... VAL_IMAGES=photos2    if the validation images are in another folder
 # make quickstart ARGS="--out runs/mine optim.epochs=6"           more arguments of python -m headkd_ray.quickstart
 # make test                                                       the tests

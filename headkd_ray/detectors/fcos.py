@@ -103,7 +103,9 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         positives = mean_over_workers(positive.sum().float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1e-6)
         everywhere = torch.ones_like(positive)
-        cls = focal_loss_sum(logits, target_labels, everywhere, self.spec.focal_alpha, self.spec.focal_gamma)
+        cls = focal_loss_sum(
+            logits, target_labels, everywhere, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights
+        )
         return {
             "loss_cls": cls / positives,
             "loss_box": iou_sum(predicted, target_boxes, weights, self.spec.box_loss) / weight,

@@ -133,7 +133,7 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(matched < 0, -1)
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
-        cls = focal_loss_sum(logits, target_labels, matched >= NEGATIVE, spec.focal_alpha, spec.focal_gamma)
+        cls = focal_loss_sum(logits, target_labels, matched >= NEGATIVE, spec.focal_alpha, spec.focal_gamma, self.class_weights)
         return {
             "loss_cls": cls / _positives(matched),
             "loss_init": spec.init_weight * self._point_loss(initial, nearest, truth, grid),

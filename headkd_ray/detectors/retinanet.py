@@ -74,7 +74,9 @@ class RetinaHead(DenseHead[RetinaOutputs]):
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
         deltas = torch.cat(flatten_cells(outputs.deltas, 4), dim=1)
         normaliser = positive.sum(1).clamp(min=1).sum()
-        cls = focal_loss_sum(logits, target_labels, matched >= -1, self.spec.focal_alpha, self.spec.focal_gamma)
+        cls = focal_loss_sum(
+            logits, target_labels, matched >= -1, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights
+        )
         return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, positive) / normaliser}
 
     def box_maps(self, outputs: RetinaOutputs) -> list[Tensor]:

@@ -117,7 +117,10 @@ class BoxHead(RoIHead):
         # A RoI that a cascade moved off its image has no area, so it cannot be encoded; it is background.
         wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
         box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
-        return {"cls": cross_entropy_mean(said.logits, rois.labels), "box": box / (rois.labels >= 0).sum().clamp(min=1)}
+        return {
+            "cls": cross_entropy_mean(said.logits, rois.labels, self.class_weights),
+            "box": box / (rois.labels >= 0).sum().clamp(min=1),
+        }
 
     def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
         return self(features, boxes, image), boxes

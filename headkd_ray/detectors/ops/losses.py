@@ -12,40 +12,52 @@ from torch import Tensor
 from headkd_ray.detectors.ops.boxes import paired_giou, paired_iou
 
 
-def focal_loss_sum(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
+def focal_loss_sum(
+    logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float, class_weights: Tensor | None = None
+) -> Tensor:
     """Sum the sigmoid focal loss: -alpha (1-p)^gamma log p for targets, -(1-alpha) p^gamma log(1-p) for the rest.
 
-    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``counted`` (B, N) bool, False = no loss.
-    All entries are first summed as background; then the one target in each row is corrected. This saves a one-hot target
-    and a second pass over B x N x C.
+    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``counted`` (B, N) bool, False = no loss; ``class_weights``
+    (C + 1,) multiply the rows of each class, background last. All entries are first summed as background; then the one target
+    in each row is corrected. This saves a one-hot target and a second pass over B x N x C.
     """
     logits = logits.float()
     background = (1 - alpha) * _power(logits.sigmoid(), gamma) * F.softplus(logits)
-    total = background.sum(-1).masked_fill(~counted, 0.0).sum()
+    as_background = background.sum(-1).masked_fill(~counted, 0.0)
     target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     paid = (1 - alpha) * _power(target.sigmoid(), gamma) * F.softplus(target)
     owed = alpha * _power((-target).sigmoid(), gamma) * F.softplus(-target)
-    return total + (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0).sum()
+    correction = (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0)
+    return _weighted_sum(as_background, labels, class_weights) + _weighted_sum(correction, labels, class_weights)
+
+
+def _weighted_sum(rows: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Sum ``rows`` (B, N), each times the weight of its class in ``labels`` (B, N), of which -1 is the last weight."""
+    return (rows if class_weights is None else rows * class_weights[labels]).sum()
 
 
 def _power(value: Tensor, exponent: float) -> Tensor:
     return value * value if exponent == 2 else value.pow(exponent)
 
 
-def quality_focal_loss_sum(logits: Tensor, labels: Tensor, quality: Tensor, counted: Tensor, beta: float) -> Tensor:
+def quality_focal_loss_sum(
+    logits: Tensor, labels: Tensor, quality: Tensor, counted: Tensor, beta: float, class_weights: Tensor | None = None
+) -> Tensor:
     """Sum the quality focal loss (GFL): |q - p|^beta times the cross entropy of p with q.
 
     q is ``quality`` (B, N) in 0..1 at a target and 0 elsewhere. ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background;
-    ``counted`` (B, N) bool, False = no loss. As in :func:`focal_loss_sum`, the one target in each row is corrected afterwards.
+    ``counted`` (B, N) bool, False = no loss; ``class_weights`` as in :func:`focal_loss_sum`, where also the one target in each
+    row is corrected afterwards.
     """
     logits = logits.float()
     background = _power(logits.sigmoid(), beta) * F.softplus(logits)
-    total = background.sum(-1).masked_fill(~counted, 0.0).sum()
+    as_background = background.sum(-1).masked_fill(~counted, 0.0)
     target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     paid = _power(target.sigmoid(), beta) * F.softplus(target)
     entropy = F.binary_cross_entropy_with_logits(target, quality, reduction="none")
     owed = _power((quality - target.sigmoid()).abs(), beta) * entropy
-    return total + (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0).sum()
+    correction = (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0)
+    return _weighted_sum(as_background, labels, class_weights) + _weighted_sum(correction, labels, class_weights)
 
 
 def distribution_focal_loss_sum(bins: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -108,10 +120,11 @@ def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(student.float(), target.detach().float(), reduction="sum") / max(student.numel(), 1)
 
 
-def cross_entropy_mean(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_mean(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64; 0 if R = 0.
 
-    Rows whose label is -1 do not count.
+    Rows whose label is -1 do not count. ``class_weights`` (C + 1,) multiply the rows of each class; the mean is over the number
+    of rows, not over their weights.
     """
-    total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
+    total = F.cross_entropy(logits.float(), labels, class_weights, reduction="sum", ignore_index=-1)
     return total / (labels >= 0).sum().clamp(min=1)
