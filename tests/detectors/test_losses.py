@@ -55,7 +55,7 @@ def test_sums_over_nothing_are_zero_with_zero_gradients() -> None:
     total = total + l1_sum(logits, torch.full((2, 3, 4), float("inf")), nothing, beta=1.0)
     total = total + binary_cross_entropy_sum(logits[..., 0], nothing, nothing)
     empty = logits.reshape(-1, 4)[:0]
-    total = total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64))
+    total = total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64), nothing[0, :0])
     total.backward()
     assert total.item() == 0
     assert logits.grad is not None
@@ -77,7 +77,7 @@ def test_plain_formulas() -> None:
     torch.testing.assert_close(binary_cross_entropy_sum(ours[:, 0], counted, rows), expected)
     labels = torch.tensor([0, 1, 2, 3, 3])
     expected = -ours.log_softmax(1)[torch.arange(5), labels].mean()
-    torch.testing.assert_close(cross_entropy_mean(ours, labels), expected)
+    torch.testing.assert_close(cross_entropy_mean(ours, labels, torch.ones(5)), expected)
 
 
 def test_targets_carry_no_gradient_and_half_precision_is_raised() -> None:
