@@ -151,7 +151,8 @@ class _Reader:
             self._problems.add(f"is {type(item).__name__}, not a prediction; {FORM}", where)
             return
         image = _key(item, "image_id", "file_name")
-        vector, bbox = item.get("scores"), item.get("bbox")
+        vector: Any = item.get("scores")
+        bbox: Any = item.get("bbox")
         score: Any = item.get("score")
         if image is not None:
             where += f" (image {shortly(image)})"
@@ -193,7 +194,9 @@ class _Reader:
         for length, where in self._lengths.items():
             if length != len(ordered):
                 whose = "the file" if categories else "the data"
-                kind = f"'scores' has {length} numbers, but {whose} has {len(ordered)} classes; give one for each, by ascending id"
+                kind = (
+                    f"'scores' has {length} numbers, but {whose} has {len(ordered)} classes; give one for each, by ascending id"
+                )
                 self._problems.add(kind, where)
 
         def named(key: Key) -> Key:

@@ -6,7 +6,7 @@ They are added to an image before its views are made, and so move with it throug
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -129,7 +129,8 @@ def _labels(found: Predictions, classes: Mapping[int, str], problems: Problems, 
     names = [key for key, _ in unknown if isinstance(key, str)]
     if names and (of_key < 0).all():
         own = [key for key in found.class_keys if isinstance(key, str)]
-        problems.add(f"none of its classes is the data's: {difference('the data', [*classes.values()], 'the file', own)}", found.place)
+        both = difference("the data", [*classes.values()], "the file", own)
+        problems.add(f"none of its classes is the data's: {both}", found.place)
     elif names:
         lost = sum(count for key, count in unknown if isinstance(key, str))
         news.append(f"{found.place}: {lost} predictions of classes that the data does not have are left out: {listed(names)}")
@@ -146,8 +147,8 @@ def _check_images(
         index = next(iter(splits.values())).index
         known = listed([str(id_) for id_ in index.image_id.tolist()], 3)
         problems.add(
-            f"0 of its {len(found.image_keys)} images are in {places}; is it a file for other images? It has {theirs}; ids there "
-            f"are {known}",
+            f"0 of its {len(found.image_keys)} images are in {places}; is it a file for other images? It has {theirs}; ids "
+            f"there are {known}",
             found.place,
         )
     for name, row in rows.items():
@@ -183,7 +184,9 @@ def _corners(
     if form is not None:
         problems.add(form[0], where(form[1]))
     else:
-        kind = f"box leaves its image by more than {SLACK:g} px; is the file for images of another size? Otherwise clip its boxes"
+        kind = (
+            f"box leaves its image by more than {SLACK:g} px; is the file for images of another size? Otherwise clip its boxes"
+        )
         problems.add_all(kind, np.flatnonzero(outside).tolist(), where)
     corners = np.clip(corners, 0, np.tile(sizes, 2))
     return corners, (corners[:, 2:] - corners[:, :2] >= MIN_SIDE).all(axis=1)
@@ -203,16 +206,10 @@ def _summary(
     return (
         f"{found.place}: {taken} pseudo labels (score from {spec.score_threshold:g}) on {int((labels.counts() > 0).sum())} of "
         f"{len(split.index)} images of {name}, and {ignored} boxes (from {spec.ignore_threshold:g}) that are ignored; "
-        f"{there} of the file's {len(rows)} images are there"
-        + (f"; {flat} boxes without area are left out" if flat else "")
+        f"{there} of the file's {len(rows)} images are there" + (f"; {flat} boxes without area are left out" if flat else "")
     )
 
 
 def classes_by_id(split: ShardSet) -> dict[int, str]:
     """Return the names of a split's classes by category id, in the order of the labels."""
     return dict(zip(split.meta.category_ids, split.meta.classes, strict=True))
-
-
-def weights_sum(parts: Sequence[PseudoLabels]) -> float:
-    """Return the sum of the weights of all pseudo labels."""
-    return float(sum(part.weights.sum(dtype=np.float64) for part in parts))

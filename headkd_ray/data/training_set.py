@@ -91,21 +91,26 @@ def training_set(job: Job, train: ShardSet | None = None) -> ShardSet:
     parts = [Part(train, True, made.get("data.train"))]
     if unlabelled is not None:
         parts.append(Part(unlabelled, False, made.get("data.unlabelled")))
-    splits = [part.shards.meta for part in parts]
-    meta = replace(train.meta, shards=tuple(shard for split in splits for shard in split.shards), images=sum(s.images for s in splits))
+    metas = [part.shards.meta for part in parts]
+    shards = tuple(shard for meta in metas for shard in meta.shards)
+    meta = replace(train.meta, shards=shards, images=sum(meta.images for meta in metas))
     iou = None if job.teacher is None else job.teacher.labelled_iou
     return TrainingSet(train.folder, meta, _joined(parts), tuple(parts), iou, tuple(notes))
 
 
+def splits_of(shards: ShardSet) -> dict[str, ShardSet]:
+    """Return the splits of what a job trains on, by their job keys."""
+    if not isinstance(shards, TrainingSet):
+        return {"data.train": shards}
+    return {"data.train" if part.labelled else "data.unlabelled": part.shards for part in shards.parts}
+
+
 def split_fingerprints(shards: ShardSet) -> dict[str, str]:
-    """Return the fingerprint of each split of a training set, by its job key."""
-    parts = shards.parts if isinstance(shards, TrainingSet) else (Part(shards, True, None),)
-    return {"data.train" if part.labelled else "data.unlabelled": part.shards.meta.fingerprint for part in parts}
+    """Return the fingerprint of each split of what a job trains on, by its job key."""
+    return {key: split.meta.fingerprint for key, split in splits_of(shards).items()}
 
 
-def _pseudo(
-    spec: TeacherSpec, train: ShardSet, unlabelled: ShardSet | None
-) -> tuple[dict[str, PseudoLabels], list[str]]:
+def _pseudo(spec: TeacherSpec, train: ShardSet, unlabelled: ShardSet | None) -> tuple[dict[str, PseudoLabels], list[str]]:
     assert spec.predictions is not None
     classes = classes_by_id(train)
     splits = {} if unlabelled is None else {"data.unlabelled": unlabelled}
@@ -119,13 +124,13 @@ def _check_pair(job: Job, train: ShardSet, unlabelled: ShardSet) -> None:
     problems = []
     if {shard.sha256 for shard in unlabelled.meta.shards} & {shard.sha256 for shard in train.meta.shards}:
         problems.append(
-            f"data.unlabelled: {job.data.unlabelled} has shards of data.train ({job.data.train}), whose images have labels; give "
-            "other images, or leave out the key"
+            f"data.unlabelled: {job.data.unlabelled} has shards of data.train ({job.data.train}), whose images have labels; "
+            "give other images, or leave out the key"
         )
     if unlabelled.meta.row_group != train.meta.row_group:
         problems.append(
-            f"data.unlabelled: {job.data.unlabelled} was prepared with --row-group {unlabelled.meta.row_group}, data.train with "
-            f"{train.meta.row_group}; prepare one of them again, with the other's"
+            f"data.unlabelled: {job.data.unlabelled} was prepared with --row-group {unlabelled.meta.row_group}, data.train "
+            f"with {train.meta.row_group}; prepare one of them again, with the other's"
         )
     try:
         places = {f"data.{name} ({split.folder.uri})": split for name, split in (("train", train), ("unlabelled", unlabelled))}
@@ -143,10 +148,11 @@ def _joined(parts: Sequence[Part]) -> ShardIndex:
     names = ("image_id", "width", "height", "row", "boxes")
     columns = {name: np.concatenate([getattr(index, name) for index in indices]) for name in names}
     shard = np.concatenate([index.shard + start for index, start in zip(indices, first, strict=False)]).astype(np.int32)
-    rows = [np.full(len(part.shards.index), not part.labelled) for part in parts]
-    return ShardIndex(**columns, shard=shard, row_group=indices[0].row_group, without_truth=_unlabelled(parts, np.concatenate(rows)))
+    rows = np.concatenate([np.full(len(part.shards.index), not part.labelled) for part in parts])
+    taught = np.concatenate([_taught(part) for part in parts])
+    return ShardIndex(**columns, shard=shard, row_group=indices[0].row_group, without_truth=Unlabelled(rows, rows & taught))
 
 
-def _unlabelled(parts: Sequence[Part], rows: NDArray[np.bool_]) -> Unlabelled:
-    taught = [part.pseudo.counts() > 0 if part.pseudo is not None else np.ones(len(part.shards.index), dtype=bool) for part in parts]
-    return Unlabelled(rows, rows & np.concatenate(taught))
+def _taught(part: Part) -> NDArray[np.bool_]:
+    """Return the images of a part that a teacher says something about: all, or those with a pseudo label that counts."""
+    return np.ones(len(part.shards.index), dtype=bool) if part.pseudo is None else part.pseudo.counts() > 0

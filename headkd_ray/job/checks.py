@@ -13,12 +13,24 @@ from headkd_ray.job import data_checks
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
-from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
+from headkd_ray.job.job import MAX_DETECTIONS, DataSpec, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
 from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
+
+OF_TEACHERS = {
+    "checkpoint": ("ours", "transformers"),
+    "classes": ("ours", "transformers"),
+    "layers": ("transformers",),
+    "truth_iou": ("transformers",),
+    "predictions": ("predictions",),
+    "score_threshold": ("predictions",),
+    "ignore_threshold": ("predictions",),
+    "labelled_iou": ("predictions",),
+}
+"""Keys of the teacher that are only for some kinds, which read nothing else's."""
 
 Get = Callable[[str], Any]
 """Returns the value of a dotted key; a section is a dict. Raises UnreadableError."""
@@ -85,8 +97,20 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
     needed = METHODS[method].teacher
     if needed and teacher is None:
         yield "teacher", f"method {method} needs a teacher; give teacher.checkpoint"
-    if not needed and teacher is not None:
-        yield "teacher", f"method {method} uses no teacher; remove the section (or override teacher=null)"
+    if teacher is None:
+        return
+    predicts = get("teacher.kind") == "predictions"
+    if needed and predicts:
+        yield (
+            "teacher.kind",
+            f"predictions are boxes without features, which method {method} needs; use method supervised, assist or tf_head, "
+            "or a network as the teacher (teacher.checkpoint)",
+        )
+    elif not needed and not predicts:
+        yield (
+            "teacher",
+            f"method {method} uses no teacher but predictions (teacher.kind); remove the section (or override teacher=null)",
+        )
 
 
 def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
@@ -310,10 +334,13 @@ def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
     if get("teacher") is None:
         return
     kind, method = get("teacher.kind"), get("method")
-    if kind == "ours":
-        for key in ("layers", "truth_iou"):
-            if get(f"teacher.{key}") != TeacherSpec.model_fields[key].default:
-                yield f"teacher.{key}", "is for kind: transformers; remove the key, or set teacher.kind"
+    for key, kinds in OF_TEACHERS.items():
+        if kind not in kinds and get(f"teacher.{key}") != TeacherSpec.model_fields[key].default:
+            yield f"teacher.{key}", f"is for kind: {' or '.join(kinds)}; remove the key, or set teacher.kind"
+    source = "predictions" if kind == "predictions" else "checkpoint"
+    if get(f"teacher.{source}") is None:
+        yield f"teacher.{source}", f"missing; a teacher of kind {kind} needs it"
+    if kind != "transformers":
         return
     layers = list(get("teacher.layers") or ())
     if layers != sorted(set(layers)):
@@ -334,6 +361,41 @@ def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
         yield "distill.ckd_towers", f"a teacher of kind {kind} has no box tower to imitate; use [cls]"
     if get("distill.pkd_weight") > 0:
         yield "distill.pkd_weight", f"a teacher of kind {kind} has no pyramid to imitate; remove the key"
+
+
+def _predictions(get: Get) -> Iterator[tuple[str, str]]:
+    if get("teacher") is None or get("teacher.kind") != "predictions":
+        return
+    low, high = get("teacher.ignore_threshold"), get("teacher.score_threshold")
+    if low > high:
+        yield "teacher.ignore_threshold", f"{low:g} is above teacher.score_threshold ({high:g}); lower it"
+    if get("data.unlabelled") is None and get("teacher.labelled_iou") is None:
+        yield (
+            "teacher.predictions",
+            "would not be used: labelled images have their own boxes; give data.unlabelled, or teacher.labelled_iou (0.5, for "
+            "example) to add what the ground truth lacks",
+        )
+    if not issubclass(SPECS[kind := get("student.kind")], PyramidDetectorSpec):
+        yield (
+            "student.kind",
+            f"the losses of {kind} have no weights for pseudo labels; use a student of another kind",
+        )
+
+
+def _unlabelled(get: Get) -> Iterator[tuple[str, str]]:
+    if get("data.unlabelled") is None:
+        if get("data.unlabelled_share") != DataSpec.model_fields["unlabelled_share"].default:
+            yield "data.unlabelled_share", "has no effect without data.unlabelled; remove the key"
+        return
+    method, teacher = get("method"), get("teacher")
+    predicts = teacher is not None and get("teacher.kind") == "predictions"
+    compares = {"akd", "fitnet"} & {*METHODS[method].terms} or (METHODS[method].teacher and get("distill.pkd_weight") > 0)
+    if not predicts and not compares:
+        yield (
+            "data.unlabelled",
+            f"method {method} learns nothing from images without labels; give predictions (teacher.kind: predictions), or "
+            "use a method with distillation (akd, head, fitnet)",
+        )
 
 
 def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
@@ -377,6 +439,8 @@ CHECKS: tuple[Check, ...] = (
     _method_and_teacher,
     _teacher_placement,
     _teacher_kind,
+    _predictions,
+    _unlabelled,
     _method_and_student,
     _tf_assistants,
     _tf_head_weights,

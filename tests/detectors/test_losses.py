@@ -55,7 +55,9 @@ def test_sums_over_nothing_are_zero_with_zero_gradients() -> None:
     total = total + l1_sum(logits, torch.full((2, 3, 4), float("inf")), nothing, beta=1.0)
     total = total + binary_cross_entropy_sum(logits[..., 0], nothing, nothing)
     empty = logits.reshape(-1, 4)[:0]
-    total = total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64), nothing[0, :0])
+    total = (
+        total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64), nothing[0, :0])
+    )
     total.backward()
     assert total.item() == 0
     assert logits.grad is not None
