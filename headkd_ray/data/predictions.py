@@ -56,17 +56,17 @@ class Predictions:
     """float64 (n,), in 0..1."""
 
 
-def read_predictions(place: str, classes: Mapping[int, str], least: float) -> Predictions:
+def read_predictions(place: str, classes: Mapping[int, str], least: float, problems: Problems) -> Predictions:
     """Read the predictions at ``place`` (path or URI) whose score is at least ``least``; all are checked.
 
     Args:
         classes: names of the data's classes by category id, which are those of a file that lists none.
+        problems: what is wrong with single predictions, which are left out, is recorded here.
 
     Raises:
-        DataError: the file cannot be read, or has problems, all of which are listed.
+        DataError: the file cannot be read, or has no predictions.
     """
     folder, name = Folder.of_file(place, DataError)
-    problems = Problems()
     reader = _Reader(place, list(classes.values()), least, problems)
     try:
         with folder.open_file(name) as file:
@@ -82,7 +82,6 @@ def read_predictions(place: str, classes: Mapping[int, str], least: float) -> Pr
     except (BadJsonError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise DataError(f"{place}: not JSON ({error}); {FORM}") from error
     found = reader.end(hashed.digest())
-    problems.check(f"{place} cannot be used as predictions:")
     if not found.total:
         raise DataError(f"{place}: holds no prediction; {FORM}")
     return found

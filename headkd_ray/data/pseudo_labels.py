@@ -70,22 +70,23 @@ def _overlaps(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArra
 
 
 def pseudo_labels(
-    found: Predictions, splits: Mapping[str, ShardSet], classes: Mapping[int, str], spec: TeacherSpec
+    found: Predictions, splits: Mapping[str, ShardSet], classes: Mapping[int, str], spec: TeacherSpec, problems: Problems
 ) -> tuple[dict[str, PseudoLabels], list[str]]:
     """Return the pseudo labels of each of the ``splits``, and sentences for the log about what was taken and what was not.
 
     Args:
         splits: the splits whose images get pseudo labels, by what messages call them.
         classes: names of the data's classes by category id, in the order of the labels.
+        problems: what is already known to be wrong with the file.
 
     Raises:
-        DataError: the predictions are of other images or classes, or boxes leave their images; all problems are listed.
+        DataError: there are problems, or the predictions are of other images or classes, or boxes leave their images; all
+            problems are listed.
     """
-    problems, news = Problems(), list[str]()
+    news: list[str] = []
     label = _labels(found, classes, problems, news)
     rows = {name: places_of(found.image_keys, split.index.image_id, split.file_names()) for name, split in splits.items()}
     _check_images(found, rows, splits, problems)
-    problems.check(f"{found.place} cannot be used as predictions:")
     made = {}
     for name, split in splits.items():
         row, known = rows[name][found.image], label >= 0
@@ -126,7 +127,7 @@ def _labels(found: Predictions, classes: Mapping[int, str], problems: Problems, 
                 "under 'category'",
                 f"{found.place}: category_id {key} of {count} predictions",
             )
-    names = [key for key, _ in unknown if isinstance(key, str)]
+    names = [key for key, _ in unknown if isinstance(key, str) and not key.startswith("\0")]  # which a problem is about
     if names and (of_key < 0).all():
         own = [key for key in found.class_keys if isinstance(key, str)]
         both = difference("the data", [*classes.values()], "the file", own)
@@ -142,6 +143,8 @@ def _check_images(
 ) -> None:
     """Record it if none of the file's images is in the splits, if two of them are one image, or one of them is two images."""
     places = " and ".join(splits)
+    if not found.image_keys:
+        return
     if all((row < 0).all() for row in rows.values()):
         theirs = listed([str(key) for key in found.image_keys], 3)
         index = next(iter(splits.values())).index

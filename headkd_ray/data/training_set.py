@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.predictions import read_predictions
+from headkd_ray.data.problems import Problems
 from headkd_ray.data.pseudo_labels import PseudoLabels, classes_by_id, pseudo_labels
 from headkd_ray.data.sample import Sample
 from headkd_ray.data.shards import ShardIndex, ShardSet, Unlabelled
@@ -116,7 +117,9 @@ def _pseudo(spec: TeacherSpec, train: ShardSet, unlabelled: ShardSet | None) -> 
     splits = {} if unlabelled is None else {"data.unlabelled": unlabelled}
     if spec.labelled_iou is not None:
         splits["data.train"] = train
-    return pseudo_labels(read_predictions(spec.predictions, classes, spec.ignore_threshold), splits, classes, spec)
+    problems = Problems()
+    found = read_predictions(spec.predictions, classes, spec.ignore_threshold, problems)
+    return pseudo_labels(found, splits, classes, spec, problems)
 
 
 def _check_pair(job: Job, train: ShardSet, unlabelled: ShardSet) -> None:

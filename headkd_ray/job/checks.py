@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from headkd_ray.job import data_checks
+from headkd_ray.job import data_checks, teacher_checks
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
-from headkd_ray.job.job import MAX_DETECTIONS, DataSpec, DistillSpec, Job, OptimSpec
+from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
@@ -107,10 +107,7 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
             "or a network as the teacher (teacher.checkpoint)",
         )
     elif not needed and not predicts:
-        yield (
-            "teacher",
-            f"method {method} uses no teacher but predictions (teacher.kind); remove the section (or override teacher=null)",
-        )
+        yield "teacher", f"method {method} uses no teacher; remove the section (or override teacher=null)"
 
 
 def _method_and_student(get: Get) -> Iterator[tuple[str, str]]:
@@ -363,41 +360,6 @@ def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
         yield "distill.pkd_weight", f"a teacher of kind {kind} has no pyramid to imitate; remove the key"
 
 
-def _predictions(get: Get) -> Iterator[tuple[str, str]]:
-    if get("teacher") is None or get("teacher.kind") != "predictions":
-        return
-    low, high = get("teacher.ignore_threshold"), get("teacher.score_threshold")
-    if low > high:
-        yield "teacher.ignore_threshold", f"{low:g} is above teacher.score_threshold ({high:g}); lower it"
-    if get("data.unlabelled") is None and get("teacher.labelled_iou") is None:
-        yield (
-            "teacher.predictions",
-            "would not be used: labelled images have their own boxes; give data.unlabelled, or teacher.labelled_iou (0.5, for "
-            "example) to add what the ground truth lacks",
-        )
-    if not issubclass(SPECS[kind := get("student.kind")], PyramidDetectorSpec):
-        yield (
-            "student.kind",
-            f"the losses of {kind} have no weights for pseudo labels; use a student of another kind",
-        )
-
-
-def _unlabelled(get: Get) -> Iterator[tuple[str, str]]:
-    if get("data.unlabelled") is None:
-        if get("data.unlabelled_share") != DataSpec.model_fields["unlabelled_share"].default:
-            yield "data.unlabelled_share", "has no effect without data.unlabelled; remove the key"
-        return
-    method, teacher = get("method"), get("teacher")
-    predicts = teacher is not None and get("teacher.kind") == "predictions"
-    compares = {"akd", "fitnet"} & {*METHODS[method].terms} or (METHODS[method].teacher and get("distill.pkd_weight") > 0)
-    if not predicts and not compares:
-        yield (
-            "data.unlabelled",
-            f"method {method} learns nothing from images without labels; give predictions (teacher.kind: predictions), or "
-            "use a method with distillation (akd, head, fitnet)",
-        )
-
-
 def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
     most = get("eval.max_detections")
     keys = [".".join(("student", *path)) for path in below(get("student"), most)] if most > MAX_DETECTIONS else []
@@ -439,8 +401,8 @@ CHECKS: tuple[Check, ...] = (
     _method_and_teacher,
     _teacher_placement,
     _teacher_kind,
-    _predictions,
-    _unlabelled,
+    teacher_checks.predictions,
+    teacher_checks.unlabelled,
     _method_and_student,
     _tf_assistants,
     _tf_head_weights,

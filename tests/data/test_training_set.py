@@ -237,6 +237,13 @@ def test_all_problems_of_a_file_are_told_at_once(job_with: Callable[..., Job], d
     lines = caught.value.problems
     assert len(lines) == 22 and "… and 10 more (30 in all)" in lines[20]
     assert "prediction 30: needs an integer 'image_id'" in lines[21]
+    far = {"image_id": id_, "category_id": 99999, "bbox": [1, 2, 3000, 4], "score": 0.9}
+    with pytest.raises(DataError) as caught:
+        training_set(job_with([far, {**far, "score": -1}]))
+    assert [line.partition(": ")[2][:40] for line in caught.value.problems] == [
+        f"prediction 1 (image {id_}), score -1: 's",
+        "category_id 99999 of 1 predictions: is n",
+    ]
 
 
 def test_splits_that_cannot_be_one_set_are_told(
