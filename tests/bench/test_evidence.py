@@ -24,7 +24,6 @@ from evidence_tables import METRICS, read
 from headkd_ray.errors import TrainingError
 from tests.support import MICRO_TEACHER, edit, micro_job
 
-
 PSEUDO = "teacher.kind=predictions teacher.score_threshold=0 teacher.ignore_threshold=0"
 """Keys of a row whose teacher is hardly trained, and sure of nothing."""
 

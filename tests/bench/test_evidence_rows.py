@@ -20,6 +20,8 @@ from headkd_ray.job import FasterRCNNSpec, Job, RetinaNetSpec, warnings
 from tests.bench.conftest import real_rows
 from tests.support import edit
 
+PREDICTED = {"pseudo", "teacher_half", "baseline_half", "baseline_half_long", "pseudo_unlabelled"}
+"""Rows about pseudo labels."""
 LADDER = ["baseline", "assist", "copy_only", "akd", "head"]
 
 
@@ -87,7 +89,7 @@ def test_rows_are_the_methods_that_they_are_called(tier: Bench):
     methods = dict.fromkeys(
         ("teacher", "retina_teacher", "baseline", "fcos_baseline", "baseline_views", "baseline_augment"), "supervised"
     )
-    methods |= dict.fromkeys((row for row in tier.rows if "half" in row or row.startswith("pseudo")), "supervised")
+    methods |= dict.fromkeys(PREDICTED & {*tier.rows}, "supervised")
     methods |= {row: row for row in ("assist", "copy_only", "akd", "head", "fitnet")}
     methods |= {row: "tf_head" for row in tier.rows if row.startswith("tf_head")}
     assert {row: job.method for row, job in jobs.items()} == {row: methods.get(named[row], "head") for row in jobs}
