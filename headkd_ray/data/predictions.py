@@ -198,11 +198,11 @@ class _Reader:
                 )
                 self._problems.add(kind, where)
 
-        def named(key: Key) -> Key:
-            if isinstance(key, str):
-                place = int(key[1:]) if key.startswith("\0") else None
-                return key if place is None else ordered[place] if place < len(ordered) else key
-            return categories.get(key, key)
+        def class_of(key: Key) -> Key:
+            if isinstance(key, int):
+                return self._own("category_id", key, categories)
+            place = int(key[1:]) if key.startswith("\0") else len(ordered)
+            return ordered[place] if place < len(ordered) else key
 
         columns = {name: np.frombuffer(column, dtype=np.int64) for name, column in self._columns.items()}
         return Predictions(
@@ -210,12 +210,23 @@ class _Reader:
             sha256=sha256,
             total=self._total,
             highest=self._highest,
-            image_keys=[names.get(key, key) if isinstance(key, int) else key for key in self._images],
-            class_keys=[named(key) for key in self._labels],
+            image_keys=[self._own("image_id", key, names) if isinstance(key, int) else key for key in self._images],
+            class_keys=[class_of(key) for key in self._labels],
             bbox=np.frombuffer(self._boxes, dtype=np.float64).reshape(-1, 4),
             score=np.frombuffer(self._scores, dtype=np.float64),
             **columns,
         )
+
+    def _own(self, what: str, id_: int, names: Mapping[int, str]) -> Key:
+        """Return the name of an id in the file's own list, or the id itself if the file has no such list."""
+        if not names:
+            return id_
+        if id_ not in names:
+            self._problems.add(
+                "is none that the file itself lists; list it, or give a plain list of predictions",
+                f"{self._place}: {what} {id_}",
+            )
+        return names.get(id_, f"\0{id_}")
 
 
 def _key(record: Mapping[str, Any], number: str, text: str) -> Key | None:

@@ -107,7 +107,7 @@ def fit(
     if teacher is not None and teacher.note is not None and state.step == 0:
         notes.append(teacher.note)
     if state.step == 0:
-        notes += [*streams.notes, *(f"warning: {warning}" for warning in streams.scoring.warnings)]
+        notes += [*map(masked, streams.notes), *(f"warning: {warning}" for warning in streams.scoring.warnings)]
 
     def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})

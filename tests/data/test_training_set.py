@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,10 @@ BAD: dict[str, tuple[Any, str]] = {
         [{"image_id": "ID", "category": "zebra", "bbox": [1, 2, 3, 4], "score": 1}],
         r"none of its classes is the data's: only in the data: .*; only in the file: 'zebra'",
     ),
+    "not listed": (
+        {"annotations": [RECORD], "images": [], "categories": [{"id": -5, "name": "zebra"}]},
+        r"category_id CATEGORY: is none that the file itself lists",
+    ),
     "low scores": ([{**RECORD, "score": 0.4}], r"score_threshold: no prediction .* at least 0\.5 \(the highest of all is 0\.4"),
 }  # fmt: skip
 
@@ -221,9 +226,9 @@ def test_bad_predictions_are_told(case: str, job_with: Callable[..., Job], drawn
     split = ShardSet.open(drawn_splits["val"])
     ids = {"ID": int(split.index.image_id[0]), "CATEGORY": split.meta.category_ids[0]}
     content, message = BAD[case]
-    if isinstance(content, list):
+    if not isinstance(content, str):
         content = json.loads(json.dumps(content).replace('"ID"', str(ids["ID"])).replace('"CATEGORY"', str(ids["CATEGORY"])))
-    with pytest.raises(DataError, match=message.replace("image ID", f"image {ids['ID']}")):
+    with pytest.raises(DataError, match=re.sub("ID|CATEGORY", lambda name: str(ids[name.group()]), message)):
         training_set(job_with(content))
 
 
