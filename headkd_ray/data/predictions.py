@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headkd_ray.data.box_checks import is_box, is_finite, shortly
-from headkd_ray.data.json_stream import BadJsonError, KeyTwiceError, NotObjectError, records
+from headkd_ray.data.json_stream import BadJsonError, KeyTwiceError, records
 from headkd_ray.data.problems import Problems
 from headkd_ray.data.records import integer, is_text
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
 
 FORM = "give COCO results, a list of {image_id, category_id, bbox: [x, y, width, height], score}, or what predict writes"
-LISTS = ("annotations", "images", "categories")
+PIECE = 2**24
+"""Bytes that are read at a time where the content does not matter."""
 Key = int | str
 """How a file names an image or a class: by its id, or by its name."""
 
@@ -66,22 +68,16 @@ def read_predictions(place: str, classes: Mapping[int, str], least: float, probl
     Raises:
         DataError: the file cannot be read, or has no predictions.
     """
-    folder, name = Folder.of_file(place, DataError)
     reader = _Reader(place, list(classes.values()), least, problems)
     try:
-        with folder.open_file(name) as file:
-            hashed = _Hashed(file)
-            for key, item in records(hashed, dict):
+        with _opened(place) as file:
+            for key, item in records(file, dict):
                 reader.add(key, item)
-    except FileNotFoundError as error:
-        raise DataError(f"{place}: no such file; check the path of the predictions") from error
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read ({error})") from error
-    except (NotObjectError, KeyTwiceError) as error:
-        raise DataError(f"{place}: not predictions: holds a {error.args[0]!r}; {FORM}") from error
+    except KeyTwiceError as error:
+        raise DataError(f"{place}: has the key {error.args[0]!r} twice; merge the two or remove one") from error
     except (BadJsonError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise DataError(f"{place}: not JSON ({error}); {FORM}") from error
-    found = reader.end(hashed.digest())
+    found = reader.end(file.digest())
     if not found.total:
         raise DataError(f"{place}: holds no prediction; {FORM}")
     return found
@@ -102,19 +98,25 @@ class _Hashed:
         return self._digest.hexdigest()
 
 
-def sha256_of(place: str) -> str:
-    """Return the SHA-256 of the file at ``place``, in hexadecimal. Raises DataError."""
+@contextmanager
+def _opened(place: str) -> Iterator[_Hashed]:
+    """Open the file at ``place``. Raises DataError if it cannot be read."""
     folder, name = Folder.of_file(place, DataError)
     try:
         with folder.open_file(name) as file:
-            hashed = _Hashed(file)
-            while hashed.read(2**24):
-                pass
+            yield _Hashed(file)
     except FileNotFoundError as error:
         raise DataError(f"{place}: no such file; check the path of the predictions") from error
     except OSError as error:
         raise DataError(f"{place}: cannot be read ({error})") from error
-    return hashed.digest()
+
+
+def sha256_of(place: str) -> str:
+    """Return the SHA-256 of the file at ``place``, in hexadecimal. Raises DataError."""
+    with _opened(place) as file:
+        while file.read(PIECE):
+            pass
+    return file.digest()
 
 
 class _Reader:
@@ -127,8 +129,6 @@ class _Reader:
         """Names by id, of the file's own lists."""
         self._images: dict[Key, int] = {}
         self._labels: dict[Key, int] = {}
-        self._vectors: array[int] = array("b")
-        """Whether the label of a record is its place in a vector of scores."""
         self._columns = {name: array("q") for name in ("number", "image", "label")}
         self._boxes, self._scores = array("d"), array("d")
         self._lengths: dict[int, str] = {}

@@ -85,17 +85,17 @@ def training_set(job: Job, train: ShardSet | None = None) -> ShardSet:
     if job.data.unlabelled is not None:
         unlabelled = ShardSet.open(job.data.unlabelled, labelled=False)
         _check_pair(job, train, unlabelled)
-    predicts = job.teacher is not None and job.teacher.kind == "predictions"
-    if unlabelled is None and not predicts:
+    spec = None if job.teacher is None or job.teacher.is_network else job.teacher
+    if unlabelled is None and spec is None:
         return train
-    made, notes = _pseudo(job.teacher, train, unlabelled) if job.teacher is not None and predicts else ({}, [])
+    made, notes = ({}, []) if spec is None else _pseudo(spec, train, unlabelled)
     parts = [Part(train, True, made.get("data.train"))]
     if unlabelled is not None:
         parts.append(Part(unlabelled, False, made.get("data.unlabelled")))
     metas = [part.shards.meta for part in parts]
     shards = tuple(shard for meta in metas for shard in meta.shards)
     meta = replace(train.meta, shards=shards, images=sum(meta.images for meta in metas))
-    iou = None if job.teacher is None else job.teacher.labelled_iou
+    iou = None if spec is None else spec.labelled_iou
     return TrainingSet(train.folder, meta, _joined(parts), tuple(parts), iou, tuple(notes))
 
 
