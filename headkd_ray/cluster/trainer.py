@@ -24,6 +24,7 @@ from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.cluster.resources import Resources, check_resources
 from headkd_ray.cluster.restarts import with_restarts
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import training_set
 from headkd_ray.engine.checkpoint import SCORE, check
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
@@ -144,12 +145,15 @@ def with_absolute_paths(job: Job, start: str = "") -> Job:
         return path if "://" in path else str((Path(start) / Path(path).expanduser()).absolute())
 
     paths = {"run.storage": job.run.storage, "data.train": job.data.train, "data.val": job.data.val}
+    if job.data.unlabelled is not None:
+        paths["data.unlabelled"] = job.data.unlabelled
     if job.student.checkpoint is not None:
         paths["student.checkpoint"] = job.student.checkpoint
     if isinstance(job.student, PyramidDetectorSpec) and Path(job.student.backbone.weights).suffix:  # a file, not none or timm
         paths["student.backbone.weights"] = job.student.backbone.weights
     if job.teacher is not None:
-        paths["teacher.checkpoint"] = job.teacher.checkpoint
+        key, place = job.teacher.source
+        paths[key] = place
         if job.teacher.cache.path is not None:
             paths["teacher.cache.path"] = job.teacher.cache.path
     return job.replace({key: absolute(path) for key, path in paths.items()})
@@ -169,7 +173,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray_train.get_context()
     distributed = Distributed(context.get_world_rank(), context.get_world_size(), get_device())
     teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
-    sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
+    sets = training_set(job), ShardSet.open(job.data.val)
     streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
 
     with run_log(run_folder(job), job, config["queue"].put) as open_sink:

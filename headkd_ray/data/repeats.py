@@ -1,4 +1,5 @@
-"""Decide which images an epoch shows, and how often, so that rare classes are seen more often (``data.sampling``).
+"""Decide which images an epoch shows, and how often: rare classes more often (``data.sampling``), and a share of the unlabelled
+images (``data.unlabelled_share``).
 
 Each training image has a share: how often an epoch shows it on average. In a given epoch it is shown as often as the share
 says, rounded down or up; all epochs have equally many images, so that the number of steps is the same. The counts are a
@@ -68,11 +69,26 @@ def sampling_of(shards: ShardSet, spec: DataSpec) -> Sampling:
     Raises DataError if a shard cannot be read, or if ``spec.repeat_threshold`` repeats nothing.
     """
     rows = train_rows(shards.index, spec.keep_empty)
-    if spec.sampling == "all" or not len(rows):
+    labelled = shards.index.has_truth[rows]
+    own = _repeats_of_labelled(shards, rows[labelled], spec)
+    others = len(rows) - len(own.shares)
+    if (spec.sampling == "all" or not len(rows)) and (spec.unlabelled_share == 1 or not others):
         return Sampling(rows)
+    # Each side has a whole number of images in an epoch, and a share of 1 stays exactly that.
+    return Sampling(rows, Repeats(np.concatenate([own.shares, *([_shares(others, spec.unlabelled_share)] if others else [])])))
+
+
+def _shares(images: int, share: float) -> NDArray[np.int64]:
+    return repeats_of(np.full(images, share)).shares
+
+
+def _repeats_of_labelled(shards: ShardSet, rows: Rows, spec: DataSpec) -> Repeats:
+    """Return how often an epoch shows each of the labelled images at ``rows``; raise as :func:`sampling_of`."""
+    if spec.sampling == "all" or not len(rows):
+        return Repeats(np.full(len(rows), UNIT, dtype=np.int64))
     found = _classes_of(shards, rows)
     if spec.sampling == "class_balanced":
-        return Sampling(rows, repeats_of(_balanced(found)))
+        return repeats_of(_balanced(found))
     factors = _repeat_factors(found, spec.repeat_threshold)
     if factors.max() == 1:
         images = found.counts[:-1]
@@ -82,7 +98,7 @@ def sampling_of(shards: ShardSet, spec: DataSpec) -> Sampling:
             f"{shards.meta.classes[rarest]}, is in {images[rarest]} of {len(rows)} images; use more than "
             f"{images[rarest] / len(rows):.2g}, or data.sampling all"
         )
-    return Sampling(rows, repeats_of(factors))
+    return repeats_of(factors)
 
 
 def repeats_of(wanted: NDArray[np.float64]) -> Repeats:

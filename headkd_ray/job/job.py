@@ -26,6 +26,7 @@ from headkd_ray.job.numbers import (
     Limit,
     Momentum,
     Multiple,
+    Part,
     Pixels,
     Processes,
     ProcessesOrNone,
@@ -106,6 +107,12 @@ class DataSpec(Spec):
     class_balanced = as many images in all, but each class equally often. A repeated image shows another view each time."""
     repeat_threshold: Fraction = 0.001
     """Share of images below which repeat_factor repeats a class (0.001 is LVIS's, meant for 1,200 classes)."""
+    unlabelled: Text | None = None
+    """Folder or URI of a split of further training images without labels (prepare --unlabelled); labels that it has are not
+    read. A teacher says what can be learnt from them: its predictions (teacher.kind: predictions), or its features (methods
+    akd, head, fitnet). They give no ground-truth losses and are no negatives. null = none."""
+    unlabelled_share: Part = 1.0
+    """Share of the unlabelled images that an epoch shows, others in each epoch."""
 
 
 class DistillSpec(Spec):
@@ -315,15 +322,17 @@ class Job(Spec):
     run: RunSpec
     """The name of the run and where it writes."""
     method: Method
-    """The method: supervised = student (or teacher) from labels alone; assist = with a fresh assistant; copy_only = assistant
-    copied from the teacher, no distillation loss; akd = + assistant distillation; head = + cross distillation; fitnet =
-    feature distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a teacher."""
+    """The method: supervised = student (or teacher) from labels and pseudo labels alone; assist = with a fresh assistant;
+    copy_only = assistant copied from the teacher, no distillation loss; akd = + assistant distillation; head = + cross
+    distillation; fitnet = feature distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a
+    teacher."""
     data: DataSpec
     """The prepared shards and how they become batches."""
     student: DetectorSpec = RetinaNetSpec()
     """The detector that is trained and exported."""
     teacher: TeacherSpec | None = None
-    """The teacher; required by copy_only, akd, head and fitnet, not allowed for other methods; null = none."""
+    """The teacher; required by copy_only, akd, head and fitnet. Other methods can only have one of kind predictions; null =
+    none."""
     distill: DistillSpec = DistillSpec()
     """The loss weights of distillation, and the assistant; no effect for method supervised."""
     losses: LossesSpec = LossesSpec()

@@ -11,6 +11,8 @@ from typing import Annotated
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Part = Annotated[float, Field(gt=0.0, le=1.0)]
+"""A share that is not 0."""
 Portion = Annotated[float, Field(ge=0.05, le=1.0)]
 """A share of a length that leaves something of it."""
 Expansion = Annotated[float, Field(ge=1.0, le=16.0)]
