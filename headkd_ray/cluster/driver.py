@@ -45,11 +45,15 @@ def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
 
 
 class _StopSign:
-    """An actor with which the driver tells the workers to stop, and a worker tells restarted ones that retrying is useless."""
+    """An actor with which the driver tells the workers to stop, and a worker tells restarted ones that retrying is useless.
+
+    It also keeps where each rank writes its output, for when a rank cannot tell any more.
+    """
 
     def __init__(self) -> None:
         self.up = asyncio.Event()
         self.hopeless: UserError | None = None
+        self.output: dict[int, str] = {}
 
     async def wait(self) -> None:
         await self.up.wait()
@@ -60,8 +64,13 @@ class _StopSign:
     async def give_up(self, error: UserError) -> None:
         self.hopeless = error
 
-    async def given_up(self) -> UserError | None:
+    async def enter(self, rank: int, output: str) -> UserError | None:
+        """Called by a worker that starts; returns why it should not."""
+        self.output[rank] = output
         return self.hopeless
+
+    async def outputs(self) -> dict[int, str]:
+        return self.output
 
 
 @contextmanager

@@ -12,17 +12,16 @@ from typing import Any
 import ray
 import torch
 from ray import train as ray_train
-from ray.exceptions import RayActorError
-from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.listing import drop_unusable
 from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.cluster.resources import Resources, check_resources
-from headkd_ray.cluster.restarts import with_restarts
+from headkd_ray.cluster.restarts import FAILURES, PreemptedError, was_preempted, with_restarts
+from headkd_ray.cluster.stop_requests import StopRequests
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.checkpoint import SCORE, check
 from headkd_ray.engine.distributed import Distributed
@@ -52,14 +51,15 @@ def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
     """Connect to the job's cluster and yield the function that trains there.
 
     It returns the result record, and its argument receives the log records in this process. It raises ClusterError if the
-    workers fail more than cluster.max_failures times, and TrainingError, CheckpointError, StoppedError, DataError, CacheError,
-    DeviceMemoryError and DiskError as ``fit`` does.
+    workers fail more than cluster.max_failures times, or are preempted more than cluster.max_preemption_failures times, and
+    TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError and DiskError as ``fit`` does.
 
     Raises:
         ClusterError: the cluster is missing or too small.
     """
     # This interval (2 s by default) also limits how soon a report is taken.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     with connected(job.cluster):
         resources = check_resources(job)
         yield lambda tell: _train(job, resources, tell)
@@ -73,15 +73,23 @@ def _train(job: Job, resources: Resources, tell: Sink) -> Record:
     with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
         driver = {"queue": queue, "stop": sign}
         try:
-            result = with_restarts(lambda: _trainer(job, resources, driver).fit(), job.cluster.max_failures, notes)
-        except (TrainingFailedError, RayActorError) as error:
-            raise ClusterError(f"training failed for good: {_cause(error)}") from error
+            result = with_restarts(lambda: _train_once(job, resources, driver), job.cluster, notes)
+        except FAILURES as error:
+            raise ClusterError(_given_up(job, error, ray.get(sign.outputs.remote()))) from error
         outcome = result.return_value
         if "error" in outcome:
             raise outcome["error"]
     ranking = sorted(result.best_checkpoints, key=lambda entry: entry[1][SCORE], reverse=True)
     folders = [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
     return finish(run, folders, outcome["last"], outcome["data"], tell)
+
+
+def _train_once(job: Job, resources: Resources, driver: dict[str, Any]) -> Result:
+    """Run Ray Train until the training ends. Raises PreemptedError if it ended early because nodes are taken away."""
+    result = _trainer(job, resources, driver).fit()
+    if result.return_value.get("leaving"):
+        raise PreemptedError(result.return_value["leaving"])
+    return result
 
 
 class Notes:
@@ -126,7 +134,13 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             name=job.run.name,
             storage_path=storage.path,
             storage_filesystem=storage.fs,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # with_restarts counts
+            failure_config=FailureConfig(
+                max_failures=0,  # with_restarts counts all three
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                preemption_grace_s=job.cluster.preemption_grace_s,
+                relax_collectives_on_preemption=True,  # workers that stay can report the checkpoint without those that left
+            ),
             # Keep the two best by AP, as one may be damaged; Ray always keeps the latest too.
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
@@ -160,23 +174,24 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     Errors that a restart would only meet again are returned instead of raised: at once if all ranks meet them alike, otherwise
     after the restart that ends the other ranks.
     """
-    stop = config["stop"]
-    if (error := ray.get(stop.given_up.remote())) is not None:
+    stop, context = config["stop"], ray_train.get_context()
+    if (error := ray.get(stop.enter.remote(context.get_world_rank(), _output()))) is not None:
         return {"error": error}
     job = Job.model_validate(config["job"])
     torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
-    context = ray_train.get_context()
     distributed = Distributed(context.get_world_rank(), context.get_world_size(), get_device())
     teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
     sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
     streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
 
     with run_log(run_folder(job), job, config["queue"].put) as open_sink:
-        up = stop.wait.remote()
+        requests = StopRequests(stop, distributed)
         try:
-            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
+            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, requests)
             return {"last": last, "data": data_fingerprints(streams)}
-        except (TrainingError, CheckpointError, StoppedError) as error:
+        except StoppedError as error:
+            return {"leaving": requests.leaving} if requests.leaving and not requests.asked else {"error": error}
+        except (TrainingError, CheckpointError) as error:
             return {"error": error}
         except (DataError, CacheError, DeviceMemoryError, DiskError) as error:
             ray.get(stop.give_up.remote(error))
@@ -216,9 +231,24 @@ class RayCheckpoints:
         )
 
 
-def _cause(error: TrainingFailedError | RayActorError) -> str:
+def _output() -> str:
+    """Return where Ray keeps what this process prints."""
+    context = ray.get_runtime_context()
+    logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    return f"{logs}/worker-{context.get_worker_id()}-*.err on {ray.util.get_node_ip_address()}"
+
+
+def _given_up(job: Job, error: BaseException, outputs: dict[int, str]) -> str:
+    """Return why training cannot go on, and where the failed workers' output is."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    key = "max_preemption_failures" if was_preempted(error) else "max_failures"
+    cause = f"{_cause(list(failures.values()) or [error])} (cluster.{key}: {getattr(job.cluster, key)})"
+    seen = [f"rank {rank}: {outputs[rank]}" for rank in sorted(failures) if rank in outputs]
+    return f"training failed for good: {cause}" + (f"; what the worker printed: {', '.join(seen[:3])}" if seen else "")
+
+
+def _cause(failures: list[BaseException]) -> str:
     """Return a worker's UserError in full if there is one, else the last line of the first worker's error."""
-    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
     raised = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps what the worker raised
     mistake = next((failure for failure in raised if isinstance(failure, UserError)), None)
     return str(mistake) if mistake is not None else str(failures[0]).strip().splitlines()[-1]

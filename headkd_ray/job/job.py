@@ -31,6 +31,7 @@ from headkd_ray.job.numbers import (
     Rate,
     Restarts,
     Seconds,
+    SecondsOrNone,
     Seed,
     Share,
     Steps,
@@ -288,7 +289,13 @@ class ClusterSpec(Spec):
     threads_per_worker: Threads | None = None
     """PyTorch CPU threads per worker; null = cpus_per_worker (without Ray: PyTorch's own choice)."""
     max_failures: Restarts = 3
-    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up."""
+    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up.
+    Nodes that Ray knows to be taken away do not count here."""
+    max_preemption_failures: Restarts | None = None
+    """Restarts because a node of a worker was drained, as a spot machine is before its cloud takes it back; null = no limit. A
+    drain is announced, so the workers write a checkpoint at once and no step is repeated."""
+    preemption_grace_s: SecondsOrNone = 0.0
+    """Seconds beyond the deadline of a drain for which the workers on other nodes may go on writing that checkpoint."""
     resize_seconds: Seconds = 60.0
     """With a range of workers: seconds between checks whether there is room for more. Each change resumes from the last
     checkpoint."""
