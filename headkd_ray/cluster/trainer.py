@@ -5,18 +5,20 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray import train as ray_train
+from ray.exceptions import RayError
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
+from headkd_ray.cluster.gauges import Gauges
 from headkd_ray.cluster.listing import drop_unusable
 from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.cluster.resources import Resources, check_resources
@@ -67,15 +69,15 @@ def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
 
 def _train(job: Job, resources: Resources, tell: Sink) -> Record:
     run = open_run(job)
-    notes = Notes(tell)
+    name, notes = job.run.name, Notes(tell)
     for problem in drop_unusable(run):
         notes(problem)
-    with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
+    with stop_signals() as asked_to_stop, stop_sign(name, asked_to_stop) as sign, forwarded(name, notes.record) as queue:
         driver = {"queue": queue, "stop": sign}
         try:
             result = with_restarts(lambda: _train_once(job, resources, driver), job.cluster, notes)
         except FAILURES as error:
-            raise ClusterError(_given_up(job, error, ray.get(sign.outputs.remote()))) from error
+            raise ClusterError(_given_up(job, error, sign)) from error
         outcome = result.return_value
         if "error" in outcome:
             raise outcome["error"]
@@ -125,6 +127,8 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             num_workers=resources.workers,
             elastic_resize_monitor_interval_s=job.cluster.resize_seconds,
             use_gpu=resources.gpus_per_worker > 0,
+            label_selector=job.cluster.labels or None,
+            accelerator_type=job.cluster.accelerator_type,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
                 **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
@@ -182,12 +186,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     distributed = Distributed(context.get_world_rank(), context.get_world_size(), get_device())
     teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
     sets = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
-    streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
+    streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job, job.run.name))
 
     with run_log(run_folder(job), job, config["queue"].put) as open_sink:
         requests = StopRequests(stop, distributed)
         try:
-            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, requests)
+            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, requests, Gauges(job, distributed.rank))
             return {"last": last, "data": data_fingerprints(streams)}
         except StoppedError as error:
             return {"leaving": requests.leaving} if requests.leaving and not requests.asked else {"error": error}
@@ -238,8 +242,11 @@ def _output() -> str:
     return f"{logs}/worker-{context.get_worker_id()}-*.err on {ray.util.get_node_ip_address()}"
 
 
-def _given_up(job: Job, error: BaseException, outputs: dict[int, str]) -> str:
-    """Return why training cannot go on, and where the failed workers' output is."""
+def _given_up(job: Job, error: BaseException, sign: Any) -> str:
+    """Return why training cannot go on, and where the failed workers' output is, if the driver's stop sign can still tell."""
+    outputs: dict[int, str] = {}
+    with suppress(RayError):
+        outputs = ray.get(sign.outputs.remote(), timeout=10)
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     key = "max_preemption_failures" if was_preempted(error) else "max_failures"
     cause = f"{_cause(list(failures.values()) or [error])} (cluster.{key}: {getattr(job.cluster, key)})"

@@ -13,7 +13,7 @@ from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.method_terms import Method
-from headkd_ray.job.module_specs import Spec, Text
+from headkd_ray.job.module_specs import Labels, Spec, Text
 from headkd_ray.job.numbers import (
     Batch,
     Boxes,
@@ -284,6 +284,11 @@ class ClusterSpec(Spec):
     """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
     cpus_per_worker: Share = 1.0
     """CPUs that Ray reserves per worker."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels that the nodes of train workers must have, for example {market: on-demand}; a value may also be !spot,
+    in(a100, h100) or !in(...). Data tasks may run on any node."""
+    accelerator_type: Text | None = None
+    """Kind of GPU that train workers need, by the name that Ray gives it, such as A10G, L4, A100 or H100; null = any."""
     data_cpus: Share = 1.0
     """CPUs left free for each worker's data tasks (decoding and augmentation), one CPU per task."""
     threads_per_worker: Threads | None = None
@@ -296,6 +301,10 @@ class ClusterSpec(Spec):
     drain is announced, so the workers write a checkpoint at once and no step is repeated."""
     preemption_grace_s: SecondsOrNone = 0.0
     """Seconds beyond the deadline of a drain for which the workers on other nodes may go on writing that checkpoint."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a cluster that the command starts for itself, and print its address."""
+    log_to_driver: bool = False
+    """Also print what the processes of the run write to their standard output and error, which Ray keeps in its logs."""
     resize_seconds: Seconds = 60.0
     """With a range of workers: seconds between checks whether there is room for more. Each change resumes from the last
     checkpoint."""

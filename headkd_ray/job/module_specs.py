@@ -46,6 +46,9 @@ class Spec(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+_LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+Labels = dict[Text, Annotated[str, Field(pattern=f"^!?(?:{_LABEL}|in\\({_LABEL}(?:, ?{_LABEL})*\\))$")]]
+"""A label selector of Ray: the labels that a node must have; a value may also be !value, in(a, b) or !in(a, b)."""
 Stds = tuple[Deviation, Deviation, Deviation, Deviation]
 
 
