@@ -166,12 +166,12 @@ def _selects_nothing(section: str, spec: ClusterSpec | PoolSpec, nodes: list[_No
         return None
     asked: Mapping[str, object] = {"labels": spec.labels, "accelerator_type": spec.accelerator_type}
     keys = " and ".join(f"{section}.{key} {value}" for key, value in asked.items() if value)
-    has = [
-        {key: value for key, value in (node.labels or {}).items() if key != "ray.io/node-id"}
-        | ({"accelerator_type": ", ".join(node.accelerators)} if node.accelerators else {})
-        for node in nodes
-    ]
-    return f"{keys}: no node of the cluster has that; nodes: {has}; select others, or start such a node"
+    has: list[dict[str, str]] = []
+    for node in nodes:
+        labels = {key: value for key, value in (node.labels or {}).items() if key != "ray.io/node-id"}
+        kind = {"accelerator_type": ", ".join(node.accelerators)} if node.accelerators else {}
+        has += [] if {**labels, **kind} in has else [{**labels, **kind}]
+    return f"{keys}: no node of the cluster has this; the nodes have {has}; select others, or start such a node"
 
 
 def _nodes() -> tuple[list[_Node], str]:

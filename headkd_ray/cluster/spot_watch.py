@@ -25,7 +25,6 @@ from datetime import datetime, timezone
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-from headkd_ray.cli import user_errors
 from headkd_ray.errors import ClusterError
 
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
@@ -171,14 +170,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--address", default="auto", help="the Ray cluster's address; by default that of this machine's node")
     parser.add_argument("--node-id", help="the Ray node to drain; by default the one on this machine")
-    with user_errors():
-        options = parser.parse_args(arguments)
-        service = MetadataService(os.environ.get(ENDPOINT) or "http://169.254.169.254")
+    options = parser.parse_args(arguments)
+    service = MetadataService(os.environ.get(ENDPOINT) or "http://169.254.169.254")
+    try:
         notice = wait_for_notice(service, _tell)
         if notice is None:
             _tell("this machine is not a spot machine: nothing to wait for")
         else:
             drain(notice, options.address, options.node_id, _tell)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

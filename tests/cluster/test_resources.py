@@ -57,12 +57,12 @@ def test_only_nodes_with_the_labels_and_the_gpu_count_for_workers(check: Check, 
     assert str(caught.value).startswith(
         "cluster.labels {'market': 'none'} and cluster.accelerator_type H100: no node of the cluster"
     )
-    assert "nodes: [{'market': 'spot', 'accelerator_type': 'L4'}, " in str(caught.value)
+    assert "the nodes have [{'market': 'spot', 'accelerator_type': 'L4'}, " in str(caught.value)
     monkeypatch.setenv(resources.GROWS, '[{"count": 2, "CPU": 8}]')
     assert check(workers=2, labels={"market": "none"}, accelerator_type="H100").workers == 2
     monkeypatch.setenv(resources.GROWS, '[{"count": 2, "CPU": 8, "labels": {"market": "spot"}, "accelerator_type:L4": 1}]')
     assert check(workers=2, labels={"market": "spot"}, accelerator_type="L4").workers == 2
-    with pytest.raises(ClusterError, match="no node of the cluster has that"):
+    with pytest.raises(ClusterError, match="no node of the cluster has this"):
         check(workers=1, labels={"market": "spot"}, accelerator_type="H100")
 
 
@@ -74,7 +74,7 @@ def test_a_teacher_pool_is_checked_on_the_nodes_that_it_selects(tmp_path: Path, 
             resources.check_resources(job)
         return str(caught.value)
 
-    assert "teacher.pool.labels {'pool': 'teacher'}: no node of the cluster has that" in problems(labels={"pool": "teacher"})
+    assert "teacher.pool.labels {'pool': 'teacher'}: no node of the cluster has this" in problems(labels={"pool": "teacher"})
     assert "4 processes of 0.6 CPU requested, the nodes have room for 3" in problems(
         accelerator_type="L4", cpus=0.6, actors=[4, 4]
     )
