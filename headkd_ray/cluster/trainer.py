@@ -139,11 +139,12 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(
-                max_failures=0,  # with_restarts counts all three
+                # with_restarts counts all three. relax_collectives_on_preemption stays off: a worker on a drained node takes
+                # part in the last step and the checkpoint, and if Ray no longer waited for it, ours would wait for ever.
+                max_failures=0,
                 controller_failure_limit=0,
                 max_preemption_failures=0,
                 preemption_grace_s=job.cluster.preemption_grace_s,
-                relax_collectives_on_preemption=True,  # workers that stay can report the checkpoint without those that left
             ),
             # Keep the two best by AP, as one may be damaged; Ray always keeps the latest too.
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
