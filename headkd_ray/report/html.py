@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,3 +62,9 @@ def cell(text: str, value: float | None) -> Markup:
     """Return a table's cell that shows ``text`` and is sorted by ``value``."""
     data = Markup() if value is None else html(' data-value="{}"', repr(float(value)))
     return html("<td{}>{}</td>", data, text)
+
+
+def picture(caption: str, content: bytes) -> Markup:
+    """Return a figure with a JPEG file, which becomes part of the page, and its caption."""
+    image = html('<img alt="" style="max-width: 100%" src="data:image/jpeg;base64,{}">', base64.b64encode(content).decode())
+    return html("<figure>{}<figcaption>{}</figcaption></figure>", image, caption)

@@ -1,0 +1,103 @@
+"""The list of all checks, and running them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from headkd_ray.checkup import box_findings, machine_findings, similarity_findings, size_findings
+from headkd_ray.checkup import teacher_findings as teacher
+from headkd_ray.checkup import training_findings as training
+from headkd_ray.checkup.findings import Example, Finding, Level, gravest, skipped
+from headkd_ray.checkup.subject import Subject
+from headkd_ray.errors import UserError
+
+Check = Callable[[Subject], Finding]
+
+CHECKS: dict[str, Check] = {
+    "job": training.check_job,
+    "files": box_findings.check_files,
+    "images": box_findings.check_images,
+    "classes": box_findings.check_classes,
+    "tiny boxes": box_findings.check_tiny,
+    "whole-image boxes": box_findings.check_whole,
+    "double boxes": box_findings.check_double,
+    "boxes of two classes": box_findings.check_double_class,
+    "images without boxes": box_findings.check_empty,
+    "near-duplicates": similarity_findings.check_near_duplicates,
+    "leaks": similarity_findings.check_leaks,
+    "vanishing boxes": size_findings.check_vanishing,
+    "anchors": size_findings.check_anchors,
+    "class lists": teacher.check_class_lists,
+    "teacher": teacher.check_teacher,
+    "learning rate": training.check_learning_rate,
+    "steps": training.check_steps,
+    "cache": teacher.check_cache,
+    "storage": machine_findings.check_storage,
+    "reading": machine_findings.check_reading,
+    "cluster": machine_findings.check_cluster,
+}
+"""By name, in the order in which they are run and shown."""
+
+
+def examine(subject: Subject, tell: Callable[[str], object] = lambda name: None) -> list[Finding]:
+    """Run all checks; one that cannot be made says why, and the others run all the same.
+
+    ``tell`` is called with the name of each check before it runs.
+    """
+    findings = []
+    for name, check in CHECKS.items():
+        if name in subject.options.skip:
+            findings.append(skipped(name, "left out (--skip)"))
+            continue
+        tell(name)
+        try:
+            findings.append(check(subject))
+        except UserError as error:
+            findings.append(skipped(name, f"not possible: {'; '.join(error.problems[:2])}"))
+    return findings
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """Return 2 if the job cannot start, 1 if something else is red, else 0."""
+    red = {finding.check for finding in findings if finding.level == "red"}
+    return 2 if "job" in red else 1 if red else 0
+
+
+def as_json(findings: list[Finding], subject: Subject) -> dict[str, Any]:
+    """Return the findings as a JSON value."""
+    return {
+        "run": subject.job.run.name,
+        "verdict": verdict(findings),
+        "findings": [
+            {
+                "check": finding.check,
+                "level": finding.level,
+                "found": finding.found,
+                "mend": finding.mend,
+                "figures": finding.figures,
+                "examples": [_example(example, subject) for example in finding.examples],
+            }
+            for finding in findings
+        ],
+    }
+
+
+def verdict(findings: list[Finding]) -> Level:
+    """Return the gravest level of all findings."""
+    return gravest([finding.level for finding in findings])
+
+
+def _example(example: Example, subject: Subject) -> Mapping[str, Any]:
+    shards = subject.split(example.split)
+    (name,) = shards.file_names([example.row])
+    beside = None if example.beside is None else _example(example.beside, subject)
+    return {
+        "split": example.split,
+        "image_id": int(shards.index.image_id[example.row]),
+        "file_name": name,
+        "caption": example.caption,
+        "boxes": [list(box) for box in example.boxes],
+        "classes": [shards.meta.classes[label] for label in example.labels],
+        **({} if beside is None else {"beside": beside}),
+    }
