@@ -105,7 +105,7 @@ def _request(job: Job) -> str:
     spec, workers = job.cluster, job.cluster.fewest_workers
     cpus = workers * (spec.cpus_per_worker + spec.data_cpus)
     gpus = "" if not spec.gpus_per_worker else f" and {workers * spec.gpus_per_worker:g} GPUs"
-    return f"{cpus:g} CPUs{gpus} for {workers} workers"
+    return f"{cpus:g} CPUs{gpus} for {workers} {'worker' if workers == 1 else 'workers'}"
 
 
 def _gpus() -> int:

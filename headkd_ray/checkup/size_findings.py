@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from headkd_ray.checkup.findings import Finding, Level, gravest, skipped
 from headkd_ray.checkup.subject import Subject
 from headkd_ray.detectors.dense import STRIDES as DENSE_STRIDES
-from headkd_ray.detectors.ops.anchors import Anchors
+from headkd_ray.detectors.ops.anchors import PAD, Anchors
 from headkd_ray.detectors.rpn import STRIDES as RPN_STRIDES
 from headkd_ray.job import AnchorSpec, Job
 from headkd_ray.profiling.step_trial import view_scales
@@ -87,22 +88,32 @@ def check_anchors(subject: Subject) -> Finding:
 
 
 def _best_ious(subject: Subject, rules: AnchorRules) -> torch.Tensor:
-    """Return for the first boxes of train the IoU with the anchor nearest to each, float32 (n,)."""
+    """Return for the first boxes of train the IoU with the anchor that overlaps each most, float32 (n,)."""
     shards, view, anchors = subject.split("train"), subject.view("train"), Anchors(rules.spec, rules.strides)
-    scales, long, best, left = view_scales(shards.index, view), subject.job.data.long_side, [torch.zeros(0)], REACHED
-    shapes = [(-(-long // stride), -(-long // stride)) for stride in rules.strides]
-    base = torch.stack([anchors.base(stride) for stride in rules.strides])
-    steps = torch.tensor(rules.strides)
+    scales, best, left = view_scales(shards.index, view), [torch.zeros(0)], REACHED
     for found in shards.annotations():
-        boxes = torch.from_numpy(found.boxes[:left] * scales[found.rows[:left], None]).float()
-        level, y, x, anchor = anchors.nearest(boxes, shapes).unbind(1)
-        shift = torch.stack([x, y, x, y], dim=1) * steps[level, None]
-        near = base[level, anchor] + shift
-        best.append(_iou(boxes, near))
+        rows = found.rows[:left]
+        boxes = torch.from_numpy(found.boxes[:left] * scales[rows, None]).float()
+        sides = np.stack([shards.index.width[rows], shards.index.height[rows]], axis=1) * scales[rows, None]
+        best.append(best_ious(anchors, boxes, torch.from_numpy(sides).float()))
         left -= len(boxes)
         if left <= 0:
             break
     return torch.cat(best)
+
+
+def best_ious(anchors: Anchors, boxes: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of each of ``boxes`` (n, 4) with the anchor that overlaps it most, float32 (n,).
+
+    Of the anchors of one shape it is the one whose centre is nearest. ``sides`` (n, 2) are width and height of the box's view.
+    """
+    centre, best = (boxes[:, :2] + boxes[:, 2:]) / 2, torch.zeros(len(boxes))
+    for stride in anchors.strides:
+        last = (torch.ceil(sides / PAD) * PAD / stride).ceil() - 1
+        corner = torch.minimum((centre / stride).round().clamp(min=0), last) * stride
+        for anchor in anchors.base(stride):
+            best = torch.maximum(best, _iou(boxes, corner.repeat(1, 2) + anchor))
+    return best
 
 
 def _iou(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
