@@ -66,6 +66,7 @@ def exit_code(findings: list[Finding]) -> int:
 
 def as_json(findings: list[Finding], subject: Subject) -> dict[str, Any]:
     """Return the findings as a JSON value."""
+    names = _file_names([each for finding in findings for each in finding.examples], subject)
     return {
         "run": subject.job.run.name,
         "verdict": verdict(findings),
@@ -76,7 +77,7 @@ def as_json(findings: list[Finding], subject: Subject) -> dict[str, Any]:
                 "found": finding.found,
                 "mend": finding.mend,
                 "figures": finding.figures,
-                "examples": [_example(example, subject) for example in finding.examples],
+                "examples": [_example(example, subject, names) for example in finding.examples],
             }
             for finding in findings
         ],
@@ -88,14 +89,23 @@ def verdict(findings: list[Finding]) -> Level:
     return gravest([finding.level for finding in findings])
 
 
-def _example(example: Example, subject: Subject) -> Mapping[str, Any]:
+def _file_names(examples: list[Example], subject: Subject) -> dict[tuple[str, int], str]:
+    """Return the file name of each example's images, by split and row."""
+    shown = {each for example in examples for each in (example, example.beside) if each is not None}
+    found = {}
+    for split in sorted({each.split for each in shown}):
+        rows = sorted({each.row for each in shown if each.split == split})
+        found |= {(split, row): name for row, name in zip(rows, subject.split(split).file_names(rows), strict=True)}
+    return found
+
+
+def _example(example: Example, subject: Subject, names: Mapping[tuple[str, int], str]) -> Mapping[str, Any]:
     shards = subject.split(example.split)
-    (name,) = shards.file_names([example.row])
-    beside = None if example.beside is None else _example(example.beside, subject)
+    beside = None if example.beside is None else _example(example.beside, subject, names)
     return {
         "split": example.split,
         "image_id": int(shards.index.image_id[example.row]),
-        "file_name": name,
+        "file_name": names[example.split, example.row],
         "caption": example.caption,
         "boxes": [list(box) for box in example.boxes],
         "classes": [shards.meta.classes[label] for label in example.labels],

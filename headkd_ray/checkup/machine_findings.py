@@ -11,12 +11,12 @@ from typing import Any
 
 from headkd_ray.checkup.findings import Finding, Level, gravest, skipped
 from headkd_ray.checkup.subject import Subject
-from headkd_ray.checkup.teacher_findings import ROOM, free_bytes, gigabytes
+from headkd_ray.checkup.teacher_findings import ROOM, existing, free_bytes, gigabytes
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
 from headkd_ray.errors import ClusterError, UserError
 from headkd_ray.job import Job
-from headkd_ray.storage import Folder
+from headkd_ray.storage import OBJECT_STORES, Folder
 
 LOCAL_PROBE, REMOTE_PROBE = 32 * 2**20, 8 * 2**20
 """Bytes that are written and read to time a storage."""
@@ -117,16 +117,15 @@ def _gpus() -> int:
 def _rates(folder: Folder) -> tuple[int, int]:
     """Return the bytes a second at which a folder is written and read; what is written is deleted again."""
     name, content = f".headkd-probe-{uuid.uuid4().hex[:8]}", os.urandom(REMOTE_PROBE if folder.remote else LOCAL_PROBE)
-    existed = folder.remote or folder.exists
-    folder.create()
+    folder = existing(folder)
+    if folder.remote and folder.fs.type_name not in OBJECT_STORES:
+        folder.create()
     try:
         write = (lambda: folder.write(name, content)) if folder.remote else (lambda: _write(Path(folder.at(name)), content))
         written = _timed(write)
         read = _timed(lambda: folder.read(name))
     finally:
         folder.delete(name)
-        if not existed:
-            folder.remove()
     return round(len(content) / written), round(len(content) / read)
 
 

@@ -161,9 +161,14 @@ def check_cache(subject: Subject) -> Finding:
 
 def free_bytes(folder: Folder) -> int | None:
     """Return the free bytes of the local disk that holds the folder, or will hold it; None for remote storage."""
+    return existing(folder).room()
+
+
+def existing(folder: Folder) -> Folder:
+    """Return the folder or, if it is local and does not exist, the nearest one above it that does, on the same disk."""
     while not folder.remote and not folder.exists:
         folder = Folder.of_file(folder.address)[0]
-    return folder.room()
+    return folder
 
 
 def gigabytes(size: int) -> str:

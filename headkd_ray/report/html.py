@@ -15,7 +15,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
        background: light-dark(#ffffff, #16181b); color: light-dark(#1d1e20, #e4e6ea); }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note, figcaption { color: var(--faint) }
-figure { margin: 1rem 0; overflow-x: auto } figure svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0; overflow-x: auto } figure svg, img { max-width: 100%; height: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { cursor: pointer; user-select: none } th[data-order]::after { content: " \\2191" }
@@ -65,6 +65,7 @@ def cell(text: str, value: float | None) -> Markup:
 
 
 def picture(caption: str, content: bytes) -> Markup:
-    """Return a figure with a JPEG file, which becomes part of the page, and its caption."""
-    image = html('<img alt="" style="max-width: 100%" src="data:image/jpeg;base64,{}">', base64.b64encode(content).decode())
+    """Return a figure of a JPEG file, which becomes a part of the page."""
+    source = base64.b64encode(content).decode()
+    image = html('<img alt="{}" src="data:image/jpeg;base64,{}">', caption, source)
     return html("<figure>{}<figcaption>{}</figcaption></figure>", image, caption)
