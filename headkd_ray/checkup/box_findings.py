@@ -178,10 +178,13 @@ def check_classes(subject: Subject) -> Finding:
     if train and val:
         never = [name for name, boxes in val.items() if boxes and not train.get(name)]
         tell(
-            "red", "in val, without a box in train", never, "Divide the images again (prepare --split), or add training images."
+            "red",
+            "in val, without a box in train",
+            never,
+            "Divide the images again (prepare --split), or add images of what train lacks.",
         )
         unmeasured = [name for name, boxes in train.items() if boxes and not val.get(name)]
-        tell("yellow", "in train, without a box in val", unmeasured, "AP does not see these classes; divide the images again.")
+        tell("yellow", "in train, without a box in val", unmeasured, "AP does not see what val lacks: divide the images again.")
     unused = [name for name, boxes in train.items() if not boxes and not val.get(name)]
     tell("yellow", "in no image", unused, "Remove these categories, or the student keeps outputs that nothing trains.")
     few = [name for name, boxes in train.items() if 0 < boxes < FEW]

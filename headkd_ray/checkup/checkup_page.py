@@ -82,7 +82,8 @@ def checkup_page(findings: Sequence[Finding], subject: Subject) -> str:
     for each in findings:
         if each.examples:
             parts.append(html("<h2>{}</h2><p class=note>{}</p>", each.check.capitalize(), each.found))
-            parts += [picture(example.caption, example_picture(example, subject)) for example in each.examples]
+            pictures = Markup().join(picture(example.caption, example_picture(example, subject)) for example in each.examples)
+            parts.append(html('<div style="display: flex; flex-wrap: wrap; gap: 0 1rem">{}</div>', pictures))
     return document(f"Check-up of {subject.job.run.name}", parts)
 
 

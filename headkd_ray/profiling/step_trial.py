@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker, PendingBatch, load_samples
-from headkd_ray.data.epoch_order import steps_per_epoch
+from headkd_ray.data.epoch_order import steps_per_epoch, train_rows
 from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardIndex, ShardSet
 from headkd_ray.data.views import View, eval_view
@@ -22,6 +22,7 @@ from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.loop import smaller_steps, soft_targets
 from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.engine.step import Learner, build_learner, train_step
+from headkd_ray.errors import DataError
 from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
 from headkd_ray.profiling.peak_memory import PeakMemory, total_memory
@@ -76,8 +77,8 @@ def try_steps(job: Job, train: ShardSet, val: ShardSet, steps: int = STEPS) -> S
     moved = job.teacher is not None and job.teacher.placement == "pool" and job.distill.rois == "student"
     if moved:  # it would answer from another process
         job = job.replace({"teacher.placement": "inline"})
-    batch = largest_batch(job, train).to(distributed.device)
     with enough_memory("trying training steps", smaller_steps(job)):
+        batch = largest_batch(job, train).to(distributed.device)
         learner, batch = _learner(job, train, batch, distributed.device)
         losses: list[dict[str, float]] = []
         passes = min(2, job.optim.accumulate)  # in the second one the gradients of the first are in memory
@@ -97,9 +98,9 @@ def try_steps(job: Job, train: ShardSet, val: ShardSet, steps: int = STEPS) -> S
                 seconds = time.perf_counter() - started
     data = job.data
     smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side ({data.eval_short_side}) or data.long_side"
-    shown = largest_batch(job, val, training=False).to(distributed.device)
+    scoring = scoring_of_job(job, train, val)
     with enough_memory("trying an evaluation", smaller), PeakMemory(distributed.device) as eval_peak:
-        scoring = scoring_of_job(job, train, val)
+        shown = largest_batch(job, val, training=False).to(distributed.device)
         predict(learner.student, [shown], distributed.device, scoring.category_ids, job.optim.precision)
     return StepTrial(
         device=distributed.device,
@@ -140,29 +141,32 @@ def largest_batch(job: Job, shards: ShardSet, training: bool = True) -> Batch:
     It has the tallest and the widest view, at the largest size, and otherwise the images with most boxes.
 
     Raises:
-        DataError: a shard cannot be read.
+        DataError: a shard cannot be read, or there is nothing to train on.
     """
     side = max(job.data.short_side)
     spec = job.data.replace({"short_side": (side, side)})
     view = View(side, job.data.long_side) if training else eval_view(job.data)
     size = job.data.batch_size if training else job.eval.batch_size
-    rows = largest_rows(shards.index, view, size).tolist()
+    shown = train_rows(shards.index, job.data.keep_empty) if training else np.arange(len(shards.index))
+    if not len(shown):
+        raise DataError(f"{shards.folder.uri}: no image has a box to train on")
+    rows = largest_rows(shards.index, shown, view, size).tolist()
     maker = BatchMaker(spec, view_seed(job) if training else job.run.seed, training)
     numbers = (0,) * len(rows)
     return maker(PendingBatch(0, tuple(load_samples(shards, rows, numbers, maker)), numbers))
 
 
-def largest_rows(index: ShardIndex, view: View, size: int) -> NDArray[np.int64]:
-    """Return the rows of ``size`` images whose batch is the largest that the order of an epoch could make.
+def largest_rows(index: ShardIndex, rows: NDArray[np.int64], view: View, size: int) -> NDArray[np.int64]:
+    """Return ``size`` of the ``rows`` whose batch is the largest that the order of an epoch could make.
 
-    Rows are repeated if there are fewer images.
+    Rows are repeated if there are fewer.
     """
-    heights, widths = (side * view_scales(index, view) for side in (index.height, index.width))
+    heights, widths = ((side * view_scales(index, view))[rows] for side in (index.height, index.width))
     if size == 1:
-        return np.array([int(np.argmax(heights * widths))])
-    extremes = dict.fromkeys([int(np.argmax(heights)), int(np.argmax(widths))])
-    crowded = np.argsort(-index.boxes, kind="stable")[:size].tolist()
-    return np.resize(np.array([*dict.fromkeys([*extremes, *crowded])], dtype=np.int64), size)
+        return rows[[int(np.argmax(heights * widths))]]
+    crowded = np.argsort(-index.boxes[rows], kind="stable")[:size]
+    chosen = dict.fromkeys([int(np.argmax(heights)), int(np.argmax(widths)), *crowded.tolist()])
+    return np.resize(rows[[*chosen]], size)
 
 
 def view_scales(index: ShardIndex, view: View) -> NDArray[np.float64]:
