@@ -19,7 +19,7 @@ from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.evaluation import predict
 from headkd_ray.engine.inference import view_spec
 from headkd_ray.engine.scoring import recorded_detections
-from headkd_ray.errors import DataError
+from headkd_ray.errors import DataError, UserError
 from headkd_ray.memory import enough_memory
 from headkd_ray.profiling.cost_model import cache_bytes
 from headkd_ray.storage import Folder
@@ -46,21 +46,24 @@ def check_class_lists(subject: Subject) -> Finding:
         told.append(difference("train", lists["train"], "val", lists["val"]))
         mends.append("Give both splits the same categories (prepare --classes takes those of a prepared split).")
     if subject.job.teacher is not None and "train" in lists:
-        loaded = fetch_named("teacher", subject.job.teacher.checkpoint, subject.job.teacher.classes)
-        known = [name for name in loaded.classes or () if name != UNUSED]
-        lists["teacher"] = tuple(known)
-        unknown = [name for name in lists["train"] if name not in known]
-        told.append(f"the teacher knows {len(lists['train']) - len(unknown)} of train's")
-        alike = differing_in_case("the teacher", known, lists["train"])
-        if unknown:
-            levels.append("red" if len(unknown) == len(lists["train"]) else "yellow")
-            told.append(f"it does not know {listed(unknown, 5)}")
-            mends.append(
-                f"Spell them as the teacher does: {', '.join(alike)}."
-                if alike
-                else "Its head starts with new weights for these, and its features have not learned them: train a teacher on "
-                "your classes (jobs/teacher.yaml), or name its outputs with teacher.classes."
-            )
+        try:
+            loaded = fetch_named("teacher", subject.job.teacher.checkpoint, subject.job.teacher.classes)
+        except UserError as error:
+            told.append(f"the teacher's are not known: {error.problems[0]}")
+        else:
+            known = lists["teacher"] = tuple(name for name in loaded.classes or () if name != UNUSED)
+            unknown = [name for name in lists["train"] if name not in known]
+            told.append(f"the teacher knows {len(lists['train']) - len(unknown)} of train's")
+            alike = differing_in_case("the teacher", known, lists["train"])
+            if unknown:
+                levels.append("red" if len(unknown) == len(lists["train"]) else "yellow")
+                told.append(f"it does not know {listed(unknown, 5)}")
+                mends.append(
+                    f"Spell them as the teacher does: {', '.join(alike)}."
+                    if alike
+                    else "Its head starts with new weights for these, and its features have not learned them: train a teacher "
+                    "on your classes (jobs/teacher.yaml), or name its outputs with teacher.classes."
+                )
     figures = {name: list(names) for name, names in lists.items()}
     return Finding("class lists", gravest(levels), "; ".join(told), " ".join(mends) or None, figures)
 
