@@ -106,6 +106,8 @@ def _found(examined: dict[str, Any], check: str) -> dict[str, Any]:
 
 def test_the_faults_of_the_data_are_found(examined: dict[str, Any], faulty: dict[str, str]) -> None:
     assert examined["code"] == 1 and examined["json"]["verdict"] == "red"
+    assert examined["json"].keys() == {"run", "verdict", "findings"}
+    assert all([*each] == ["check", "level", "found", "mend", "figures", "examples"] for each in examined["json"]["findings"])
     levels = {each["check"]: each["level"] for each in examined["json"]["findings"]}
     assert list(levels) == list(CHECKS)
     assert levels["job"] == levels["files"] == levels["steps"] == levels["reading"] == "green"
