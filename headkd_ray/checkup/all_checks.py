@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from headkd_ray.checkup import box_findings, machine_findings, similarity_findings, size_findings
@@ -11,6 +12,7 @@ from headkd_ray.checkup import training_findings as training
 from headkd_ray.checkup.findings import Example, Finding, Level, gravest, skipped
 from headkd_ray.checkup.subject import Subject
 from headkd_ray.errors import UserError
+from headkd_ray.text import printable
 
 Check = Callable[[Subject], Finding]
 
@@ -55,7 +57,14 @@ def examine(subject: Subject, tell: Callable[[str], object] = lambda name: None)
             findings.append(check(subject))
         except UserError as error:
             findings.append(skipped(name, f"not possible: {'; '.join(error.problems[:2])}"))
-    return findings
+        except OSError as error:  # of a disk or a network that failed meanwhile
+            findings.append(skipped(name, f"not possible: {error}"))
+    return [_printable(finding) for finding in findings]
+
+
+def _printable(finding: Finding) -> Finding:
+    """Return the finding without control characters and secrets, which names and addresses may have."""
+    return replace(finding, found=printable(finding.found), mend=None if finding.mend is None else printable(finding.mend))
 
 
 def exit_code(findings: list[Finding]) -> int:

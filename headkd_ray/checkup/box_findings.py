@@ -31,7 +31,6 @@ def check_files(subject: Subject) -> Finding:
     """Read all annotations and the first images of both splits, and pass on what ``prepare`` said."""
     told, problems, notes = [], [], list[str]()
     figures: dict[str, Any] = {}
-    examples: list[Example] = []
     for name, shards in subject.splits.items():
         try:
             boxes, seen = subject.statistics(name).boxes, subject.fingerprints(name)
@@ -53,11 +52,9 @@ def check_files(subject: Subject) -> Finding:
         mend = "Replace the files and prepare the split again, with --overwrite."
         return Finding("files", "red", "; ".join(problems[:3]) + _more(problems, 3), mend, figures)
     if notes:
-        found = f"{'; '.join(told)}; prepare changed or interpreted something: {'; '.join(notes[:2])}{_more(notes, 2)}"
-        mend = (
-            "Read what prepare noted (in meta.json: warnings, fixes), and correct the annotations if it is not what you mean."
-        )
-        return Finding("files", "yellow", found, mend, figures, tuple(examples))
+        found = f"{'; '.join(told)}; prepare noted: {'; '.join(notes[:2])}{_more(notes, 2)}"
+        mend = "Read all of it in meta.json (warnings, fixes), and correct the annotations where it is not what you mean."
+        return Finding("files", "yellow", found, mend, figures)
     return Finding("files", "green", "; ".join(told), None, figures)
 
 

@@ -14,7 +14,7 @@ from headkd_ray.checkup.subject import Subject
 from headkd_ray.checkup.teacher_findings import ROOM, existing, free_bytes, gigabytes
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
-from headkd_ray.errors import ClusterError, UserError
+from headkd_ray.errors import ClusterError, StorageError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import OBJECT_STORES, Folder
 
@@ -30,7 +30,11 @@ def check_storage(subject: Subject) -> Finding:
     """Write and read a file in run.storage, and see whether its disk has room for the checkpoints."""
     folder = run_folder(subject.job)
     storage, room = Folder.open(subject.job.run.storage), free_bytes(folder)
-    written, read = _rates(storage)
+    try:
+        written, read = _rates(storage)
+    except (OSError, StorageError) as error:
+        mend = "Make room or get access, or choose another run.storage."
+        return Finding("storage", "red", f"{storage.uri} cannot be written ({error})", mend)
     figures: dict[str, Any] = {"write_bytes_per_second": written, "read_bytes_per_second": read, "free_bytes": room}
     found = f"{storage.uri} writes {gigabytes(written)} and reads {gigabytes(read)} a second"
     level: Level = "green"
@@ -48,7 +52,7 @@ def check_storage(subject: Subject) -> Finding:
 def _checkpoint_bytes(subject: Subject) -> int | None:
     try:
         return subject.trial().state_bytes
-    except UserError:  # the check of the steps tells
+    except UserError:  # which the check of the steps tells
         return None
 
 
@@ -97,7 +101,7 @@ def check_cluster(subject: Subject) -> Finding:
     except ClusterError as error:
         return Finding("cluster", "red", "; ".join(error.problems), "Start the machines, or request less.")
     found = f"the cluster at {address} has room for {_request(job)}"
-    return Finding("cluster", "green", found, None, {"address": address, "gpus_per_worker": resources.gpus_per_worker})
+    return Finding("cluster", "green", found, None, {"gpus_per_worker": resources.gpus_per_worker})
 
 
 def _request(job: Job) -> str:

@@ -76,7 +76,9 @@ class Subject:
         return self._once(("fingerprints", name), lambda: fingerprints(self.split(name), self.options.images))
 
     def trial(self) -> StepTrial:
-        """Return what the largest training steps needed. Raises UserError as ``try_steps`` does."""
+        """Return what the largest training steps needed. Raises UserError as ``try_steps``, or if they were left out."""
+        if "steps" in self.options.skip:
+            raise UserError("the steps were left out (--skip)")
         return self._once("trial", lambda: try_steps(self.job, self.split("train"), self.split("val")))
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:

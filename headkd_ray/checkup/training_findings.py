@@ -96,7 +96,7 @@ def check_steps(subject: Subject) -> Finding:
     try:
         trial = subject.trial()
     except DeviceMemoryError as error:
-        return Finding("steps", "red", str(error), _sentence(smaller_steps(subject.job)))
+        return Finding("steps", "red", str(error), "Ask for less, as the message says, or train where there is more memory.")
     on_gpu = trial.device.type == "cuda"
     peak = max(trial.peak_bytes, trial.eval_peak_bytes)
     here = 1 if on_gpu else _workers_here(subject.job)

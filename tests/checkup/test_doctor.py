@@ -206,7 +206,7 @@ def test_a_job_that_cannot_start_is_examined_all_the_same(
     told = {columns[1]: line for line in lines if len(columns := re.split("  +", line)) == 3}
     assert told.keys() == CHECKS.keys()
     assert told["job"].startswith("red ") and f"{tmp_path}/nowhere: the data set is missing" in told["job"]
-    assert told["classes"].startswith("green ") and "8 classes with" in told["classes"]
+    assert told["classes"].startswith("yellow ") and "8 classes with" in told["classes"]
     assert told["leaks"].startswith("not looked at ") and f"not possible: {tmp_path}/nowhere" in told["leaks"]
     assert any(line.startswith("job: Mend these first") for line in lines) and "1 red" in lines[-1]
 
