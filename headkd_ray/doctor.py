@@ -53,15 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
         subject = Subject(job, checks)
         with Status("checking", console=Terminal(stderr=True)) as status:
             findings = examine(subject, lambda check: status.update(f"checking: {check}"))
-        if options.html is not None:
-            folder.create()
-            folder.write(name, checkup_page(findings, subject).encode("utf-8", "backslashreplace"))
         if options.json:
             print(json.dumps(as_json(findings, subject), indent=1))
         else:
             for line in summary(findings):
                 Terminal().print(line, soft_wrap=True)
-            if options.html is not None:
+        if options.html is not None:
+            folder.create()
+            folder.write(name, checkup_page(findings, subject).encode("utf-8", "backslashreplace"))
+            if not options.json:
                 print(f"page: {printable(options.html)}")
     return exit_code(findings)
 

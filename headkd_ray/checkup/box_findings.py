@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 
 from headkd_ray.checkup.box_statistics import SAME, TINY, WHOLE, BoxStatistics, Marked, edges
-from headkd_ray.checkup.findings import Example, Finding, Level, gravest, share
+from headkd_ray.checkup.findings import Example, Finding, Level, SplitName, gravest, share
 from headkd_ray.checkup.subject import Subject
 from headkd_ray.data.class_lists import listed
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError
-
-Split = Literal["train", "val"]
 
 MANY_TINY, MANY_WHOLE, MANY_DOUBLE = 0.005, 0.01, 0.001
 """Shares of the boxes from which an oddity is called out."""
@@ -115,12 +113,12 @@ def _oddity(subject: Subject, check: str, kind: str, many: float, what: str, men
         levels.append("yellow" if odd.count and odd.count >= many * total else "green")
         told.append(f"{name}: {share(odd.count, total)}")
         figures[name] = {"count": odd.count, "boxes": total}
-        examples += [_example(cast(Split, name), shards, marked) for marked in odd.examples[:SHOWN]]
+        examples += [_example(name, shards, marked) for marked in odd.examples[:SHOWN]]
     level = gravest(levels)
     return Finding(check, level, f"{what}: {'; '.join(told)}", mend if level != "green" else None, figures, tuple(examples))
 
 
-def _example(split: Split, shards: ShardSet, marked: Marked) -> Example:
+def _example(split: SplitName, shards: ShardSet, marked: Marked) -> Example:
     sizes = [f"{x2 - x1:.0f} x {y2 - y1:.0f} px" for x1, y1, x2, y2 in marked.boxes]
     classes = [shards.meta.classes[label] for label in marked.labels]
     told = " and ".join(f"{name} {size}" for name, size in zip(classes, sizes, strict=True))
@@ -138,7 +136,7 @@ def check_empty(subject: Subject) -> Finding:
         told.append(f"{name}: {share(len(rows), len(shards.index))}")
         figures[name] = {"count": len(rows), "images": len(shards.index)}
         for row in rows[:SHOWN].tolist():
-            examples.append(Example(cast(Split, name), row, f"{name}, image {shards.index.image_id[row]}: no boxes"))
+            examples.append(Example(name, row, f"{name}, image {shards.index.image_id[row]}: no boxes"))
     level = gravest(levels)
     kept = subject.job.data.keep_empty
     what = "they are trained on" if kept else "training leaves them out"

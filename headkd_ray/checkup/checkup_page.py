@@ -12,7 +12,7 @@ from rich.text import Text
 from torchvision.transforms.v2.functional import resize
 
 from headkd_ray.checkup.box_statistics import edges
-from headkd_ray.checkup.findings import LEVELS, Example, Finding
+from headkd_ray.checkup.findings import LEVELS, Example, Finding, SplitName
 from headkd_ray.checkup.size_findings import MANY
 from headkd_ray.checkup.subject import Subject
 from headkd_ray.errors import UserError
@@ -82,9 +82,17 @@ def checkup_page(findings: Sequence[Finding], subject: Subject) -> str:
     for each in findings:
         if each.examples:
             parts.append(html("<h2>{}</h2><p class=note>{}</p>", each.check.capitalize(), each.found))
-            pictures = Markup().join(picture(example.caption, example_picture(example, subject)) for example in each.examples)
+            pictures = Markup().join(_figure(example, subject) for example in each.examples)
             parts.append(html('<div style="display: flex; flex-wrap: wrap; gap: 0 1rem">{}</div>', pictures))
     return document(f"Check-up of {subject.job.run.name}", parts)
+
+
+def _figure(example: Example, subject: Subject) -> Markup:
+    """Return the example's picture with its caption, or the caption alone if an image cannot be read any more."""
+    try:
+        return picture(example.caption, example_picture(example, subject))
+    except (UserError, ValueError) as error:
+        return html("<figure><figcaption>{} (no picture: {})</figcaption></figure>", example.caption, error)
 
 
 def example_picture(example: Example, subject: Subject) -> bytes:
@@ -110,6 +118,10 @@ def _drawn(example: Example, subject: Subject) -> torch.Tensor:
 
 def _figures(subject: Subject) -> list[tuple[str, Figure]]:
     """Return the figures of the data, by heading; none of a split that cannot be read."""
+    try:
+        splits = subject.splits
+    except UserError:
+        return []
     found = []
     for heading, plot in {
         "Sizes of boxes in the view": _sides,
@@ -117,11 +129,12 @@ def _figures(subject: Subject) -> list[tuple[str, Figure]]:
         "Boxes of an image": _crowds,
         "Boxes of each class": _classes,
     }.items():
-        height = 0.9 + 0.22 * min(MOST_CLASSES, _most_classes(subject)) if plot is _classes else 2.6
+        classes = max(len(shards.meta.classes) for shards in splits.values())
+        height = 0.9 + 0.22 * min(MOST_CLASSES, classes) if plot is _classes else 2.6
         figure, axes = axes_of(8, height)
-        for name, colour in (("train", BASE), ("val", BEST)):
+        for name in splits:
             try:
-                plot(subject, name, colour, axes)
+                plot(subject, name, BASE if name == "train" else BEST, axes)
             except UserError:
                 continue
         if axes.has_data():
@@ -130,7 +143,7 @@ def _figures(subject: Subject) -> list[tuple[str, Figure]]:
     return found
 
 
-def _sides(subject: Subject, name: str, colour: str, axes: Axes) -> None:
+def _sides(subject: Subject, name: SplitName, colour: str, axes: Axes) -> None:
     counts = subject.statistics(name).shown_sides
     _curve(counts, f"{name} (short side {subject.view(name).short_side} px)", colour, axes)
     axes.set(xlabel="shorter side of a box (px)", ylabel="share of boxes")
@@ -139,7 +152,7 @@ def _sides(subject: Subject, name: str, colour: str, axes: Axes) -> None:
             axes.axvline(side, color=FAINT, lw=0.8, ls=":")
 
 
-def _aspects(subject: Subject, name: str, colour: str, axes: Axes) -> None:
+def _aspects(subject: Subject, name: SplitName, colour: str, axes: Axes) -> None:
     _curve(subject.statistics(name).aspects, name, colour, axes)
     axes.set(xlabel="height / width of a box", ylabel="share of boxes")
 
@@ -154,7 +167,7 @@ def _curve(counts: np.ndarray, label: str, colour: str, axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _crowds(subject: Subject, name: str, colour: str, axes: Axes) -> None:
+def _crowds(subject: Subject, name: SplitName, colour: str, axes: Axes) -> None:
     boxes = subject.split(name).index.boxes
     most = int(boxes.max(initial=0)) + 1
     counts, at = np.histogram(boxes, bins=min(most, 60), range=(0, most))
@@ -162,7 +175,7 @@ def _crowds(subject: Subject, name: str, colour: str, axes: Axes) -> None:
     axes.set(xlabel="boxes of an image", ylabel="share of images")
 
 
-def _classes(subject: Subject, name: str, colour: str, axes: Axes) -> None:
+def _classes(subject: Subject, name: SplitName, colour: str, axes: Axes) -> None:
     counts, classes = subject.statistics(name).boxes_of_class, subject.split(name).meta.classes
     reference = subject.statistics("train").boxes_of_class if "train" in subject.splits else counts
     listed = subject.split("train").meta.classes if "train" in subject.splits else classes
@@ -174,10 +187,6 @@ def _classes(subject: Subject, name: str, colour: str, axes: Axes) -> None:
     axes.barh(at + shift, [known.get(each, 0) / max(1, counts.sum()) for each in names], height, color=colour, label=name)
     axes.set_yticks(at, [literal(each) for each in names])
     axes.set_xlabel("share of boxes" + (f", the {MOST_CLASSES} rarest classes" if len(listed) > MOST_CLASSES else ""))
-
-
-def _most_classes(subject: Subject) -> int:
-    return max(len(shards.meta.classes) for shards in subject.splits.values()) if subject.splits else 1
 
 
 def _class_table(subject: Subject) -> list[Markup]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+SplitName = Literal["train", "val"]
 Level = Literal["green", "yellow", "red", "skipped"]
 LEVELS: tuple[Level, ...] = ("skipped", "green", "yellow", "red")
 """From the mildest to the gravest."""
@@ -15,7 +16,7 @@ LEVELS: tuple[Level, ...] = ("skipped", "green", "yellow", "red")
 class Example:
     """An image of a split that shows what was found, with the boxes that show it."""
 
-    split: Literal["train", "val"]
+    split: SplitName
     row: int
     """Row of the split's index."""
     caption: str

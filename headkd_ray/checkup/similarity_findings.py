@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from headkd_ray.checkup.box_findings import SHOWN, Split
-from headkd_ray.checkup.findings import Example, Finding, Level
+from headkd_ray.checkup.box_findings import SHOWN
+from headkd_ray.checkup.findings import Example, Finding, Level, SplitName
 from headkd_ray.checkup.similar_images import nearest_pair, similar_groups
 from headkd_ray.checkup.subject import Subject
 
@@ -42,7 +42,7 @@ def check_leaks(subject: Subject) -> Finding:
                 examples.append(_pair(subject, "val", int(val.rows[other - border]), "train", int(train.rows[one])))
     figures = {
         "looked_at": {"train": border, "val": len(val.rows)},
-        "images": {name: len(subject.split(name).index) for name in ("train", "val")},
+        "images": {name: len(subject.split(name).index) for name in subject.splits},
         "leaking": leaking,
     }
     told = (
@@ -59,7 +59,7 @@ def check_leaks(subject: Subject) -> Finding:
     return Finding("leaks", level, told, mend, figures, tuple(examples))
 
 
-def _looked(subject: Subject, name: str) -> str:
+def _looked(subject: Subject, name: SplitName) -> str:
     """Say how many images of a split were looked at."""
     seen, images = len(subject.fingerprints(name).rows), len(subject.split(name).index)
     return f"all {images:,} of {name} looked at" if seen == images else f"{seen:,} of {images:,} of {name} looked at (--images)"
@@ -69,6 +69,7 @@ def _count(count: int, of: int, what: str) -> str:
     return f"{count:,} {what if count == 1 else what + 's'}" + (f" ({100 * count / of:.2g} %)" if count and of else "")
 
 
-def _pair(subject: Subject, split: Split, row: int, other_split: Split, other_row: int) -> Example:
-    names = [f"{each}, image {subject.split(each).index.image_id[at]}" for each, at in ((split, row), (other_split, other_row))]
+def _pair(subject: Subject, split: SplitName, row: int, other_split: SplitName, other_row: int) -> Example:
+    places: tuple[tuple[SplitName, int], ...] = ((split, row), (other_split, other_row))
+    names = [f"{each}, image {subject.split(each).index.image_id[at]}" for each, at in places]
     return Example(split, row, " beside ".join(names), beside=Example(other_split, other_row, names[1]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from headkd_ray.checkup.box_statistics import BoxStatistics, box_statistics
+from headkd_ray.checkup.findings import SplitName
 from headkd_ray.checkup.similar_images import Fingerprints, fingerprints
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import View, eval_view
@@ -41,10 +42,10 @@ class Subject:
         self._made: dict[Any, Any] = {}
 
     @property
-    def splits(self) -> dict[str, ShardSet]:
+    def splits(self) -> dict[SplitName, ShardSet]:
         """The splits that can be opened, by their names: train, val. Raises DataError if there is none."""
-        found = {}
-        for name in ("train", "val"):
+        found: dict[SplitName, ShardSet] = {}
+        for name in get_args(SplitName):
             try:
                 found[name] = self.split(name)
             except UserError:
@@ -53,16 +54,16 @@ class Subject:
             raise DataError("neither data.train nor data.val can be opened")
         return found
 
-    def split(self, name: str) -> ShardSet:
+    def split(self, name: SplitName) -> ShardSet:
         """Return the split ``name``. Raises DataError if it cannot be opened."""
         return self._once(("split", name), lambda: ShardSet.open(getattr(self.job.data, name)))
 
-    def view(self, name: str) -> View:
+    def view(self, name: SplitName) -> View:
         """Return the view in which the split's images are shown: of training, at the middle of data.short_side."""
         data = self.job.data
         return View(round(sum(data.short_side) / 2), data.long_side) if name == "train" else eval_view(data)
 
-    def statistics(self, name: str) -> BoxStatistics:
+    def statistics(self, name: SplitName) -> BoxStatistics:
         """Return the statistics of the split's boxes. Raises DataError if it cannot be read."""
 
         def make() -> BoxStatistics:
@@ -71,7 +72,7 @@ class Subject:
 
         return self._once(("statistics", name), make)
 
-    def fingerprints(self, name: str) -> Fingerprints:
+    def fingerprints(self, name: SplitName) -> Fingerprints:
         """Return the fingerprints of the split's first ``options.images`` images. Raises DataError if they cannot be read."""
         return self._once(("fingerprints", name), lambda: fingerprints(self.split(name), self.options.images))
 

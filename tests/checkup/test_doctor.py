@@ -210,6 +210,13 @@ def test_a_job_that_cannot_start_is_examined_all_the_same(
     assert told["leaks"].startswith("not looked at ") and f"not possible: {tmp_path}/nowhere" in told["leaks"]
     assert any(line.startswith("job: Mend these first") for line in lines) and "1 red" in lines[-1]
 
+    page = tmp_path / "page.html"
+    without = [str(tmp_path / "job.yaml"), f"data.train={tmp_path}/gone", "--html", str(page), *skip]
+    assert doctor.main(without) == 2
+    said = capsys.readouterr().out
+    assert said.endswith(f"page: {page}\n") and "neither data.train nor data.val can be opened" in said
+    assert f"{tmp_path}/gone: the data set is missing" in page.read_text()
+
 
 def test_what_is_wrong_with_the_command_is_told_first(
     drawn_splits: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
