@@ -101,7 +101,7 @@ def verdict(findings: list[Finding]) -> Level:
 def _file_names(examples: list[Example], subject: Subject) -> dict[tuple[str, int], str]:
     """Return the file name of each example's images, by split and row."""
     shown = {each for example in examples for each in (example, example.beside) if each is not None}
-    found = {}
+    found = dict[tuple[str, int], str]()
     for split in sorted({each.split for each in shown}):
         rows = sorted({each.row for each in shown if each.split == split})
         found |= {(split, row): name for row, name in zip(rows, subject.split(split).file_names(rows), strict=True)}

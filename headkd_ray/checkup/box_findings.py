@@ -106,7 +106,7 @@ def check_double_class(subject: Subject) -> Finding:
 
 def _oddity(subject: Subject, check: str, kind: str, many: float, what: str, mend: str) -> Finding:
     """Return how many boxes of each split are odd in one way; it is called out from a share of ``many``."""
-    told, levels, figures, examples = [], list[Level](), {}, list[Example]()
+    told, levels, figures, examples = [], list[Level](), dict[str, Any](), list[Example]()
     for name, shards in subject.splits.items():
         found = subject.statistics(name)
         odd, total = found.odd[kind], found.boxes
@@ -129,7 +129,7 @@ def _example(split: SplitName, shards: ShardSet, marked: Marked) -> Example:
 
 def check_empty(subject: Subject) -> Finding:
     """Count images without boxes."""
-    told, levels, figures, examples = [], list[Level](), {}, list[Example]()
+    told, levels, figures, examples = [], list[Level](), dict[str, Any](), list[Example]()
     for name, shards in subject.splits.items():
         rows = np.flatnonzero(shards.index.boxes == 0)
         levels.append("yellow" if len(rows) >= MANY_EMPTY * len(shards.index) else "green")
@@ -154,7 +154,7 @@ def check_classes(subject: Subject) -> Finding:
     by_name = {
         split: dict(zip(subject.split(split).meta.classes, each.tolist(), strict=True)) for split, each in counts.items()
     }
-    figures = {
+    figures: dict[str, Any] = {
         split: {
             label: {"boxes": boxes, "images": int(subject.statistics(split).images_of_class[place])}
             for place, (label, boxes) in enumerate(by_name[split].items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ MANY_UNREACHED = 0.1
 
 def check_vanishing(subject: Subject) -> Finding:
     """Count boxes that are too small after the view's resize."""
-    told, levels, figures, larger = [], list[Level](), {}, 1.0
+    told, levels, figures, larger = [], list[Level](), dict[str, Any](), 1.0
     for name in subject.splits:
         found, view = subject.statistics(name), subject.view(name)
         counts = {side: found.below(side) for side in MANY}

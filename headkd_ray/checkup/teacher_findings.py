@@ -38,7 +38,7 @@ ROOM = 1.2
 
 def check_class_lists(subject: Subject) -> Finding:
     """Compare the class lists of teacher, train and val, by name."""
-    lists = {name: subject.split(name).meta.classes for name in subject.splits}
+    lists: dict[str, tuple[str, ...]] = {name: subject.split(name).meta.classes for name in subject.splits}
     told = [f"{len(names)} in {name}" for name, names in lists.items()]
     levels, mends = list[Level](["green"]), list[str]()
     if len(lists) == 2 and set(lists["train"]) != set(lists["val"]):
@@ -64,7 +64,7 @@ def check_class_lists(subject: Subject) -> Finding:
                     else "Its head starts with new weights for these, and its features have not learned them: train a teacher "
                     "on your classes (jobs/teacher.yaml), or name its outputs with teacher.classes."
                 )
-    figures = {name: list(names) for name, names in lists.items()}
+    figures: dict[str, Any] = {name: list(names) for name, names in lists.items()}
     return Finding("class lists", gravest(levels), "; ".join(told), " ".join(mends) or None, figures)
 
 
