@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rich.status import Status
+from rich.text import Text
 
 from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.errors import UserError
@@ -32,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Imported late, because torch and timm take ten seconds: mistakes in the job file are reported before that.
         import json
 
-        from headkd_ray.checkup.all_checks import CHECKS, as_json, examine, exit_code
-        from headkd_ray.checkup.checkup_page import checkup_page, summary
+        from headkd_ray.checkup.all_checks import CHECKS, as_json, exit_code, run_check
+        from headkd_ray.checkup.checkup_page import checkup_page, line_of, mends
         from headkd_ray.checkup.subject import CheckOptions, Subject
 
         unknown = [name for name in options.skip if name not in CHECKS]
@@ -51,12 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
             skip=frozenset(options.skip),
         )
         subject = Subject(job, checks)
-        with Status("checking", console=Terminal(stderr=True)) as status:
-            findings = examine(subject, lambda check: status.update(f"checking: {check}"))
+        findings = []
+        for check in CHECKS:
+            with Status(f"checking: {check}", console=Terminal(stderr=True)):
+                findings.append(run_check(check, subject))
+            if not options.json:
+                Terminal().print(line_of(findings[-1]), soft_wrap=True)
         if options.json:
             print(json.dumps(as_json(findings, subject), indent=1))
         else:
-            for line in summary(findings):
+            for line in (Text(), *mends(findings)):
                 Terminal().print(line, soft_wrap=True)
         if options.html is not None:
             folder.create()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,24 +42,17 @@ CHECKS: dict[str, Check] = {
 """By name, in the order in which they are run and shown."""
 
 
-def examine(subject: Subject, tell: Callable[[str], object] = lambda name: None) -> list[Finding]:
-    """Run all checks; one that cannot be made says why, and the others run all the same.
-
-    ``tell`` is called with the name of each check before it runs.
-    """
-    findings = []
-    for name, check in CHECKS.items():
-        if name in subject.options.skip:
-            findings.append(skipped(name, "left out (--skip)"))
-            continue
-        tell(name)
-        try:
-            findings.append(check(subject))
-        except UserError as error:
-            findings.append(skipped(name, f"not possible: {'; '.join(error.problems[:2])}"))
-        except OSError as error:  # of a disk or a network that failed meanwhile
-            findings.append(skipped(name, f"not possible: {error}"))
-    return [_printable(finding) for finding in findings]
+def run_check(name: str, subject: Subject) -> Finding:
+    """Make one check; the finding of one that cannot be made says why."""
+    if name in subject.options.skip:
+        return skipped(name, "left out (--skip)")
+    try:
+        found = CHECKS[name](subject)
+    except UserError as error:
+        found = skipped(name, f"not possible: {'; '.join(error.problems[:2])}")
+    except OSError as error:  # of a disk or a network that failed meanwhile
+        found = skipped(name, f"not possible: {error}")
+    return _printable(found)
 
 
 def _printable(finding: Finding) -> Finding:
@@ -67,13 +60,13 @@ def _printable(finding: Finding) -> Finding:
     return replace(finding, found=printable(finding.found), mend=None if finding.mend is None else printable(finding.mend))
 
 
-def exit_code(findings: list[Finding]) -> int:
+def exit_code(findings: Sequence[Finding]) -> int:
     """Return 2 if the job cannot start, 1 if something else is red, else 0."""
     red = {finding.check for finding in findings if finding.level == "red"}
     return 2 if "job" in red else 1 if red else 0
 
 
-def as_json(findings: list[Finding], subject: Subject) -> dict[str, Any]:
+def as_json(findings: Sequence[Finding], subject: Subject) -> dict[str, Any]:
     """Return the findings as a JSON value."""
     names = _file_names([each for finding in findings for each in finding.examples], subject)
     return {
@@ -93,7 +86,7 @@ def as_json(findings: list[Finding], subject: Subject) -> dict[str, Any]:
     }
 
 
-def verdict(findings: list[Finding]) -> Level:
+def verdict(findings: Sequence[Finding]) -> Level:
     """Return the gravest level of all findings."""
     return gravest([finding.level for finding in findings])
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from rich.text import Text
 from torchvision.transforms.v2.functional import resize
 
+from headkd_ray.checkup.all_checks import CHECKS
 from headkd_ray.checkup.box_statistics import edges
 from headkd_ray.checkup.findings import LEVELS, Example, Finding, SplitName
 from headkd_ray.checkup.size_findings import MANY
@@ -34,17 +35,19 @@ MOST_CLASSES = 40
 """Most classes of the figure; the table has all."""
 
 
-def summary(findings: Sequence[Finding]) -> Iterator[Text]:
-    """Yield the findings for the terminal: a line for each check, what to do about the red and the yellow ones, and a count."""
-    words, names = (max(map(len, each)) for each in (WORDS.values(), (finding.check for finding in findings)))
-    for each in findings:
-        head = f"{WORDS[each.level]:{words}}  {each.check:{names}}  "
-        yield Text.assemble((head, STYLES[each.level]), each.found)
-    mends = [each for level in ("red", "yellow") for each in findings if each.level == level and each.mend is not None]
-    if mends:
-        yield Text()
-    for each in mends:
-        yield Text.assemble((f"{each.check}: ", STYLES[each.level]), each.mend or "")
+def line_of(finding: Finding) -> Text:
+    """Return the line of a finding for the terminal."""
+    words, names = (max(map(len, each)) for each in (WORDS.values(), CHECKS))
+    head = f"{WORDS[finding.level]:{words}}  {finding.check:{names}}  "
+    return Text.assemble((head, STYLES[finding.level]), finding.found)
+
+
+def mends(findings: Sequence[Finding]) -> Iterator[Text]:
+    """Yield what to do about the red and the yellow findings, and how many there are of each level."""
+    for level in ("red", "yellow"):
+        for each in findings:
+            if each.level == level and each.mend is not None:
+                yield Text.assemble((f"{each.check}: ", STYLES[level]), each.mend)
     yield Text()
     yield Text(counted(findings))
 
