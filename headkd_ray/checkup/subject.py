@@ -12,7 +12,7 @@ from headkd_ray.checkup.similar_images import Fingerprints, fingerprints
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.views import View, eval_view
 from headkd_ray.errors import DataError, UserError
-from headkd_ray.job import Job
+from headkd_ray.job import Job, TeacherSpec
 from headkd_ray.profiling.step_trial import StepTrial, try_steps, view_scales
 
 T = TypeVar("T")
@@ -53,6 +53,11 @@ class Subject:
         if not found:
             raise DataError("neither data.train nor data.val can be opened")
         return found
+
+    @property
+    def teacher(self) -> TeacherSpec | None:
+        """The job's teacher, a network; None if it has none."""
+        return self.job.teacher
 
     def split(self, name: SplitName) -> ShardSet:
         """Return the split ``name``. Raises DataError if it cannot be opened."""

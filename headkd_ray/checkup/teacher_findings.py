@@ -45,9 +45,9 @@ def check_class_lists(subject: Subject) -> Finding:
         levels.append("yellow" if set(lists["val"]) <= set(lists["train"]) else "red")
         told.append(difference("train", lists["train"], "val", lists["val"]))
         mends.append("Give both splits the same categories (prepare --classes takes those of a prepared split).")
-    if subject.job.teacher is not None and "train" in lists:
+    if subject.teacher is not None and "train" in lists:
         try:
-            loaded = fetch_named("teacher", subject.job.teacher.checkpoint, subject.job.teacher.classes)
+            loaded = fetch_named("teacher", subject.teacher.checkpoint, subject.teacher.classes)
         except UserError as error:
             told.append(f"the teacher's are not known: {error.problems[0]}")
         else:
@@ -70,7 +70,7 @@ def check_class_lists(subject: Subject) -> Finding:
 
 def check_teacher(subject: Subject) -> Finding:
     """Evaluate the teacher on some validation images, and the baseline if there is one."""
-    teacher, options = subject.job.teacher, subject.options
+    teacher, options = subject.teacher, subject.options
     if teacher is None:
         return skipped("teacher", NO_TEACHER)
     val = subject.split("val")
@@ -136,8 +136,8 @@ def _batches(shards: ShardSet, rows: Sequence[int], maker: BatchMaker) -> Iterat
 
 def check_cache(subject: Subject) -> Finding:
     """Work out the size of a cache of soft targets, and whether its disk has room."""
-    job = subject.job
-    if job.teacher is None:
+    job, teacher = subject.job, subject.teacher
+    if teacher is None:
         return skipped("cache", NO_TEACHER)
     if job.distill.rois == "student":
         return skipped("cache", "distill.rois: student: the teacher answers in the step, and its answers cannot be cached")
@@ -152,8 +152,8 @@ def check_cache(subject: Subject) -> Finding:
     figures = {"bytes": size, "views": views, "images": images, "built_bytes": built, "free_bytes": room}
     found = f"at most {gigabytes(size)} for {views} views of {images:,} images, {gigabytes(built)} of it built"
     found += "" if room is None else f"; the disk of {cache.folder.uri} has {gigabytes(room)} left"
-    if job.teacher.placement != "cache":
-        return Finding("cache", "green", f"{found} (teacher.placement: {job.teacher.placement} does without)", None, figures)
+    if teacher.placement != "cache":
+        return Finding("cache", "green", f"{found} (teacher.placement: {teacher.placement} does without)", None, figures)
     if room is None or room >= ROOM * (size - built):
         return Finding("cache", "green", found, None, figures)
     mend = (
