@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from headkd_ray.checkup.box_findings import SHOWN
-from headkd_ray.checkup.findings import Example, Finding, Level, SplitName
+from headkd_ray.checkup.findings import Example, Finding, Level, SplitName, share
 from headkd_ray.checkup.similar_images import nearest_pair, similar_groups
 from headkd_ray.checkup.subject import Subject
 
@@ -22,7 +22,7 @@ def check_near_duplicates(subject: Subject) -> Finding:
     extra = sum(len(group) - 1 for group in found)
     many = extra >= MANY_TWICE * max(1, len(seen.rows))
     figures = {"looked_at": len(seen.rows), "images": len(shards.index), "repeated": extra, "groups": len(found)}
-    told = f"{_count(extra, len(seen.rows), 'image')} of train repeat another one, {_looked(subject, 'train')}"
+    told = f"images of train that repeat another one: {share(extra, len(seen.rows))}, {_looked(subject, 'train')}"
     mend = "Leave out copies and frames in which little moves: they cost time, and weigh what they show."
     examples = [_pair(subject, "train", int(seen.rows[group[0]]), "train", int(seen.rows[group[1]])) for group in found[:SHOWN]]
     return Finding("near-duplicates", "yellow" if many else "green", told, mend if many else None, figures, tuple(examples))
@@ -46,7 +46,7 @@ def check_leaks(subject: Subject) -> Finding:
         "leaking": leaking,
     }
     told = (
-        f"{_count(leaking, len(val.rows), 'image')} of val resemble one of train, {_looked(subject, 'train')} and "
+        f"images of val that resemble one of train: {share(leaking, len(val.rows))}, {_looked(subject, 'train')} and "
         f"{_looked(subject, 'val')}"
     )
     if not leaking:
@@ -63,10 +63,6 @@ def _looked(subject: Subject, name: SplitName) -> str:
     """Say how many images of a split were looked at."""
     seen, images = len(subject.fingerprints(name).rows), len(subject.split(name).index)
     return f"all {images:,} of {name} looked at" if seen == images else f"{seen:,} of {images:,} of {name} looked at (--images)"
-
-
-def _count(count: int, of: int, what: str) -> str:
-    return f"{count:,} {what if count == 1 else what + 's'}" + (f" ({100 * count / of:.2g} %)" if count and of else "")
 
 
 def _pair(subject: Subject, split: SplitName, row: int, other_split: SplitName, other_row: int) -> Example:
