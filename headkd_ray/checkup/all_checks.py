@@ -96,8 +96,8 @@ def _file_names(examples: list[Example], subject: Subject) -> dict[tuple[str, in
     shown = {each for example in examples for each in (example, example.beside) if each is not None}
     found = dict[tuple[str, int], str]()
     for split in sorted({each.split for each in shown}):
-        rows = sorted({each.row for each in shown if each.split == split})
-        found |= {(split, row): name for row, name in zip(rows, subject.split(split).file_names(rows), strict=True)}
+        rows = {each.row for each in shown if each.split == split}
+        found |= {(split, row): name for row, name in enumerate(subject.split(split).file_names()) if row in rows}
     return found
 
 

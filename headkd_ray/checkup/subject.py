@@ -10,6 +10,7 @@ from headkd_ray.checkup.box_statistics import BoxStatistics, box_statistics
 from headkd_ray.checkup.findings import SplitName
 from headkd_ray.checkup.similar_images import Fingerprints, fingerprints
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import training_set
 from headkd_ray.data.views import View, eval_view
 from headkd_ray.errors import DataError, UserError
 from headkd_ray.job import Job, TeacherSpec
@@ -56,8 +57,9 @@ class Subject:
 
     @property
     def teacher(self) -> TeacherSpec | None:
-        """The job's teacher, a network; None if it has none."""
-        return self.job.teacher
+        """The job's teacher if it is a network; None if it has none, or predictions alone."""
+        teacher = self.job.teacher
+        return teacher if teacher is not None and teacher.is_network else None
 
     def split(self, name: SplitName) -> ShardSet:
         """Return the split ``name``. Raises DataError if it cannot be opened."""
@@ -85,7 +87,7 @@ class Subject:
         """Return what the largest training steps needed. Raises UserError as ``try_steps``, or if they were left out."""
         if "steps" in self.options.skip:
             raise UserError("the steps were left out (--skip)")
-        return self._once("trial", lambda: try_steps(self.job, self.split("train"), self.split("val")))
+        return self._once("trial", lambda: try_steps(self.job, training_set(self.job, self.split("train")), self.split("val")))
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._made:

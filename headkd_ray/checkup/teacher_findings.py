@@ -25,7 +25,7 @@ from headkd_ray.profiling.cost_model import cache_bytes
 from headkd_ray.storage import Folder
 from headkd_ray.teacher import codec_of, open_cache
 from headkd_ray.teacher.cache_recipe import views_of
-from headkd_ray.teacher.loading import load_teacher
+from headkd_ray.teacher.loading import teacher_of
 
 BATCH = 2
 """Images of a forward pass."""
@@ -47,7 +47,7 @@ def check_class_lists(subject: Subject) -> Finding:
         mends.append("Give both splits the same categories (prepare --classes takes those of a prepared split).")
     if subject.teacher is not None and "train" in lists:
         try:
-            loaded = fetch_named("teacher", subject.teacher.checkpoint, subject.teacher.classes)
+            loaded = fetch_named("teacher", subject.teacher.source[1], subject.teacher.classes)
         except UserError as error:
             told.append(f"the teacher's are not known: {error.problems[0]}")
         else:
@@ -76,7 +76,8 @@ def check_teacher(subject: Subject) -> Finding:
     val = subject.split("val")
     count = min(options.val_images, len(val.index))
     figures: dict[str, Any] = {"images": count, "least_ap": options.least_ap}
-    theirs = sample_ap(fetch_named("teacher", teacher.checkpoint, teacher.classes), val, count, teacher.checkpoint)
+    _, place = teacher.source
+    theirs = sample_ap(fetch_named("teacher", place, teacher.classes), val, count, place)
     figures["ap"] = theirs
     told = f"AP {theirs:.1f} on {count} of {len(val.index):,} images of val (--val-images)"
     level: Level = "green"
@@ -142,11 +143,10 @@ def check_cache(subject: Subject) -> Finding:
     if job.distill.rois == "student":
         return skipped("cache", "distill.rois: student: the teacher answers in the step, and its answers cannot be cached")
     shards, views = subject.split("train"), views_of(job)
-    loaded = load_teacher(job, shards.meta.classes)
-    assert loaded is not None
+    network = teacher_of(job, shards.meta.classes)
     images = len(shards.index) if job.data.keep_empty else int((shards.index.boxes > 0).sum())
-    size = cache_bytes(images, views, job.distill.roi_budget, codec_of(job, loaded.detector))
-    cache = open_cache(job, shards, loaded.detector)
+    size = cache_bytes(images, views, job.distill.roi_budget, codec_of(job, network))
+    cache = open_cache(job, shards, network)
     built = sum(each or 0 for each in cache.folder.sizes([cache.file(*unit) for unit in cache.units()]))
     room = free_bytes(cache.folder)
     figures = {"bytes": size, "views": views, "images": images, "built_bytes": built, "free_bytes": room}

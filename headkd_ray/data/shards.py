@@ -227,13 +227,6 @@ class ShardSet:
         (sample,) = self.read_group(shard, place // self.index.row_group, [place])
         return sample
 
-    def file_names(self, rows: Sequence[int]) -> list[str]:
-        """Return the names of the image files at ``rows`` of the index, relative to the folder that was prepared."""
-        file = pq.ParquetFile(pa.BufferReader(self.folder.read(INDEX)), page_checksum_verification=True)
-        check_columns(file, INDEX_SCHEMA)
-        names: list[str] = file.read(columns=["file_name"], use_threads=False)["file_name"].take(pa.array(rows)).to_pylist()
-        return names
-
     def _labels_of(self, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         try:
             with self._open(shard) as file:
