@@ -29,7 +29,7 @@ from revision import ROOT
 
 from headkd_ray.cli import user_errors
 from headkd_ray.errors import JobError
-from headkd_ray.prepare import prepare
+from headkd_ray.prepare import prepare, prepare_parts
 
 JOBS = ROOT / "jobs" / "evidence"
 
@@ -60,6 +60,8 @@ def _do(options: argparse.Namespace) -> None:
             out = str(options.data / split)
             meta = prepare(getattr(options, split), options.images, out, shard_images=128).meta
             print(f"{out}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes")
+        # For the rows with few labels: the training photos in two parts, near-duplicates in one of them.
+        prepare_parts(options.train, options.images, str(options.data / "halves"), [0.5, 0.5], shard_images=128)
         return
     if options.command == "table":
         write_tables(options.results, order(), ROOT / "README.md", ROOT / "docs" / "results.md")

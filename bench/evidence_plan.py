@@ -30,6 +30,12 @@ class Row:
     """The row whose student, trained with seed 0, is this row's teacher."""
     lr_of: str | None = None
     """The row whose learning rate this row takes; None: it has a search of its own."""
+    train: str = "train"
+    """The split that it trains on."""
+    unlabelled: str | None = None
+    """The split whose images it trains on without their labels."""
+    predicted: str | None = None
+    """The split on which its teacher's detections are pseudo labels; None: the teacher itself teaches, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,22 @@ class Plan:
 def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
     """Return the plan of a row. Without ``lr`` it has the learning rate that a search found, or else its job file's."""
     spec = bench.rows[row]
-    places = {"run.storage": bench.storage, "data.train": bench.data / "train", "data.val": bench.data / "val"}
+    places = {"run.storage": bench.storage, "data.train": bench.data / spec.train, "data.val": bench.data / "val"}
+    if spec.unlabelled is not None:
+        places["data.unlabelled"] = bench.data / spec.unlabelled
     taught_by = None
     if spec.teacher is not None:
         teacher = plan(bench, spec.teacher, 0)
-        taught_by, places["teacher.checkpoint"] = teacher.key, bench.storage / teacher.job.run.name / "student"
+        taught_by = teacher.key
+        if spec.predicted is None:
+            places["teacher.checkpoint"] = bench.storage / teacher.job.run.name / "student"
+        else:
+            places["teacher.predictions"] = bench.storage / f"predictions-{taught_by}-{Path(spec.predicted).name}.json"
     keys = [*shlex.split(spec.keys), *(f"{key}={json.dumps(str(place))}" for key, place in places.items())]
     job = load_job(bench.jobs / f"{spec.job}.yaml", [*keys, f"run.seed={seed}"])
     if weights := _weights_file(job):  # it lies with the data
         job = job.replace({"student.backbone.weights": str(bench.data / "weights" / weights)})
-    decides = _decides(bench, job)
+    decides = _decides(bench, spec, job)
     search = _digest(decides)
     if lr is None and spec.lr_of is not None:
         other = plan(bench, spec.lr_of, seed)
@@ -108,22 +120,26 @@ def plan(bench: Bench, row: str, seed: int, lr: float | None = None) -> Plan:
         # The name only has to keep caches apart; the cache's recipe says whether it is the right one.
         name = f"cache-{taught_by}-{job.data.views}-{job.distill.roi_budget}-{job.teacher.cache.dtype}"
         changed["teacher.cache.path"] = str(bench.storage / name)
-    matched = _digest({name: decides[name] for name in ("splits", "data", "kind", "student", "optim")})
+    alike = {**decides, "splits": {name: found for name, found in decides["splits"].items() if name != "unlabelled"}}
+    matched = _digest({name: alike[name] for name in ("splits", "data", "kind", "student", "optim")})
     return Plan(row, job.replace(changed), key, matched, search, searched)
 
 
-def _decides(bench: Bench, job: Job) -> dict[str, Any]:
+def _decides(bench: Bench, spec: Row, job: Job) -> dict[str, Any]:
     """Return what decides a row's figures, apart from seed, learning rate and teacher.
 
     Defaults are left out, so that results stay valid when the job file gains a key.
     """
     sections = ("method", "data", "student", "distill", "teacher", "optim")
     found = {name: {} for name in sections} | job.model_dump(mode="json", include=set(sections), exclude_defaults=True)
-    for section, places in {"data": ("train", "val"), "teacher": ("checkpoint",), "optim": ("lr",)}.items():
+    places_in = {"data": ("train", "val", "unlabelled"), "teacher": ("checkpoint", "predictions"), "optim": ("lr",)}
+    for section, places in places_in.items():
         found[section] = {key: value for key, value in found[section].items() if key not in places}
     if weights := _weights_file(job):
         found["student"]["backbone"]["weights"] = weights
-    splits = {split: bench.fingerprint(split) for split in ("train", "val", "test")}
+    splits = {name: bench.fingerprint(split) for name, split in {"train": spec.train, "val": "val", "test": "test"}.items()}
+    if spec.unlabelled is not None:
+        splits["unlabelled"] = bench.fingerprint(spec.unlabelled)
     return {**found, "kind": job.student.kind, "eval": job.eval.every_epochs, "splits": splits}
 
 

@@ -128,6 +128,25 @@ def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
     )
 
 
+def predictions() -> Iterator[tuple[str, Row]]:
+    """Yield rows that learn from a teacher's detections: on the labelled photos, and on a half whose labels nobody has seen.
+
+    Each labelled photo is seen as often as by the matched baseline; ``baseline_half_long`` takes as many steps instead.
+    """
+    half, rest = "halves/train", "halves/val"
+    found = "teacher.kind=predictions"
+    added = f"{found} teacher.labelled_iou=0.5"
+    yield "pseudo", Row("retinanet", added, ("baseline",), "teacher", "baseline", predicted="train")
+    yield "teacher_half", Row("teacher", train=half)
+    yield "baseline_half", Row("retinanet", lr_of="baseline", train=half)
+    longer = "optim.epochs=24 optim.milestones=[16,22] eval.every_epochs=24"
+    yield "baseline_half_long", Row("retinanet", longer, lr_of="baseline", train=half)
+    yield (
+        "pseudo_unlabelled",
+        Row("retinanet", found, ("baseline_half",), "teacher_half", "baseline", train=half, unlabelled=rest, predicted=rest),
+    )
+
+
 def pretrained(heads: Heads) -> dict[str, Row]:
     """Return the rows of the tier whose backbones start from ImageNet weights: each method in both distances."""
     rows = {"teacher": Row("teacher"), **dict(ladder(heads, "retinanet")), **dict(standardised(heads))}
@@ -159,7 +178,7 @@ PRETRAINED = Heads(
     stop=5,
 )
 ROWS: dict[str, dict[str, Row]] = {
-    "micro": _tier(MICRO) | dict(ablations(MICRO)) | dict(augmented()),
+    "micro": _tier(MICRO) | dict(ablations(MICRO)) | dict(augmented()) | dict(predictions()),
     "pretrained": pretrained(PRETRAINED),
     "standard": _tier(STANDARD) | dict(ladder(STANDARD, "mnv2", "_mnv2")),
 }

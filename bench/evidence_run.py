@@ -24,11 +24,12 @@ from revision import revision
 from headkd_ray import cache
 from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import training_set
 from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.run import finished, run_folder
-from headkd_ray.evaluate import evaluate_checkpoint
-from headkd_ray.job import Job
+from headkd_ray.evaluate import detect_split, evaluate_checkpoint
+from headkd_ray.job import Job, TeacherSpec
 from headkd_ray.report.console import line
 from headkd_ray.teacher.verify import open_builder
 from headkd_ray.train import train
@@ -95,7 +96,7 @@ def run(bench: Bench, row: str, seed: int) -> None:
             "searched": todo.searched,
             "job": todo.key,
             "matched": todo.matched,
-            "teacher": None if todo.job.teacher is None else _weights(todo.job.teacher.checkpoint),
+            "teacher": None if todo.job.teacher is None else _weights(todo.job.teacher),
             **_environment(todo.job),
         }
         append(bench.results, record)
@@ -103,7 +104,10 @@ def run(bench: Bench, row: str, seed: int) -> None:
 
 
 def have_teacher(bench: Bench, row: str) -> None:
-    """Train the row's teacher if its weights are missing here, as on another machine: only records are committed."""
+    """Train the row's teacher if its weights are missing here, as on another machine: only records are committed.
+
+    If the row learns from its detections, they are made, too.
+    """
     teacher = bench.rows[row].teacher
     if teacher is None:
         return
@@ -113,11 +117,23 @@ def have_teacher(bench: Bench, row: str) -> None:
     elif finished(run_folder(todo.job)) is None:
         with locked(bench, todo.job.run.name):
             train_row(bench, todo)
+    split, learner = bench.rows[row].predicted, plan(bench, row, 0).job.teacher
+    if split is None or learner is None or learner.predictions is None or Path(learner.predictions).exists():
+        return
+    with locked(bench, Path(learner.predictions).name):
+        data = str(bench.data / split)
+        found = detect_split(str(bench.storage / todo.job.run.name / "student"), ShardSet.open(data), data)
+        draft = Path(f"{learner.predictions}.tmp")
+        draft.write_text(json.dumps(found.results), encoding="utf-8")
+        draft.rename(learner.predictions)
 
 
-def _weights(checkpoint: str) -> str:
-    """Return a digest of a checkpoint's weights, since a teacher trained again on another machine is not quite the same."""
-    return hashlib.sha256((Path(checkpoint) / "model.safetensors").read_bytes()).hexdigest()[:10]
+def _weights(teacher: TeacherSpec) -> str:
+    """Return a digest of a teacher's weights, or of its predictions, since one that is trained again on another machine is not
+    quite the same."""
+    _, place = teacher.source
+    file = Path(place) / "model.safetensors" if teacher.is_network else Path(place)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:10]
 
 
 def _recorded(bench: Bench, todo: Plan, seed: int) -> bool:
@@ -164,7 +180,7 @@ def _cost(job: Job) -> dict[str, Any]:
 
     Waiting for data counts, evaluation and checkpoints do not. A step that was repeated after an interruption counts once.
     """
-    images = sampling_of(ShardSet.open(job.data.train), job.data).images * job.optim.epochs
+    images = sampling_of(training_set(job), job.data).images * job.optim.epochs
     steps, seconds = 0, 0.0
     for text in run_folder(job).read("log.jsonl").decode().splitlines():
         record = json.loads(text)

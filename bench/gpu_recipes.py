@@ -46,6 +46,8 @@ def noise_batch(number: int, images: int, side: int, device: torch.device) -> Ba
         "sizes": torch.full((images, 2), side),
         "boxes": torch.cat([corner, corner + size], dim=2),
         "labels": torch.randint(0, CLASSES, (images, 8), generator=generator),
+        "weights": torch.ones(images, 8),
+        "background": torch.ones(images, dtype=torch.bool),
         "image_ids": torch.arange(images) + number * images,
         "original_sizes": torch.full((images, 2), side),
         "views": torch.zeros(images, dtype=torch.int64),

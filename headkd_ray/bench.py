@@ -46,6 +46,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
     """Measure the placements, and print a table and a recommendation."""
     # Imported late, because torch and timm take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.data.shards import ShardSet
+    from headkd_ray.data.training_set import training_set
     from headkd_ray.engine.distributed import Distributed
     from headkd_ray.engine.streams import Decode, decode_here
     from headkd_ray.profiling.placements import WARM_UP, Placement, fill, images_per_second, inline, measure, some_shards
@@ -84,7 +85,7 @@ def measure_teacher(job: Job, steps: int, rounds: int) -> None:
         measure(placements, shards, steps, rounds)
     rates = {placement.name: images_per_second(placement) for placement in placements}
     _tell(placements, rates, building)
-    _recommend(job, rates, building, len(ShardSet.open(job.data.train).index))
+    _recommend(job, rates, building, len(training_set(job).index))
 
 
 def _changed(job: Job, rois: str, placement: str, cache: str) -> Job:

@@ -93,7 +93,11 @@ def compare(
     against_these = measured[reference.name]
     figures = [figures_of(row, measured[row.name], None if row is reference else against_these) for row in rows]
     notes = notes_on(rows, reference)
-    teachers = dict.fromkeys(run.job.teacher.checkpoint for run in finished_runs if run.job.teacher is not None)
+    teachers = dict.fromkeys(
+        run.job.teacher.checkpoint
+        for run in finished_runs
+        if run.job.teacher is not None and run.job.teacher.checkpoint is not None
+    )
     for teacher in teachers:
         notes.append(_teacher(teacher, shards, split, truth))
     for note in notes:

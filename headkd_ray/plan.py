@@ -48,10 +48,11 @@ def tell(
     import torch
 
     from headkd_ray.data.shards import ShardSet
+    from headkd_ray.data.training_set import training_set
     from headkd_ray.profiling.calibration import calibrate
     from headkd_ray.profiling.cost_model import Machine, Prices, plan, work_of
 
-    train, val = ShardSet.open(job.data.train), ShardSet.open(job.data.val)
+    train, val = training_set(job), ShardSet.open(job.data.val)
     measured = calibrate(job, train, val, steps)
     work = work_of(job, train, val, on_gpu=measured.device.type == "cuda")
     machine = Machine(os.cpu_count() or 1, per_machine or max(1, torch.cuda.device_count()))

@@ -4,6 +4,7 @@
     python -m headkd_ray.prepare data.yaml --split train --out data/mine/train
     python -m headkd_ray.prepare VOC2012 --split train --out data/voc/train
     python -m headkd_ray.prepare all.json photos/ --split 0.8 0.1 0.1 --out data/mine
+    python -m headkd_ray.prepare more_photos/ --unlabelled --out data/mine/unlabelled
 
 All locations are local paths or URIs (s3://, gs://, hdfs://, or any that fsspec supports). All annotations and every image are
 checked, and all problems are reported together. After an interruption the same command continues; for a finished split, it only
@@ -57,8 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
             for option in ("group_by", "seed"):
                 if getattr(options, option) is not None:
                     raise DataError(f"--{option.replace('_', '-')} is for a division: give it with --split FRACTIONS")
-            _say(prepare(annotations, images, options.out, split=name, **common), options.out)
+            _say(prepare(annotations, images, options.out, split=name, unlabelled=options.unlabelled, **common), options.out)
         else:
+            if options.unlabelled:
+                raise DataError("--unlabelled: --split divides by class, and there are no labels; leave out one of the two")
             shares = {"group_by": options.group_by, "seed": options.seed or 0}
             for shards in prepare_parts(annotations, images, options.out, fractions, **shares, **common).values():
                 _say(shards, shards.folder.uri)
@@ -118,7 +121,8 @@ def _say(shards: ShardSet, place: str) -> None:
     """Print what was prepared."""
     meta = shards.meta
     boxes = f"{meta.boxes} boxes" + (f" and {meta.crowds} crowds" if meta.crowds else "")
-    print(f"{printable(place)}: {meta.images} images, {boxes}, {len(meta.classes)} classes, {len(meta.shards)} shards")
+    labels = f"{boxes}, {len(meta.classes)} classes" if meta.classes else "without labels"
+    print(f"{printable(place)}: {meta.images} images, {labels}, {len(meta.shards)} shards")
 
 
 def _places(places: list[str], images: list[str] | None) -> tuple[list[str], list[str]]:
@@ -159,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="DIR",
         help="folder of the images, where several ANNOTATIONS are joined; once for all of them, or once for each, in order",
+    )
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="prepare images without labels, for data.unlabelled: ANNOTATIONS is a folder of images, or a COCO JSON of which "
+        "the images alone are read",
     )
     parser.add_argument(
         "--split",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headkd_ray.soft_targets import SoftTargets, ViewTargets, stack
 
-TENSORS = ("images", "sizes", "boxes", "labels", "image_ids", "original_sizes", "views")
+TENSORS = ("images", "sizes", "boxes", "labels", "weights", "background", "image_ids", "original_sizes", "views")
 """Names of a Batch's tensor fields."""
 
 
@@ -30,6 +30,10 @@ class Batch:
     """float32 (B, G, 4): x1 y1 x2 y2 in pixels of the network input; rows of zeros as padding. No crowd boxes. G >= 1."""
     labels: Tensor
     """int64 (B, G): contiguous classes 0..C-1; -1 as padding."""
+    weights: Tensor
+    """float32 (B, G): loss weight of each box, 1 for ground truth and the score of a pseudo label; 0 = the box is ignored."""
+    background: Tensor
+    """bool (B,): whether what no box covers is background; False = nothing is known about it, as in unlabelled images."""
     image_ids: Tensor
     """int64 (B,): COCO image ids; -1 in an idle batch."""
     original_sizes: Tensor
@@ -85,6 +89,10 @@ class Example:
     """Number of the view; -1 at evaluation and in an idle batch."""
     targets: ViewTargets | None = None
     """Soft targets from a cache; None without a cache."""
+    weights: NDArray[np.float32] | None = None
+    """float32 (n,): the loss weights of the boxes; None = 1 for all."""
+    background: bool = True
+    """Whether what no box covers is background."""
 
 
 def collate(
@@ -110,14 +118,19 @@ def collate(
     targets = [example.targets for example in examples if example.targets is not None]
     boxes = np.zeros((count, most, 4), dtype=np.float32)
     labels = np.full((count, most), -1, dtype=np.int64)
+    weights = np.ones((count, most), dtype=np.float32)
     for i, example in enumerate(examples):
         boxes[i, : len(example.boxes)] = example.boxes
         labels[i, : len(example.labels)] = example.labels
+        if example.weights is not None:
+            weights[i, : len(example.weights)] = example.weights
     return Batch(
         images=torch.from_numpy(images),
         sizes=torch.tensor(sizes, dtype=torch.int64),
         boxes=torch.from_numpy(boxes),
         labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weights),
+        background=torch.tensor([example.background for example in examples]),
         image_ids=torch.tensor([example.image_id for example in examples], dtype=torch.int64),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.int64),
         views=torch.tensor([example.view for example in examples], dtype=torch.int64),

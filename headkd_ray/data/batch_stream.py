@@ -106,11 +106,13 @@ def _partners(shards: ShardSet, rows: Sequence[int], numbers: Sequence[int], mak
     if not maker.train or not maker.spec.augment.mosaic:
         return others
     trained = train_rows(index, maker.spec.keep_empty)
-    source, known = Partners(index, trained, maker.seed), np.isin(rows, trained)
+    # Labelled images are joined with labelled ones, and others with others: of a view, either all is known or nothing is.
+    sources = [Partners(index, trained[index.has_truth[trained] == labelled], maker.seed) for labelled in (False, True)]
+    known = np.isin(rows, trained)
     for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
         count = maker.view(int(index.image_id[row]), number).partners
         if count and known[place]:
-            others[place] = source.of(row, number, count)
+            others[place] = sources[int(index.has_truth[row])].of(row, number, count)
     return others
 
 
@@ -160,13 +162,23 @@ class BatchMaker:
         """Decode view ``number`` of an image, whose parameters are ``view``. Raises DataError, CacheError."""
         images = (sample, *sample.partners)
         try:
-            image, boxes, labels = show(images, view)
+            shown = show(images, view)
         except ValueError as error:
             raise DataError(f"{_named(images)} in the prepared shards: {error}; prepare the split again") from error
         targets = None
         if self.cache is not None and sample.targets is not None:
             targets = self.cache.unpack(sample.targets, sample.image_id, number)
-        return Example(image, boxes, labels, sample.image_id, sample.size, number if self.train else -1, targets)
+        return Example(
+            image=shown.pixels,
+            boxes=shown.boxes,
+            labels=shown.labels,
+            image_id=sample.image_id,
+            original_size=sample.size,
+            view=number if self.train else -1,
+            targets=targets,
+            weights=shown.weights,
+            background=sample.labelled or bool((shown.weights > 0).any()),
+        )
 
 
 def _named(images: Sequence[Sample]) -> str:

@@ -39,6 +39,8 @@ class CheckOptions:
     """Whether photos whose size is not written are turned upright; None = yes."""
     workers: int | None = None
     """Threads that read photos' sizes; None = one per CPU."""
+    labelled: bool = True
+    """Whether there must be something to learn."""
 
 
 class Checked(NamedTuple):
@@ -57,17 +59,18 @@ def checked(readers: Sequence[Reader], options: CheckOptions | None = None) -> C
     Raises:
         DataError: the sources have problems; all of them are listed.
     """
+    options = options or CheckOptions()
     problems = Problems()
     parts = []
     fixes: list[str] = []
     for reader in readers:
         part = reader.read(problems)
-        fixes += _PartCheck(part, options or CheckOptions(), problems).run()
+        fixes += _PartCheck(part, options, problems).run()
         parts.append(part)
     name = parts[0].name if len(parts) == 1 else "the annotations"
     if not any(len(part.images) or part.invalid_images for part in parts):
         problems.add("the split has no images; check that this is the right source", name)
-    elif all(part.annotations.crowd.all() for part in parts) and not problems:
+    elif options.labelled and all(part.annotations.crowd.all() for part in parts) and not problems:
         none = "no usable boxes: there are no annotations but crowds and ignored ones; there is nothing to learn or evaluate"
         problems.add(none, name)
     problems.check(f"{name} cannot be used:")

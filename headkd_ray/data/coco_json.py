@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from headkd_ray.data.json_stream import BadJsonError, KeyTwiceError, NotObjectError, top_level
@@ -13,10 +13,13 @@ LISTS = ("images", "annotations", "categories")
 LFS = b"version https://git-lfs"
 
 
-def coco_records(uri: str) -> Iterator[tuple[str, Any]]:
+def coco_records(uri: str, needed: Collection[str] = LISTS) -> Iterator[tuple[str, Any]]:
     """Yield (name of the list, item) for each item of the three lists of the JSON at ``uri``, in the order of the file.
 
     The items are unchecked plain values, and have no segmentations. Memory does not grow with the file.
+
+    Args:
+        needed: the lists that the JSON must have.
 
     Raises:
         DataError: the file cannot be read, or is not a COCO file.
@@ -24,7 +27,7 @@ def coco_records(uri: str) -> Iterator[tuple[str, Any]]:
     folder, name = Folder.of_file(uri, DataError)
     try:
         with folder.open_file(name) as file:
-            yield from _records(file, uri)
+            yield from _records(file, uri, needed)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file; check the path of the COCO JSON") from error
     except OSError as error:
@@ -43,7 +46,7 @@ def coco_records(uri: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{uri}: contains a number with thousands of digits; correct it") from error
 
 
-def _records(file: Any, uri: str) -> Iterator[tuple[str, Any]]:
+def _records(file: Any, uri: str, needed: Collection[str]) -> Iterator[tuple[str, Any]]:
     lists: list[str] = []
     others: list[str] = []
     for key, items in top_level(file, _record):
@@ -52,7 +55,7 @@ def _records(file: Any, uri: str) -> Iterator[tuple[str, Any]]:
             yield from ((key, item) for item in items)
         else:
             others.append(key)
-    wrong = [key for key in LISTS if key not in lists]
+    wrong = [key for key in needed if key not in lists]
     if wrong:
         found = ", ".join(sorted(lists + others)[:10]) or "nothing"
         raise DataError(f"{uri}: not a COCO file: no list {', '.join(map(repr, wrong))} (found: {found})")

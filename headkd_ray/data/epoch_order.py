@@ -74,8 +74,14 @@ class Draws(Protocol):
 
 
 def train_rows(index: ShardIndex, keep_empty: bool) -> Rows:
-    """Return the index rows to train on, int64: all, or those with at least one non-crowd box."""
-    return np.arange(len(index)) if keep_empty else np.flatnonzero(index.boxes > 0)
+    """Return the index rows to train on, int64: all, or those with at least one non-crowd box.
+
+    Of images without ground truth they are those that a teacher has something to say about.
+    """
+    wanted = np.ones(len(index), dtype=bool) if keep_empty else index.boxes > 0
+    return np.flatnonzero(
+        wanted if index.without_truth is None else np.where(index.has_truth, wanted, index.without_truth.taught)
+    )
 
 
 def steps_per_epoch(images: int, batch_size: int, world_size: int, accumulate: int = 1) -> int:

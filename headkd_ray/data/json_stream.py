@@ -1,4 +1,5 @@
-"""Read a JSON file of any size piece by piece: the items of the lists in its top-level object, one after the other.
+"""Read a JSON file of any size piece by piece: the items of its lists, one after the other. These are the lists in a top-level
+object, or one that is the top level itself.
 
 Python's own scanner parses each item, so that values are what ``json.loads`` gives; only the outermost brackets are read here.
 Memory holds one item and a few megabytes of text, however long the lists are.
@@ -46,7 +47,25 @@ def top_level(file: Any, pairs: Pairs) -> Iterator[tuple[str, Iterator[Any] | No
         NotObjectError, KeyTwiceError: as they say.
         UnicodeDecodeError, RecursionError, ValueError: as ``json.loads`` raises them.
     """
+    return _top_level(_Text(file, json.JSONDecoder(object_pairs_hook=pairs)))
+
+
+def records(file: Any, pairs: Pairs) -> Iterator[tuple[str | None, Any]]:
+    """Yield (None, item) for each item of a top-level list or, of an object, (key, item) for each item of its lists.
+
+    Arguments and exceptions are those of :func:`top_level`.
+    """
     text = _Text(file, json.JSONDecoder(object_pairs_hook=pairs))
+    if text.next() == "{":
+        for key, items in _top_level(text):
+            yield from ((key, item) for item in items or ())
+        return
+    for _ in _items(text, "[", "]", "value"):
+        yield None, text.value()
+    _check_end(text)
+
+
+def _top_level(text: _Text) -> Iterator[tuple[str, Iterator[Any] | None]]:
     if text.next() != "{":
         raise NotObjectError("list" if text.next() == "[" else type(text.value()).__name__)
     seen: set[str] = set()
@@ -63,6 +82,10 @@ def top_level(file: Any, pairs: Pairs) -> Iterator[tuple[str, Iterator[Any] | No
         else:
             text.value()
             yield key, None
+    _check_end(text)
+
+
+def _check_end(text: _Text) -> None:
     if text.next():
         raise text.mistake("Extra data", text.at)
 

@@ -41,7 +41,7 @@ class Meta:
     """The content of meta.json."""
 
     classes: tuple[Name, ...]
-    """Class names; the position is the contiguous label."""
+    """Class names; the position is the contiguous label. None in a split that was prepared without labels."""
     category_ids: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...]
     """COCO category id of each label: as in the source, with gaps."""
     images: Positive
@@ -128,7 +128,7 @@ def _contradictions(meta: Meta) -> Iterator[str]:
     }.items():
         if len(set(values)) != len(values):
             yield f"{key}: has duplicates"
-    if not meta.classes or len(meta.classes) != len(meta.category_ids):
+    if len(meta.classes) != len(meta.category_ids) or (meta.boxes and not meta.classes):
         yield f"{len(meta.classes)} classes, {len(meta.category_ids)} category_ids"
     inside = sum(shard.images for shard in meta.shards)
     if inside != meta.images:

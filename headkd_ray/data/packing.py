@@ -17,6 +17,7 @@ from headkd_ray.data.shard_writer import pack
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.sources import SourceOptions, readers
 from headkd_ray.data.stored import file_sha256
+from headkd_ray.data.unlabelled import unlabelled_readers
 from headkd_ray.data.voc import Pixels
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
@@ -34,12 +35,14 @@ def prepare_split(
     exif: Exif | None = None,
     workers: int | None = None,
     write_coco: str | None = None,
+    unlabelled: bool = False,
     **options: Any,
 ) -> ShardSet:
     """Prepare a split; all places are paths or URIs.
 
     Args:
-        annotations: COCO JSON, data.yaml of a YOLO data set, or folder in Pascal VOC's format; or several of them.
+        annotations: COCO JSON, data.yaml of a YOLO data set, or folder in Pascal VOC's format; or several of them. With
+            ``unlabelled`` folders of images, or COCO JSONs.
         images: folder of the images that a JSON names; or several, one for each of the ``annotations``. None = they say it.
         split: split of a data.yaml, or list in Pascal VOC's ImageSets/Main; None = all images.
         classes: classes of Pascal VOC, a text file or a prepared split; None = those that are found.
@@ -48,6 +51,7 @@ def prepare_split(
         exif: apply or ignore EXIF orientation; None = as the annotations' sizes or format imply.
         workers: threads that read and check images; None = one per CPU.
         write_coco: file to which the split is also written as a COCO JSON; one with another content is not overwritten.
+        unlabelled: prepare images without labels, for ``data.unlabelled``.
         options: passed on to :func:`pack`.
 
     Returns:
@@ -57,8 +61,14 @@ def prepare_split(
         DataError: the annotations or the images have problems, all of which are listed; or as :func:`pack`.
     """
     check_range(options.get("value_range"))
-    source = SourceOptions(split, False, classes, voc_pixels, workers)
-    found = checked(readers(_several(annotations), _several(images), source), CheckOptions(fix_boxes, exif, workers))
+    if unlabelled:
+        others = {"--split": split, "--classes": classes, "--voc-pixels": voc_pixels, "--fix-boxes": fix_boxes or None}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise DataError(f"--unlabelled: {', '.join(given)} is about labels, of which there are none; leave it out")
+        sources = unlabelled_readers(_several(annotations), _several(images))
+    else:
+        sources = readers(_several(annotations), _several(images), SourceOptions(split, False, classes, voc_pixels, workers))
+    found = checked(sources, CheckOptions(fix_boxes, exif, workers, labelled=not unlabelled))
     if write_coco is not None:
         write_coco_json(found.split, write_coco, _several(annotations), overwrite=options.get("overwrite", False))
     return pack(found, out_uri, exif=exif, workers=workers, **options)

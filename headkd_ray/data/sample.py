@@ -37,6 +37,16 @@ class Sample:
     """Soft targets of the requested view, from a cache."""
     partners: tuple[Sample, ...] = ()
     """The other images that the requested view shows: three if it is a mosaic."""
+    scores: NDArray[np.float32] | None = None
+    """float32 (n,): loss weight of each box, 1 for ground truth and the score of a pseudo label, 0 for one that is ignored;
+    None = all are ground truth."""
+    labelled: bool = True
+    """Whether the image has ground truth, so that what no box covers is background."""
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """The loss weights of the boxes, float32 (n,)."""
+        return np.ones(len(self.labels), dtype=np.float32) if self.scores is None else self.scores
 
     def pixels(self, least: tuple[int, int] | None = None) -> Tensor:
         """Decode the image to uint8 (3, H, W), RGB, or smaller if ``least`` says so (see ``decode``).

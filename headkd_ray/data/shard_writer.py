@@ -94,7 +94,7 @@ def pack(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     progress(len(split.images), len(split.images))
-    return ShardSet.open(out_uri)
+    return ShardSet.open(out_uri, labelled=bool(split.classes))
 
 
 def _complete(out: Folder, layout: Layout) -> Meta | None:

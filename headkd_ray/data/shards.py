@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +62,15 @@ READERS = 8
 PREPARE = "python -m headkd_ray.prepare COCO.json IMAGES_DIR --out"
 
 
+class Unlabelled(NamedTuple):
+    """The images of a training set that have no ground truth."""
+
+    rows: NDArray[np.bool_]
+    """Which images these are, bool (n,)."""
+    taught: NDArray[np.bool_]
+    """Which of them a teacher has something to say about, and are trained on, bool (n,)."""
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """The index of a split: NumPy arrays with one entry per image, in the order of the shards."""
@@ -78,9 +87,16 @@ class ShardIndex:
     """Number of boxes that are not crowds."""
     row_group: int
     """Images per row group."""
+    without_truth: Unlabelled | None = None
+    """The images without ground truth, if a training set has any."""
 
     def __len__(self) -> int:
         return len(self.image_id)
+
+    @cached_property
+    def has_truth(self) -> NDArray[np.bool_]:
+        """Which images have ground truth, bool."""
+        return np.ones(len(self), dtype=bool) if self.without_truth is None else ~self.without_truth.rows
 
     @cached_property
     def portrait(self) -> NDArray[np.bool_]:
@@ -102,11 +118,14 @@ class ShardSet:
     index: ShardIndex
 
     @classmethod
-    def open(cls, uri: str) -> ShardSet:
+    def open(cls, uri: str, labelled: bool = True) -> ShardSet:
         """Open the split at ``uri`` (path or URI).
 
+        Args:
+            labelled: whether it must have been prepared with labels.
+
         Raises:
-            DataError: the split is missing, not completely prepared, damaged or in a newer format.
+            DataError: the split is missing, not completely prepared, damaged or in a newer format, or has no labels.
         """
         folder = Folder.open(uri, DataError)
         remedy = f"run: {PREPARE} {uri}"
@@ -123,9 +142,25 @@ class ShardSet:
                 found = "is missing" if size is None else f"has {size} bytes, should have {shard.bytes}"
                 problems.append(f"{folder.named(shard.name)}: {found}; copy it again, or {remedy} --overwrite")
         problems += [f"{folder.named(INDEX)}: {problem}; {remedy} --overwrite" for problem in _check_index(index, meta)]
+        if labelled and not meta.classes:
+            problems.append(
+                f"{uri}: was prepared with --unlabelled and can only be used as data.unlabelled; prepare a split with labels"
+            )
         if problems:
             raise DataError(problems)
         return cls(folder, meta, index)
+
+    def file_names(self) -> Iterator[str]:
+        """Yield the file name of each image, relative to the folder that it was prepared from, in the order of the index.
+
+        Raises DataError if the index cannot be read.
+        """
+        try:
+            file = pq.ParquetFile(pa.BufferReader(self.folder.read(INDEX)), page_checksum_verification=True)
+            check_columns(file, INDEX_SCHEMA)
+            yield from file.read(columns=["file_name"], use_threads=False)["file_name"].to_pylist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder.named(INDEX)}: cannot be read ({error}); copy it again") from error
 
     def ground_truth(self) -> dict[str, Any]:
         """Return the COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -74,8 +74,25 @@ class StoredImage(Protocol):
     def labels(self) -> NDArray[np.int64]:
         """int64 (n,)."""
 
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """float32 (n,): loss weights of the boxes; 0 = ignored."""
+
     def pixels(self, least: Size | None = None) -> Tensor:
         """Decode the image to uint8 (3, H, W), RGB; if ``least`` is given, perhaps smaller, but no smaller than that."""
+
+
+class Shown(NamedTuple):
+    """What a view shows."""
+
+    pixels: NDArray[np.uint8]
+    """uint8 (3, h, w)."""
+    boxes: Boxes
+    """float32 (n, 4): x1 y1 x2 y2 in pixels of the view."""
+    labels: NDArray[np.int64]
+    """int64 (n,)."""
+    weights: NDArray[np.float32]
+    """float32 (n,): loss weights of the boxes."""
 
 
 def train_view(image_id: int, number: int, seed: int, spec: DataSpec) -> View:
@@ -190,14 +207,11 @@ def _with_area(boxes: Boxes) -> NDArray[np.bool_]:
     return there
 
 
-def show(images: Sequence[StoredImage], view: View) -> tuple[NDArray[np.uint8], Boxes, NDArray[np.int64]]:
+def show(images: Sequence[StoredImage], view: View) -> Shown:
     """Show ``view`` of an image, together with the other images that it shows.
 
     Args:
         images: the image, followed by ``view.partners`` others.
-
-    Returns:
-        uint8 (3, h, w); float32 (n, 4), x1 y1 x2 y2 in pixels of the view; int64 (n,), the boxes' labels.
 
     Raises:
         ValueError: an image cannot be decoded, or as for ``apply_view``.
@@ -205,9 +219,9 @@ def show(images: Sequence[StoredImage], view: View) -> tuple[NDArray[np.uint8], 
     own = images[0]
     size = view_size(*own.size, view)
     if view.frame is None:
-        return *_whole(own.pixels(size if view.reduced else None), own.size, own.boxes, view), own.labels
-    tiles = view.frame.tiles([image.size for image in images], size, own.boxes, view.min_visible)
-    boxes, labels, parts = [], [], []
+        return Shown(*_whole(own.pixels(size if view.reduced else None), own.size, own.boxes, view), own.labels, own.weights)
+    tiles = view.frame.tiles([image.size for image in images], size, own.boxes[own.weights > 0], view.min_visible)
+    boxes, labels, weights, parts = [], [], [], []
     for number, tile in shown_tiles(tiles):
         image = images[number]
         whole = _interleaved(image.pixels(tile.least(image.size) if view.reduced else None))
@@ -217,9 +231,10 @@ def show(images: Sequence[StoredImage], view: View) -> tuple[NDArray[np.uint8], 
         placed, shown = exact.placed(image.boxes, view.min_visible)
         boxes.append(placed[shown])
         labels.append(image.labels[shown])
+        weights.append(image.weights[shown])
     pixels, corners = _finished(_composed(parts, size), np.concatenate(boxes), view)
     there = _with_area(corners)
-    return pixels, corners[there], np.concatenate(labels)[there]
+    return Shown(pixels, corners[there], np.concatenate(labels)[there], np.concatenate(weights)[there])
 
 
 def _composed(parts: Sequence[tuple[Rect, NDArray[np.uint8]]], size: Size) -> NDArray[np.uint8]:

@@ -16,8 +16,14 @@ from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
 from headkd_ray.detectors.ops.fixed_size import constant
-from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum, mean_over_workers
-from headkd_ray.detectors.ops.matching import gather_rows, match_points
+from headkd_ray.detectors.ops.losses import (
+    binary_cross_entropy_sum,
+    focal_loss_sum,
+    iou_sum,
+    mean_over_workers,
+    weighed_by_class,
+)
+from headkd_ray.detectors.ops.matching import gather_rows, match_points, row_weights
 from headkd_ray.detectors.ops.proposals import Found, best_pairs, flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, FCOSHeadSpec, FCOSSpec
@@ -87,7 +93,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         grid = self.anchors.grid(outputs.logits)
         low, high = self._ranges(grid)
         matched = match_points(grid.boxes, truth, low, high, self.spec.center_radius)
-        positive = matched >= 0
+        positive, certain = matched >= 0, row_weights(matched, truth)
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
         # Rows without a match get their own cell as target, so that nothing below divides by 0.
@@ -102,14 +108,12 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         idle = not self.training  # a process without images in this step runs in eval mode
         positives = mean_over_workers(positive.sum().float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1e-6)
-        everywhere = torch.ones_like(positive)
-        cls = focal_loss_sum(
-            logits, target_labels, everywhere, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights
-        )
+        by_class = weighed_by_class(certain, target_labels, self.class_weights)
+        cls = focal_loss_sum(logits, target_labels, by_class, self.spec.focal_alpha, self.spec.focal_gamma)
         return {
             "loss_cls": cls / positives,
-            "loss_box": iou_sum(predicted, target_boxes, weights, self.spec.box_loss) / weight,
-            "loss_centerness": binary_cross_entropy_sum(centerness, target_centerness, positive) / positives,
+            "loss_box": iou_sum(predicted, target_boxes, weights * certain, self.spec.box_loss) / weight,
+            "loss_centerness": binary_cross_entropy_sum(centerness, target_centerness, certain * positive) / positives,
         }
 
     def _ranges(self, grid: AnchorGrid) -> tuple[Tensor, Tensor]:

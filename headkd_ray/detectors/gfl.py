@@ -17,8 +17,14 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances, paired_iou
-from headkd_ray.detectors.ops.losses import distribution_focal_loss_sum, iou_sum, mean_over_workers, quality_focal_loss_sum
-from headkd_ray.detectors.ops.matching import NEGATIVE, gather_rows, match_adaptive
+from headkd_ray.detectors.ops.losses import (
+    distribution_focal_loss_sum,
+    iou_sum,
+    mean_over_workers,
+    quality_focal_loss_sum,
+    weighed_by_class,
+)
+from headkd_ray.detectors.ops.matching import at_least_one_each, gather_rows, match_adaptive, row_weights
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, GFLHeadSpec, GFLSpec
@@ -79,7 +85,7 @@ class GFLHead(DenseHead[GFLOutputs]):
         spec, grid = self.spec, self.anchors.grid(outputs.logits)
         valid = self.anchors.valid(grid, truth.sizes)
         matched = match_adaptive(grid.boxes, grid.counts, truth, spec.topk, valid)
-        positive = matched >= 0
+        positive, certain = matched >= 0, row_weights(matched, truth)
         # Rows without a match get their own anchor as target, so that nothing below divides by 0.
         target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), grid.boxes)
         target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
@@ -92,9 +98,11 @@ class GFLHead(DenseHead[GFLOutputs]):
         weights = logits.detach().amax(-1).float().sigmoid().masked_fill(~positive, 0.0)
 
         idle = not self.training  # a process without images in this step runs in eval mode
-        positives = mean_over_workers(positive.sum(1).clamp(min=1).sum().float(), idle).clamp(min=1)
+        positives = mean_over_workers(at_least_one_each(positive, truth).float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1)
-        cls = quality_focal_loss_sum(logits, target_labels, quality, matched >= NEGATIVE, spec.quality_beta, self.class_weights)
+        by_class = weighed_by_class(certain, target_labels, self.class_weights)
+        cls = quality_focal_loss_sum(logits, target_labels, quality, by_class, spec.quality_beta)
+        weights = weights * certain
         dfl = distribution_focal_loss_sum(bins, distances.clamp(0, spec.reg_max - LARGEST), weights.unsqueeze(-1)) / 4
         return {
             "loss_cls": cls / positives,

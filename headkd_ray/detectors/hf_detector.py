@@ -114,7 +114,7 @@ class TransformersDetector(Detector):
             ]
         height, width = min(sizes, key=lambda size: size[0] * size[1])
         boxes = torch.tensor([[[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]])
-        truth = GroundTruth(boxes, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[height, width]]))
+        truth = GroundTruth.of(boxes, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[height, width]]))
         x = self.normalise(torch.zeros(1, 3, height, width, dtype=torch.uint8), truth.sizes)
         try:
             self.supervised(x, truth)

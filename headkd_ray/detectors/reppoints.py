@@ -19,8 +19,8 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
-from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum
-from headkd_ray.detectors.ops.matching import NEGATIVE, gather_rows, match, match_nearest
+from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum, weighed_by_class
+from headkd_ray.detectors.ops.matching import at_least_one_each, gather_rows, match, match_nearest, row_weights
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import AnchorSpec, RepPointsHeadSpec, RepPointsSpec
@@ -133,9 +133,10 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(matched < 0, -1)
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
-        cls = focal_loss_sum(logits, target_labels, matched >= NEGATIVE, spec.focal_alpha, spec.focal_gamma, self.class_weights)
+        by_class = weighed_by_class(row_weights(matched, truth), target_labels, self.class_weights)
+        cls = focal_loss_sum(logits, target_labels, by_class, spec.focal_alpha, spec.focal_gamma)
         return {
-            "loss_cls": cls / _positives(matched),
+            "loss_cls": cls / at_least_one_each(matched >= 0, truth),
             "loss_init": spec.init_weight * self._point_loss(initial, nearest, truth, grid),
             "loss_refine": spec.refine_weight * self._point_loss(refined, matched, truth, grid),
         }
@@ -144,8 +145,9 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
         """Return the smooth L1 loss of ``distances`` (B, N, 4) to the boxes of ``truth`` that are ``matched`` (B, N)."""
         scale = self.spec.base_scale
         target = encode_distances(gather_rows(truth.boxes, matched), grid.boxes)
-        total = l1_sum(distances / scale, target / scale, matched >= 0, self.spec.smooth_l1_beta)
-        return total / _positives(matched)
+        weights = row_weights(matched, truth) * (matched >= 0)
+        total = l1_sum(distances / scale, target / scale, weights, self.spec.smooth_l1_beta)
+        return total / at_least_one_each(matched >= 0, truth)
 
     def box_maps(self, outputs: RepPointsOutputs) -> list[Tensor]:
         return [self.distances(points) for points in outputs.refined]
@@ -172,11 +174,6 @@ def _damp(value: Tensor, share: float) -> Tensor:
 def _deform(conv: DeformConv2d, features: Tensor, offsets: Tensor) -> Tensor:
     """Apply the deformable conv and a ReLU, in float32 because bfloat16 would round the positions at which it reads."""
     return conv(features.float(), offsets).relu()
-
-
-def _positives(matched: Tensor) -> Tensor:
-    """Return the sum over images of max(1, positives) of ``matched`` (B, N)."""
-    return (matched >= 0).sum(1).clamp(min=1).sum()
 
 
 class RepPoints(DenseDetector):

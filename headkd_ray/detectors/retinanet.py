@@ -14,8 +14,8 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import decode, encode
-from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum
-from headkd_ray.detectors.ops.matching import gather_rows, match
+from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum, weighed_by_class
+from headkd_ray.detectors.ops.matching import at_least_one_each, gather_rows, match, row_weights
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
 from headkd_ray.job import RetinaHeadSpec, RetinaNetSpec
@@ -64,7 +64,7 @@ class RetinaHead(DenseHead[RetinaOutputs]):
         grid = self.anchors.grid(outputs.logits)
         valid = self.anchors.valid(grid, truth.sizes)
         matched = match(grid.boxes, truth, self.spec.positive_iou, self.spec.negative_iou, low_quality_iou=0.0, valid=valid)
-        positive = matched >= 0
+        positive, weights = matched >= 0, row_weights(matched, truth)
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(~positive, -1)
         # Rows without a match encode their own anchor, so that not even a masked row contains log(0).
@@ -73,11 +73,10 @@ class RetinaHead(DenseHead[RetinaOutputs]):
 
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
         deltas = torch.cat(flatten_cells(outputs.deltas, 4), dim=1)
-        normaliser = positive.sum(1).clamp(min=1).sum()
-        cls = focal_loss_sum(
-            logits, target_labels, matched >= -1, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights
-        )
-        return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, positive) / normaliser}
+        normaliser = at_least_one_each(positive, truth)
+        by_class = weighed_by_class(weights, target_labels, self.class_weights)
+        cls = focal_loss_sum(logits, target_labels, by_class, self.spec.focal_alpha, self.spec.focal_gamma)
+        return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, weights * positive) / normaliser}
 
     def box_maps(self, outputs: RetinaOutputs) -> list[Tensor]:
         return outputs.deltas

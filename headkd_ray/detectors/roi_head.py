@@ -110,17 +110,15 @@ class BoxHead(RoIHead):
     def losses(self, outputs: Sequence[StageOutput]) -> Losses:
         """Compute ``cls``, the cross entropy averaged over all RoIs, and ``box``, the (smooth) L1 loss divided by their number.
 
-        The latter counts positives alone, with the deltas of their own class.
+        The latter counts positives alone, with the deltas of their own class. RoIs of weight 0 do not count.
         """
         ((rois, said),) = outputs
         positive = (rois.labels >= 0) & (rois.labels < self.num_classes)
         # A RoI that a cascade moved off its image has no area, so it cannot be encoded; it is background.
         wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
-        box = l1_sum(deltas_of(said, rois.labels), wanted, positive, self.spec.box_beta)
-        return {
-            "cls": cross_entropy_mean(said.logits, rois.labels, self.class_weights),
-            "box": box / (rois.labels >= 0).sum().clamp(min=1),
-        }
+        box = l1_sum(deltas_of(said, rois.labels), wanted, rois.weights * positive, self.spec.box_beta)
+        cls = cross_entropy_mean(said.logits, rois.labels, rois.weights, self.class_weights)
+        return {"cls": cls, "box": box / (rois.weights > 0).sum().clamp(min=1)}
 
     def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:
         return self(features, boxes, image), boxes

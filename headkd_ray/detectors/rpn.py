@@ -12,7 +12,7 @@ from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import decode, encode
 from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, l1_sum
-from headkd_ray.detectors.ops.matching import NEGATIVE, gather_rows, match
+from headkd_ray.detectors.ops.matching import NEGATIVE, at_least_one_each, gather_rows, match, row_weights
 from headkd_ray.detectors.ops.proposals import Proposals, flatten_cells, propose
 from headkd_ray.detectors.ops.sampling import sample
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -71,11 +71,11 @@ class RPN(nn.Module):
         target_boxes = torch.where(positive.unsqueeze(-1), gather_rows(truth.boxes, matched), anchors)
 
         # mmdet counts at least one positive and one negative per image.
-        negatives = (chosen.valid & ~positive).sum(1).clamp(min=1).sum()
-        samples = positive.sum(1).clamp(min=1).sum() + negatives
+        samples = at_least_one_each(positive, truth) + at_least_one_each(chosen.valid & ~positive, truth)
+        weights = row_weights(matched, truth) * chosen.valid
         return {
-            "loss_rpn_cls": binary_cross_entropy_sum(logits, positive, chosen.valid) / samples,
-            "loss_rpn_box": l1_sum(deltas, encode(target_boxes, anchors), positive, self.spec.box_beta) / samples,
+            "loss_rpn_cls": binary_cross_entropy_sum(logits, positive, weights) / samples,
+            "loss_rpn_box": l1_sum(deltas, encode(target_boxes, anchors), weights * positive, self.spec.box_beta) / samples,
         }
 
     @torch.no_grad()

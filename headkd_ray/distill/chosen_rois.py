@@ -27,7 +27,7 @@ def chosen_rois(targets: SoftTargets, forward: StudentForward) -> RoIs:
     image, place = places(targets.valid, padded)
     boxes = targets.boxes[image, place]
     background = torch.full_like(image, student.num_classes)
-    rois = RoIs(boxes, image, cells[image, place], labels=background, targets=boxes)
+    rois = RoIs(boxes, image, cells[image, place], labels=background, targets=boxes, weights=boxes.new_ones(len(boxes)))
     return marked(rois, targets.valid) if padded else rois
 
 

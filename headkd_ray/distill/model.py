@@ -71,7 +71,7 @@ class TrainingModel(nn.Module):
 
     def _seen(self, batch: Batch) -> tuple[Tensor, GroundTruth]:
         x = self.student.normalise(batch.images, batch.sizes)
-        return x, GroundTruth.of(batch.boxes, batch.labels, batch.sizes)
+        return x, GroundTruth.of(batch.boxes, batch.labels, batch.sizes, batch.weights, batch.background)
 
     def losses(self, forward: StepForward, step: int) -> Losses:
         """Return the student's own losses and those of all terms, in order, at optimizer step ``step``."""

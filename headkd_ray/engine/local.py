@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import training_set
 from headkd_ray.engine.checkpoint import LocalCheckpoints
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.log import Record, Sink
@@ -17,7 +18,7 @@ from headkd_ray.job import Job
 def train_here(job: Job, tell: Sink) -> Record:
     """Run the job and return its result record; ``tell`` receives the log records. Raises what ``fit`` raises."""
     distributed = Distributed.here(job.cluster)
-    streams = Streams(job, distributed, ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
+    streams = Streams(job, distributed, training_set(job), ShardSet.open(job.data.val), decode_here)
     folder = open_run(job)
     checkpoints = LocalCheckpoints(folder)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import headkd_ray
 from headkd_ray.data.class_weights import class_weights_of, described
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import split_fingerprints
 from headkd_ray.detectors import Detector, weigh_classes
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import build_training_model, load_start
@@ -37,6 +38,7 @@ from headkd_ray.engine.evaluation import evaluate
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.optim import reset_lr
+from headkd_ray.engine.run import teacher_key
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.stored_detections import Store
 from headkd_ray.engine.streams import Streams, in_order, on_device
@@ -56,6 +58,7 @@ def fit(
     open_sink: Callable[[int], Sink],
     asked_to_stop: Callable[[], bool] = lambda: False,
     store: Store | None = None,
+    observe: Sink = lambda record: None,
 ) -> Record:
     """Train to the end, resuming from the latest checkpoint if any; return the last evaluation's metrics. Collective.
 
@@ -66,6 +69,8 @@ def fit(
         open_sink: called on rank 0 with the step from which training resumes (0 = new run); the sink receives the log records.
         asked_to_stop: polled at every step; if it is True on any rank, training ends with that step and a checkpoint of it.
         store: called on rank 0 with the detections of each evaluation, before its record.
+        observe: called on every rank with the log records of steps and evaluations, in which images_per_second, data_wait and
+            memory_mib are those of the rank alone.
 
     Raises:
         TrainingError: the loss is not finite, or torch.compile does not work here.
@@ -93,7 +98,8 @@ def fit(
             weigh_classes(model, weights)
         state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
         if job.teacher is not None and teacher is not None:
-            state.teacher = {"checkpoint": masked(str(job.teacher.checkpoint)), "fingerprint": teacher.fingerprint}
+            key, address = job.teacher.source
+            state.teacher = {key.removeprefix("teacher."): masked(address), "fingerprint": teacher.fingerprint}
         if folder is not None:
             restore(state, folder, fixed_facts(state, streams))
             last = scores_of(folder)
@@ -113,7 +119,7 @@ def fit(
     if weights is not None and state.step == 0:
         notes.append(described(weights, classes))
     if state.step == 0:
-        notes += [f"warning: {warning}" for warning in streams.scoring.warnings]
+        notes += [*map(masked, streams.notes), *(f"warning: {warning}" for warning in streams.scoring.warnings)]
 
     def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
@@ -149,6 +155,7 @@ def fit(
                 record = {**place, "workers": distributed.size, "lr": lr, **window.record()}
                 check_finite(record)
                 sink(record)
+                observe({**record, **window.own})
             if not checkpoint_due:
                 continue
             scored = None
@@ -156,7 +163,9 @@ def fit(
                 scored = validate(job, distributed, streams, state.student, keep_found)
                 last = {"step": state.step, **scored.as_dict()}
                 state.patience.see(scored.AP, epoch)
-                sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
+                evaluated = {"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()}
+                sink(evaluated)
+                observe(evaluated)
             keep(state, job, distributed, streams, checkpoints, scored)
             if last_one and state.step < total_steps and not state.patience.exhausted:
                 raise StoppedError(
@@ -218,13 +227,13 @@ def _shapes(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 def fixed_facts(state: Learner, streams: Streams) -> dict[str, Any]:
     """Return what determines how a run goes on and which checkpoint is best, besides the keys that it cannot change."""
-    teacher = {} if state.teacher is None else {"teacher.checkpoint": state.teacher["fingerprint"]}
+    teacher = {} if state.teacher is None else {teacher_key(state.teacher): state.teacher["fingerprint"]}
     return {"cluster.workers": streams.ranks_in_all, **data_fingerprints(streams), **teacher}
 
 
 def data_fingerprints(streams: Streams) -> dict[str, str]:
     """Return the fingerprint of each split, by its job key."""
-    return {"data.train": streams.train_set.meta.fingerprint, "data.val": streams.val_set.meta.fingerprint}
+    return {**split_fingerprints(streams.train_set), "data.val": streams.val_set.meta.fingerprint}
 
 
 def validate(

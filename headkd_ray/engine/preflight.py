@@ -12,6 +12,7 @@ from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import split_fingerprints, training_set
 from headkd_ray.data.views import extreme_sizes
 from headkd_ray.detectors import Detector
 from headkd_ray.distill import build_training_model
@@ -47,8 +48,18 @@ def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> Job:
             splits[name] = ShardSet.open(getattr(job.data, name))
         except UserError as error:
             problems += error.problems
-    if "train" in splits and not len(train_rows(splits["train"].index, job.data.keep_empty)):
-        problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
+    if "train" in splits:
+        if not len(train_rows(splits["train"].index, job.data.keep_empty)):
+            problems.append(f"{job.data.train}: no image has a box to train on; prepare another split")
+        try:
+            splits["train"] = training_set(job, splits["train"])
+        except UserError as error:
+            problems += _lines(error)
+    elif job.data.unlabelled is not None:
+        try:
+            ShardSet.open(job.data.unlabelled, labelled=False)
+        except UserError as error:
+            problems += error.problems
     checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits), longer)]
     if "train" in splits:
         checks.append(lambda: sampling_of(splits["train"], job.data))
@@ -76,10 +87,11 @@ def _lines(error: UserError) -> Sequence[str]:
 
 def _fingerprints(job: Job, splits: Mapping[str, ShardSet]) -> dict[str, str]:
     """Return the fingerprints of the splits and, if the run has ended, of the weights that it was given, by their job keys."""
-    found = {f"data.{name}": split.meta.fingerprint for name, split in splits.items()}
-    given = {
+    found = split_fingerprints(splits["train"]) if "train" in splits else {}
+    found |= {"data.val": splits["val"].meta.fingerprint} if "val" in splits else {}
+    given: dict[str, Callable[[Job, tuple[str, ...] | None], Start | Teacher | None] | None] = {
         "student.checkpoint": None if job.student.checkpoint is None else _start,
-        "teacher.checkpoint": None if job.teacher is None else _teacher,
+        "teacher.checkpoint" if job.teacher is None else job.teacher.source[0]: None if job.teacher is None else _teacher,
     }
     ended = False
     if any(given.values()):
@@ -113,12 +125,13 @@ def _build(job: Job, shards: ShardSet | None) -> None:
     classes = None if shards is None else shards.meta.classes
     with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not affect those of the run
         teacher = load_teacher(job, classes)
-        outputs = len(classes) if classes is not None else teacher.detector.num_classes if teacher is not None else 1
-        model = build_training_model(job, outputs, teacher.detector if teacher else None, steps_per_epoch=1)
+        network = None if teacher is None else teacher.detector
+        outputs = len(classes) if classes is not None else network.num_classes if network is not None else 1
+        model = build_training_model(job, outputs, network, steps_per_epoch=1)
         if shards is not None:
             _check_sizes(job, shards, model.student, teacher)
-    if shards is not None and teacher is not None and job.teacher is not None and job.teacher.placement == "cache":
-        open_cache(job, shards, teacher.detector).check()
+    if shards is not None and network is not None and job.teacher is not None and job.teacher.placement == "cache":
+        open_cache(job, shards, network).check()
 
 
 def _check_sizes(job: Job, shards: ShardSet, student: Detector, teacher: Teacher | None) -> None:

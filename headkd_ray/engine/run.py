@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +69,7 @@ def check_run(job: Job, data: dict[str, str] | None = None, longer: bool = False
     """Check that the job can start its run or resume it, leaving nothing behind.
 
     Args:
-        data: fingerprint of each split, of student.checkpoint and of teacher.checkpoint that could be read, by its job key.
+        data: fingerprint of each split, of student.checkpoint and of the teacher that could be read, by its job key.
         longer: whether the run is to be trained longer than it was started for, with other ``LENGTH_KEYS``.
 
     Raises:
@@ -154,7 +154,11 @@ def extend_run(job: Job) -> None:
 
 
 def _differs(key: str) -> str:
-    weights = {"student.checkpoint": "started from different weights", "teacher.checkpoint": "had a different teacher"}
+    weights = {
+        "student.checkpoint": "started from different weights",
+        "teacher.checkpoint": "had a different teacher",
+        "teacher.predictions": "learned from different predictions",
+    }
     return weights.get(key, "was trained on different data")
 
 
@@ -228,8 +232,13 @@ def finish(folder: Folder, ranking: list[Folder], last: Record, data: dict[str, 
 def _weights_of(checkpoint: Folder) -> dict[str, str]:
     """Return the fingerprints of the weights that a checkpoint's student started from and of its teacher's, by job key."""
     meta = read_json(checkpoint / STUDENT_FOLDER, CARD, CheckpointError, "the checkpoint is damaged").get("meta", {})
-    keys = {"start": "student.checkpoint", "teacher": "teacher.checkpoint"}
+    keys = {"start": "student.checkpoint", "teacher": teacher_key(meta.get("teacher", {}))}
     return {key: meta[part]["fingerprint"] for part, key in keys.items() if part in meta}
+
+
+def teacher_key(teacher: Mapping[str, str]) -> str:
+    """Return the job key of a teacher, as a checkpoint records it: that of its predictions, or of its weights."""
+    return "teacher.predictions" if "predictions" in teacher else "teacher.checkpoint"
 
 
 @contextmanager

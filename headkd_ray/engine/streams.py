@@ -12,6 +12,7 @@ from headkd_ray.data.batch_stream import BatchMaker, TargetReader, local_stream
 from headkd_ray.data.epoch_order import Window, eval_windows, interleaved, steps_per_epoch, train_windows
 from headkd_ray.data.repeats import sampling_of
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import TrainingSet
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.scoring import scoring_of_job
 from headkd_ray.job import Job
@@ -35,6 +36,8 @@ class Streams:
     def __init__(self, job: Job, distributed: Distributed, train: ShardSet, val: ShardSet, decode: Decode) -> None:
         self.job, self.distributed, self.train_set, self.val_set, self.decode = job, distributed, train, val, decode
         self.sampling = sampling_of(train, job.data)
+        self.notes = train.notes if isinstance(train, TrainingSet) else ()
+        """Sentences for the log about what is trained on."""
         self.ranks_in_all = max(1, job.cluster.most_workers)
         self.ranks = distributed.ranks_of(self.ranks_in_all)
         """The ranks that this process runs; their batches of a step come in this order."""

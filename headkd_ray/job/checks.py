@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from headkd_ray.job import data_checks
+from headkd_ray.job import data_checks, teacher_checks
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
@@ -20,6 +20,18 @@ from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
 from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
+
+OF_TEACHERS = {
+    "checkpoint": ("ours", "transformers"),
+    "classes": ("ours", "transformers"),
+    "layers": ("transformers",),
+    "truth_iou": ("transformers",),
+    "predictions": ("predictions",),
+    "score_threshold": ("predictions",),
+    "ignore_threshold": ("predictions",),
+    "labelled_iou": ("predictions",),
+}
+"""Keys of the teacher that are only for some kinds, which read nothing else's."""
 
 Get = Callable[[str], Any]
 """Returns the value of a dotted key; a section is a dict. Raises UnreadableError."""
@@ -86,7 +98,16 @@ def _method_and_teacher(get: Get) -> Iterator[tuple[str, str]]:
     needed = METHODS[method].teacher
     if needed and teacher is None:
         yield "teacher", f"method {method} needs a teacher; give teacher.checkpoint"
-    if not needed and teacher is not None:
+    if teacher is None:
+        return
+    predicts = get("teacher.kind") == "predictions"
+    if needed and predicts:
+        yield (
+            "teacher.kind",
+            f"predictions are boxes without features, which method {method} needs; use method supervised, assist or tf_head, "
+            "or a network as the teacher (teacher.checkpoint)",
+        )
+    elif not needed and not predicts:
         yield "teacher", f"method {method} uses no teacher; remove the section (or override teacher=null)"
 
 
@@ -311,10 +332,13 @@ def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
     if get("teacher") is None:
         return
     kind, method = get("teacher.kind"), get("method")
-    if kind == "ours":
-        for key in ("layers", "truth_iou"):
-            if get(f"teacher.{key}") != TeacherSpec.model_fields[key].default:
-                yield f"teacher.{key}", "is for kind: transformers; remove the key, or set teacher.kind"
+    for key, kinds in OF_TEACHERS.items():
+        if kind not in kinds and get(f"teacher.{key}") != TeacherSpec.model_fields[key].default:
+            yield f"teacher.{key}", f"is for kind: {' or '.join(kinds)}; remove the key, or set teacher.kind"
+    source = "predictions" if kind == "predictions" else "checkpoint"
+    if get(f"teacher.{source}") is None:
+        yield f"teacher.{source}", f"missing; a teacher of kind {kind} needs it"
+    if kind != "transformers":
         return
     layers = list(get("teacher.layers") or ())
     if layers != sorted(set(layers)):
@@ -390,6 +414,8 @@ CHECKS: tuple[Check, ...] = (
     _method_and_teacher,
     _teacher_placement,
     _teacher_kind,
+    teacher_checks.predictions,
+    teacher_checks.unlabelled,
     _method_and_student,
     _tf_assistants,
     _tf_head_weights,

@@ -14,7 +14,7 @@ from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import Method
-from headkd_ray.job.module_specs import Spec, Text
+from headkd_ray.job.module_specs import Labels, Spec, Text
 from headkd_ray.job.numbers import (
     Batch,
     Boxes,
@@ -26,12 +26,14 @@ from headkd_ray.job.numbers import (
     Limit,
     Momentum,
     Multiple,
+    Part,
     Pixels,
     Processes,
     ProcessesOrNone,
     Rate,
     Restarts,
     Seconds,
+    SecondsOrNone,
     Seed,
     Share,
     Steps,
@@ -106,6 +108,12 @@ class DataSpec(Spec):
     class_balanced = as many images in all, but each class equally often. A repeated image shows another view each time."""
     repeat_threshold: Fraction = 0.001
     """Share of images below which repeat_factor repeats a class (0.001 is LVIS's, meant for 1,200 classes)."""
+    unlabelled: Text | None = None
+    """Folder or URI of a split of further training images without labels (prepare --unlabelled); labels that it has are not
+    read. A teacher says what can be learnt from them: its predictions (teacher.kind: predictions), or its features (methods
+    akd, head, fitnet). They give no ground-truth losses and are no negatives. null = none."""
+    unlabelled_share: Part = 1.0
+    """Share of the unlabelled images that an epoch shows, others in each epoch."""
 
 
 class DistillSpec(Spec):
@@ -288,12 +296,27 @@ class ClusterSpec(Spec):
     """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
     cpus_per_worker: Share = 1.0
     """CPUs that Ray reserves per worker."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels that the nodes of train workers must have, for example {market: on-demand}; a value may also be !spot,
+    in(a100, h100) or !in(...). Data tasks may run on any node."""
+    accelerator_type: Text | None = None
+    """Kind of GPU that train workers need, by the name that Ray gives it, such as A10G, L4, A100 or H100; null = any."""
     data_cpus: Share = 1.0
     """CPUs left free for each worker's data tasks (decoding and augmentation), one CPU per task."""
     threads_per_worker: Threads | None = None
     """PyTorch CPU threads per worker; null = cpus_per_worker (without Ray: PyTorch's own choice)."""
     max_failures: Restarts = 3
-    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up."""
+    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up.
+    Nodes that Ray knows to be taken away do not count here."""
+    max_preemption_failures: Restarts | None = None
+    """Restarts because a node of a worker was drained, as a spot machine is before its cloud takes it back; null = no limit. A
+    drain is announced, so the workers write a checkpoint at once and no step is repeated."""
+    preemption_grace_s: SecondsOrNone = 0.0
+    """Seconds beyond the deadline of a drain for which the workers on other nodes may go on writing that checkpoint."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a cluster that the command starts for itself, and print its address."""
+    log_to_driver: bool = False
+    """Also print what the processes of the run write to their standard output and error, which Ray keeps in its logs."""
     resize_seconds: Seconds = 60.0
     """With a range of workers: seconds between checks whether there is room for more. Each change resumes from the last
     checkpoint."""
@@ -315,15 +338,17 @@ class Job(Spec):
     run: RunSpec
     """The name of the run and where it writes."""
     method: Method
-    """The method: supervised = student (or teacher) from labels alone; assist = with a fresh assistant; copy_only = assistant
-    copied from the teacher, no distillation loss; akd = + assistant distillation; head = + cross distillation; fitnet =
-    feature distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a teacher."""
+    """The method: supervised = student (or teacher) from labels and pseudo labels alone; assist = with a fresh assistant;
+    copy_only = assistant copied from the teacher, no distillation loss; akd = + assistant distillation; head = + cross
+    distillation; fitnet = feature distillation from a RetinaNet teacher; tf_head = assistants of other kinds instead of a
+    teacher."""
     data: DataSpec
     """The prepared shards and how they become batches."""
     student: DetectorSpec = RetinaNetSpec()
     """The detector that is trained and exported."""
     teacher: TeacherSpec | None = None
-    """The teacher; required by copy_only, akd, head and fitnet, not allowed for other methods; null = none."""
+    """The teacher; required by copy_only, akd, head and fitnet. Other methods can only have one of kind predictions; null =
+    none."""
     distill: DistillSpec = DistillSpec()
     """The loss weights of distillation, and the assistant; no effect for method supervised."""
     losses: LossesSpec = LossesSpec()

@@ -69,8 +69,9 @@ class Draft(NamedTuple):
 def load_job(path: str | FilePath, overrides: Sequence[str] = ()) -> Job:
     """Read a job file.
 
-    Relative paths inside a job (``data.train``, ``data.val``, ``teacher.checkpoint``, ``run.storage``,
-    ``student.checkpoint``, ``student.backbone.weights``) stay as written: they are relative to the command's current folder,
+    Relative paths inside a job (``data.train``, ``data.val``, ``data.unlabelled``, ``teacher.checkpoint``,
+    ``teacher.predictions``, ``run.storage``, ``student.checkpoint``, ``student.backbone.weights``) stay as written: they are
+    relative to the command's current folder,
     not to the job file.
 
     Args:

@@ -11,6 +11,8 @@ from typing import Annotated
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Part = Annotated[float, Field(gt=0.0, le=1.0)]
+"""A share that is not 0."""
 Portion = Annotated[float, Field(ge=0.05, le=1.0)]
 """A share of a length that leaves something of it."""
 Expansion = Annotated[float, Field(ge=1.0, le=16.0)]
@@ -40,6 +42,7 @@ Steps = Annotated[int, Field(gt=0, le=10**9)]
 StepsOrNone = Annotated[int, Field(ge=0, le=10**9)]
 Restarts = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(gt=0.0, le=1e9)]
+SecondsOrNone = Annotated[float, Field(ge=0.0, le=1e9)]
 
 Pixels = Annotated[int, Field(gt=0, le=32_768)]
 """A side of an image."""

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from headkd_ray.job.module_specs import Spec, Text
-from headkd_ray.job.numbers import Batch, Fraction, Layers, Logits, Processes, Scale, ShareOrNone
+from headkd_ray.job.module_specs import Labels, Spec, Text
+from headkd_ray.job.numbers import Batch, Fraction, Layers, Logits, Part, Processes, Scale, ShareOrNone
 
 
 class PoolSpec(Spec):
@@ -22,6 +22,10 @@ class PoolSpec(Spec):
     """GPUs per process, possibly a fraction of one; 0 = run on the CPU."""
     resources: dict[str, Scale] = Field(default_factory=dict)
     """Custom Ray resources per process, for example {teacher: 1} on nodes that were started with them."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels that the nodes of these processes must have, as in cluster.labels."""
+    accelerator_type: Text | None = None
+    """Kind of GPU that these processes need, as in cluster.accelerator_type; null = any."""
 
 
 class CacheSpec(Spec):
@@ -37,17 +41,30 @@ class CacheSpec(Spec):
 
 
 class TeacherSpec(Spec):
-    """The frozen detector that the student is distilled from."""
+    """The frozen detector that the student is distilled from, or what it has found."""
 
-    kind: Literal["ours", "transformers"] = "ours"
+    kind: Literal["ours", "transformers", "predictions"] = "ours"
     """What the teacher is: ours = a detector of this package, from its own files, mmdet's or torchvision's; transformers = a
     DETR of the package transformers (detr, deformable_detr, rt_detr, rt_detr_v2, d_fine, ...), whose hidden states are
-    imitated. It needs pip install 'headkd-ray[teachers]', distill.rois: teacher and distill.copy_head: false."""
-    checkpoint: Text
+    imitated. It needs pip install 'headkd-ray[teachers]', distill.rois: teacher and distill.copy_head: false. predictions = a
+    file of detections, from anything that detects; they are pseudo labels for methods without distillation."""
+    checkpoint: Text | None = None
     """Folder of a headkd_ray student or teacher (model.safetensors + model.json), or an mmdet or torchvision .pth file; with
     kind: transformers a folder that save_pretrained wrote (config.json, model.safetensors, preprocessor_config.json). A path,
     a URI, or hf://owner/name@revision on the Hugging Face Hub. A relative path is resolved against the command's current
-    folder."""
+    folder. Required by both kinds; with kind: predictions there is none."""
+    predictions: Text | None = None
+    """File or URI of the detections (kind predictions): COCO results, a list of {image_id, category_id, bbox, score}; or a COCO
+    data set whose annotations have a score, as predict writes. Images are found by their ids or file names, classes by their
+    category ids or names. A relative path is resolved against the command's current folder."""
+    score_threshold: Fraction = 0.5
+    """Score from which a prediction is a pseudo label; its losses are multiplied by its score (kind predictions)."""
+    ignore_threshold: Fraction = 0.3
+    """Score from which a prediction below score_threshold is ignored: it is not learnt, and what it covers is no background.
+    Those below are background (kind predictions)."""
+    labelled_iou: Part | None = None
+    """Also add pseudo labels to labelled images, but for those whose IoU with a ground-truth box is at least this; null =
+    labelled images have their ground truth alone (kind predictions)."""
     classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Class names in the order of the checkpoint's outputs, when the file does not name them; null = read from the file."""
     layers: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
@@ -74,3 +91,16 @@ class TeacherSpec(Spec):
     def answers_the_student(self) -> bool:
         """Whether the teacher can be asked about RoIs that the student chooses; a DETR only knows those of its queries."""
         return self.kind == "ours"
+
+    @property
+    def is_network(self) -> bool:
+        """Whether the teacher is a network, which can be run, and has features."""
+        return self.kind != "predictions"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """The key that says where the teacher is, and its value."""
+        key = "checkpoint" if self.is_network else "predictions"
+        place = getattr(self, key)
+        assert place is not None, "the job's own checks"
+        return f"teacher.{key}", place

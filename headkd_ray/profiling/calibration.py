@@ -105,7 +105,7 @@ class _TimedLearner:
         # A tiny learning rate costs the same work, and the loss cannot diverge.
         self.job, self.distributed = job.replace({"optim.lr": 1e-9, "optim.accumulate": 1}), distributed
         apart = job
-        if job.teacher is not None:  # with a pool, the training model has no teacher of its own
+        if detector is not None:  # with a pool, the training model has no teacher of its own
             apart = job.replace({"teacher.placement": "pool"})
         model = build_training_model(apart, len(classes), detector, steps_per_epoch=1, start=load_start(job, classes))
         self.learner = build_learner(self.job, model, distributed.device, job.data.batch_size, steps_per_epoch=1)

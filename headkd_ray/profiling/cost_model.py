@@ -139,7 +139,7 @@ class Plan:
 
 def work_of(job: Job, train: ShardSet, val: ShardSet, on_gpu: bool) -> Work:
     """Return the work of a job; ``on_gpu`` tells whether workers have GPUs if ``cluster.gpus_per_worker`` leaves it open."""
-    cluster, teacher = job.cluster, job.teacher
+    cluster, teacher = job.cluster, job.teacher if job.teacher is not None and job.teacher.is_network else None
     pool = teacher.pool if teacher is not None else None
     placement = teacher.placement if teacher is not None else "inline"
     alone = cluster.workers == 0

@@ -79,7 +79,7 @@ class Builder:
 
     def _show(self, sample: Sample, view: int) -> Example | None:
         """Make the view, or return None for an image that is not trained on."""
-        if not len(sample.labels) and not self.maker.spec.keep_empty:
+        if sample.labelled and not len(sample.labels) and not self.maker.spec.keep_empty:
             return None
         return self.maker.example(sample, view, self.maker.view(sample.image_id, view))
 

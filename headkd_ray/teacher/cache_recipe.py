@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import splits_of
 from headkd_ray.data.views import distinct_views
 from headkd_ray.detectors import Detector
 from headkd_ray.detectors.state_dict import add_to_digest
@@ -23,7 +24,7 @@ def recipe_of(job: Job, shards: ShardSet, teacher: TeacherSource) -> Recipe:
     return {
         **teacher.recipe(logits=job.teacher.cache.logits > 0),
         "teacher.precision": job.teacher.precision,
-        "data.train (contents)": _contents(shards),
+        **{f"{key} (contents)": _contents(split) for key, split in splits_of(shards).items()},
         "data.short_side": list(data.short_side),
         "data.long_side": data.long_side,
         "data.flip": data.flip,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from headkd_ray.data.class_lists import check_common, outputs_by_name
+from headkd_ray.data.predictions import sha256_of
 from headkd_ray.detectors import PyramidDetector
 from headkd_ray.detectors.hf_models import HFModel, read_hf_model
 from headkd_ray.detectors.state_dict import fingerprint
@@ -23,22 +24,23 @@ from headkd_ray.teacher.transformers_source import TransformersSource
 class Teacher:
     """A loaded teacher, on the CPU."""
 
-    detector: AnyTeacher
-    """A detector of ours with an output for each class of the data, or a source."""
+    detector: AnyTeacher | None
+    """A detector of ours with an output for each class of the data, or a source; None if it has left predictions, which the
+    data has."""
     note: str | None
     """A note for the log on how its classes differ from the data's and if it is of the student's kind; None if neither."""
     fingerprint: str
-    """SHA-256 of the weights in the checkpoint, in hexadecimal."""
+    """SHA-256 of the weights in the checkpoint, or of the file of predictions, in hexadecimal."""
 
 
 def teacher_of(job: Job, classes: tuple[str, ...]) -> AnyTeacher:
-    """Load the teacher of a job that has a teacher; raise as :func:`load_teacher` does.
+    """Load the teacher of a job whose teacher is a network; raise as :func:`load_teacher` does.
 
     Outputs for classes that it does not know are drawn with the run's seed, so that they are the same wherever it is loaded.
     """
     torch.manual_seed(job.run.seed)
     teacher = load_teacher(job, classes)
-    assert teacher is not None
+    assert teacher is not None and teacher.detector is not None
     return teacher.detector
 
 
@@ -54,7 +56,7 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
     Raises:
         CheckpointError: the teacher is unreadable or does not name its classes. (``build_training_model`` checks whether it
             is of the kind that the method needs.)
-        DataError: the teacher knows none of the data's classes.
+        DataError: the teacher knows none of the data's classes, or its predictions cannot be read.
         JobError: the teacher does not have the layers that the job compares.
     """
     if job.teacher is None:
@@ -64,12 +66,13 @@ def load_teacher(job: Job, classes: tuple[str, ...] | None) -> Teacher | None:
 
 def _of_ours(job: Job, classes: tuple[str, ...] | None) -> Teacher:
     assert job.teacher is not None
-    loaded = fetch_named("teacher", job.teacher.checkpoint, job.teacher.classes)
+    _, place = job.teacher.source
+    loaded = fetch_named("teacher", place, job.teacher.classes)
     names = loaded.classes
     assert names is not None
     if not isinstance(loaded.detector, PyramidDetector):
         raise CheckpointError(
-            f"teacher.checkpoint: {job.teacher.checkpoint} is a {loaded.detector.spec.kind} detector, which has no feature "
+            f"teacher.checkpoint: {place} is a {loaded.detector.spec.kind} detector, which has no feature "
             "pyramid and no head to distill from; its hidden states teach with teacher.kind: transformers"
         )
     own_kind = job.method != "fitnet" and loaded.detector.spec.kind == job.student.kind
@@ -91,9 +94,10 @@ def _of_ours(job: Job, classes: tuple[str, ...] | None) -> Teacher:
 
 def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:
     assert job.teacher is not None
+    _, place = job.teacher.source
     with prefixed("teacher"):
-        model = read_hf_model(job.teacher.checkpoint)
-    names = check_names("teacher", job.teacher.checkpoint, job.teacher.classes, model.classes, model.num_classes)
+        model = read_hf_model(place)
+    names = check_names("teacher", place, job.teacher.classes, model.classes, model.num_classes)
     known = tuple(name for name in names if name != UNUSED)
     classes = known if classes is None else classes
     _check_common(job, known, classes)
@@ -109,7 +113,13 @@ def _of_transformers(job: Job, classes: tuple[str, ...] | None) -> Teacher:
     return Teacher(source, "; ".join(notes), model.fingerprint)
 
 
-LOADERS = {"ours": _of_ours, "transformers": _of_transformers}
+def _of_predictions(job: Job, classes: tuple[str, ...] | None) -> Teacher:
+    assert job.teacher is not None
+    _, place = job.teacher.source
+    return Teacher(None, None, sha256_of(place))
+
+
+LOADERS = {"ours": _of_ours, "transformers": _of_transformers, "predictions": _of_predictions}
 """By ``teacher.kind``: the function that loads the teacher of a job."""
 
 
@@ -131,4 +141,4 @@ def _layers(job: Job, model: HFModel) -> tuple[int, ...]:
 
 def _check_common(job: Job, names: tuple[str, ...], classes: tuple[str, ...]) -> None:
     assert job.teacher is not None
-    check_common(f"teacher ({job.teacher.checkpoint})", names, f"data.train ({job.data.train})", classes, "teacher.classes")
+    check_common(f"teacher ({job.teacher.source[1]})", names, f"data.train ({job.data.train})", classes, "teacher.classes")

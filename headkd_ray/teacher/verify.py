@@ -10,7 +10,7 @@ import torch
 from headkd_ray.data.batch import collate
 from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.rng import key_permutation
-from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import training_set
 from headkd_ray.errors import JobError
 from headkd_ray.job import Job
 from headkd_ray.soft_targets import ViewTargets
@@ -28,7 +28,7 @@ def open_builder(job: Job, device: torch.device | str = "cpu") -> Builder:
             "distill.rois: a cache holds the teacher's features at RoIs that it chose itself; use a job of method akd or head "
             "with distill.rois: teacher"
         )
-    shards = ShardSet.open(job.data.train)
+    shards = training_set(job)
     return builder_of(job, shards, teacher_of(job, shards.meta.classes), device)
 
 

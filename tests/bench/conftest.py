@@ -14,7 +14,9 @@ from evidence_rows import ROWS
 def data(tmp_path_factory: pytest.TempPathFactory, drawn_splits: dict[str, str]) -> Path:
     """Return a folder with the splits train, val and test."""
     folder = tmp_path_factory.mktemp("evidence")
-    for split, source in {**drawn_splits, "test": drawn_splits["val"]}.items():
+    (folder / "halves").mkdir()
+    halves = {"halves/train": drawn_splits["val"], "halves/val": drawn_splits["train"]}
+    for split, source in {**drawn_splits, "test": drawn_splits["val"], **halves}.items():
         (folder / split).symlink_to(source, target_is_directory=True)
     return folder
 

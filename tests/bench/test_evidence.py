@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -23,6 +24,9 @@ from evidence_tables import METRICS, read
 from headkd_ray.errors import TrainingError
 from tests.support import MICRO_TEACHER, edit, micro_job
 
+PSEUDO = "teacher.kind=predictions teacher.score_threshold=0 teacher.ignore_threshold=0"
+"""Keys of a row whose teacher is hardly trained, and sure of nothing."""
+
 
 @pytest.fixture
 def tiny(tmp_path: Path, data: Path, drawn_splits: dict[str, str]) -> Bench:
@@ -40,6 +44,7 @@ def tiny(tmp_path: Path, data: Path, drawn_splits: dict[str, str]) -> Bench:
         "baseline": Row("student"),
         "head": Row("student", "method=head", ("baseline",), "teacher"),
         "cached": Row("student", cached, ("baseline",), "teacher", lr_of="head"),
+        "pseudo": Row("student", PSEUDO, ("baseline",), "teacher", "head", unlabelled="halves/train", predicted="halves/train"),
     }
     return Bench("tiny", rows, jobs, data, tmp_path / "runs", tmp_path / "results.jsonl")
 
@@ -69,6 +74,18 @@ def test_a_run_appends_one_line_once_also_after_an_interruption(tiny: Bench, cap
     evidence_run.run(tiny, "baseline", 0)
     assert len(read(tiny.results)) == 1
     assert "recorded" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_predictions_are_made_once_and_recorded(tiny: Bench):
+    evidence_run.run(tiny, "pseudo", 0)
+    teacher, record = read(tiny.results)
+    assert (teacher["row"], record["row"]) == ("teacher", "pseudo") and record["images"] > teacher["images"]
+    (file,) = tiny.storage.glob("predictions-*.json")
+    assert record["teacher"] == hashlib.sha256(file.read_bytes()).hexdigest()[:10]
+    made = file.stat().st_mtime_ns
+    evidence_run.run(tiny, "pseudo", 1)
+    assert file.stat().st_mtime_ns == made and len(read(tiny.results)) == 3
 
 
 @pytest.mark.slow

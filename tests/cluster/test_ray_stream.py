@@ -24,10 +24,11 @@ from headkd_ray.data.batch_stream import BatchMaker, PendingBatch, local_stream
 from headkd_ray.data.epoch_order import Window, eval_windows, steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.data.training_set import training_set
 from headkd_ray.errors import DataError
 from headkd_ray.job import AugmentSpec, ClusterSpec, DataSpec
 from tests.data.coco_files import make_coco, spoil_images
-from tests.support import HANGS
+from tests.support import HANGS, micro_job, micro_predictions
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -76,6 +77,21 @@ def test_same_batches_in_the_same_order_as_the_local_stream(
     with DECODE(shards, planned, maker) as on_ray:
         for one, other in zip(on_ray, local_stream(shards, planned, maker), strict=True):
             assert_equal(one, other)
+
+
+def test_pseudo_labels_and_unlabelled_images_come_with_their_weights(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps(micro_predictions(drawn_splits["val"])))
+    splits = {**drawn_splits, "unlabelled": drawn_splits["val"], "augment": {"mosaic": 0.5}}
+    job = micro_job(tmp_path, splits, teacher={"kind": "predictions", "predictions": str(file)})
+    both, maker = training_set(job), BatchMaker(job.data, 1, train=True)
+    planned = windows(both)[-2:]
+    with DECODE(both, planned, maker) as on_ray:
+        batches = list(on_ray)
+    for one, other in zip(batches, local_stream(both, planned, maker), strict=True):
+        assert_equal(one, other)
+    weights = torch.cat([batch.weights[batch.labels >= 0] for batch in batches]).unique()
+    assert weights.tolist() == pytest.approx([0.0, 0.9, 1.0])
 
 
 def test_evaluation_and_idle_batches(shards: ShardSet) -> None:

@@ -52,6 +52,11 @@ class Drawing:
     labels: NDArray[np.int64]
 
     @property
+    def weights(self) -> NDArray[np.float32]:
+        """A weight for each label, so that a view shows which box it belongs to."""
+        return (1 + self.labels).astype(np.float32)
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.image.shape[0], self.image.shape[1]
 
@@ -90,11 +95,11 @@ def test_boxes_stay_in_the_view_and_keep_enough_of_their_area(
     spec = spec_with(**AUGMENTS[kind], min_visible=share, flip_vertical=0.5)
     view = train_view(3, number, 0, spec)
     used = photos[: 1 + view.partners]
-    pixels, boxes, labels = show(used, view)
+    pixels, boxes, labels, weights = show(used, view)
     height, width = view_size(*used[0].size, view)
     assert pixels.shape == (3, height, width) and (pixels.dtype, boxes.dtype, labels.dtype) == (np.uint8, np.float32, np.int64)
     assert (boxes >= 0).all() and (boxes <= [width, height] * 2).all() and (boxes[:, :2] < boxes[:, 2:]).all()
-    assert view.frame is not None and len(boxes) == len(labels) <= len(used)
+    assert weights.dtype == np.float32 and view.frame is not None and len(boxes) == len(labels) <= len(used)
     tiles = view.frame.tiles([photo.size for photo in used], (height, width), used[0].boxes, share)
     areas: dict[int, list[float]] = {}
     for photo, (source, target) in zip(used, tiles, strict=True):
@@ -106,7 +111,7 @@ def test_boxes_stay_in_the_view_and_keep_enough_of_their_area(
         least = min(areas[label])
         assert share * least * 0.999 <= (x2 - x1) * (y2 - y1) <= most * 1.001
     again = show(used, view)
-    assert all(np.array_equal(one, other) for one, other in zip(again, (pixels, boxes, labels), strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(again, (pixels, boxes, labels, 1 + labels), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["crop", "zoom_out"])
@@ -115,7 +120,7 @@ def test_boxes_stay_in_the_view_and_keep_enough_of_their_area(
 def test_boxes_follow_their_pixels(kind: str, photo: Drawing, number: int) -> None:
     spec = spec_with(**AUGMENTS[kind], min_visible=0.0, flip_vertical=0.5)
     view = train_view(3, number, 0, spec)
-    pixels, boxes, _ = show([photo], view)
+    pixels, boxes, *_ = show([photo], view)
     left, top, right, bottom = boxes[0].tolist()
     lit = (pixels == 255).all(axis=0)
     (tile,) = view.frame.tiles([photo.size], pixels.shape[1:], photo.boxes, 0.0)  # type: ignore[union-attr]
@@ -137,8 +142,8 @@ def test_a_mosaic_shows_four_images_each_with_its_boxes() -> None:
     quarters = set()
     for number in range(40):
         view = train_view(7, number, 0, spec_with(mosaic=1.0, min_visible=0.0))
-        pixels, boxes, labels = show(photos, view)
-        assert labels.tolist() == [0, 1, 2, 3] and len(np.unique(pixels)) == 4
+        pixels, boxes, labels, weights = show(photos, view)
+        assert labels.tolist() == [0, 1, 2, 3] and weights.tolist() == [1, 2, 3, 4] and len(np.unique(pixels)) == 4
         height, width = pixels.shape[1:]
         for (x1, y1, x2, y2), label in zip(boxes.astype(int).tolist(), labels.tolist(), strict=True):
             assert (pixels[:, y1:y2, x1:x2] == 50 * (label + 1)).all()
@@ -152,7 +157,7 @@ def test_a_mosaic_shows_four_images_each_with_its_boxes() -> None:
 def test_zoomed_out_images_lie_on_grey() -> None:
     image = drawing(40, 60, (0, 0, 60, 40))
     view = train_view(1, 0, 0, spec_with(zoom_out=1.0, zoom_out_side=(3.0, 3.0)))
-    pixels, boxes, _ = show([image], view)
+    pixels, boxes, *_ = show([image], view)
     x1, y1, x2, y2 = boxes[0].astype(int).tolist()
     assert (pixels[:, y1:y2, x1:x2] == 255).all()
     assert (pixels.reshape(3, -1).T == FILL).all(axis=1).sum() == pixels[0].size - (x2 - x1) * (y2 - y1)

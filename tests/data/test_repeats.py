@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from headkd_ray.data.class_weights import class_weights_of, described
 from headkd_ray.data.epoch_order import steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
-from headkd_ray.data.repeats import UNIT, _balanced, _repeat_factors, repeats_of, sampling_of
+from headkd_ray.data.repeats import UNIT, _balanced, _Classes, _repeat_factors, repeats_of, sampling_of
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.errors import DataError, JobError
 from headkd_ray.job import DataSpec
@@ -46,6 +46,12 @@ def test_shares_are_met_on_average() -> None:
     assert np.array_equal(repeats_of(np.ones(7)).counts(3, 1), np.ones(7))
 
 
+def classes_of(table: np.ndarray) -> _Classes:
+    """Return the classes of images, of which ``table`` has a row for each image and a column for each class."""
+    images, labels = np.nonzero(table)
+    return _Classes(labels, np.searchsorted(images, np.arange(len(table))), table.sum(axis=0))
+
+
 def test_repeat_factors_as_in_lvis() -> None:
     """100 images; classes in 100, 4 and 1 of them; the last column are images without objects."""
     has = np.zeros((100, 4), dtype=bool)
@@ -53,7 +59,7 @@ def test_repeat_factors_as_in_lvis() -> None:
     has[:4, 1] = True
     has[0, 2] = True
     has[90:, 3] = True
-    factors = _repeat_factors(has, 0.16)
+    factors = _repeat_factors(classes_of(has), 0.16)
     assert factors[0] == 4.0, "sqrt(0.16 / 0.01), of its rarest class"
     assert factors[1:4].tolist() == [2.0] * 3 and (factors[4:] == 1.0).all()
 
@@ -63,7 +69,7 @@ def test_balanced_classes_are_drawn_equally_often() -> None:
     has[:50, 0] = True
     has[50:55, 1] = True
     has[55:, 2] = True
-    shares = _balanced(has)
+    shares = _balanced(classes_of(has))
     assert shares.sum() == pytest.approx(60, abs=1e-6)
     assert shares[:50].sum() == pytest.approx(20, abs=1e-6) and shares[55:].sum() == pytest.approx(20, abs=1e-6)
 

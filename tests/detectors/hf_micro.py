@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 STRETCHED: dict[str, Any] = {"size": {"height": 96, "width": 96}, "do_normalize": False}
@@ -16,8 +17,8 @@ COMMON = {
     "decoder_layers": 3,
     "num_queries": 20,
 }
-KINDS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
-"""The kinds whose answers are compared with transformers' own."""
+KINDS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine", "deimv2", "rf_detr")
+"""The kinds whose answers are compared with transformers' own; older versions of it lack the last two."""
 
 
 def hf_config(kind: str, labels: tuple[str, ...]) -> Any:
@@ -40,10 +41,31 @@ def hf_config(kind: str, labels: tuple[str, ...]) -> Any:
     if kind == "yolos":
         yolos = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
         return hf.YolosConfig(**yolos, image_size=[64, 64], num_detection_tokens=20, **names)
-    config = {"rt_detr": hf.RTDetrConfig, "rt_detr_v2": hf.RTDetrV2Config, "d_fine": hf.DFineConfig}[kind]
+    if kind == "rf_detr":
+        return _rf_detr(names)
+    configs = {"rt_detr": "RTDetrConfig", "rt_detr_v2": "RTDetrV2Config", "d_fine": "DFineConfig", "deimv2": "Deimv2Config"}
+    config = known(configs[kind])
     channels = {"encoder_hidden_dim": 32, "encoder_in_channels": [12, 16, 20], "decoder_in_channels": [32, 32, 32]}
-    more = {"decoder_n_points": [4, 4, 4]} if kind == "d_fine" else {}
+    more = {"decoder_n_points": [4, 4, 4]} if kind in ("d_fine", "deimv2") else {}
     return config(backbone_config=hf.RTDetrResNetConfig(**tiny, out_features=levels), **channels, **COMMON, **more, **names)
+
+
+def _rf_detr(names: dict[str, Any]) -> Any:
+    backbone = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2}
+    views = {"image_size": 96, "patch_size": 16, "num_windows": 1, "out_indices": [2, 4], "use_mask_token": False}
+    decoder = {"d_model": 32, "decoder_ffn_dim": 32, "decoder_layers": 3, "num_queries": 20, "group_detr": 1}
+    heads = {"decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4}
+    config = known("RfDetrConfig")
+    return config(backbone_config=known("RfDetrDinov2Config")(**backbone, **views), **decoder, **heads, **names)
+
+
+def known(name: str) -> Any:
+    """Return a class of transformers; where it has none of this name, the test is skipped."""
+    import transformers
+
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return getattr(transformers, name)
 
 
 def hf_folder(folder: Path, kind: str = "rt_detr_v2", labels: tuple[str, ...] = ("a", "b", "c"), seed: int = 0) -> Path:

@@ -129,7 +129,9 @@ def whole(data: dict[str, Tensor]) -> Batch:
     """Return a drawn batch as the stream would deliver it."""
     count = len(data["sizes"])
     ids, views = torch.arange(count), torch.zeros(count, dtype=torch.int64)
-    return Batch(**data, image_ids=ids, original_sizes=data["sizes"], views=views, step=0)
+    ones = data["boxes"].new_ones(data["labels"].shape)
+    certain = {"weights": ones, "background": torch.ones(count, dtype=torch.bool, device=ones.device)}
+    return Batch(**data, **certain, image_ids=ids, original_sizes=data["sizes"], views=views, step=0)
 
 
 def liven(module: torch.nn.Module, seed: int = 0) -> None:

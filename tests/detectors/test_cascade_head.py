@@ -227,7 +227,7 @@ def rois_of(boxes: Tensor, image: Tensor) -> RoIs:
     """Return background RoIs, each from a cell of its own."""
     count = len(boxes)
     cells = torch.arange(4 * count).reshape(count, 4)
-    return RoIs(boxes, image, cells, torch.full((count,), CLASSES), boxes)
+    return RoIs(boxes, image, cells, torch.full((count,), CLASSES), boxes, torch.ones(count))
 
 
 @pytest.mark.parametrize("objects", [True, False])

@@ -9,6 +9,7 @@ from headkd_ray.detectors.ops.losses import (
     l1_sum,
     mean_squared_error,
     quality_focal_loss_sum,
+    weighed_by_class,
 )
 
 
@@ -47,19 +48,20 @@ def test_class_weights_multiply_what_each_row_costs() -> None:
     rows, roi_labels = torch.randn(80, 5), torch.randint(-1, 5, (80,))
 
     def focal(which: Tensor, weights: Tensor | None = None) -> Tensor:
-        return focal_loss_sum(logits, labels, which, 0.25, 2.0, weights)
+        return focal_loss_sum(logits, labels, weighed_by_class(which, labels, weights), 0.25, 2.0)
 
     def of_quality(which: Tensor, weights: Tensor | None = None) -> Tensor:
-        return quality_focal_loss_sum(logits, labels, quality, which, 2.0, weights)
+        return quality_focal_loss_sum(logits, labels, quality, weighed_by_class(which, labels, weights), 2.0)
 
     for loss in (focal, of_quality):
         assert torch.equal(loss(counted, torch.ones(5)), loss(counted))
         parts = [float(loss(counted & (labels == label))) * float(weights[label]) for label in range(-1, 4)]
         assert float(loss(counted, weights)) == pytest.approx(sum(parts), rel=1e-5)
-    assert torch.equal(cross_entropy_mean(rows, roi_labels, torch.ones(5)), cross_entropy_mean(rows, roi_labels))
-    known = roi_labels >= 0
+    known, alike = roi_labels >= 0, (roi_labels >= 0).float()
+    plain = cross_entropy_mean(rows, roi_labels, alike)
+    assert torch.equal(cross_entropy_mean(rows, roi_labels, alike, torch.ones(5)), plain)
     each = -rows.log_softmax(1)[known, roi_labels[known]] * weights[roi_labels[known]]
-    torch.testing.assert_close(cross_entropy_mean(rows, roi_labels, weights), each.mean())
+    torch.testing.assert_close(cross_entropy_mean(rows, roi_labels, alike, weights), each.mean())
 
 
 def test_focal_loss_survives_extreme_logits() -> None:
@@ -79,7 +81,9 @@ def test_sums_over_nothing_are_zero_with_zero_gradients() -> None:
     total = total + l1_sum(logits, torch.full((2, 3, 4), float("inf")), nothing, beta=1.0)
     total = total + binary_cross_entropy_sum(logits[..., 0], nothing, nothing)
     empty = logits.reshape(-1, 4)[:0]
-    total = total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64))
+    total = (
+        total + mean_squared_error(empty, empty) + cross_entropy_mean(empty, torch.zeros(0, dtype=torch.int64), nothing[0, :0])
+    )
     total.backward()
     assert total.item() == 0
     assert logits.grad is not None
@@ -101,7 +105,7 @@ def test_plain_formulas() -> None:
     torch.testing.assert_close(binary_cross_entropy_sum(ours[:, 0], counted, rows), expected)
     labels = torch.tensor([0, 1, 2, 3, 3])
     expected = -ours.log_softmax(1)[torch.arange(5), labels].mean()
-    torch.testing.assert_close(cross_entropy_mean(ours, labels), expected)
+    torch.testing.assert_close(cross_entropy_mean(ours, labels, torch.ones(5)), expected)
 
 
 def test_targets_carry_no_gradient_and_half_precision_is_raised() -> None:

@@ -127,6 +127,7 @@ def rois(labels: list[int]) -> RoIs:
         torch.zeros(count, 4, dtype=torch.int64),
         torch.tensor(labels, dtype=torch.int64),
         targets,
+        torch.ones(count),
     )
 
 
@@ -155,7 +156,8 @@ def test_padding_enters_no_loss_and_no_statistics_of_batchnorm(monkeypatch: pyte
     boxes = boxes.clamp(max=256)
     image, labels = image.sort().values, torch.tensor([0, 3, 1, 2, 3, 0])
     padding = torch.tensor([False, False, True, False, True, True])
-    whole = RoIs(boxes, image, torch.zeros(6, 4).long(), labels.masked_fill(padding, -1), boxes + 4)
+    weights = (~padding).float()
+    whole = RoIs(boxes, image, torch.zeros(6, 4).long(), labels.masked_fill(padding, -1), boxes + 4, weights)
     real = RoIs(*(rows[~padding] for rows in whole))
 
     def step(rois: RoIs) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:

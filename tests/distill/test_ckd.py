@@ -52,7 +52,8 @@ def test_a_cell_that_several_rois_read_gets_all_their_gradients() -> None:
 
 def rois(cells: torch.Tensor, image: torch.Tensor) -> RoIs:
     count = len(cells)
-    return RoIs(torch.zeros(count, 4), image, cells, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4))
+    labels = torch.zeros(count, dtype=torch.int64)
+    return RoIs(torch.zeros(count, 4), image, cells, labels, torch.zeros(count, 4), torch.ones(count))
 
 
 def test_ckd_drops_ground_truth_rows_from_both_sides() -> None:

@@ -16,6 +16,8 @@ def batch_of() -> Callable[[int], Batch]:
             sizes=torch.full((count, 2), 32),
             boxes=torch.zeros(count, 1, 4),
             labels=torch.full((count, 1), -1),
+            weights=torch.ones(count, 1),
+            background=torch.ones(count, dtype=torch.bool),
             image_ids=torch.arange(count),
             original_sizes=torch.full((count, 2), 32),
             views=torch.full((count,), -1),

@@ -32,6 +32,8 @@ def blank(original: list[tuple[int, int]], shown: list[tuple[int, int]], first_i
         sizes=torch.tensor(shown),
         boxes=torch.zeros(len(shown), 1, 4),
         labels=torch.full((len(shown), 1), -1),
+        weights=torch.ones(len(shown), 1),
+        background=torch.ones(len(shown), dtype=torch.bool),
         image_ids=torch.arange(first_id, first_id + len(shown)),
         original_sizes=torch.tensor(original),
         views=torch.full((len(shown),), -1),

@@ -15,6 +15,8 @@ DETR = {"kind": "transformers", "checkpoint": "t"}
 FASTER_RCNN = {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}
 OF_DETR = "a teacher of kind transformers has"
 ANSWERED = {"rois": "teacher", "copy_head": False}
+PREDICTIONS = {"kind": "predictions", "predictions": "p.json"}
+UNLABELLED = {"train": "a", "val": "b", "unlabelled": "c"}
 
 
 def job(**changes: Any) -> Job:
@@ -235,6 +237,62 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "distill.ckd_towers",
             "the rcnn assistant has no box tower to imitate; use [cls], or remove that assistant",
         ),
+        ({"teacher": {"kind": "ours"}}, "teacher.checkpoint", "missing; a teacher of kind ours needs it"),
+        (
+            {"teacher": {"checkpoint": "t", "score_threshold": 0.9}},
+            "teacher.score_threshold",
+            "is for kind: predictions; remove the key, or set teacher.kind",
+        ),
+        (
+            {"teacher": PREDICTIONS, "data": UNLABELLED},
+            "teacher.kind",
+            "predictions are boxes without features, which method head needs; use method supervised, assist or tf_head, or a ",
+        ),
+        (
+            {"method": "supervised", "teacher": {"kind": "predictions"}, "data": UNLABELLED},
+            "teacher.predictions",
+            "missing; a teacher of kind predictions needs it",
+        ),
+        (
+            {"method": "supervised", "teacher": {**PREDICTIONS, "checkpoint": "t"}, "data": UNLABELLED},
+            "teacher.checkpoint",
+            "is for kind: ours or transformers; remove the key, or set teacher.kind",
+        ),
+        (
+            {"method": "supervised", "teacher": {**PREDICTIONS, "ignore_threshold": 0.7}, "data": UNLABELLED},
+            "teacher.ignore_threshold",
+            "0.7 is above teacher.score_threshold (0.5); lower it",
+        ),
+        (
+            {"method": "supervised", "teacher": PREDICTIONS},
+            "teacher.predictions",
+            "would not be used: labelled images have their own boxes; give data.unlabelled, or teacher.labelled_iou",
+        ),
+        (
+            {
+                "method": "supervised",
+                "teacher": PREDICTIONS,
+                "data": UNLABELLED,
+                "student": {"kind": "transformers", "model": "rt_detr"},
+            },
+            "student.kind",
+            "the losses of transformers have no weights for pseudo labels; use a student of another kind",
+        ),
+        (
+            {"method": "supervised", "teacher": None, "data": UNLABELLED},
+            "data.unlabelled",
+            "method supervised learns nothing from images without labels; give predictions (teacher.kind: predictions), or ",
+        ),
+        (
+            {"method": "copy_only", "data": UNLABELLED},
+            "data.unlabelled",
+            "method copy_only learns nothing from images without labels",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "unlabelled_share": 0.5}},
+            "data.unlabelled_share",
+            "has no effect without data.unlabelled; remove the key",
+        ),
     ],
 )
 def test_each_contradiction_alone(changes, key, message):
@@ -377,3 +435,10 @@ def test_every_key_is_documented_and_sections_own_their_defaults(model):
         if isinstance(field.default, Spec):
             assert field.default == type(field.default)(), f"{model.__name__}.{name}: make a subclass with this default"
             assert type(field.default) in sections(field)
+
+
+@pytest.mark.parametrize("method", ["supervised", "assist", "tf_head"])
+def test_predictions_teach_any_method_without_a_network(method):
+    distill = {"assistants": {"rcnn": {}}} if method == "tf_head" else {}
+    assert found(method=method, teacher=PREDICTIONS, data=UNLABELLED, distill=distill) == []
+    assert found(method=method, teacher={**PREDICTIONS, "labelled_iou": 0.5}, distill=distill) == []

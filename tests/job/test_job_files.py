@@ -26,7 +26,7 @@ from headkd_ray.job.load import read_file
 from headkd_ray.job.schema import schema_text, write_schema
 
 JOBS = Path(__file__).parents[2] / "jobs"
-OWN = ["head_detr.yaml", "rtdetr_teacher.yaml", "teacher_coco.yaml"]
+OWN = ["head_detr.yaml", "pseudo.yaml", "rtdetr_teacher.yaml", "teacher_coco.yaml"]
 """Jobs that are not the paper's recipes."""
 PAPER = sorted(path.name for path in JOBS.glob("*.yaml") if not path.name.startswith("tune_") and path.name not in OWN)
 FILES = sorted(str(path.relative_to(JOBS)) for path in JOBS.rglob("*.yaml") if not path.name.startswith("tune_"))

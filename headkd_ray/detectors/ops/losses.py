@@ -1,4 +1,7 @@
-"""Losses as plain sums in float32, which the heads normalise. A sum over nothing is 0 and has zero gradients."""
+"""Losses as plain sums in float32, which the heads normalise. A sum over nothing is 0 and has zero gradients.
+
+Their ``weights`` are float32, or bool: rows of weight 0 give no loss, whatever their values are.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +15,51 @@ from torch import Tensor
 from headkd_ray.detectors.ops.boxes import paired_giou, paired_iou
 
 
-def focal_loss_sum(
-    logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float, class_weights: Tensor | None = None
-) -> Tensor:
+def weighted_sum(price: Tensor, weights: Tensor) -> Tensor:
+    """Sum ``price`` with ``weights``, both (...), without those of weight 0, of which even an infinite one does not matter."""
+    return (price.masked_fill(weights == 0, 0.0) * weights).sum()
+
+
+def weighed_by_class(weights: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Multiply ``weights`` (B, N) by that of each row's class: ``class_weights`` (C + 1,), background last, for which
+    ``labels`` (B, N) int64 have -1. None = all classes weigh the same."""
+    return weights if class_weights is None else weights * class_weights[labels]
+
+
+def focal_loss_sum(logits: Tensor, labels: Tensor, weights: Tensor, alpha: float, gamma: float) -> Tensor:
     """Sum the sigmoid focal loss: -alpha (1-p)^gamma log p for targets, -(1-alpha) p^gamma log(1-p) for the rest.
 
-    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``counted`` (B, N) bool, False = no loss; ``class_weights``
-    (C + 1,) multiply the rows of each class, background last. All entries are first summed as background; then the one target
-    in each row is corrected. This saves a one-hot target and a second pass over B x N x C.
+    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``weights`` (B, N).
+    All entries are first summed as background; then the one target in each row is corrected. This saves a one-hot target
+    and a second pass over B x N x C.
     """
     logits = logits.float()
     background = (1 - alpha) * _power(logits.sigmoid(), gamma) * F.softplus(logits)
-    as_background = background.sum(-1).masked_fill(~counted, 0.0)
+    total = weighted_sum(background.sum(-1), weights)
     target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     paid = (1 - alpha) * _power(target.sigmoid(), gamma) * F.softplus(target)
     owed = alpha * _power((-target).sigmoid(), gamma) * F.softplus(-target)
-    correction = (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0)
-    return _weighted_sum(as_background, labels, class_weights) + _weighted_sum(correction, labels, class_weights)
-
-
-def _weighted_sum(rows: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Sum ``rows`` (B, N), each times the weight of its class in ``labels`` (B, N), of which -1 is the last weight."""
-    return (rows if class_weights is None else rows * class_weights[labels]).sum()
+    return total + weighted_sum(owed - paid, weights * (labels >= 0))
 
 
 def _power(value: Tensor, exponent: float) -> Tensor:
     return value * value if exponent == 2 else value.pow(exponent)
 
 
-def quality_focal_loss_sum(
-    logits: Tensor, labels: Tensor, quality: Tensor, counted: Tensor, beta: float, class_weights: Tensor | None = None
-) -> Tensor:
+def quality_focal_loss_sum(logits: Tensor, labels: Tensor, quality: Tensor, weights: Tensor, beta: float) -> Tensor:
     """Sum the quality focal loss (GFL): |q - p|^beta times the cross entropy of p with q.
 
     q is ``quality`` (B, N) in 0..1 at a target and 0 elsewhere. ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background;
-    ``counted`` (B, N) bool, False = no loss; ``class_weights`` as in :func:`focal_loss_sum`, where also the one target in each
-    row is corrected afterwards.
+    ``weights`` (B, N). As in :func:`focal_loss_sum`, the one target in each row is corrected afterwards.
     """
     logits = logits.float()
     background = _power(logits.sigmoid(), beta) * F.softplus(logits)
-    as_background = background.sum(-1).masked_fill(~counted, 0.0)
+    total = weighted_sum(background.sum(-1), weights)
     target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     paid = _power(target.sigmoid(), beta) * F.softplus(target)
     entropy = F.binary_cross_entropy_with_logits(target, quality, reduction="none")
     owed = _power((quality - target.sigmoid()).abs(), beta) * entropy
-    correction = (owed - paid).masked_fill(~((labels >= 0) & counted), 0.0)
-    return _weighted_sum(as_background, labels, class_weights) + _weighted_sum(correction, labels, class_weights)
+    return total + weighted_sum(owed - paid, weights * (labels >= 0))
 
 
 def distribution_focal_loss_sum(bins: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -85,8 +87,8 @@ def mean_over_workers(value: Tensor, is_idle: bool = False) -> Tensor:
     return total[0] / total[1].clamp(min=1)
 
 
-def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0) -> Tensor:
-    """Sum d = |predicted - target|, both (..., 4), over the rows (...,) that are ``counted``.
+def l1_sum(predicted: Tensor, target: Tensor, weights: Tensor, beta: float = 0.0) -> Tensor:
+    """Sum d = |predicted - target|, both (..., 4), over the rows, with ``weights`` (...).
 
     With ``beta`` above 0 it is smooth L1: d - beta / 2, but d^2 / (2 beta) where d is below ``beta``.
     """
@@ -94,7 +96,7 @@ def l1_sum(predicted: Tensor, target: Tensor, counted: Tensor, beta: float = 0.0
         distance = F.smooth_l1_loss(predicted.float(), target, reduction="none", beta=beta)
     else:
         distance = (predicted.float() - target).abs()
-    return distance.sum(-1).masked_fill(~counted, 0.0).sum()
+    return weighted_sum(distance.sum(-1), weights)
 
 
 def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
@@ -109,10 +111,10 @@ def iou_sum(predicted: Tensor, target: Tensor, weights: Tensor, kind: Literal["g
     return (-paired_iou(predicted, target)[0].clamp(min=1e-6).log() * weights).sum()
 
 
-def binary_cross_entropy_sum(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Sum the sigmoid cross entropy of ``logits`` (...) with ``target`` (...), bool or 0..1, where ``counted`` (...)."""
+def binary_cross_entropy_sum(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Sum the sigmoid cross entropy of ``logits`` (...) with ``target`` (...), bool or 0..1, with ``weights`` (...)."""
     price = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
-    return price.masked_fill(~counted, 0.0).sum()
+    return weighted_sum(price, weights)
 
 
 def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
@@ -120,11 +122,9 @@ def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(student.float(), target.detach().float(), reduction="sum") / max(student.numel(), 1)
 
 
-def cross_entropy_mean(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Average the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64; 0 if R = 0.
-
-    Rows whose label is -1 do not count. ``class_weights`` (C + 1,) multiply the rows of each class; the mean is over the number
-    of rows, not over their weights.
-    """
-    total = F.cross_entropy(logits.float(), labels, class_weights, reduction="sum", ignore_index=-1)
-    return total / (labels >= 0).sum().clamp(min=1)
+def cross_entropy_mean(logits: Tensor, labels: Tensor, weights: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Sum the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64 and ``weights`` (R,), and divide it by
+    the number of rows with weight; 0 if there are none. ``class_weights`` (C + 1,) multiply the rows of each class as well."""
+    counted = labels.masked_fill(weights == 0, -1)
+    price = F.cross_entropy(logits.float(), counted, class_weights, reduction="none", ignore_index=-1)
+    return weighted_sum(price, weights) / (weights > 0).sum().clamp(min=1)

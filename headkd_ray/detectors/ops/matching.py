@@ -28,7 +28,7 @@ def match(
     A box is negative if its best IoU is below ``negative_iou``, assigned to its best ground-truth box from ``positive_iou``
     on, else ignored. With ``low_quality_iou`` every ground-truth box also claims all boxes that attain its own best IoU, if
     that is at least this value; where several claim one box the last wins (mmdet). Boxes that are not ``valid`` (B, N) take no
-    part and are IGNORED.
+    part and are IGNORED, and so is what :func:`settled` says.
     """
     iou = pairwise_iou(boxes, truth.boxes)
     takes_part = truth.present.unsqueeze(1)
@@ -41,16 +41,16 @@ def match(
     matched = torch.where(best < negative_iou, NEGATIVE, matched)
     if low_quality_iou is not None:
         claim = iou.amax(dim=1, keepdim=True)
-        claims = (iou == claim) & (claim >= low_quality_iou) & takes_part
+        claims = (iou == claim) & (claim >= low_quality_iou) & takes_part & truth.counted.unsqueeze(1)
         order = torch.arange(1, iou.shape[2] + 1, device=iou.device)
         last = (claims * order).amax(dim=2) - 1
         matched = torch.where(last >= 0, last, matched)
-    return matched if valid is None else matched.masked_fill(~valid, IGNORED)
+    return settled(matched if valid is None else matched.masked_fill(~valid, IGNORED), truth)
 
 
 @torch.no_grad()
 def match_points(reference: Tensor, truth: GroundTruth, low: Tensor, high: Tensor, radius: float | None) -> Tensor:
-    """Assign ground-truth boxes to points as mmdet's FCOS does: (B, N) int64 index, or NEGATIVE.
+    """Assign ground-truth boxes to points as mmdet's FCOS does: (B, N) int64 index, NEGATIVE or IGNORED.
 
     Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level. A point gets the
     smallest of the boxes that contain it, whose farthest side is ``low`` to ``high`` (N,) pixels away, and, with a ``radius``,
@@ -67,12 +67,13 @@ def match_points(reference: Tensor, truth: GroundTruth, low: Tensor, high: Tenso
         centre_x, centre_y = (x1 + x2) / 2, (y1 + y2) / 2
         eligible &= (x > centre_x - reach) & (x < centre_x + reach) & (y > centre_y - reach) & (y < centre_y + reach)
     smallest, index = torch.where(eligible, area(truth.boxes).unsqueeze(1), torch.inf).min(dim=2)
-    return index.masked_fill(smallest.isinf(), NEGATIVE)
+    return settled(index.masked_fill(smallest.isinf(), NEGATIVE), truth)
 
 
 @torch.no_grad()
 def match_nearest(reference: Tensor, truth: GroundTruth, base_scale: float, valid: Tensor) -> Tensor:
-    """Assign each ground-truth box to one point, as mmdet's PointAssigner does: (B, N) int64 index per point, or NEGATIVE.
+    """Assign each ground-truth box to one point, as mmdet's PointAssigner does: (B, N) int64 index per point, NEGATIVE or
+    IGNORED.
 
     Points are the centres of the squares ``reference`` (N, 4), whose side is the stride of their level, a power of 2. A box
     belongs to the level whose stride is the power of 2 at or below sqrt(w * h) / ``base_scale``, clamped to the given levels.
@@ -91,7 +92,7 @@ def match_nearest(reference: Tensor, truth: GroundTruth, base_scale: float, vali
     claimed = apart.argmin(dim=1)
     claims = (claimed.unsqueeze(1) == torch.arange(len(reference), device=apart.device).unsqueeze(-1)) & eligible
     nearest, index = apart.masked_fill_(~claims, torch.inf).min(dim=2)
-    return index.masked_fill(nearest.isinf(), NEGATIVE)
+    return settled(index.masked_fill(nearest.isinf(), NEGATIVE), truth)
 
 
 @torch.no_grad()
@@ -122,7 +123,27 @@ def match_adaptive(boxes: Tensor, counts: Sequence[int], truth: GroundTruth, top
     taken = real & (overlaps >= mean + deviation.sqrt()) & truth.present.unsqueeze(1) & inside.gather(1, candidates)
     chosen = torch.zeros_like(inside).scatter_(1, candidates, taken)
     best, index = iou.masked_fill_(~chosen, -1.0).max(dim=2)
-    return torch.where(best >= 0, index, NEGATIVE).masked_fill(~valid, IGNORED)
+    return settled(torch.where(best >= 0, index, NEGATIVE).masked_fill(~valid, IGNORED), truth)
+
+
+def settled(matched: Tensor, truth: GroundTruth) -> Tensor:
+    """Turn into IGNORED what nothing is known about in ``matched`` (B, N): rows that match a box of weight 0, and negatives of
+    images whose background is unknown."""
+    unknown = torch.where(matched >= 0, gather_rows(truth.weights, matched) == 0, ~truth.background.unsqueeze(1))
+    return matched.masked_fill(unknown, IGNORED)
+
+
+def row_weights(matched: Tensor, truth: GroundTruth) -> Tensor:
+    """Return the loss weights (B, N) float32 of ``matched`` (B, N): that of the box, 1 for NEGATIVE and 0 for IGNORED."""
+    return torch.where(matched >= 0, gather_rows(truth.weights, matched), (matched == NEGATIVE).float())
+
+
+def at_least_one_each(chosen: Tensor, truth: GroundTruth) -> Tensor:
+    """Return the sum over the images of max(1, number of ``chosen`` (B, N) rows), by which mmdet normalises losses.
+
+    Images about which nothing is known do not count, so that they change no loss of the others.
+    """
+    return (chosen.sum(1).clamp(min=1) * truth.informative).sum().clamp(min=1)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.fixed_size import fixed_size
-from headkd_ray.detectors.ops.matching import NEGATIVE, match
+from headkd_ray.detectors.ops.matching import NEGATIVE, match, row_weights, settled
 from headkd_ray.detectors.ops.proposals import Proposals
 from headkd_ray.detectors.ops.sampling import Sample, sample
 from headkd_ray.job import RoIHeadSpec, SamplerSpec
@@ -32,6 +32,9 @@ class RoIs(NamedTuple):
     """(R,) int64, 0 to C-1, C = background, -1 = padding."""
     targets: Tensor
     """(R, 4) float32: the ground-truth box to regress to; for background the RoI itself."""
+    weights: Tensor
+    """(R,) float32: weight of the RoI in the head's losses; 0 = nothing is known about it, or padding. Distillation compares
+    RoIs whatever their weight is."""
 
     @property
     def from_proposal(self) -> Tensor:
@@ -52,7 +55,7 @@ class Candidates(NamedTuple):
     cells: Tensor
     """(B, N, 4) int64, as in RoIs."""
     matched: Tensor
-    """(B, N) int64: index of the ground-truth box, negative if there is none."""
+    """(B, N) int64: index of the ground-truth box, else NEGATIVE or IGNORED."""
     valid: Tensor
     """(B, N) bool, False = padding."""
 
@@ -65,11 +68,12 @@ def candidates(proposals: Proposals, truth: GroundTruth, positive_iou: float) ->
     own = torch.arange(count, device=matched.device).expand(batch, -1)
     own_cells = torch.full((batch, count, 4), -1, device=matched.device)
     own_cells[..., 3] = own
+    own = settled(own.masked_fill(~truth.present, NEGATIVE), truth)
     return Candidates(
         boxes=torch.cat([truth.boxes, proposals.boxes], dim=1),
         cells=torch.cat([own_cells, proposals.cells], dim=1),
-        matched=torch.cat([own.masked_fill(~truth.present, NEGATIVE), matched], dim=1),
-        valid=torch.cat([truth.present, proposals.valid], dim=1),
+        matched=torch.cat([own, matched], dim=1),
+        valid=torch.cat([truth.counted, proposals.valid], dim=1),
     )
 
 
@@ -87,6 +91,7 @@ def choose(pool: Candidates, chosen: Sample, truth: GroundTruth, num_classes: in
         cells=pool.cells[image, row],
         labels=torch.where(positive, truth.labels[image, own], num_classes),
         targets=torch.where(positive.unsqueeze(-1), truth.boxes[image, own], boxes),
+        weights=row_weights(pool.matched, truth)[image, row],
     )
     return marked(rois, chosen.valid) if padded else rois
 
@@ -103,7 +108,11 @@ def places(valid: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
 def marked(rois: RoIs, valid: Tensor) -> RoIs:
     """Mark the ``rois`` that are not ``valid`` (B, R / B) as padding."""
     padding = ~valid.flatten()
-    return rois._replace(cells=rois.cells.masked_fill(padding.unsqueeze(-1), -1), labels=rois.labels.masked_fill(padding, -1))
+    return rois._replace(
+        cells=rois.cells.masked_fill(padding.unsqueeze(-1), -1),
+        labels=rois.labels.masked_fill(padding, -1),
+        weights=rois.weights.masked_fill(padding, 0.0),
+    )
 
 
 def draw(pool: Candidates, spec: SamplerSpec, generator: torch.Generator | None = None) -> Sample:
