@@ -1,5 +1,6 @@
 # make quickstart                                                 the whole method on a drawn data set
 # make quickstart TRAIN=train.json VAL=val.json IMAGES=photos     the same on own photos (COCO JSON and image folder)
+# make quickstart TRAIN=data.yaml                                 the same on a YOLO data set, or on a folder of Pascal VOC
 # make quickstart TRAIN=... VAL=... IMAGES=... VAL_IMAGES=photos2    if the validation images are in another folder
 # make quickstart ARGS="--out runs/mine optim.epochs=6"           more arguments of python -m headkd_ray.quickstart
 # make test                                                       the tests
@@ -14,13 +15,16 @@ OWN := $(if $(TRAIN),--train "$$TRAIN") $(if $(VAL),--val "$$VAL") $(if $(IMAGES
 # Tests that train nothing and start no Ray.
 FAST := tests/job tests/data tests/report tests/golden tests/test_architecture.py tests/test_storage.py tests/test_text.py
 
+# Two processes of pytest-xdist; tests/conftest.py says which tests stay together. (With ARGS="-n 0" it is one.)
+TWO := -n 2 --dist loadgroup
+
 .PHONY: setup quickstart test test-fast lint lock
 
 quickstart: setup
 	$(PY) -m headkd_ray.quickstart $(OWN) $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(TWO) $(ARGS)
 
 test-fast: setup
 	$(PY) -m pytest $(FAST) $(ARGS)

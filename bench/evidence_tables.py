@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headkd_ray.comparison.spread import paired, spread
 from headkd_ray.errors import DataError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -73,7 +73,7 @@ def readme_section(records: Sequence[Record], order: Order) -> str:
         for row in [row for row in README_ROWS if row in rows]:
             own = rows[row]
             against = order.get(tier, {}).get(row, ())[:1]
-            lines.append(_cells(f"`{row}`", len(own), spread(_values(own, "AP")), _differences(rows, row, against)))
+            lines.append(_cells(f"`{row}`", len(own), shown(_values(own, "AP")), _differences(rows, row, against)))
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, SHORT]) if parts else NONE
 
@@ -91,10 +91,10 @@ def document_section(records: Sequence[Record], order: Order) -> str:
         lines = [f"## Tier {tier}", ""]
         lines += _head("row", "seeds", "AP", "paired difference", "AP50", "APs", "APm", "APl", "val AP", "minutes")
         for row, own in rows.items():
-            figures = [spread(_values(own, name)) for name in ("AP50", "APs", "APm", "APl", "val_AP")]
-            minutes = spread([seconds / 60 for seconds in _values(own, "seconds")])
+            figures = [shown(_values(own, name)) for name in ("AP50", "APs", "APm", "APl", "val_AP")]
+            minutes = shown([seconds / 60 for seconds in _values(own, "seconds")])
             differences = _differences(rows, row, order.get(tier, {}).get(row, ()), named=True)
-            lines.append(_cells(f"`{row}`", len(own), spread(_values(own, "AP")), differences, *figures, minutes))
+            lines.append(_cells(f"`{row}`", len(own), shown(_values(own, "AP")), differences, *figures, minutes))
         lines += [
             "",
             *_head("row", "parameters", "images seen", "lr", "machine", "revision", "torch, torchvision, timm", "date"),
@@ -129,28 +129,24 @@ def by_tier(records: Sequence[Record], order: Order) -> dict[str, Rows]:
     return found
 
 
-def paired(rows: Rows, row: str, other: str, metric: str = "AP") -> list[float]:
+def matched(rows: Rows, row: str, other: str, metric: str = "AP") -> list[float]:
     """Return row minus other, seed by seed, for seeds that both have with the same data, student and schedule."""
     ours, theirs = rows[row], rows.get(other, {})
     same = [seed for seed in ours if seed in theirs and ours[seed]["matched"] == theirs[seed]["matched"]]
-    known = [seed for seed in same if ours[seed][metric] is not None and theirs[seed][metric] is not None]
-    return [ours[seed][metric] - theirs[seed][metric] for seed in known]
+    return paired(*({seed: own[seed][metric] for seed in same if own[seed][metric] is not None} for own in (ours, theirs)))
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Format mean ± sample standard deviation; a single value has no spread, and no values give a dash."""
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):{sign}.1f}".replace("-", "−")
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+def shown(values: Sequence[float], sign: str = "") -> str:
+    """Return mean ± sample standard deviation; a single value has no spread, and no values give a dash."""
+    return format(spread(values), sign).replace("-", "−")
 
 
 def _differences(rows: Rows, row: str, against: Sequence[str], named: bool = False) -> str:
     parts = []
     for other in (name for name in against if name in rows):
-        found = paired(rows, row, other)
+        found = matched(rows, row, other)
         fewer = f" (n = {len(found)})" if 0 < len(found) < len(rows[row]) else ""
-        parts.append(f"{spread(found, '+')}{fewer}" + (f" to `{other}`" if named else ""))
+        parts.append(f"{shown(found, '+')}{fewer}" + (f" to `{other}`" if named else ""))
     return "<br>".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Kill processes and nodes under a real training run on several nodes. ``FAULTS`` below is the list of faults.
 
     python bench/faults.py run [FAULT ...] [--seeds 0 1 2]    one run per seed with all these faults; into docs/faults.jsonl
+    python bench/faults.py run --kills 100                    runs with new seeds, until so many faults are in the file
     python bench/faults.py table                              rewrite the table of docs/reliability.md
 
 A run is the command ``python -m headkd_ray.train`` on a Ray cluster of a head, a trainer node and two teacher nodes, all on
@@ -161,6 +162,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "teacher": ("a teacher process", process(TEACHER)),
     "trainer-node": ("the node of a train worker and its data tasks", node("trainer", WORKER)),
     "teacher-node": ("the node of a teacher process", node("teacher", TEACHER)),
+    "controller": ("Ray Train's controller", process("ray::TrainController")),
     "driver": ("the driver; then the same command again", the_driver),
 }
 
@@ -230,6 +232,13 @@ def prepared(scratch: Path, keys: str) -> Job:
     return load_job(ROOT / "jobs/small/head.yaml", [*shlex.split(KEYS), *shlex.split(keys), *own])
 
 
+def seeds_until(kills: int, records: Sequence[Record], faults: Sequence[str]) -> range:
+    """Return new seeds, of as many runs as it takes until the file has that many faults."""
+    first = max((record["seed"] for record in records), default=-1) + 1
+    missing = kills - sum(len(record["hits"]) for record in records)
+    return range(first, first + max(0, -(-missing // len(faults))))
+
+
 def run_faults(faults: Sequence[str], seeds: Sequence[int]) -> None:
     """Run the faults once per seed and append the records to the results."""
     with tempfile.TemporaryDirectory() as folder:
@@ -291,7 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
     running.add_argument("faults", nargs="*", metavar="FAULT", help=f"one or more of {', '.join(FAULTS)}; default: all")
-    running.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: %(default)s)")
+    amount = running.add_mutually_exclusive_group()
+    amount.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: %(default)s)")
+    amount.add_argument("--kills", type=int, metavar="N", help="add runs with new seeds until the file has N faults")
     commands.add_parser("table")
     options = parser.parse_args(arguments)
     if options.command == "table":
@@ -302,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no such fault: {', '.join(sorted(unknown))}; the faults are {', '.join(FAULTS)}")
     os.environ.update(ENVIRONMENT)
-    run_faults(options.faults or list(FAULTS), options.seeds)
+    faults, seeds = options.faults or list(FAULTS), options.seeds
+    run_faults(faults, seeds if options.kills is None else seeds_until(options.kills, read(RESULTS), faults))
     return 0
 
 

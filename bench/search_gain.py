@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 from rich.console import Console
 from rich.table import Table
 
 from headkd_ray.cli import user_errors
+from headkd_ray.comparison.spread import spread
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.synthetic import draw_dataset
 from headkd_ray.errors import JobError
@@ -72,8 +72,7 @@ def main() -> int:
     for seed, *row in zip(options.seeds, scores["base"], scores["best"], gains, strict=True):
         table.add_row(str(seed), number(row[0]), number(row[1]), f"{row[2]:+.1f}")
     if len(gains) > 1:
-        spread = [f"{mean(column):.1f} ± {stdev(column):.1f}" for column in (scores["base"], scores["best"], gains)]
-        table.add_row("mean ± std", *spread)
+        table.add_row("mean ± std", *(str(spread(column)) for column in (scores["base"], scores["best"], gains)))
     Console().print(table)
     return 0
 

@@ -27,11 +27,12 @@ def step_mib(step: Callable[[], object], device: torch.device) -> float | None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory would hide what the step takes
     RESET.write_text("5")  # the peak starts from here (man 5 proc)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
+    """Return a field of /proc/self/status (VmRSS, VmHWM) in MiB."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 2**10

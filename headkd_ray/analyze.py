@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from headkd_ray.tuning.analysis.frame import read_trials, trial_frame
 from headkd_ray.tuning.analysis.importance import importances
 from headkd_ray.tuning.analysis.page import page
 from headkd_ray.tuning.analysis.table import print_trials
+from headkd_ray.tuning.optuna_file import optuna_file
 from headkd_ray.tuning.trial_records import SearchFolder
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def analyze(run: str, out: Folder, console: Console) -> None:
     trials = read_trials(folder, search, warn)
     print_trials(console, search, trials)
     shares, note = importances(search, trials)
-    drawn = figures(search, trials, shares)
+    drawn = figures(search, trials, shares, note)
     out.create()
     for name, figure in drawn.items():
         out.write(f"{name}.png", png(figure))
@@ -75,18 +77,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for the page, the figures and the best job (default: RUN/analysis)")
     parser.add_argument("--csv", help="also write the trials to this CSV file")
     parser.add_argument("--parquet", help="also write the trials to this Parquet file")
+    parser.add_argument(
+        "--optuna", metavar="FILE", help="also write the search as an Optuna storage: optuna-dashboard sqlite:///FILE"
+    )
     with user_errors():
         options = parser.parse_args(arguments)
         console = Terminal(soft_wrap=True)
         out = Folder.open(options.run) / "analysis" if options.out is None else Folder.open(options.out)
         analyze(options.run, out, console)
-        for path, written in ((options.csv, "to_csv"), (options.parquet, "to_parquet")):
+        others: list[tuple[str | None, Callable[[], bytes]]] = [
+            (options.csv, lambda: load(options.run).to_csv(index=False).encode()),
+            (options.parquet, lambda: load(options.run).to_parquet(index=False)),
+            (options.optuna, lambda: _as_optuna(options.run)),
+        ]
+        for path, content in others:
             if path is not None:
                 target, name = Folder.of_file(path)
                 target.create()
-                content = getattr(load(options.run), written)(index=False)
-                target.write(name, content.encode() if isinstance(content, str) else content)
+                target.write(name, content())
     return 0
+
+
+def _as_optuna(run: str) -> bytes:
+    folder = SearchFolder.open(run)
+    search = folder.search()
+    return optuna_file(search, read_trials(folder, search, lambda warning: None))  # ``analyze`` has warned
 
 
 if __name__ == "__main__":

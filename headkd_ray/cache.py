@@ -76,7 +76,7 @@ def _build(job: Job) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     builder = _builder(job)
     started, sizes = time.perf_counter(), list[int]()
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("running the teacher", total=len(builder.cache.units()))
 
         def done(unit: tuple[int, int], size: int) -> None:

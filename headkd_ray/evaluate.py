@@ -125,7 +125,9 @@ def detect_split(
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
-        shown = track(batches, "evaluating", total, console=Terminal(stderr=True), transient=True)
+        shown = track(
+            batches, "evaluating", total, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()
+        )
         with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
             found = predict(loaded.detector.to(distributed.device), shown, distributed.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]
@@ -159,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.report,
         )
     print_metrics({options.checkpoint: metrics.as_dict()})
+    if options.report is not None:
+        print(f"page: {printable(options.report)}")
     return 0
 
 

@@ -252,7 +252,7 @@ def _progress(what: str, shards: ShardSet, limit: int | None) -> Track:
     total = min(limit or len(shards.index), len(shards.index))
 
     def shown(samples: Iterable[Sample]) -> Iterable[Sample]:
-        return track(samples, what, total, console=Terminal(stderr=True), transient=True)
+        return track(samples, what, total, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
     return shown
 

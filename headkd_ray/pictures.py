@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from headkd_ray.data.shards import Sample, ShardSet
@@ -18,6 +19,8 @@ from headkd_ray.report.fonts import drawable
 
 SHOWN_SCORE = 0.4
 """Minimum score of the detections in the picture."""
+GAP = 8
+"""Pixels between the pictures of a row, and between rows."""
 LONGEST_SIDE = 640
 """Longer side of a picture of mistakes, in pixels; larger images are shrunk to it."""
 
@@ -61,6 +64,8 @@ def compare(shards: ShardSet, results: Mapping[str, Mapping[str, Any]], images: 
 
 Findings = tuple[Diagnosis, Sequence[Mapping[str, Any]]]
 """A detector's diagnosis on a split, and the COCO results that it is of."""
+Shown = tuple[Mapping[str, float | None], Sequence[Mapping[str, Any]]]
+"""The least score of each class that is drawn, by name, None = nothing of it, and COCO results."""
 
 
 def mistakes(shards: ShardSet, findings: Findings, most: int = 12) -> Iterator[tuple[str, bytes]]:
@@ -70,7 +75,7 @@ def mistakes(shards: ShardSet, findings: Findings, most: int = 12) -> Iterator[t
         A caption and a JPEG file for each image.
     """
     for image_id, count in list(findings[0].mistakes.items())[:most]:
-        yield f"image {image_id}: {_counted(count)}", _beside_truth(shards, image_id, [findings])
+        yield f"image {image_id}: {_counted(count)}", jpeg(_beside_truth(shards, image_id, [_shown(findings)]))
 
 
 def disagreements(shards: ShardSet, detectors: Mapping[str, Findings], most: int = 8) -> Iterator[tuple[str, bytes]]:
@@ -87,15 +92,30 @@ def disagreements(shards: ShardSet, detectors: Mapping[str, Findings], most: int
         if len(set(ranges[image_id])) == 1:
             return
         told = ", ".join(f"{name}: {_counted(count)}" for name, count in zip(detectors, ranges[image_id], strict=True))
-        yield f"image {image_id}: ground truth, then {told}", _beside_truth(shards, image_id, list(detectors.values()))
+        yield (
+            f"image {image_id}: ground truth, then {told}",
+            jpeg(_beside_truth(shards, image_id, list(map(_shown, detectors.values())))),
+        )
+
+
+def samples(shards: ShardSet, image_ids: Sequence[int], shown: Shown) -> bytes:
+    """Draw images, one per row: ground truth on the left, a detector's detections on the right; a JPEG file."""
+    strips = [_beside_truth(shards, image_id, [shown]) for image_id in image_ids]
+    width = max(strip.shape[2] for strip in strips)
+    rows = [torch.nn.functional.pad(strip, (0, width - strip.shape[2], 0, GAP), value=255) for strip in strips]
+    return jpeg(torch.cat(rows, dim=1))
+
+
+def _shown(findings: Findings) -> Shown:
+    return findings[0].thresholds, findings[1]
 
 
 def _counted(mistakes: int) -> str:
     return "1 mistake" if mistakes == 1 else f"{mistakes} mistakes"
 
 
-def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Findings]) -> bytes:
-    """Return a JPEG file with an image's ground truth and, beside it, the detections of each detector at its thresholds."""
+def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Shown]) -> Tensor:
+    """Draw an image's ground truth and, beside it, the detections of each detector: uint8 (3, H, W)."""
     meta = shards.meta
     names, _ = drawable(dict(enumerate(meta.classes)))
     known = {id_: names[label] for label, id_ in enumerate(meta.category_ids)}
@@ -106,17 +126,17 @@ def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Findings]
         pixels = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[-2:]], antialias=True)
     captions = [names[label] for label in sample.labels.tolist()]
     tiles = [draw(pixels, torch.from_numpy(sample.boxes) * factor, torch.from_numpy(sample.labels), captions, TILE)]
-    for diagnosis, results in detectors:
-        limits = {id_: diagnosis.thresholds[name] for id_, name in zip(meta.category_ids, meta.classes, strict=True)}
+    for thresholds, results in detectors:
+        limits = {id_: thresholds[name] for id_, name in zip(meta.category_ids, meta.classes, strict=True)}
         smaller = [
             {**entry, "bbox": [factor * each for each in entry["bbox"]]}
             for entry in results
             for limit in [limits[entry["category_id"]]]
             if entry["image_id"] == image_id and limit is not None and entry["score"] >= limit
         ]
-        gap = torch.full((3, tiles[0].shape[1], 8), 255, dtype=torch.uint8)
+        gap = torch.full((3, tiles[0].shape[1], GAP), 255, dtype=torch.uint8)
         tiles += [gap, draw_found(pixels, smaller, known, 0.0, TILE)]
-    return jpeg(torch.cat(tiles, dim=2))
+    return torch.cat(tiles, dim=2)
 
 
 def _sample(shards: ShardSet, image_id: int) -> Sample:

@@ -97,7 +97,7 @@ def prepare_parts(
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar, and give the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading annotations", total=None)
 
         def show(done: int, total: int) -> None:

@@ -2,8 +2,9 @@
 RetinaNet student without and with HEAD, using Ray, and compares the two students.
 
 On your photos: ``python -m headkd_ray.quickstart --train train.json --val val.json --images photos/``, with ``--val-images``
-if the validation images are in another folder. All locations except --jobs are local paths or URIs. Run it again to continue
-where it was stopped; delete the output folder to start over.
+if the validation images are in another folder; or ``--train data.yaml`` alone for YOLO, and ``--train FOLDER`` for Pascal VOC,
+which name their splits themselves. All locations except --jobs are local paths or URIs. Run it again to continue where it was
+stopped; delete the output folder to start over.
 """
 
 from __future__ import annotations
@@ -41,18 +42,21 @@ STAGES_OF_SECTION = {"student": ("baseline", "head"), "teacher": ("head",), "dis
 
 
 class Split(NamedTuple):
-    """A data set split in COCO format; both fields are paths or URIs."""
+    """A split as ``prepare`` takes it; places are paths or URIs."""
 
     annotations: str
-    images: str
+    images: str | None
+    """Folder of the images; None if the annotations name it."""
+    name: str | None = None
+    """Name of the split in annotations that hold several."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("quickstart", (__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--train", help="your training annotations (COCO JSON); default: a drawn data set")
-    parser.add_argument("--val", help="your validation annotations (COCO JSON)")
-    parser.add_argument("--images", help="folder of your images")
+    parser.add_argument("--train", help="your annotations: COCO JSON, data.yaml or VOC folder; default: a drawn data set")
+    parser.add_argument("--val", help="your validation annotations (default: split val of --train, if that has splits)")
+    parser.add_argument("--images", help="folder of your images, which a COCO JSON needs")
     parser.add_argument("--val-images", help="folder of your validation images (default: that of --images)")
     parser.add_argument("--out", default="runs/quickstart", help="output folder (default: %(default)s)")
     parser.add_argument(
@@ -69,12 +73,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with user_errors():
         options = parser.parse_args(arguments)
-        needed = (options.train, options.val, options.images)
-        if any((*needed, options.val_images)) and not all(needed):
-            parser.error("your own photos need --train, --val and --images together")
-        own = {"train": Split(options.train, options.images), "val": Split(options.val, options.val_images or options.images)}
+        own = None
+        if any((options.train, options.val, options.images, options.val_images)):
+            needed = (options.train, options.val, options.images)
+            if not options.train or (options.train.lower().endswith(".json") and not all(needed)):
+                parser.error(
+                    "your own photos need --train, --val and --images together; a data.yaml, or a folder in Pascal VOC's "
+                    "format, needs --train alone"
+                )
+            own = _own(options.train, options.val or options.train, options.images, options.val_images)
         started = time.perf_counter()
-        quickstart(own if all(needed) else None, options.out, options.jobs, options.overrides)
+        quickstart(own, options.out, options.jobs, options.overrides)
     Terminal().print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
@@ -98,7 +107,7 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
         console.print(f"drew a data set (COCO format, JPEG) in {drawn.uri}")
         own = {name: Split(drawn.named(f"{name}.json"), drawn.named("images")) for name in splits}
     for name, place in splits.items():
-        meta = prepare(*own[name], place).meta
+        meta = prepare(own[name].annotations, own[name].images, place, split=own[name].name).meta
         text = f"{name}: {meta.images} images, {meta.boxes} boxes, {len(meta.classes)} classes in {place}"
         console.print(text)
 
@@ -115,6 +124,7 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
     console.print(headline_table(metrics))
     console.print(class_table({name: metrics[name] for name in ("baseline", "head")}))
     from headkd_ray.pictures import compare  # imported late, with timm, which takes seconds
+    from headkd_ray.run_report import PAGE
 
     sheet, note = compare(ShardSet.open(splits["val"]), results)
     if note is not None:
@@ -122,7 +132,18 @@ def quickstart(own: Mapping[str, Split] | None, out: str, jobs: Path, overrides:
     folder.write(PICTURE, sheet)
     for name in results:
         console.print(f"{name} checkpoint: {results[name]['student']}")
+        if (folder / name).has(PAGE):
+            console.print(f"{name} page: {(folder / name).named(PAGE)}")
     console.print(f"picture of detections: {folder.named(PICTURE)}")
+
+
+def _own(train: str, val: str, images: str | None, val_images: str | None) -> dict[str, Split]:
+    """Return the user's splits; of annotations that hold several, those that are called train and val."""
+    places = {"train": (train, images), "val": (val, val_images or images)}
+    return {
+        name: Split(place, folder, name if train == val or place.lower().endswith((".yaml", ".yml")) else None)
+        for name, (place, folder) in places.items()
+    }
 
 
 def _job(jobs: Path, name: str, common: list[str], teacher: str) -> Job:

@@ -41,11 +41,12 @@ def train(
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.engine.run import extend_run, finished, only_one, run_folder
+    from headkd_ray.run_report import report_problems, reporting
     from headkd_ray.trackers import tracker_problems, tracking
 
     if not isinstance(job, Job):
         job = load_job(job)
-    job = preflight(job, tracker_problems(job), longer=extend)
+    job = preflight(job, [*tracker_problems(job), *report_problems(job)], longer=extend)
     run = run_folder(job)
     if extend:
         with only_one(run):
@@ -58,7 +59,8 @@ def train(
         )
         return result
     with only_one(run), _machine(job) as train_there, tracking(job, run, tell) as trackers:
-        result = train_there(trackers)
+        with reporting(job, run, trackers, trackers.show) as sink:
+            result = train_there(sink)
         if trackers:
             from headkd_ray.data.shards import ShardSet
             from headkd_ray.pictures import compare
@@ -117,6 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
             result = train(job, console, console.note, extend=bool(options.extend))
         print_metrics({job.run.name: result["best"]})
         print(f"student: {printable(result['student'])}")
+        from headkd_ray.engine.run import run_folder
+        from headkd_ray.run_report import PAGE
+
+        if (run := run_folder(job)).has(PAGE):
+            print(f"page: {printable(run.named(PAGE))}")
     return 0
 
 

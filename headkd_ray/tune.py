@@ -11,24 +11,31 @@ import sys
 from headkd_ray.cli import command_parser, user_errors
 from headkd_ray.errors import JobError
 from headkd_ray.storage import Folder
-from headkd_ray.text import printable
+from headkd_ray.text import printable, warn
 from headkd_ray.tuning.analysis.progress import SearchConsole
 from headkd_ray.tuning.search_file import load_search
 from headkd_ray.tuning.space import Search
 from headkd_ray.tuning.study import check_optuna
 from headkd_ray.tuning.trial_records import SearchFolder, Trial
+from headkd_ray.tuning.warm_start import earlier_trials
 
 
 def tune(search: Search, folder: SearchFolder, console: SearchConsole) -> list[Trial]:
     """Check everything, run the search as the base job's cluster section says, and return all trials. Raises UserError."""
+    earlier = earlier_trials(search, warn)
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the files are reported before that.
+    from headkd_ray.deploy.extras import needs_extra
     from headkd_ray.engine.preflight import preflight
     from headkd_ray.train import train
     from headkd_ray.tuning.on_ray.tuner import search_on_ray
 
+    if search.spec.objective.cost == "onnx_latency":
+        with needs_extra("onnx", "objective.cost: onnx_latency"):
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
     preflight(search.job({}, "preflight", folder.runs.address, search.seeds[0]))
     folder.start(search)
-    return search_on_ray(search, folder, train, console)
+    return search_on_ray(search, folder, train, console, earlier)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,6 +20,16 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 os.environ.pop("RAY_ADDRESS", None)
+TESTS = Path(__file__).parent
+USE_RAY = (TESTS / "cluster", TESTS / "tuning")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process of pytest-xdist, and all that use Ray: its runs join a cluster that is there."""
+    for item in items:
+        group = "ray" if any(folder in item.path.parents for folder in USE_RAY) else str(item.path.relative_to(TESTS))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)

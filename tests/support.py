@@ -65,7 +65,7 @@ def micro_job(storage: Path, splits: dict[str, str], name: str = "run", **sectio
         },
         "student": MICRO_STUDENT,
         "optim": {"epochs": 2, "milestones": [1], "warmup_steps": 4, "lr_batch": None},
-        "log": {"every_steps": 1, "tensorboard": False},
+        "log": {"every_steps": 1, "tensorboard": False, "report": False},
         "eval": {"every_epochs": 2, "batch_size": 8},
         "cluster": {"workers": 0, "threads_per_worker": 1},
     }

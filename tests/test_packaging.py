@@ -84,13 +84,16 @@ def test_lock_pins_every_dependency_with_hashes_and_names_no_place():
         assert all(needed.specifier.contains(version) for version in versions), f"{line}: run make lock"
 
 
+PYTEST = ".venv/bin/python -m pytest -n 2 --dist loadgroup"
+
+
 def test_ci_runs_the_readme_s_test_command():
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert any(line.split("#")[0].strip() == "make test" for line in SHELL_LINES)
-    assert "sh setup.sh && .venv/bin/python -m pytest" in SHELL_LINES
+    assert f"sh setup.sh && {PYTEST}" in SHELL_LINES
     assert [line.strip() for line in script.splitlines() if "make test" in line] == ["make test"]
-    assert "sh setup.sh\n    .venv/bin/python -m pytest\n" in script
+    assert f"sh setup.sh\n    {PYTEST}\n" in script
 
 
 STUB = ("--silent", "--old-file=setup", "PY=printf '%s\\n'")
@@ -106,7 +109,7 @@ def make_prints(*arguments: str) -> list[str]:
 
 @needs_make
 def test_make_and_the_plain_shell_lines_do_the_same():
-    assert make_prints("-n", "test") == ["sh setup.sh", ".venv/bin/python -m pytest "]
+    assert make_prints("-n", "test") == ["sh setup.sh", f"{PYTEST} "]
     assert [shlex.split(line) for line in make_prints("-n", "quickstart")] == [
         ["sh", "setup.sh"],
         [".venv/bin/python", "-m", "headkd_ray.quickstart"],

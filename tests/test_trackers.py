@@ -34,7 +34,7 @@ def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def job_of(folder: Path, splits: dict[str, str], **log: Any) -> Job:
-    log = {"every_steps": 2, "tensorboard": False, **log}
+    log = {"every_steps": 2, "tensorboard": False, "report": None, **log}
     return micro_job(folder, splits, log=log, eval={"every_epochs": 1, "batch_size": 8})
 
 
@@ -70,7 +70,9 @@ def test_both_are_told_everything_and_a_resumed_run_goes_on(
     classes = [name for name in run.data.metrics if name.startswith("val/per_class/")]
     assert len(classes) == 8 and "val/AP50" in run.data.metrics
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"student", "detections.png"}
+    assert files == {"student", "samples", "detections.png"}
+    samples = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
+    assert f"samples/step_{result['last']['step']:08d}.jpg" in samples
     assert {file.path for file in client.list_artifacts(run.info.run_id, "student")} >= {
         "student/model.json",
         "student/model.safetensors",
@@ -80,6 +82,7 @@ def test_both_are_told_everything_and_a_resumed_run_goes_on(
     assert len(sessions) == 2 and len({folder.name.rpartition("-")[2] for folder in sessions}) == 1, "one run, twice begun"
     written = [entry for folder in sessions for entry in wandb_history(folder)]
     assert {entry["step"]: entry["losses/total"] for entry in written if "losses/total" in entry} == pytest.approx(told)
+    assert any(key.startswith("samples") for entry in written for key in entry)
     assert any(key.startswith("detections") for entry in written for key in entry) and any(
         "val/AP" in entry for entry in written
     )

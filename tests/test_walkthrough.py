@@ -14,12 +14,20 @@ import torch
 import yaml
 
 from headkd_ray.data.synthetic import draw_dataset
+from tests.data.format_files import yolo_of_coco
 from tests.distill.test_start import torchvision_model
 from tests.support import MICRO_STUDENT, run_installed
 
 PAGE = (Path(__file__).parents[1] / "docs" / "walkthrough.md").read_text(encoding="utf-8")
-LINES = "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", "").splitlines()
-COMMANDS = [shlex.split(line)[1:] for line in LINES if line.startswith("headkd ")]
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Return the arguments of each headkd command in the text's blocks."""
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("headkd ")]
+
+
+COMMANDS, SMALL = map(commands_of, PAGE.split("## A YOLO data set"))
 COCO_FILE = "fasterrcnn_resnet50_fpn_coco.pth"
 
 FEW = {"pre_nms": 50, "post_nms": 20}
@@ -115,3 +123,35 @@ def test_the_commands_of_the_page_run_one_after_another(wheel: Path, folder: Pat
     assert len(found["images"]) == 3 and {"zebra", "person"} < {category["name"] for category in found["categories"]}
     assert (folder / "found/0001_clip.mp4").stat().st_size > 0
     assert (folder / "exported/model.onnx").is_file() and "runs/teacher_coco/student" in done.stdout
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """Return a folder with a YOLO data set."""
+    drawn = draw_dataset(tmp_path / "drawn", train=16, val=6)
+    home = tmp_path / "home"
+    yolo_of_coco(home, {"train": (drawn.train, drawn.images), "val": (drawn.val, drawn.images)})
+    return home
+
+
+def test_the_small_way_names_every_step_and_its_jobs_find_its_data(wheel: Path, yolo: Path) -> None:
+    assert [command[0] for command in SMALL] == [
+        *("jobs", "prepare", "prepare", "train", "train", "train", "compare", "export", "predict")
+    ]
+    checked = [[*command, "--print-config"] for command in SMALL if command[0] == "train"]
+    done = run_installed(wheel, yolo, *SMALL[:3], *checked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outs = [command[command.index("--out") + 1] for command in SMALL[1:3]]
+    for key, out in zip(("train", "val"), outs, strict=True):
+        assert done.stdout.count(f"\n  {key}: {out}\n") == 3 and (yolo / out / "index.parquet").is_file()
+
+
+@pytest.mark.slow
+def test_the_small_way_from_a_yolo_folder_to_pictures(wheel: Path, yolo: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    short = ["optim.epochs=1", "optim.milestones=[]", "cluster.workers=0"]
+    done = run_installed(wheel, yolo, *([*command, *(short if command[0] == "train" else [])] for command in SMALL))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in ("runs/quickstart/head/report.html", "comparison/compare.html"):
+        assert "</html>" in (yolo / page).read_text()
+    assert len(json.loads((yolo / "found_small/detections.json").read_text())["images"]) == 6

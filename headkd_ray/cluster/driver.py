@@ -40,7 +40,7 @@ def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
         yield queue
     finally:
         done.set()
-        thread.join(timeout=10)
+        thread.join(timeout=60)  # a page of the run may be in the making
         queue.shutdown()
 
 

@@ -32,6 +32,7 @@ from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import finish, open_run, run_folder, run_log
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.engine.stop import stop_signals
+from headkd_ray.engine.stored_detections import store_of
 from headkd_ray.engine.streams import Streams
 from headkd_ray.errors import (
     CacheError,
@@ -177,8 +178,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     with run_log(run_folder(job), job, config["queue"].put) as open_sink:
         up = stop.wait.remote()
+
+        def asked_to_stop() -> bool:
+            return bool(ray.wait([up], timeout=0)[0])
+
         try:
-            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, lambda: bool(ray.wait([up], timeout=0)[0]))
+            store = store_of(job, run_folder(job), streams.val_set)
+            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, asked_to_stop, store)
             return {"last": last, "data": data_fingerprints(streams)}
         except (TrainingError, CheckpointError, StoppedError) as error:
             return {"error": error}

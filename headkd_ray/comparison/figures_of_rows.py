@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from headkd_ray.comparison.run_rows import Row
+from headkd_ray.comparison.spread import Spread, paired, spread
 from headkd_ray.diagnosis.detector_diagnosis import Diagnosis, diagnose
 from headkd_ray.diagnosis.overlaps import Floats, Ints, overlaps
 from headkd_ray.diagnosis.resampling import ResampledAP, interval
 from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-class Spread(NamedTuple):
-    """A figure over seeds; NaN where it cannot be computed."""
-
-    mean: float
-    deviation: float
-    """Sample standard deviation; NaN for one seed."""
-
-    def __str__(self) -> str:
-        if np.isnan(self.mean):
-            return "–"
-        return f"{self.mean:.1f}" if np.isnan(self.deviation) else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,8 @@ def figures_of(row: Row, measured: Mapping[int, Measured], reference: Mapping[in
     common = [] if reference is None else sorted(measured.keys() & reference.keys())
     gain, between = None, None
     if reference is not None and common:
-        gain = spread([measured[seed].metrics.AP - reference[seed].metrics.AP for seed in common])
+        ours, theirs = ({seed: each.metrics.AP for seed, each in side.items()} for side in (measured, reference))
+        gain = spread(paired(ours, theirs))
         between = interval(np.stack([measured[seed].resampled - reference[seed].resampled for seed in common]))
     classes = next(iter(measured.values())).metrics.per_class
     hours = [run.hours for run in row.runs.values() if run.hours is not None]
@@ -89,10 +78,3 @@ def figures_of(row: Row, measured: Mapping[int, Measured], reference: Mapping[in
         between,
         spread(hours),
     )
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Return mean and sample standard deviation."""
-    if not values:
-        return Spread(float("nan"), float("nan"))
-    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"))

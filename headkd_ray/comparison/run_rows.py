@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from headkd_ray.engine.checkpoint import STUDENT_FOLDER
-from headkd_ray.engine.log import flattened
+from headkd_ray.engine.log import flattened, records_in
 from headkd_ray.engine.run import FREE_KEYS, FREE_SECTIONS, JOB_FILE, finished
 from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
@@ -73,7 +73,7 @@ def read_run(address: str) -> FinishedRun:
     result = finished(folder)
     if result is None:
         raise UserError(f"{folder.uri}: the run has not ended; finish it first (the same headkd train command resumes it)")
-    records = list(_records(folder))
+    records = list(records_in(folder))
     curve = tuple(
         (record["epoch"], record["val"]["AP"]) for record in records if "val" in record and record["val"]["AP"] is not None
     )
@@ -133,19 +133,6 @@ def _names(firsts: Sequence[FinishedRun]) -> list[str]:
         told = ", ".join(f"{key.removeprefix('distill.')}={run.learned.get(key)}" for key in varied)
         names.append(f"{run.job.method} ({told})" if varied else run.job.method)
     return names
-
-
-def _records(folder: Folder) -> Iterator[dict[str, Any]]:
-    """Yield the log's records; a log that is missing, or lines that a crash cut off, only leave the curve shorter."""
-    if not folder.has("log.jsonl"):
-        return
-    for line in folder.read("log.jsonl").decode("utf-8", "replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def _hours(job: Job, records: Sequence[Mapping[str, Any]]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,9 +10,10 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from headkd_ray.comparison.figures_of_rows import METRICS, RowFigures, Spread
+from headkd_ray.comparison.figures_of_rows import METRICS, RowFigures
 from headkd_ray.comparison.run_rows import Row
-from headkd_ray.report.html import cell, document, html
+from headkd_ray.comparison.spread import Spread
+from headkd_ray.report.html import cell, document, html, picture
 from headkd_ray.report.plots import FAINT, axes_of, drawing, literal, svg
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def cells_of(figures: RowFigures) -> list[tuple[str, float | None]]:
     """Return the text of each cell of a row, after its name, and the value that it is sorted by."""
     gain, between = "", ""
     if figures.gain is not None:
-        gain = f"{figures.gain.mean:+.1f}" + ("" if math.isnan(figures.gain.deviation) else f" ± {figures.gain.deviation:.1f}")
+        gain = f"{figures.gain:+}"
     if figures.interval is not None:
         between = f"{figures.interval[0]:+.1f} to {figures.interval[1]:+.1f}"
     return [
@@ -88,9 +88,7 @@ def page(
     parts += [Markup("<h2>AP by class</h2>"), _table(("class", *(each.name for each in figures)), classes)]
     if pictures:
         parts.append(Markup("<h2>Images on which they disagree most</h2>"))
-    for caption, content in pictures:
-        image = html('<img alt="" style="max-width: 100%" src="data:image/jpeg;base64,{}">', base64.b64encode(content).decode())
-        parts.append(html("<figure>{}<figcaption>{}</figcaption></figure>", image, caption))
+    parts += [picture(caption, content) for caption, content in pictures]
     return document("Comparison", parts)
 
 
@@ -115,8 +113,10 @@ def _curves(rows: Sequence[Row]) -> Figure | None:
             points = {**points, **{epoch: [*points.get(epoch, []), ap] for epoch, ap in run.curve}}
         means = sorted((epoch, sum(values) / len(values)) for epoch, values in points.items())
         if means:
-            axes.plot(*zip(*means, strict=True), color=f"C{number}", lw=1.8, label=literal(row.name))
+            axes.plot(*zip(*means, strict=True), color=f"C{number}", marker=".", lw=1.8, label=literal(row.name))
     axes.set(xlabel="epoch", ylabel="AP on data.val (%)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.grid(color=FAINT, alpha=0.2)
     axes.legend(fontsize=8, frameon=False)
     return figure

@@ -231,7 +231,16 @@ def _other(data: bytes) -> str:
 
 
 def _has_orientation(data: bytes) -> bool:
-    return any(name in data for name in (b"Exif", b"Orientation")) and _orientation(_open(data, None), data) != 1
+    header = _jpeg_header(data)
+    return any(name in header for name in (b"Exif", b"Orientation")) and _orientation(_open(data, None), data) != 1
+
+
+def _jpeg_header(data: bytes) -> bytes:
+    """Return a JPEG's segments before its pixels, which are most of the file; all of the file if they are damaged."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data[:place] if data[place : place + 2] == b"\xff\xda" else data
 
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:

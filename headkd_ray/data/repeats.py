@@ -86,17 +86,17 @@ def _repeats_of_labelled(shards: ShardSet, rows: Rows, spec: DataSpec) -> Repeat
     """Return how often an epoch shows each of the labelled images at ``rows``; raise as :func:`sampling_of`."""
     if spec.sampling == "all" or not len(rows):
         return Repeats(np.full(len(rows), UNIT, dtype=np.int64))
-    has = _classes_of(shards, rows)
+    found = _classes_of(shards, rows)
     if spec.sampling == "class_balanced":
-        return repeats_of(_balanced(has))
-    factors = _repeat_factors(has, spec.repeat_threshold)
+        return repeats_of(_balanced(found))
+    factors = _repeat_factors(found, spec.repeat_threshold)
     if factors.max() == 1:
-        images = has[:, :-1].sum(axis=0)
-        rarest = int(np.argmin(np.where(images > 0, images, len(has) + 1)))
+        images = found.counts[:-1]
+        rarest = int(np.argmin(np.where(images > 0, images, len(rows) + 1)))
         raise DataError(
             f"data.repeat_threshold: {spec.repeat_threshold:g} repeats no image of {shards.folder.uri}: its rarest class, "
-            f"{shards.meta.classes[rarest]}, is in {images[rarest]} of {len(has)} images; use more than "
-            f"{images[rarest] / len(has):.2g}, or data.sampling all"
+            f"{shards.meta.classes[rarest]}, is in {images[rarest]} of {len(rows)} images; use more than "
+            f"{images[rarest] / len(rows):.2g}, or data.sampling all"
         )
     return repeats_of(factors)
 
@@ -112,27 +112,40 @@ def repeats_of(wanted: NDArray[np.float64]) -> Repeats:
     return Repeats(shares)
 
 
-def _classes_of(shards: ShardSet, rows: Rows) -> NDArray[np.bool_]:
-    """Return which classes each row has boxes of, bool (n, C + 1); the last column tells that it has none."""
+@dataclass(frozen=True)
+class _Classes:
+    """Which classes the images have boxes of; having none counts as one more class, the last."""
+
+    label: NDArray[np.int64]
+    """int64 (P,): the classes of each image, image by image."""
+    first: NDArray[np.int64]
+    """int64 (n,): where those of each image begin. Each has at least one."""
+    counts: NDArray[np.int64]
+    """int64 (C + 1,): images that have each class."""
+
+
+def _classes_of(shards: ShardSet, rows: Rows) -> _Classes:
+    """Return the classes of the images at ``rows``; pairs of image and class, because a table of both would be large."""
     image, label = shards.labels()
-    has = np.zeros((len(shards.index), len(shards.meta.classes) + 1), dtype=bool)
-    has[image, label] = True
-    has[:, -1] = shards.index.boxes == 0
-    return has[rows]
+    classes = len(shards.meta.classes) + 1
+    empty = np.flatnonzero(shards.index.boxes == 0)
+    pairs = np.unique(np.concatenate([image * classes + label, empty * classes + classes - 1]))
+    image, label = np.divmod(pairs, classes)
+    wanted = np.isin(image, rows)
+    image, label = image[wanted], label[wanted]
+    return _Classes(label, np.searchsorted(image, rows), np.bincount(label, minlength=classes))
 
 
-def _repeat_factors(has: NDArray[np.bool_], threshold: float) -> NDArray[np.float64]:
+def _repeat_factors(found: _Classes, threshold: float) -> NDArray[np.float64]:
     """Return LVIS's repeat factor of each image: the greatest of its classes' max(1, sqrt(threshold / share of images))."""
-    images = has.sum(axis=0)
-    factors = np.sqrt(np.maximum(1.0, threshold * len(has) / np.maximum(images, 1)))
+    factors = np.sqrt(np.maximum(1.0, threshold * len(found.first) / np.maximum(found.counts, 1)))
     factors[-1] = 1.0  # having no object is not a class
-    return np.where(has, factors, 1.0).max(axis=1)
+    return np.maximum.reduceat(factors[found.label], found.first)
 
 
-def _balanced(has: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _balanced(found: _Classes) -> NDArray[np.float64]:
     """Return how often each image is drawn if a class is drawn uniformly, and then an image that has it, once per image."""
-    images = has.sum(axis=0)
-    classes = int((images > 0).sum())
-    chances = np.where(images > 0, len(has) / np.maximum(images, 1) / classes, 0.0)
+    images = found.counts
+    chances = np.where(images > 0, len(found.first) / np.maximum(images, 1) / (images > 0).sum(), 0.0)
     fine = np.rint(chances * FINE).astype(np.int64)  # whole numbers, whose sum is the same on any machine
-    return np.where(has, fine, 0).sum(axis=1) / FINE
+    return np.add.reduceat(fine[found.label], found.first) / FINE

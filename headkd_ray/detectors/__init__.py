@@ -1,7 +1,7 @@
 """Detectors in plain PyTorch (dense: RetinaNet, FCOS, GFL, RepPoints; two-stage: Faster, Cascade R-CNN), those of transformers,
 and their weights."""
 
-from headkd_ray.detectors.base import DenseHead, Detector, PyramidDetector, RoIHead, StageOutput
+from headkd_ray.detectors.base import DenseHead, Detector, PyramidDetector, RoIHead, StageOutput, weigh_classes
 from headkd_ray.detectors.build import build_detector
 from headkd_ray.detectors.cascade_rcnn import CascadeHead, CascadeRCNN
 from headkd_ray.detectors.dense import DenseDetector
@@ -44,4 +44,5 @@ __all__ = [
     "TwoStageDetector",
     "build_detector",
     "head_class",
+    "weigh_classes",
 ]

@@ -216,6 +216,8 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
     """The convs in front of the boxes."""
     anchors: Anchors
     """The reference boxes of the cells; an anchor-free head has one square per cell."""
+    class_weights: Tensor | None
+    """See ``weigh_classes``."""
 
     def __init__(self, spec: DenseHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
         """``strides`` are the strides in pixels of the levels, of ``in_channels`` each, that :meth:`forward` takes."""
@@ -223,6 +225,7 @@ class DenseHead(nn.Module, ABC, Generic[OutputsT]):
         self.spec = spec
         self.num_classes = num_classes
         self.strides = tuple(strides)
+        self.register_buffer("class_weights", None, persistent=False)
 
     @property
     @abstractmethod
@@ -310,6 +313,8 @@ class RoIHead(nn.Module, ABC):
     spec: BoxHeadSpec
     stages: Sequence[BoxHead]
     """The box heads, first to last. Distillation reads the post-ReLU outputs of their fully connected layers."""
+    class_weights: Tensor | None
+    """See ``weigh_classes``."""
 
     def __init__(self, spec: BoxHeadSpec, in_channels: int, num_classes: int, strides: Sequence[int]) -> None:
         """``strides`` are the strides in pixels of the levels, of ``in_channels`` each, from which RoIs are pooled."""
@@ -317,6 +322,7 @@ class RoIHead(nn.Module, ABC):
         self.spec = spec
         self.num_classes = num_classes
         self.strides = tuple(strides)
+        self.register_buffer("class_weights", None, persistent=False)
 
     @property
     def tap_channels(self) -> list[int]:
@@ -353,3 +359,14 @@ class RoIHead(nn.Module, ABC):
         """Detect at test settings; the arguments are those of :meth:`final`."""
         outputs, rois = self.final(features, boxes, image, sizes)
         return self.stages[-1].conclude(outputs, rois, image, sizes)
+
+
+def weigh_classes(module: nn.Module, weights: Sequence[float]) -> None:
+    """Let the classification losses of all heads in ``module`` weigh their classes by ``weights`` (C,).
+
+    What an anchor, a point or a RoI costs is multiplied by the weight of the class of its object; background has 1. The
+    divisors of the losses stay numbers of anchors, points or RoIs.
+    """
+    for head in module.modules():
+        if isinstance(head, DenseHead | RoIHead):
+            head.class_weights = torch.tensor([*weights, 1.0])

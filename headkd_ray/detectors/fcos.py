@@ -102,7 +102,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         idle = not self.training  # a process without images in this step runs in eval mode
         positives = mean_over_workers(positive.sum().float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1e-6)
-        cls = focal_loss_sum(logits, target_labels, certain, self.spec.focal_alpha, self.spec.focal_gamma)
+        cls = focal_loss_sum(logits, target_labels, certain, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights)
         return {
             "loss_cls": cls / positives,
             "loss_box": iou_sum(predicted, target_boxes, weights * certain, self.spec.box_loss) / weight,

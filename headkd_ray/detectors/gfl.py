@@ -94,7 +94,7 @@ class GFLHead(DenseHead[GFLOutputs]):
         idle = not self.training  # a process without images in this step runs in eval mode
         positives = mean_over_workers(at_least_one_each(positive, truth).float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1)
-        cls = quality_focal_loss_sum(logits, target_labels, quality, certain, spec.quality_beta)
+        cls = quality_focal_loss_sum(logits, target_labels, quality, certain, spec.quality_beta, self.class_weights)
         weights = weights * certain
         dfl = distribution_focal_loss_sum(bins, distances.clamp(0, spec.reg_max - LARGEST), weights.unsqueeze(-1)) / 4
         return {

@@ -133,7 +133,8 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(matched < 0, -1)
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
-        cls = focal_loss_sum(logits, target_labels, row_weights(matched, truth), spec.focal_alpha, spec.focal_gamma)
+        weights = row_weights(matched, truth)
+        cls = focal_loss_sum(logits, target_labels, weights, spec.focal_alpha, spec.focal_gamma, self.class_weights)
         return {
             "loss_cls": cls / at_least_one_each(matched >= 0, truth),
             "loss_init": spec.init_weight * self._point_loss(initial, nearest, truth, grid),

@@ -74,7 +74,7 @@ class RetinaHead(DenseHead[RetinaOutputs]):
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
         deltas = torch.cat(flatten_cells(outputs.deltas, 4), dim=1)
         normaliser = at_least_one_each(positive, truth)
-        cls = focal_loss_sum(logits, target_labels, weights, self.spec.focal_alpha, self.spec.focal_gamma)
+        cls = focal_loss_sum(logits, target_labels, weights, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights)
         return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, weights * positive) / normaliser}
 
     def box_maps(self, outputs: RetinaOutputs) -> list[Tensor]:

@@ -117,7 +117,7 @@ class BoxHead(RoIHead):
         # A RoI that a cascade moved off its image has no area, so it cannot be encoded; it is background.
         wanted = encode(rois.targets, rois.boxes, self.spec.stds).where(positive.unsqueeze(1), 0.0)
         box = l1_sum(deltas_of(said, rois.labels), wanted, rois.weights * positive, self.spec.box_beta)
-        cls = cross_entropy_mean(said.logits, rois.labels, rois.weights)
+        cls = cross_entropy_mean(said.logits, rois.labels, rois.weights, self.class_weights)
         return {"cls": cls, "box": box / (rois.weights > 0).sum().clamp(min=1)}
 
     def final(self, features: Sequence[Tensor], boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[BoxOutputs, Tensor]:

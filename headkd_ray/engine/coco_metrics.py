@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ try:
 except ImportError:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
+Records = list[dict[str, Any]]
+PIECE = 250_000
+"""Number of detections, and of pairs of an image and a class, that are scored at a time: the libraries take 1 kB for each."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,10 @@ def coco_metrics(
         image_ids: the images that were evaluated; ground truth and detections of other images are ignored.
         max_detections: how many of an image's best detections count in each class.
     """
-    # Ids become numbers from 1: faster-coco-eval keeps those of images and classes as float64, and both libraries record the id
-    # of the annotation that a detection matched, and read an id of 0 as "no match".
     images = _ranks(image_ids)
+    pieces = _pieces(ground_truth, detections, images)
+    precision = np.concatenate([_precision(piece, images, max_detections) for piece in pieces], axis=2)
     categories = _ranks(category["id"] for category in ground_truth["categories"])
-    annotations, results = (_renumbered(records, images, categories) for records in (ground_truth["annotations"], detections))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = _indexed(images, categories, annotations)
-        found = _indexed(images, categories, [])  # pycocotools does not load an empty list
-        if results:
-            found = truth.loadRes(results)
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.maxDets = [max_detections]
-        # Both ignore objects of more than 1e10 square pixels even in the area range "all".
-        evaluation.params.areaRng = [[low, math.inf if high == 1e10 else high] for low, high in evaluation.params.areaRng]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0]  # IoU threshold 0.50, 0.55 …, recall, class, area
     small, medium, large = (_mean(precision[:, :, :, area]) for area in (1, 2, 3))
     overall = precision[:, :, :, 0]
     return CocoMetrics(
@@ -101,6 +93,57 @@ def coco_metrics(
     )
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Some of the classes, and what the evaluated images have of them."""
+
+    categories: dict[int, int] = field(default_factory=dict)
+    """Rank of each class among all, by id; ascending."""
+    annotations: Records = field(default_factory=list)
+    detections: Records = field(default_factory=list)
+
+
+def _pieces(ground_truth: dict[str, Any], detections: Records, images: Mapping[int, int]) -> list[_Piece]:
+    """Divide the classes, which are scored independently of each other, into pieces of about ``PIECE``."""
+    found = Counter(each["category_id"] for each in detections)
+    pieces: list[_Piece] = []
+    piece_of: dict[int, _Piece] = {}
+    room = 0
+    for id_, rank in _ranks(category["id"] for category in ground_truth["categories"]).items():
+        needed = len(images) + found[id_]
+        if not pieces or needed > room:
+            pieces.append(_Piece())
+            room = PIECE
+        room -= needed
+        pieces[-1].categories[id_] = rank
+        piece_of[id_] = pieces[-1]
+    for annotation in ground_truth["annotations"]:
+        if annotation["image_id"] in images:
+            piece_of[annotation["category_id"]].annotations.append(annotation)
+    for each in detections:
+        if each["image_id"] in images:
+            piece_of[each["category_id"]].detections.append(each)
+    return pieces
+
+
+def _precision(piece: _Piece, images: dict[int, int], max_detections: int) -> np.ndarray:
+    """Return the precision at IoU thresholds 0.50, 0.55 …, recalls, classes of the piece and areas, float64 (10, 101, C, 4)."""
+    # Ids become numbers from 1: faster-coco-eval keeps those of images and classes as float64, and both libraries record the id
+    # of the annotation that a detection matched, and read an id of 0 as "no match". The area is what their loadRes adds, which
+    # also makes a polygon of each box.
+    found = [{**each, "area": each["bbox"][2] * each["bbox"][3], "iscrowd": 0} for each in piece.detections]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        of_truth, of_found = (_indexed(images, piece.categories, records) for records in (piece.annotations, found))
+        evaluation = COCOeval(of_truth, of_found, "bbox")
+        evaluation.params.maxDets = [max_detections]
+        # Both ignore objects of more than 1e10 square pixels even in the area range "all".
+        evaluation.params.areaRng = [[low, math.inf if high == 1e10 else high] for low, high in evaluation.params.areaRng]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision: np.ndarray = evaluation.eval["precision"][..., 0]
+    return precision
+
+
 def _thresholds(
     ground_truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int], max_detections: int
 ) -> dict[str, float]:
@@ -115,21 +158,16 @@ def _ranks(ids: Iterable[int]) -> dict[int, int]:
     return {id_: rank for rank, id_ in enumerate(sorted(ids), start=1)}
 
 
-def _renumbered(records: Iterable[dict[str, Any]], images: dict[int, int], categories: dict[int, int]) -> list[dict[str, Any]]:
-    """Return copies of the annotations or detections of ``images`` with ranks as their ids."""
-    return [
-        {**record, "id": number, "image_id": images[record["image_id"]], "category_id": categories[record["category_id"]]}
-        for number, record in enumerate(records, start=1)
-        if record["image_id"] in images
-    ]
-
-
-def _indexed(images: dict[int, int], categories: dict[int, int], annotations: list[dict[str, Any]]) -> COCO:
+def _indexed(images: dict[int, int], categories: dict[int, int], records: Records) -> COCO:
+    """Return annotations or detections, with ranks as their ids, as the libraries need them."""
     coco = COCO()
     coco.dataset = {
         "images": [{"id": rank} for rank in images.values()],
         "categories": [{"id": rank} for rank in categories.values()],
-        "annotations": annotations,
+        "annotations": [
+            {**record, "id": number, "image_id": images[record["image_id"]], "category_id": categories[record["category_id"]]}
+            for number, record in enumerate(records, start=1)
+        ],
     }
     coco.createIndex()
     return coco

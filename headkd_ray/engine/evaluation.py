@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,12 +80,14 @@ def evaluate(
     ground_truth: dict[str, Any] | None,
     scoring: Scoring,
     precision: str = "fp32",
+    keep: Callable[[CocoMetrics, list[dict[str, Any]]], None] = lambda metrics, results: None,
 ) -> CocoMetrics:
     """Compute COCO metrics over all ranks' shares of the images, and return them on every rank. A collective call.
 
     Args:
         ground_truth: COCO dictionary, needed on rank 0 only.
         scoring: which categories the detections are counted as, and how many count.
+        keep: called on rank 0 with the metrics and the COCO results that they are of.
 
     Raises:
         AssertionError: the ranks' shares overlap or miss an image of ``ground_truth``.
@@ -98,6 +100,7 @@ def evaluate(
         assert sorted(image_ids) == sorted(image["id"] for image in ground_truth["images"]), "ranks overlap or miss images"
         found = [entry for share in shares for entries in share.values() for entry in entries]
         metrics = coco_metrics(ground_truth, found, image_ids, scoring.max_detections)
+        keep(metrics, found)
     metrics = distributed.broadcast(metrics)
     assert metrics is not None
     return metrics

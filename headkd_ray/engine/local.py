@@ -10,6 +10,7 @@ from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import finish, open_run, run_log
 from headkd_ray.engine.stop import stop_signals
+from headkd_ray.engine.stored_detections import store_of
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.job import Job
 
@@ -22,6 +23,7 @@ def train_here(job: Job, tell: Sink) -> Record:
     checkpoints = LocalCheckpoints(folder)
 
     with run_log(folder, job, tell) as open_sink, stop_signals() as asked_to_stop:
-        last = fit(job, distributed, streams, checkpoints, open_sink, asked_to_stop)
+        store = store_of(job, folder, streams.val_set)
+        last = fit(job, distributed, streams, checkpoints, open_sink, asked_to_stop, store)
     ranking = [checkpoints.folder / name for name in checkpoints.ranking()]
     return finish(folder, ranking, last, data_fingerprints(streams), tell)

@@ -15,7 +15,9 @@ import torch
 
 from headkd_ray.data.batch import Batch
 from headkd_ray.engine.distributed import Distributed
+from headkd_ray.storage import Folder
 
+LOG_FILE = "log.jsonl"
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
 
@@ -115,6 +117,19 @@ def _step_of(line: str) -> float:
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
     return step if isinstance(step, int) else math.inf
+
+
+def records_in(run: Folder) -> Iterator[Record]:
+    """Yield the records of a run's log; lines that a crash cut off, or a log that is missing, are left out."""
+    if not run.has(LOG_FILE):
+        return
+    for line in run.read(LOG_FILE).decode("utf-8", "replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 class TensorBoard:

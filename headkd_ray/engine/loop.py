@@ -14,9 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import headkd_ray
+from headkd_ray.data.class_weights import class_weights_of, described
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.training_set import split_fingerprints
-from headkd_ray.detectors import Detector
+from headkd_ray.detectors import Detector, weigh_classes
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import build_training_model, load_start
 from headkd_ray.engine.checkpoint import (
@@ -39,6 +40,7 @@ from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.optim import reset_lr
 from headkd_ray.engine.run import teacher_key
 from headkd_ray.engine.step import Learner, build_learner, train_step
+from headkd_ray.engine.stored_detections import Store
 from headkd_ray.engine.streams import Streams, in_order, on_device
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
@@ -55,6 +57,7 @@ def fit(
     checkpoints: Checkpoints,
     open_sink: Callable[[int], Sink],
     asked_to_stop: Callable[[], bool] = lambda: False,
+    store: Store | None = None,
 ) -> Record:
     """Train to the end, resuming from the latest checkpoint if any; return the last evaluation's metrics. Collective.
 
@@ -64,6 +67,7 @@ def fit(
     Args:
         open_sink: called on rank 0 with the step from which training resumes (0 = new run); the sink receives the log records.
         asked_to_stop: polled at every step; if it is True on any rank, training ends with that step and a checkpoint of it.
+        store: called on rank 0 with the detections of each evaluation, before its record.
 
     Raises:
         TrainingError: the loss is not finite, or torch.compile does not work here.
@@ -86,6 +90,9 @@ def fit(
         start = load_start(job, classes) if folder is None else None
         torch.manual_seed(job.run.seed)  # again, so that initial weights do not depend on what was loaded
         model = build_training_model(job, len(classes), teacher.detector if teacher else None, steps_per_epoch, start)
+        weights = class_weights_of(job, streams.train_set)
+        if weights is not None:
+            weigh_classes(model, weights)
         state = build_learner(job, model, distributed.device, global_batch, steps_per_epoch)
         if job.teacher is not None and teacher is not None:
             key, address = job.teacher.source
@@ -106,11 +113,17 @@ def fit(
     notes = [*checkpoints.notes, *notes]
     if teacher is not None and teacher.note is not None and state.step == 0:
         notes.append(teacher.note)
+    if weights is not None and state.step == 0:
+        notes.append(described(weights, classes))
     if state.step == 0:
         notes += [*map(masked, streams.notes), *(f"warning: {warning}" for warning in streams.scoring.warnings)]
 
     def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
+
+    def keep_found(scored: CocoMetrics, found: list[dict[str, Any]]) -> None:
+        if store is not None:
+            store(found, state.step, not scored.AP < state.patience.best)
 
     for note in notes:
         tell(note)
@@ -143,7 +156,7 @@ def fit(
                 continue
             scored = None
             if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
-                scored = validate(job, distributed, streams, state.student)
+                scored = validate(job, distributed, streams, state.student, keep_found)
                 last = {"step": state.step, **scored.as_dict()}
                 state.patience.see(scored.AP, epoch)
                 sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
@@ -217,15 +230,21 @@ def data_fingerprints(streams: Streams) -> dict[str, str]:
     return {**split_fingerprints(streams.train_set), "data.val": streams.val_set.meta.fingerprint}
 
 
-def validate(job: Job, distributed: Distributed, streams: Streams, student: Detector) -> CocoMetrics:
-    """Compute COCO metrics on the validation split, and return them on every rank."""
+def validate(
+    job: Job,
+    distributed: Distributed,
+    streams: Streams,
+    student: Detector,
+    keep: Callable[[CocoMetrics, list[dict[str, Any]]], None] = lambda metrics, results: None,
+) -> CocoMetrics:
+    """Compute COCO metrics on the validation split, and return them on every rank; ``keep`` as in ``evaluate``."""
     distributed.share_buffers(student)  # rank 0's student is exported, so evaluate that one
     truth = streams.val_set.ground_truth() if distributed.rank == 0 else None
     smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
     # What is evaluated is the student as it is exported, and no graphs are made for the sizes of evaluation.
     as_exported = torch.compiler.set_stance("force_eager") if job.optim.compile is not None else nullcontext()
     with as_exported, enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
-        return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision)
+        return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision, keep)
 
 
 def smaller_steps(job: Job) -> str:

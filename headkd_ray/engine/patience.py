@@ -14,7 +14,7 @@ class Patience:
     evaluations: int | None = None
     """Evaluations in a row without a better AP after which training ends; None = never."""
     best: float = -math.inf
-    """The best AP so far, in [0, 1]."""
+    """The best AP so far, in percent."""
     epoch: int = 0
     """Epoch of the best AP."""
     since: int = 0
@@ -33,7 +33,7 @@ class Patience:
         return self.evaluations is not None and self.since >= self.evaluations
 
     def __str__(self) -> str:
-        return f"AP has not risen in {self.since} evaluations since epoch {self.epoch} ({100 * self.best:.1f})"
+        return f"AP has not risen in {self.since} evaluations since epoch {self.epoch} ({self.best:.1f})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been seen."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 
+from headkd_ray.data.class_weights import class_weights_of
 from headkd_ray.data.epoch_order import train_rows
 from headkd_ray.data.meta import check_same_range
 from headkd_ray.data.repeats import sampling_of
@@ -62,6 +63,7 @@ def preflight(job: Job, found: Iterable[str] = (), longer: bool = False) -> Job:
     checks: list[Callable[[], object]] = [lambda: check_run(job, _fingerprints(job, splits), longer)]
     if "train" in splits:
         checks.append(lambda: sampling_of(splits["train"], job.data))
+        checks.append(lambda: class_weights_of(job, splits["train"]))
     if len(splits) == 2:
         checks.append(lambda: scoring_of_job(job, splits["train"], splits["val"]))
         ranges = {f"data.{name} ({getattr(job.data, name)})": split.meta.value_range for name, split in splits.items()}

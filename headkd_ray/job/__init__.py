@@ -18,6 +18,7 @@ from headkd_ray.job.job import (
     RunSpec,
 )
 from headkd_ray.job.load import load_job
+from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import METHODS, Method
 from headkd_ray.job.module_specs import (
     AnchorSpec,
@@ -89,6 +90,7 @@ __all__ = [
     "GFLSpec",
     "Job",
     "LogSpec",
+    "LossesSpec",
     "Method",
     "OptimSpec",
     "PixelSpec",

@@ -15,6 +15,7 @@ from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
 from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
 from headkd_ray.job.keys import Path, sections
+from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
 from headkd_ray.job.teacher_spec import TeacherSpec
@@ -394,9 +395,21 @@ def _pkd(get: Get) -> Iterator[tuple[str, str]]:
         )
 
 
+def _class_weights(get: Get) -> Iterator[tuple[str, str]]:
+    weights = get("losses.class_weights")
+    if weights is not None and get("student.kind") == "transformers":
+        yield "losses.class_weights", "a detector of transformers computes its losses itself, without them; remove the key"
+    if weights != "effective_number" and get("losses.effective_beta") != LossesSpec().effective_beta:
+        yield (
+            "losses.effective_beta",
+            "has no effect without losses.class_weights: effective_number; use that, or remove it",
+        )
+
+
 CHECKS: tuple[Check, ...] = (
     _pkd,
     _idle_weights,
+    _class_weights,
     _workers,
     _method_and_teacher,
     _teacher_placement,

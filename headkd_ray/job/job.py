@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 from headkd_ray.job.assistant_specs import AssistantsSpec
 from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
+from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import Method
 from headkd_ray.job.module_specs import Spec, Text
 from headkd_ray.job.numbers import (
@@ -268,6 +269,10 @@ class LogSpec(Spec):
     """Optimizer steps between log lines."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
+    report: bool | None = None
+    """Keep a page on the run in its folder, report.html: curves, what the student gets right and wrong, and pictures, which
+    TensorBoard and the trackers get, too. It is written at evaluations, but takes at most a twentieth of the time, and at the
+    end. null = yes, if matplotlib is installed (pip install 'headkd-ray[report]')."""
     mlflow: Place | None = None
     """Also track the run in MLflow, in the experiment of this name; MLFLOW_TRACKING_URI in the environment names the server.
     Needs pip install 'headkd-ray[mlflow]'."""
@@ -330,6 +335,8 @@ class Job(Spec):
     none."""
     distill: DistillSpec = DistillSpec()
     """The loss weights of distillation, and the assistant; no effect for method supervised."""
+    losses: LossesSpec = LossesSpec()
+    """The classification losses."""
     optim: OptimSpec = OptimSpec()
     """The optimizer and its schedule."""
     eval: EvalSpec = EvalSpec()

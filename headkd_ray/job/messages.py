@@ -21,6 +21,7 @@ from headkd_ray.job.keys import (
     nearest_keys,
     sections,
 )
+from headkd_ray.job.losses_spec import MAP, RULE
 from headkd_ray.job.module_specs import Spec
 
 Sentence = Callable[[str, Any, Mapping[str, Any]], str]
@@ -59,7 +60,7 @@ def plain_path(loc: Iterable[int | str], top: type[Spec] = Job) -> Path:
     path: list[int | str] = []
     options: tuple[Any, ...] = (top,)
     for part in loc:
-        if part in (NUMBER, RANGE):
+        if part in (NUMBER, RANGE, RULE, MAP):
             continue
         chosen = tuple(option for option in options if len(options) > 1 and kind_of(option) == part)
         if chosen:

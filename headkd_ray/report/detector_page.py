@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from headkd_ray.diagnosis.curves import Curve
 from headkd_ray.diagnosis.detector_diagnosis import Diagnosis
 from headkd_ray.diagnosis.error_types import KINDS
 from headkd_ray.report.console import number
-from headkd_ray.report.html import cell, document, html
+from headkd_ray.report.html import cell, document, html, picture
 from headkd_ray.report.plots import BEST, FAINT, axes_of, drawing, literal, svg
 from headkd_ray.report.tables import HEADLINE
 
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 LINES = 8
 """Classes with a colour of their own in the figures of curves; the others are grey."""
+POINTS = 200
+"""Most points of a curve that is drawn."""
 CELLS = 40
 """Most classes of a confusion matrix that is drawn."""
 CONFUSED = 20
@@ -42,24 +43,30 @@ def detector_page(
     Raises UserError if matplotlib is not installed.
     """
     with drawing():
-        drawn = {
-            "What errors cost": (_errors(diagnosis), _error_table(diagnosis)),
-            "Precision and recall": (_precision_recall(diagnosis.curves), None),
-            "Which score threshold": (_f1(diagnosis.curves), _class_table(metrics, diagnosis.curves)),
-            "Which classes are confused": (_matrix(diagnosis), _confused_table(diagnosis)),
-        }
-        sections = {
-            heading: [*([html("<figure>{}</figure>", Markup(svg(figure)))] if figure else []), *([table] if table else [])]
-            for heading, (figure, table) in drawn.items()
-        }
-    parts = [html("<h1>{}</h1>", title), html("<p class=note>{}</p>", summary), _headline(metrics)]
-    for heading, content in sections.items():
-        parts += [html("<h2>{}</h2><p class=note>{}</p>", heading, NOTES[heading]), *content]
+        sections = detector_sections(metrics, diagnosis, pictures)
+    return document(title, [html("<h1>{}</h1>", title), html("<p class=note>{}</p>", summary), *sections])
+
+
+def detector_sections(metrics: Mapping[str, Any], diagnosis: Diagnosis, pictures: Sequence[tuple[str, bytes]]) -> list[Markup]:
+    """Return the page's content without its title; call it within ``drawing``. The arguments are those of ``detector_page``."""
+    drawn = {
+        "What errors cost": (_errors(diagnosis), _error_table(diagnosis)),
+        "Precision and recall": (_precision_recall(diagnosis.curves), None),
+        "Which score threshold": (_f1(diagnosis.curves), _class_table(metrics, diagnosis.curves)),
+        "Which classes are confused": (_matrix(diagnosis), _confused_table(diagnosis)),
+    }
+    parts = [_headline(metrics)]
+    for heading, (figure, table) in drawn.items():
+        if figure is None and table is None:
+            continue
+        parts.append(html("<h2>{}</h2><p class=note>{}</p>", heading, NOTES[heading]))
+        parts += [html("<figure>{}</figure>", Markup(svg(figure)))] if figure else []
+        parts += [table] if table else []
     if pictures:
         heading = "Images with most mistakes"
         parts.append(html("<h2>{}</h2><p class=note>{}</p>", heading, NOTES[heading]))
-        parts += [_picture(caption, content) for caption, content in pictures]
-    return document(title, parts)
+        parts += [picture(caption, content) for caption, content in pictures]
+    return parts
 
 
 NOTES = {
@@ -103,10 +110,10 @@ def _errors(diagnosis: Diagnosis) -> Figure | None:
         return None
     figure, axes = axes_of(8, 2.6)
     kinds = list(KINDS)[::-1]
-    gains = [100 * diagnosis.errors.gain[kind] for kind in kinds]
+    gains = [100 * np.nan_to_num(diagnosis.errors.gain[kind]) for kind in kinds]  # NaN: there would be nothing left to find
     worst = max(gains)
     axes.barh(kinds, gains, color=[BEST if gain == worst and gain > 0 else FAINT for gain in gains])
-    axes.set_xlabel("AP50 gained (points)")
+    axes.set(xlabel="AP50 gained (points)", xlim=(min(0, *gains), max(1, 1.05 * worst)))
     return figure
 
 
@@ -139,11 +146,17 @@ def _lines(curves: Sequence[Curve], points: Any, across: str, up: str) -> Figure
         return None
     figure, axes = axes_of(8, 4)
     worst = sorted(curves, key=lambda each: each.ap50)[:LINES]
+
+    def drawn(each: Curve) -> list[np.ndarray]:
+        across, up = points(each)
+        chosen = np.unique(np.linspace(0, len(across) - 1, POINTS).astype(int))
+        return [across[chosen], up[chosen]]
+
     for each in curves:
         if each not in worst:
-            axes.plot(*points(each), color=FAINT, lw=0.8, alpha=0.5)
+            axes.plot(*drawn(each), color=FAINT, lw=0.8, alpha=0.5)
     for each in worst:
-        axes.plot(*points(each), lw=1.6, label=f"{literal(each.name)} ({100 * each.ap50:.0f})")
+        axes.plot(*drawn(each), lw=1.6, label=f"{literal(each.name)} ({100 * each.ap50:.0f})")
     axes.set(xlabel=across, ylabel=up, xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(title="class (AP50)", fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
@@ -184,9 +197,3 @@ def _matrix(diagnosis: Diagnosis) -> Figure | None:
 def _confused_table(diagnosis: Diagnosis) -> Markup | None:
     rows = [[_words(one), _words(other), cell(str(count), count)] for one, other, count in diagnosis.confused(CONFUSED)]
     return _table(("true class", "found as", "times"), rows, text=2) if rows else None
-
-
-def _picture(caption: str, content: bytes) -> Markup:
-    source = base64.b64encode(content).decode()
-    image = html('<img alt="" style="max-width: 100%" src="data:image/jpeg;base64,{}">', source)
-    return html("<figure>{}<figcaption>{}</figcaption></figure>", image, caption)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ STYLE = """
         --mark: light-dark(#fdf1e4, #3a2c1c); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        background: light-dark(#ffffff, #16181b); color: light-dark(#1d1e20, #e4e6ea); }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h1:not(:first-of-type) { margin-top: 3rem }
+h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note, figcaption { color: var(--faint) }
-figure { margin: 1rem 0; overflow-x: auto } figure svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0; overflow-x: auto } figure svg, img { max-width: 100%; height: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { cursor: pointer; user-select: none } th[data-order]::after { content: " \\2191" }
@@ -61,3 +63,10 @@ def cell(text: str, value: float | None) -> Markup:
     """Return a table's cell that shows ``text`` and is sorted by ``value``."""
     data = Markup() if value is None else html(' data-value="{}"', repr(float(value)))
     return html("<td{}>{}</td>", data, text)
+
+
+def picture(caption: str, content: bytes) -> Markup:
+    """Return a figure of a JPEG file, which becomes a part of the page."""
+    source = base64.b64encode(content).decode()
+    image = html('<img alt="{}" src="data:image/jpeg;base64,{}">', caption, source)
+    return html("<figure>{}<figcaption>{}</figcaption></figure>", image, caption)

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -45,6 +46,12 @@ class MLflowTracker(Tracker):
         batch = [Metric(mlflow_name(name), value, now, step) for name, value in metrics.items()]
         for start in range(0, len(batch), BATCH):
             self.client.log_batch(self._run_id, metrics=batch[start : start + BATCH])
+
+    def show(self, picture: bytes, step: int) -> None:
+        with TemporaryDirectory(prefix="headkd-tracked-") as folder:
+            file = Path(folder) / f"step_{step:08d}.jpg"
+            file.write_bytes(picture)
+            self.client.log_artifact(self._run_id, str(file), "samples")
 
     def finish(self, metrics: Mapping[str, float], student: Path, picture: Path) -> None:
         self.log({f"best/{name}": value for name, value in metrics.items()}, 0)

@@ -64,6 +64,10 @@ class Trackers:
         if "losses" in record or "val" in record:
             self._each(lambda tracker: tracker.log(metrics, record["step"]), record)
 
+    def show(self, picture: bytes, step: int) -> None:
+        """Record a picture of sample images with the detections of the evaluation at ``step``, a JPEG file."""
+        self._each(lambda tracker: tracker.show(picture, step), {"step": step})
+
     def finish(self, result: Record, picture: bytes) -> None:
         """Record the run's ``result`` and a PNG ``picture`` of its student's detections."""
         with TemporaryDirectory(prefix="headkd-tracked-") as name:

@@ -37,6 +37,10 @@ class Tracker(ABC):
         """Record finite numbers by name ("losses/total", "val/AP") at an optimizer step."""
 
     @abstractmethod
+    def show(self, picture: bytes, step: int) -> None:
+        """Record a picture of sample images with the detections of an evaluation, a JPEG file, at an optimizer step."""
+
+    @abstractmethod
     def finish(self, metrics: Mapping[str, float], student: Path, picture: Path) -> None:
         """Record the run's result.
 

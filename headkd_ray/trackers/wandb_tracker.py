@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import wandb
+from PIL import Image
 
 from headkd_ray.trackers.tracker import RunFacts, Tracker
 
@@ -33,6 +35,9 @@ class WandbTracker(Tracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.run.log({**metrics, "step": step})
+
+    def show(self, picture: bytes, step: int) -> None:
+        self.run.log({"samples": wandb.Image(Image.open(io.BytesIO(picture))), "step": step})
 
     def finish(self, metrics: Mapping[str, float], student: Path, picture: Path) -> None:
         self.run.summary.update({f"best/{name}": value for name, value in metrics.items()})

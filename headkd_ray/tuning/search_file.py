@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from headkd_ray.errors import JobError
-from headkd_ray.job import Problem
+from headkd_ray.job import Problem, PyramidDetectorSpec
 from headkd_ray.job.keys import DEEPEST, Path, dotted, field_at
 from headkd_ray.job.load import (
     Draft,
@@ -179,6 +179,8 @@ def _contradictions(spec: SearchSpec) -> Iterator[Problem]:
     elif spec.budget.trials is None and (spec.budget.minutes is None or kind == "pbt"):
         or_time = "" if kind == "pbt" else ", or budget.minutes"
         yield Problem(("budget", "trials"), f"searcher {spec.searcher.kind} never ends by itself; give a number{or_time}")
+    if spec.searcher.warm_start is not None and spec.searcher.kind != "tpe":
+        yield Problem(("searcher", "warm_start"), f"{spec.searcher.kind} learns from no trials; use tpe, or remove the key")
     if spec.objective.cost is not None and kind != "none":
         yield Problem(("scheduler", "kind"), f"{kind} ranks trials by one objective; use none, or no objective.cost")
     if spec.seeds is not None and len(set(spec.seeds)) < len(spec.seeds):
@@ -251,6 +253,8 @@ def _unfit(search: Search) -> Iterator[Problem]:
             f"{kind} judges trials while they train, but the job evaluates only at its end (eval.every_epochs "
             f"{base.eval.every_epochs} of {base.optim.epochs} epochs); override eval.every_epochs, or use none",
         )
+    if search.spec.objective.cost == "onnx_latency" and not isinstance(base.student, PyramidDetectorSpec):
+        yield Problem(("objective", "cost"), f"a student of kind {base.student.kind} cannot be exported to ONNX; use latency")
     if kind == "pbt":
         if base.cluster.workers != 0:
             yield Problem(("scheduler", "kind"), "pbt copies states between processes; override cluster.workers: 0")

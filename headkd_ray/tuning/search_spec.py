@@ -78,6 +78,9 @@ class SearcherSpec(Spec):
     tree-structured Parzen estimator, which learns from the trials that have ended, for one objective or two."""
     startup_trials: TrialsOrNone = 10
     """tpe: number of trials that must end before it is used; until then values are random."""
+    warm_start: Text | None = None
+    """tpe: folder or URI of an earlier search with the same objective, whose ended trials it learns from besides its own, and
+    which count for startup_trials. Those whose values lie outside this space are left out. null = none."""
 
 
 class SchedulerSpec(Spec):
@@ -122,9 +125,10 @@ class ObjectiveSpec(Spec):
 
     metric: Literal["AP", "AP50", "AP75", "APs", "APm", "APl"] = "AP"
     """COCO metric to maximise, in percent: that of a run's best checkpoint by AP on data.val, averaged over ``seeds``."""
-    cost: Literal["params", "flops", "latency"] | None = None
+    cost: Literal["params", "flops", "latency", "onnx_latency"] | None = None
     """Cost of the student to minimise as a second objective: params (million), flops (10^9 per forward pass at evaluation size,
-    a multiply-add counts as two), latency (ms of that pass, measured in the trial's process). The search then finds a Pareto
+    a multiply-add counts as two), latency (ms of that pass in PyTorch, measured in the trial's process), onnx_latency (ms of
+    the trained student's ONNX file on images of data.val, on one CPU thread of that process). The search then finds a Pareto
     front. This only makes sense if the space has student keys. null = the metric alone."""
 
 

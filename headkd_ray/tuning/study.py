@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from headkd_ray.errors import UserError
 from headkd_ray.job.render import inline
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+Direction = Literal["minimize", "maximize"]
 EXTRA = 'python -m pip install "headkd-ray[tune]"'
 
 
@@ -29,19 +30,20 @@ def check_optuna(search: Search) -> None:
         raise UserError(f"searcher.kind {search.spec.searcher.kind} needs Optuna: {EXTRA}") from None
 
 
-def propose(search: Search, trials: Sequence[Trial], number: int | None = None) -> Values | None:
+def propose(search: Search, trials: Sequence[Trial], number: int | None = None, earlier: Sequence[Trial] = ()) -> Values | None:
     """Return the values of the next trial, or None when a grid is exhausted.
 
     Args:
         trials: all trials so far, ended or not.
         number: the next trial's number; None = the number of trials.
+        earlier: trials of an earlier search (``warm_start.earlier_trials``).
     """
     if not trials:
         return base_values(search)
     if search.spec.searcher.kind == "grid":
         seen = [trial.values for trial in trials]
         return next((values for values in grid(search) if values not in seen), None)
-    study = study_of(search, trials)
+    study = study_of(search, [*earlier, *trials])
     study.sampler = _sampler(search, number=len(trials) if number is None else number)
     asked = study.ask()
     values: Values = {}
@@ -58,28 +60,47 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.study.Study:
     It omits failed trials, which say nothing about the metric, and those with values outside the space (possibly trial 0).
     """
     import optuna
-    from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    objective = search.spec.objective
-    study = optuna.create_study(directions=["maximize", "minimize"] if objective.cost is not None else ["maximize"])
-    states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING}
-    for trial in trials:
-        space = {key: search.spec.space[key] for key in trial.values}
-        if trial.state == "failed" or not all(contains(space[key], value) for key, value in trial.values.items()):
-            continue
-        values = scores(search, trial) if trial.state == "finished" else None
-        study.add_trial(
-            create_trial(
-                state=states[trial.state],
-                values=values,
-                params={key: _label(space[key], value) for key, value in trial.values.items()},
-                distributions={key: distribution(parameter) for key, parameter in space.items()},
-                intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
-                user_attrs={"number": trial.number},
-            )
-        )
+    study = optuna.create_study(directions=directions(search))
+    said_something = [trial for trial in trials if trial.state != "failed" and fits(search, trial)]
+    study.add_trials(frozen_trials(search, said_something))
     return study
+
+
+def directions(search: Search) -> list[Direction]:
+    """Return Optuna's direction of each objective."""
+    return ["maximize"] if search.spec.objective.cost is None else ["maximize", "minimize"]
+
+
+def fits(search: Search, trial: Trial) -> bool:
+    """Return whether all values of a trial lie in the space."""
+    return all(contains(search.spec.space[key], value) for key, value in trial.values.items())
+
+
+def frozen_trials(search: Search, trials: Sequence[Trial]) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials as Optuna's; without their values if these do not fit."""
+    from optuna.trial import TrialState, create_trial
+
+    states = {
+        "finished": TrialState.COMPLETE,
+        "stopped": TrialState.PRUNED,
+        "running": TrialState.RUNNING,
+        "failed": TrialState.FAIL,
+    }
+    distributions = {key: distribution(parameter) for key, parameter in search.spec.space.items()}
+    return [
+        create_trial(
+            state=states[trial.state],
+            values=scores(search, trial) if trial.state == "finished" else None,
+            params={key: _label(search.spec.space[key], value) for key, value in values.items()},
+            distributions={key: distributions[key] for key in values},
+            intermediate_values={int(epoch): value for epoch, value in trial.curve if value is not None},
+            user_attrs={"number": trial.number},
+        )
+        for trial in trials
+        for values in [trial.values if fits(search, trial) else {}]
+    ]
 
 
 def scores(search: Search, trial: Trial) -> list[float]:

@@ -76,7 +76,7 @@ class Trial:
     curve: list[tuple[float, Metric]] = field(default_factory=list)
     """(epoch, objective's metric) of each evaluation of the first seed."""
     cost: dict[str, float] = field(default_factory=dict)
-    """Cost of the student: params (million), flops (10^9), latency (ms)."""
+    """Cost of the student: params (million), flops (10^9), latency (ms), onnx_latency (ms)."""
     copies: list[dict[str, Any]] = field(default_factory=list)
     """pbt: {"from": trial number, "epoch": epoch of the copied state, "values": its own values until then} for each state that
     it copied. Its learning curve follows the copied states."""

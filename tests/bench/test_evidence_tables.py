@@ -8,7 +8,7 @@ from typing import Any
 
 import evidence
 import pytest
-from evidence_tables import BEGIN, END, METRICS, by_tier, document_section, insert, paired, read, readme_section, spread
+from evidence_tables import BEGIN, END, METRICS, by_tier, document_section, insert, matched, read, readme_section, shown
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,9 +83,9 @@ def test_differences_are_paired_by_seed(ours: dict[int, float], theirs: dict[int
     records += [made_up("head", seed, ap) for seed, ap in ours.items()]
     rows = {"head": {}, **by_tier(records, ORDER).get("micro", {})}
     both = sorted(ours.keys() & theirs.keys())
-    found = paired(rows, "head", "baseline")
+    found = matched(rows, "head", "baseline")
     assert found == [ours[seed] - theirs[seed] for seed in both]
-    text = spread(found, "+")
+    text = shown(found, "+")
     if len(both) > 1:
         mean, sd = text.replace("−", "-").split(" ± ")
         assert float(mean) == pytest.approx(statistics.fmean(found), abs=0.051)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tests.data.coco_files import encoded, pixels
 
@@ -58,3 +62,28 @@ def make_voc(folder: Path, xml: Sequence[str]) -> str:
         write_photo(folder / "JPEGImages" / f"{number}.jpg", number)
         (folder / "Annotations" / f"{number}.xml").write_text(text)
     return str(folder)
+
+
+def yolo_of_coco(folder: Path, splits: Mapping[str, tuple[Path, Path]]) -> str:
+    """Write COCO splits, each a JSON and the folder of its images, as Roboflow lays YOLO out; return the data.yaml's path."""
+    keys: dict[str, Any] = {}
+    for name, (source, photos) in splits.items():
+        coco = json.loads(source.read_text())
+        images, labels = (folder / {"val": "valid"}.get(name, name) / part for part in ("images", "labels"))
+        images.mkdir(parents=True)
+        labels.mkdir()
+        numbers = {category["id"]: number for number, category in enumerate(coco["categories"])}
+        for image in coco["images"]:
+            lines = [
+                f"{numbers[each['category_id']]} {(x + w / 2) / image['width']} {(y + h / 2) / image['height']} "
+                f"{w / image['width']} {h / image['height']}"
+                for each in coco["annotations"]
+                if each["image_id"] == image["id"]
+                for x, y, w, h in [each["bbox"]]
+            ]
+            shutil.copy(photos / image["file_name"], images)
+            (labels / image["file_name"]).with_suffix(".txt").write_text("\n".join(lines))
+        keys[name] = f"{images.parent.name}/images"
+        keys["names"] = [category["name"] for category in coco["categories"]]
+    (folder / "data.yaml").write_text(yaml.safe_dump(keys))
+    return str(folder / "data.yaml")

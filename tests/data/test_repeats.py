@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headkd_ray.data.class_weights import class_weights_of, described
 from headkd_ray.data.epoch_order import steps_per_epoch, train_rows, train_windows
 from headkd_ray.data.packing import prepare_split
-from headkd_ray.data.repeats import UNIT, _balanced, _repeat_factors, repeats_of, sampling_of
+from headkd_ray.data.repeats import UNIT, _balanced, _Classes, _repeat_factors, repeats_of, sampling_of
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.errors import DataError
+from headkd_ray.errors import DataError, JobError
 from headkd_ray.job import DataSpec
 from tests.data.coco_files import make_coco
+from tests.support import micro_job
 
 SPEC = DataSpec(train="a", val="b")
 
@@ -43,6 +46,12 @@ def test_shares_are_met_on_average() -> None:
     assert np.array_equal(repeats_of(np.ones(7)).counts(3, 1), np.ones(7))
 
 
+def classes_of(table: np.ndarray) -> _Classes:
+    """Return the classes of images, of which ``table`` has a row for each image and a column for each class."""
+    images, labels = np.nonzero(table)
+    return _Classes(labels, np.searchsorted(images, np.arange(len(table))), table.sum(axis=0))
+
+
 def test_repeat_factors_as_in_lvis() -> None:
     """100 images; classes in 100, 4 and 1 of them; the last column are images without objects."""
     has = np.zeros((100, 4), dtype=bool)
@@ -50,7 +59,7 @@ def test_repeat_factors_as_in_lvis() -> None:
     has[:4, 1] = True
     has[0, 2] = True
     has[90:, 3] = True
-    factors = _repeat_factors(has, 0.16)
+    factors = _repeat_factors(classes_of(has), 0.16)
     assert factors[0] == 4.0, "sqrt(0.16 / 0.01), of its rarest class"
     assert factors[1:4].tolist() == [2.0] * 3 and (factors[4:] == 1.0).all()
 
@@ -60,7 +69,7 @@ def test_balanced_classes_are_drawn_equally_often() -> None:
     has[:50, 0] = True
     has[50:55, 1] = True
     has[55:, 2] = True
-    shares = _balanced(has)
+    shares = _balanced(classes_of(has))
     assert shares.sum() == pytest.approx(60, abs=1e-6)
     assert shares[:50].sum() == pytest.approx(20, abs=1e-6) and shares[55:].sum() == pytest.approx(20, abs=1e-6)
 
@@ -140,3 +149,32 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(DataError, match=r"shard-00001.parquet: cannot be read .*; copy or prepare it again"):
         sampling_of(shards, SPEC.replace({"sampling": "class_balanced"}))
+
+
+def test_class_weights_balance_the_boxes(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    shards = ShardSet.open(drawn_splits["train"])
+    boxes, names = np.bincount(shards.labels()[1]), shards.meta.classes
+
+    def weights(**losses: Any) -> np.ndarray:
+        return np.array(class_weights_of(micro_job(tmp_path, drawn_splits, losses=losses), shards))
+
+    balanced = weights(class_weights="balanced")
+    np.testing.assert_allclose(balanced, boxes.sum() / (len(boxes) * boxes))
+    effective = weights(class_weights="effective_number", effective_beta=0.9)
+    np.testing.assert_allclose(effective / effective[0], (1 - 0.9 ** boxes[0]) / (1 - 0.9**boxes))
+    assert (effective * boxes).sum() == pytest.approx(boxes.sum()) and np.ptp(effective) < np.ptp(balanced)
+    given = weights(class_weights={names[2]: 3, names[0]: 0.5})
+    assert given.tolist() == [0.5, 1.0, 3.0, *[1.0] * (len(names) - 3)]
+    assert class_weights_of(micro_job(tmp_path, drawn_splits), shards) is None
+    told = described((0.5, 1.0, 3.0), ("a", "b", "c"))
+    assert told == "losses.class_weights: from 0.5 ('a') to 3 ('c'), background 1"
+
+
+def test_weights_of_unknown_classes_are_all_named(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    name = ShardSet.open(drawn_splits["train"]).meta.classes[0]
+    job = micro_job(tmp_path, drawn_splits, losses={"class_weights": {name + "s": 2.0, "zzz": 1.0}})
+    with pytest.raises(JobError) as caught:
+        class_weights_of(job, ShardSet.open(drawn_splits["train"]))
+    near, far = caught.value.problems
+    assert near.endswith(f"is not a class of data.train ({drawn_splits['train']}); did you mean {name!r}?")
+    assert near.startswith(f"losses.class_weights: {name + 's'!r}") and f"it has {name!r}" in far

@@ -19,6 +19,7 @@ from headkd_ray.detectors import (
     TwoStageDetector,
     build_detector,
     head_class,
+    weigh_classes,
 )
 from headkd_ray.detectors.ops.matching import gather_rows
 from headkd_ray.detectors.ops.proposals import flatten_cells
@@ -183,6 +184,23 @@ def test_samples_follow_the_generator(name: str) -> None:
         losses.append(detector.supervised(x, truth_of(data), torch.Generator().manual_seed(0)))
         assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+@pytest.mark.parametrize("name", PYRAMID)
+def test_class_weights_reach_the_classification_loss_alone_and_no_checkpoint(name: str) -> None:
+    detector, data = detector_of(name).train(), batch()
+    x, truth, tensors = detector.normalise(data["images"], data["sizes"]), truth_of(data), set(detector.state_dict())
+
+    def losses(*weights: float) -> dict[str, Tensor]:
+        if weights:
+            weigh_classes(detector, weights)
+        return detector.supervised(x, truth, torch.Generator().manual_seed(0))
+
+    plain, ones, other = losses(), losses(1, 1, 1), losses(0.5, 2, 3)
+    assert all(torch.equal(plain[name], ones[name]) for name in plain)
+    changed = {name for name in plain if not torch.equal(plain[name], other[name])}
+    assert changed == {name for name in plain if name.endswith("_cls") and "rpn" not in name}
+    assert set(detector.state_dict()) == tensors
 
 
 @pytest.mark.parametrize("name", NAMES)

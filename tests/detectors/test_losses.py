@@ -8,6 +8,7 @@ from headkd_ray.detectors.ops.losses import (
     focal_loss_sum,
     l1_sum,
     mean_squared_error,
+    quality_focal_loss_sum,
 )
 
 
@@ -36,6 +37,31 @@ def test_focal_loss_and_its_gradient(alpha: float, gamma: float) -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
     assert (gradient[~counted] == 0).all()
+
+
+def test_class_weights_multiply_what_each_row_costs() -> None:
+    """Weights of 1 change no bit of the losses; others give the weighted sum of what the rows cost one by one."""
+    torch.manual_seed(2)
+    logits, quality, counted = torch.randn(2, 40, 4) * 3, torch.rand(2, 40), torch.rand(2, 40) < 0.8
+    labels, weights = torch.randint(-1, 4, (2, 40)), torch.tensor([0.3, 2.0, 0.0, 5.0, 1.0])
+    rows, roi_labels = torch.randn(80, 5), torch.randint(-1, 5, (80,))
+
+    def focal(which: Tensor, weights: Tensor | None = None) -> Tensor:
+        return focal_loss_sum(logits, labels, which, 0.25, 2.0, weights)
+
+    def of_quality(which: Tensor, weights: Tensor | None = None) -> Tensor:
+        return quality_focal_loss_sum(logits, labels, quality, which, 2.0, weights)
+
+    for loss in (focal, of_quality):
+        assert torch.equal(loss(counted, torch.ones(5)), loss(counted))
+        parts = [float(loss(counted & (labels == label))) * float(weights[label]) for label in range(-1, 4)]
+        assert float(loss(counted, weights)) == pytest.approx(sum(parts), rel=1e-5)
+    whole = (roi_labels >= 0).float()
+    alike = cross_entropy_mean(rows, roi_labels, whole, torch.ones(5))
+    assert torch.equal(alike, cross_entropy_mean(rows, roi_labels, whole))
+    known = roi_labels >= 0
+    each = -rows.log_softmax(1)[known, roi_labels[known]] * weights[roi_labels[known]]
+    torch.testing.assert_close(cross_entropy_mean(rows, roi_labels, whole, weights), each.mean())
 
 
 def test_focal_loss_survives_extreme_logits() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
 
-from headkd_ray.detectors import Detector, FasterRCNN, build_detector
+from headkd_ray.detectors import DenseHead, Detector, FasterRCNN, RoIHead, build_detector, weigh_classes
 from headkd_ray.detectors.weights import load_torchvision
 from headkd_ray.distill import TrainingModel, build_training_model, ckd, warmup
 from headkd_ray.distill.fitnet import FitNet
@@ -338,3 +338,12 @@ def test_torchvision_s_strong_teacher_needs_no_special_case() -> None:
     assert tuple(losses) == (*STUDENT, *ASSISTANT, "loss_akd_1", "loss_ckd")
     total(losses).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_class_weights_reach_the_assistant_but_not_the_teacher() -> None:
+    torch.manual_seed(0)
+    model = build_training_model(job("head"), CLASSES, teacher_of("head"), STEPS_PER_EPOCH)
+    weigh_classes(model, (2.0, 2.0, 2.0))
+    heads = {name: head for name, head in model.named_modules() if isinstance(head, DenseHead | RoIHead)}
+    assert len(heads) == 2 and all(head.class_weights.tolist() == [2, 2, 2, 1] for head in heads.values())
+    assert model.teacher is not None and model.teacher.detection_head.class_weights is None

@@ -157,6 +157,18 @@ def test_both_libraries_give_the_same_figures(seed: int, library: str, monkeypat
             assert 0 < fast.AP50 < 100 and math.isnan(list(fast.per_class.values())[-1])
 
 
+def test_classes_scored_piece_by_piece_give_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounds the memory of a large split does not change a bit of its metrics."""
+    gt, detections = drawn(1)
+    images = [image["id"] for image in gt["images"]]
+    whole = coco_metrics(gt, detections, images)
+    monkeypatch.setattr(module, "PIECE", len(detections) // 2)
+    assert 1 < len(module._pieces(gt, detections, dict.fromkeys(images, 0))) < 5
+    assert coco_metrics(gt, detections, images).as_dict() == whole.as_dict()
+    monkeypatch.setattr(module, "PIECE", 1)
+    assert coco_metrics(gt, detections, images).as_dict() == whole.as_dict()
+
+
 def test_neither_argument_is_modified() -> None:
     gt, detections = drawn(0)
     before = repr((gt, detections))

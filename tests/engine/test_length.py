@@ -30,7 +30,7 @@ def written(job: Job, folder: Path) -> str:
 def test_patience_counts_evaluations_since_the_best() -> None:
     patience = Patience(2)
     for epoch, (ap, exhausted) in enumerate(
-        [(0.1, False), (0.1, False), (0.2, False), (math.nan, False), (0.19, True)], start=1
+        [(10.0, False), (10.0, False), (20.0, False), (math.nan, False), (19.0, True)], start=1
     ):
         patience.see(ap, epoch)
         assert patience.exhausted is exhausted

@@ -41,6 +41,16 @@ def found(**changes: Any) -> list[tuple[str, str]]:
         ({"method": "fitnet", "teacher": None}, "teacher", "method fitnet needs a teacher"),
         ({"method": "assist"}, "teacher", "method assist uses no teacher"),
         (
+            {"method": "supervised", "teacher": None, "student": DETR, "losses": {"class_weights": "balanced"}},
+            "losses.class_weights",
+            "a detector of transformers computes its losses itself, without them; remove the key",
+        ),
+        (
+            {"losses": {"class_weights": {"cat": 2.0}, "effective_beta": 0.9}},
+            "losses.effective_beta",
+            "has no effect without losses.class_weights: effective_number; use that, or remove it",
+        ),
+        (
             {"method": "fitnet", "student": {"kind": "faster_rcnn", "backbone": {"weights": "timm"}}},
             "student.kind",
             "method fitnet needs a retinanet student",

@@ -131,7 +131,7 @@ def test_importance_finds_the_key_that_matters(folder: SearchFolder) -> None:
     assert max(shares, key=lambda key: shares[key]) == "distill.assistants.fcos.ckd_weight"
     assert math.isclose(sum(shares.values()), 1, rel_tol=1e-6)
     assert note == "fANOVA over 16 finished trials. Left out, because not all of these have them: optim.momentum."
-    assert importances(search, trials[:3]) == ({}, "3 trials have finished; importances need at least 8.")
+    assert importances(search, trials[:3]) == ({}, "3 trials have finished; importances need at least 8, so 5 more.")
 
 
 def test_importance_without_a_difference_says_so(folder: SearchFolder) -> None:
@@ -151,12 +151,52 @@ def test_the_pareto_front_is_what_none_beats(folder: SearchFolder) -> None:
 
 def test_figures_are_pictures(folder: SearchFolder) -> None:
     search, trials = searched(folder)
-    drawn = figures(search, trials, {"optim.lr": 0.7, "distill.ckd_epochs": 0.3})
+    drawn = figures(search, trials, {"optim.lr": 0.7, "distill.ckd_epochs": 0.3}, "")
     assert list(drawn) == ["history", "curves", "parallel", "importance", "slices", "pareto"]
     for figure in drawn.values():
         assert min(Image.open(io.BytesIO(png(figure))).size) > 150
         text = svg(figure)
         assert text.startswith("<svg") and "currentColor" in text and "http://" not in re.sub(r'xmlns[^"]*"[^"]*"', "", text)
+
+
+def test_a_figure_of_hundreds_of_trials_is_as_quick_as_one_of_few(folder: SearchFolder) -> None:
+    """What takes the time is the number of things to draw; numbers of that many trials would hide each other, too."""
+    search, trials = searched(folder)
+    many = [replace(trials[number % 16], number=number, started=1e9 + number) for number in range(400)]
+    few, lots = (
+        {name: len(figure.findobj()) for name, figure in figures(search, some, {}, "").items()} for some in (trials[:16], many)
+    )
+    assert few.keys() == lots.keys() and all(lots[name] <= few[name] + 20 for name in few), (few, lots)
+
+
+def test_without_importances_the_page_says_what_they_need(folder: SearchFolder) -> None:
+    search, trials = searched(folder)
+    drawn = figures(search, trials[:3], *importances(search, trials[:3]))
+    assert "3 trials have finished; importances need at least 8, so 5 more." in svg(drawn["importance"])
+
+
+def test_optuna_reads_a_search(folder: SearchFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As optuna-dashboard does: a study with all trials, their states, values and times."""
+    optuna = pytest.importorskip("optuna")
+    _, trials = searched(folder)
+    odd = replace(trials[0], values={**trials[0].values, "optim.lr": 0.5})  # the base job's, outside the space
+    folder.write(odd)
+    file = tmp_path / "new/search.db"
+    assert analyze.main([folder.folder.path, "--optuna", str(file)]) == 0
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{file}")
+    states = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL", "running": "RUNNING"}
+    assert [trial.state.name for trial in study.trials] == [states[trial.state] for trial in trials]
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert [trial.values for trial in study.trials[:16]] == [[own.mean("AP"), own.cost["params"]] for own in trials[:16]]
+    assert (
+        study.trials[1].params["distill.ckd_epochs"] == "8"
+        and study.trials[1].params["optim.lr"] == trials[1].values["optim.lr"]
+    )
+    assert study.trials[0].params == {} and study.trials[0].user_attrs["values"]["optim.lr"] == 0.5
+    assert study.trials[17].user_attrs["cause"].startswith("step 3")
+    assert study.trials[3].duration.total_seconds() == 60
+    assert study.trials[2].intermediate_values == {int(epoch): value for epoch, value in trials[2].curve}
+    assert {trial.number for trial in study.best_trials} and len(optuna.get_all_study_names(f"sqlite:///{file}")) == 1
 
 
 def test_the_page_is_one_file_and_escapes_what_it_shows(folder: SearchFolder) -> None:
@@ -193,7 +233,9 @@ def test_everything_that_is_put_into_the_page_is_escaped(folder: SearchFolder) -
     """This includes text that no readable file could contain."""
     search, trials = searched(folder)
     odd: Any = "<img src=x>"
-    text = page(search, [replace(trial, number=odd, state="failed", cause=odd) for trial in trials[:1]], {}, odd)
+    text = page(
+        search, [replace(trial, number=odd, state="failed", cause=odd) for trial in trials[:1]], {"importance": "<svg/>"}, odd
+    )
     assert "<img" not in text and text.count("&lt;img") >= 3
 
 
@@ -217,7 +259,11 @@ def test_a_search_that_has_just_begun_can_be_looked_at(folder: SearchFolder, cap
     run.write("log.jsonl", b'{"step": 5, "epoch": 1, "val": {"AP": 4.5}}\n{"step": 6, "lo')
     assert analyze.main([folder.folder.path]) == 0
     assert "(4.5)" in capsys.readouterr().out
-    assert {path.name for path in (Path(folder.folder.path) / "analysis").iterdir()} == {"index.html", "curves.png"}
+    assert {path.name for path in (Path(folder.folder.path) / "analysis").iterdir()} == {
+        "index.html",
+        "curves.png",
+        "importance.png",
+    }
 
 
 def test_remote_searches_are_read_and_written_there() -> None:

@@ -66,6 +66,16 @@ def test_keys_may_be_dotted_or_nested(here: Path, nested: str) -> None:
     assert problem == "search.yaml:3: space.optim.gama: unknown key; did you mean optim.gamma?"
 
 
+def test_what_a_searcher_and_an_objective_cannot_do(here: Path) -> None:
+    (problem,) = mistakes(SEARCH, "searcher.warm_start=runs/earlier", "searcher.kind=random")
+    assert problem.endswith("searcher.warm_start: random learns from no trials; use tpe, or remove the key")
+    detr = {**JOB, "method": "supervised", "student": {"kind": "transformers", "checkpoint": "hf://a/b"}}
+    del detr["distill"]
+    Path("base.yaml").write_text(yaml.safe_dump(detr))
+    (problem,) = mistakes(SEARCH, "objective.cost=onnx_latency")
+    assert "objective.cost: a student of kind transformers cannot be exported to ONNX; use latency" in problem
+
+
 def test_overrides_replace_add_and_remove(here: Path) -> None:
     search = load(SEARCH, "space.optim.momentum={uniform: [0.5, 0.9]}", "space.optim.lr=null", "overrides.optim.epochs=13")
     assert list(search.spec.space) == ["optim.momentum"]

@@ -15,6 +15,7 @@ from headkd_ray.tuning.search_spec import ParameterSpec, SearchSpec
 from headkd_ray.tuning.space import Search, base_values, contains, count, grid, nearest, with_values
 from headkd_ray.tuning.study import distribution, propose, study_of
 from headkd_ray.tuning.trial_records import SearchFolder, Trial
+from headkd_ray.tuning.warm_start import earlier_trials
 from tests.tuning.test_search_file import JOB
 
 SPACE: dict[str, Any] = {
@@ -102,6 +103,40 @@ def test_tpe_goes_where_it_is_good() -> None:
         trials.append(ended(number, values, -abs(values["distill.assistants.fcos.ckd_weight"] - 7)))
     late = [trial.values["distill.assistants.fcos.ckd_weight"] for trial in trials[20:]]
     assert sum(abs(value - 7) for value in late) / len(late) < 1.5, "random values are 2.9 off on average"
+
+
+def test_a_new_search_learns_from_an_earlier_one(tmp_path: Path) -> None:
+    """It goes at once where the earlier one ended, although that varied another key and a wider range."""
+    key, other = "distill.assistants.fcos.ckd_weight", "optim.lr"
+    space = {key: {"uniform": [0, 20]}, other: SPACE[other]}
+    first = make_search(space, run={"name": "first", "storage": str(tmp_path)}, overrides={})
+    folder = SearchFolder.open(str(tmp_path / "first"))
+    folder.start(first)
+    for number in range(40):
+        folder.write(ended(number, {key: number / 2, other: 0.01}, -abs(number / 2 - 7)))
+    folder.write(Trial(40, {key: 7.0, other: 0.01}))  # has not ended
+    warm = {"kind": "tpe", "startup_trials": 10, "warm_start": str(tmp_path / "first")}
+    narrow = {key: {"uniform": [0, 10]}, "optim.momentum": {"uniform": [0.5, 0.9]}}
+    warnings: list[str] = []
+    search = make_search(narrow, searcher=warm)
+    earlier = earlier_trials(search, warnings.append)
+    assert [trial.values for trial in earlier] == [{key: number / 2, "optim.momentum": 0.9} for number in range(21)]
+    (warning,) = warnings
+    assert "19 of 40 ended trials have values outside this space and are left out" in warning
+    trials = [ended(0, base_values(search), -6.0)]
+    for number in range(1, 6):
+        values = propose(search, trials, earlier=earlier)
+        assert values is not None
+        trials.append(ended(number, values, -abs(values[key] - 7)))
+    assert all(abs(trial.values[key] - 7) < 3 for trial in trials[1:]), [trial.values[key] for trial in trials]
+
+    for changed, message in (
+        ({"objective": {"metric": "AP50"}}, "is a search for AP, this one for AP50"),
+        ({"space": {key: {"uniform": [100, 200]}}}, "none of its 40 ended trials has values in this space"),
+        ({"searcher": {**warm, "warm_start": str(tmp_path / "none")}}, "searcher.warm_start: .*no search here"),
+    ):
+        with pytest.raises(JobError, match=message):
+            earlier_trials(make_search(**{"space": narrow, "searcher": warm, **changed}), warnings.append)
 
 
 def test_the_study_leaves_out_what_says_nothing_and_counts_the_stopped() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from headkd_ray.job.render import inline
@@ -14,6 +15,7 @@ from headkd_ray.tuning.space import Search
 from headkd_ray.tuning.trial_records import Trial
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
@@ -21,9 +23,16 @@ SCALE = ("#2f78d8", "#a765a8", "#ef7d12")
 MISSING = -0.12
 """Height on an axis of the parallel coordinates that shows that a key is not varied in a trial."""
 
+NUMBERED = 60
+"""Most trials whose numbers are all written beside their points."""
 
-def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, float]) -> dict[str, Figure]:
+
+def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, float], note: str) -> dict[str, Figure]:
     """Draw the figures and return them by name, without those for which there is nothing to draw.
+
+    Args:
+        importance: share of each key (``importances``).
+        note: why there are no shares, which is then shown in their place.
 
     Raises UserError if matplotlib is not installed.
     """
@@ -32,7 +41,7 @@ def figures(search: Search, trials: Sequence[Trial], importance: Mapping[str, fl
             "history": _history(search, trials),
             "curves": _curves(search, trials),
             "parallel": _parallel(search, trials),
-            "importance": _importance(importance),
+            "importance": _importance(importance, note),
             "slices": _slices(search, trials),
             "pareto": _pareto(search, trials),
         }
@@ -50,9 +59,9 @@ def _history(search: Search, trials: Sequence[Trial]) -> Figure | None:
     means = [trial.mean(metric) for trial in finished]
     best = [max(means[: count + 1]) for count in range(len(means))]
     axes.step(minutes, best, where="post", color=BEST, label="best so far")
-    for trial, x, y in zip(finished, minutes, means, strict=True):
-        axes.scatter(x, y, color=BASE if trial.number == 0 else FAINT, s=24, zorder=3)
-        axes.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axes.scatter(minutes, means, color=[BASE if trial.number == 0 else FAINT for trial in finished], s=24, zorder=3)
+    firsts = [place for place, value in enumerate(best) if place == 0 or value > best[place - 1]]
+    _number(axes, finished, minutes, means, [finished[place] for place in firsts])
     axes.scatter([], [], color=BASE, s=24, label="trial 0: the base job")
     axes.set(xlabel="minutes", ylabel=f"{metric} on val (%)", title="Trials as they finished")
     axes.legend(frameon=False, loc="lower right")
@@ -65,22 +74,16 @@ def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
     metric = search.spec.objective.metric
     order = ranked(search, trials)
     best = order[0].number if order and order[0].state == "finished" else None
-    figure, axes = axes_of(8, 3.8)
-    drawn = False
-    for trial in reversed(order):
-        points = [(epoch, value) for epoch, value in trial.curve if value is not None]
-        if not points:
-            continue
-        drawn = True
-        colour = BEST if trial.number == best else BASE if trial.number == 0 else FAINT
-        marked = trial.number in (0, best)
-        label = {best: f"best: trial {best}", 0: "trial 0: the base job"}.get(trial.number) if marked else None
-        epochs, values = zip(*points, strict=True)
-        axes.plot(epochs, values, color=colour, marker=".", lw=2 if marked else 1, alpha=1 if marked else 0.7, label=label)
-        if trial.state in ("stopped", "failed"):
-            axes.plot(epochs[-1:], values[-1:], marker="x", color=colour, ms=7)
-    if not drawn:
+    shown = {trial.number: [(x, y) for x, y in trial.curve if y is not None] for trial in order}
+    if not any(shown.values()):
         return None
+    figure, axes = axes_of(8, 3.8)
+    axes.plot(*_broken([shown[trial.number] for trial in order]), color=FAINT, marker=".", lw=1, alpha=0.7)
+    ends = [shown[trial.number][-1] for trial in order if trial.state in ("stopped", "failed") and shown[trial.number]]
+    axes.plot([x for x, _ in ends], [y for _, y in ends], "x", color=FAINT, ms=7)
+    for number, colour, label in ((0, BASE, "trial 0: the base job"), (best, BEST, f"best: trial {best}")):
+        if number is not None and shown.get(number):
+            axes.plot(*zip(*shown[number], strict=True), color=colour, marker=".", lw=2, label=label)
     axes.plot([], [], "x", color=FAINT, label="stopped or failed")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     seed = f", seed {search.seeds[0]}" if len(search.seeds) > 1 else ""
@@ -90,6 +93,7 @@ def _curves(search: Search, trials: Sequence[Trial]) -> Figure | None:
 
 
 def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap
 
     metric = search.spec.objective.metric
@@ -101,12 +105,13 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
     spread = max(means) - min(means) or 1.0
     shades = LinearSegmentedColormap.from_list("trials", SCALE)
     figure, axes = axes_of(max(6.0, 1.5 * (len(keys) + 1)), 4.2)
-    for trial, mean in reversed(list(zip(finished, means, strict=True))):
+    lines = []
+    for trial, mean in zip(finished, means, strict=True):
         heights = [place(search.spec.space[key], trial.values[key]) if key in trial.values else MISSING for key in keys]
-        heights.append((mean - min(means)) / spread)
-        best = trial is finished[0]
-        colour = shades(heights[-1])
-        axes.plot(range(len(heights)), heights, color=colour, lw=3 if best else 1.2, alpha=1 if best else 0.8)
+        lines.append(list(enumerate([*heights, (mean - min(means)) / spread])))
+    colours = [shades(line[-1][1]) for line in lines]
+    axes.add_collection(LineCollection(lines[:0:-1], colors=colours[:0:-1], linewidths=1.2, alpha=0.8))
+    axes.add_collection(LineCollection(lines[:1], colors=colours[:1], linewidths=3))
     for x, key in enumerate(keys):
         axes.axvline(x, color=INK, lw=0.8)
         for height, text in ticks(search.spec.space[key]):
@@ -125,11 +130,14 @@ def _parallel(search: Search, trials: Sequence[Trial]) -> Figure | None:
     return figure
 
 
-def _importance(importance: Mapping[str, float]) -> Figure | None:
-    if not importance:
-        return None
+def _importance(importance: Mapping[str, float], note: str) -> Figure:
     names = short_names(list(importance))
-    figure, axes = axes_of(8, 0.8 + 0.34 * len(importance))
+    figure, axes = axes_of(8, 0.8 + 0.34 * max(1, len(importance)))
+    if not importance:
+        axes.text(0, 0.5, literal(fill(note, 100)), va="center")
+        axes.set_axis_off()
+        axes.set_title("Importance of the keys")
+        return figure
     rows = list(importance.items())[::-1]
     axes.barh([literal(names[key]) for key, _ in rows], [share for _, share in rows], color=BASE)
     for y, (_, share) in enumerate(rows):
@@ -153,15 +161,12 @@ def _slices(search: Search, trials: Sequence[Trial]) -> Figure | None:
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, key in zip(grid.flat, keys, strict=False):
         parameter, choices = search.spec.space[key], list(search.spec.space[key].choice or ())
-        for trial in reversed(finished):
-            value = trial.values.get(key)
-            if choices and value in choices:
-                value = choices.index(value)
-            elif choices or not isinstance(value, int | float):
-                continue  # not varied, or a value of trial 0 outside the space
-            best, base = trial is finished[0], trial.number == 0
-            colour = BEST if best else BASE if base else FAINT
-            axes.scatter(value, trial.mean(metric), color=colour, s=22, zorder=3 + best if best or base else 2)
+        marked = [trial for trial in finished if trial.number == 0 or trial is finished[0]]
+        for z, some in ((2, finished), (3, marked[::-1])):  # the marked ones above the others, the best last
+            points = [(_position(trial.values.get(key), choices), trial) for trial in some]
+            kept = [(x, trial.mean(metric), trial) for x, trial in points if x is not None]
+            colours = [BEST if trial is finished[0] else BASE if trial.number == 0 else FAINT for _, _, trial in kept]
+            axes.scatter([x for x, _, _ in kept], [y for _, y, _ in kept], color=colours, s=22, zorder=z)
         if parameter.kind.startswith("log"):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())  # labels like 2 x 10^-3, 3 x 10^-3 would overlap
@@ -186,16 +191,41 @@ def _pareto(search: Search, trials: Sequence[Trial]) -> Figure | None:
         return None
     figure, axes = axes_of(8, 4)
     front = pareto_front(search, finished)
-    for trial in finished:
-        x, y = trial.cost[objective.cost], trial.mean(objective.metric)
-        axes.scatter(x, y, color=BEST if trial in front else BASE if trial.number == 0 else FAINT, s=28, zorder=3)
-        axes.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    costs, means = [trial.cost[objective.cost] for trial in finished], [trial.mean(objective.metric) for trial in finished]
+    beaten = {trial.number for trial in finished} - {trial.number for trial in front}
+    colours = [
+        BASE if trial.number == 0 and trial.number in beaten else FAINT if trial.number in beaten else BEST
+        for trial in finished
+    ]
+    axes.scatter(costs, means, color=colours, s=28, zorder=3)
+    _number(axes, finished, costs, means, front)
     points = [(trial.cost[objective.cost], trial.mean(objective.metric)) for trial in front]
     axes.step(*zip(*points, strict=True), where="post", color=BEST, label="Pareto front")
     axes.scatter([], [], color=BASE, s=28, label="trial 0: the base job")
     axes.set(xlabel=UNITS[objective.cost], ylabel=f"{objective.metric} on val (%)", title="Quality against cost")
     axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+def _number(axes: Axes, trials: Sequence[Trial], xs: Sequence[float], ys: Sequence[float], chief: Sequence[Trial]) -> None:
+    """Write the trials' numbers beside their points; of many trials, whose numbers would overlap, only those of ``chief``."""
+    numbers = {trial.number for trial in (trials if len(trials) <= NUMBERED else chief)}
+    for trial, x, y in zip(trials, xs, ys, strict=True):
+        if trial.number in numbers:
+            axes.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+
+
+def _broken(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Return the curves as one line with gaps: a figure of hundreds of lines would take minutes to draw."""
+    points = [point for curve in curves for point in (*curve, (math.nan, math.nan))]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _position(value: Any, choices: Sequence[Any]) -> float | None:
+    """Return where a value stands on its key's axis; None if it is not varied, or of trial 0 and outside the space."""
+    if choices:
+        return choices.index(value) if value in choices else None
+    return value if isinstance(value, int | float) else None
 
 
 def pareto_front(search: Search, trials: Sequence[Trial]) -> list[Trial]:

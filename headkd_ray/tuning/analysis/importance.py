@@ -10,6 +10,8 @@ from headkd_ray.tuning.trial_records import Trial
 
 FEWEST = 8
 """Minimum number of finished trials for a meaningful estimate."""
+TREES_TIMES_TRIALS = 8192
+"""Of 500 trials, 64 trees take 21 s and 16 take 5 s."""
 
 
 def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
@@ -20,11 +22,12 @@ def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, floa
     """
     finished = [trial for trial in trials if trial.state == "finished"]
     if len(finished) < FEWEST:
-        return {}, f"{len(finished)} trials have finished; importances need at least {FEWEST}."
+        some = "1 trial has" if len(finished) == 1 else f"{len(finished)} trials have"
+        return {}, f"{some} finished; importances need at least {FEWEST}, so {FEWEST - len(finished)} more."
     try:
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-        evaluator = FanovaImportanceEvaluator(seed=0)
+        evaluator = FanovaImportanceEvaluator(n_trees=_trees(len(finished)), seed=0)
         study = study_of(search, finished)
         found = get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
     except ImportError:
@@ -34,3 +37,8 @@ def importances(search: Search, trials: Sequence[Trial]) -> tuple[dict[str, floa
     missing = [key for key in search.spec.space if key not in found]
     left_out = f" Left out, because not all of these have them: {', '.join(missing)}." if missing else ""
     return dict(found), f"fANOVA over {len(study.trials)} finished trials.{left_out}"
+
+
+def _trees(trials: int) -> int:
+    """Return the number of the forest's trees: Optuna's 64, and fewer of many trials, of which each tree needs more time."""
+    return min(64, max(8, TREES_TIMES_TRIALS // trials))

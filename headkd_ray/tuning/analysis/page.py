@@ -38,8 +38,6 @@ def page(search: Search, trials: Sequence[Trial], drawings: Mapping[str, str], n
     for name, drawing in drawings.items():
         caption = note if name == "importance" else CAPTIONS[name]
         parts.append(html("<figure>{}<figcaption>{}</figcaption></figure>", Markup(drawing), caption))
-    if "importance" not in drawings:
-        parts.append(html("<p class=note>{}</p>", note))
     parts += [Markup("<h2>Trials</h2>\n<p class=note>Click a heading to sort.</p>"), _table(search, trials, best)]
     if best is not None:
         parts.append(html("<h2>The best trial's job</h2><details><summary>trial {}, every key</summary>", best.number))

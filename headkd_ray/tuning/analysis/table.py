@@ -15,7 +15,7 @@ from headkd_ray.report.terminal import Terminal
 from headkd_ray.tuning.space import Search
 from headkd_ray.tuning.trial_records import Trial
 
-UNITS = {"params": "params (M)", "flops": "GFLOPs", "latency": "latency (ms)"}
+UNITS = {"params": "params (M)", "flops": "GFLOPs", "latency": "latency (ms)", "onnx_latency": "ONNX latency (ms)"}
 """Headings of the costs."""
 WIDE = 250
 """Width of a table that goes into a file or a pipe, in characters."""

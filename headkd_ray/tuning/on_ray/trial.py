@@ -13,6 +13,7 @@ import torch
 from ray import tune
 
 from headkd_ray.cluster.trainer import with_absolute_paths
+from headkd_ray.deploy.onnx_latency import onnx_latency
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.scratch import Scratch
 from headkd_ray.errors import StoppedError, TrainingError, UserError
@@ -98,11 +99,14 @@ def _trained(trial: Trial, context: TrialContext) -> Trial:
     search = context.search
     first, *_ = search.seeds
     results: dict[str, dict[str, Any]] = {}
-    cost = inference_cost(context.job(trial, first)) if search.spec.objective.cost is not None else {}
+    wanted = search.spec.objective.cost
+    cost = inference_cost(context.job(trial, first)) if wanted is not None else {}
     for seed in search.seeds:
         job = context.job(trial, seed)
         result = context.train(job, _report(trial, job, context) if seed == first else _quiet)
         results[str(seed)] = {**{name: result["best"][name] for name in KEPT}, "student": result["student"]}
+    if wanted == "onnx_latency":
+        cost[wanted] = onnx_latency(results[str(first)]["student"], context.job(trial, first).data.val)
     ended = trial.with_end("finished", results=results, cost=cost, curve=context.curve(trial))
     if math.isnan(ended.mean(search.spec.objective.metric)):
         raise TrainingError(f"{search.spec.objective.metric} cannot be computed on {search.base.data.val}")

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
@@ -41,13 +41,16 @@ Event = dict[str, Any]
 """An event of a search: the ``trial`` and, if it was evaluated, ``epoch`` and ``value``."""
 
 
-def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: Callable[[Event], None]) -> list[Trial]:
+def search_on_ray(
+    search: Search, folder: SearchFolder, train: TrainJob, tell: Callable[[Event], None], earlier: Sequence[Trial] = ()
+) -> list[Trial]:
     """Run the search, or what is left of it, and return all its trials.
 
     Args:
         folder: the search's folder, started (``SearchFolder.start``); trials in it that have ended are not run again.
         train: trains one job in a trial's process.
         tell: receives the events in this process.
+        earlier: trials of an earlier search from which values are learnt, too (``warm_start.earlier_trials``).
 
     Raises:
         ClusterError: the cluster is missing, or too small for one trial.
@@ -61,7 +64,7 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
                 f"no node has room for a trial: {_trial_resources(base)}; lower cluster.cpus_per_worker or gpus_per_worker"
             )
         concurrent = min(room, search.spec.budget.max_concurrent or room)
-        state = SearchState(search, folder, tell)
+        state = SearchState(search, folder, tell, earlier)
         if state.complete:
             return list(state.trials.values())
         context = TrialContext(search, folder, train, os.getcwd(), state.population)
@@ -100,8 +103,10 @@ def search_on_ray(search: Search, folder: SearchFolder, train: TrainJob, tell: C
 class SearchState:
     """The driver's view of the trials: the content of their files, which are read once."""
 
-    def __init__(self, search: Search, folder: SearchFolder, tell: Callable[[Event], None]) -> None:
-        self.search, self.folder, self.tell = search, folder, tell
+    def __init__(
+        self, search: Search, folder: SearchFolder, tell: Callable[[Event], None], earlier: Sequence[Trial] = ()
+    ) -> None:
+        self.search, self.folder, self.tell, self.earlier = search, folder, tell, earlier
         self.trials = {trial.number: trial for trial in folder.trials(search, warn)}
         self.number_of_next = max(folder.numbers(), default=-1) + 1  # a trial that was left out keeps its number
         self.waiting = [number for number, trial in self.trials.items() if trial.state == "running"]
@@ -134,7 +139,7 @@ class SearchState:
         limit = self.search.spec.budget.trials
         if limit is not None and len(self.trials) >= limit:
             return None
-        return propose(self.search, list(self.trials.values()), self.number_of_next)
+        return propose(self.search, list(self.trials.values()), self.number_of_next, self.earlier)
 
     def following(self) -> Trial | None:
         """Return the next trial: an unfinished one, else a new one, whose file is written; None if there are no more."""
