@@ -144,21 +144,27 @@ def bare(folder: Path, size: Size) -> Iterator[str | None]:
 
 
 def order(folder: Path, size: Size) -> Iterator[str | None]:
-    """Plan epochs for one of eight ranks."""
+    """Plan an epoch for one of eight ranks, and go on late."""
     yield "open the prepared split"
     shards = ShardSet.open(str(folder / "train"))
     rows = train_rows(shards.index, keep_empty=False)
     steps = steps_per_epoch(len(rows), BATCH, WORKERS)
     yield "plan an epoch"
     _exhaust(_windows(shards, epochs=1))
-    yield f"plan {EPOCHS} epochs"
-    _exhaust(_windows(shards, epochs=EPOCHS))
     yield f"resume in the middle of epoch {EPOCHS}"
     next(_windows(shards, start=EPOCHS * steps - steps // 2))
     yield f"the windows of one Ray Dataset ({DATASET})"
     rows_of_dataset = [{"window": pickle.dumps(window)} for window in islice(_windows(shards), DATASET)]
     yield None
     assert len(rows_of_dataset) == DATASET
+
+
+def epochs(folder: Path, size: Size) -> Iterator[str | None]:
+    """Plan all epochs of a long run for one of eight ranks."""
+    yield None
+    shards = ShardSet.open(str(folder / "train"))
+    yield f"plan {EPOCHS} epochs"
+    _exhaust(_windows(shards, epochs=EPOCHS))
 
 
 def read(folder: Path, size: Size) -> Iterator[str | None]:
@@ -230,6 +236,7 @@ PARTS: dict[str, Part] = {
     "prepare": prepare,
     "bare": bare,
     "order": order,
+    "epochs": epochs,
     "read": read,
     "sampling": sampling,
     "cache": cache,
