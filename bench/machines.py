@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,11 +50,12 @@ class Machines:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.cluster.shutdown()
 
-    def have(self, kind: str, count: int, cpus: float = 0, **resources: float) -> None:
-        """Start nodes of a kind until there are ``count`` of them."""
+    def have(self, kind: str, count: int, cpus: float = 0, gpus: float = 0, **resources: float) -> None:
+        """Start nodes of a kind until there are ``count`` of them. GPUs are a number: they need not be there."""
         nodes = self.nodes.setdefault(kind, [])
         while len(nodes) < count:
-            nodes.append(self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=STORE))
+            own = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "object_store_memory": STORE}
+            nodes.append(self.cluster.add_node(**own))
 
     def kill(self, node: Any) -> None:
         """Kill all processes of a node with SIGKILL."""
@@ -93,11 +94,13 @@ class Machines:
 
     def train(self, job_file: Path, output: Path) -> subprocess.Popen[bytes]:
         """Start ``python -m headkd_ray.train JOB`` on this cluster, appending what it prints to ``output``."""
+        return self.start(["headkd_ray.train", str(job_file)], output)
+
+    def start(self, module: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
+        """Start ``python -m`` with a module and its arguments on this cluster, appending what it prints to ``output``."""
         environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": self.cluster.address, "PYTHONPATH": str(ROOT)}
         with output.open("ab") as file:
-            return subprocess.Popen(
-                [sys.executable, "-m", "headkd_ray.train", str(job_file)], env=environment, stdout=file, stderr=file
-            )
+            return subprocess.Popen([sys.executable, "-m", *module], env=environment, stdout=file, stderr=file)
 
 
 def raylet_of(node: Any) -> int:

@@ -256,3 +256,23 @@ def test_a_run_on_ray_train(s3: str, splits: dict[str, str], tmp_path: Path) -> 
     records = [json.loads(line) for line in run.read("log.jsonl").splitlines()]
     assert [record["step"] for record in records if "losses" in record] == list(range(1, 13))
     assert start(write(job, tmp_path)).wait() == 0
+
+
+@pytest.mark.slow
+def test_a_search_on_ray_tune(s3: str, splits: dict[str, str], tmp_path: Path) -> None:
+    """Its trials, their runs and its analysis are on S3, and it can be resumed from there."""
+    job = job_on(s3, splits, "base", eval={"every_epochs": 1}, cluster={"workers": 0, "address": "local"})
+    search = {"run": {"name": "search", "storage": job.run.storage}, "job": write(job, tmp_path)}
+    search |= {"space": {"optim.lr": {"choice": [0.01, 0.02]}}, "searcher": {"kind": "grid"}, "budget": {"trials": 1}}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(search))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "headkd_ray.tune", str(tmp_path / "search.yaml")]
+    folder = SearchFolder.open(uri("bucket", s3, "runs/search"))
+    for count, further in ((1, []), (2, ["--resume", "budget.trials=2"])):
+        done = subprocess.run([*command, *further], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [trial.state for trial in folder.trials()] == ["finished"] * count
+    assert "trial 0  " not in done.stdout.split("search: 2 trials")[0], "an ended trial ran again"
+    assert all(weights_on(trial.results["0"]["student"]) for trial in folder.trials())
+    assert analyze.main([folder.folder.uri]) == 0
+    assert (folder.folder / "analysis").has("index.html") and not folder.folder.has("tune")
