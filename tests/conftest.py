@@ -46,7 +46,9 @@ def ray_cluster() -> Iterator[None]:
     last = 3
     for attempt in range(1, last + 1):
         try:
-            ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+            ray.init(
+                "local", num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+            )
             break
         except Exception:  # on a busy machine Ray's agents miss their limit of 15 s
             if attempt == last:

@@ -19,8 +19,9 @@ PATIENCE = 300.0
 
 def actors_of(kind: type, run: str, pool: PoolSpec, count: int, *arguments: Any) -> list[Any]:
     """Start ``count`` actors of class ``kind`` with the pool's resources. Ray restarts one that dies and repeats its calls."""
-    remote = ray.remote(kind).options(**resources_of(pool), max_restarts=-1, max_task_retries=-1)
-    return [remote.options(name=actor_name(run, f"teacher-{number}")).remote(*arguments) for number in range(count)]
+    options = {**resources_of(pool), "max_restarts": -1, "max_task_retries": -1}
+    remote, names = ray.remote(kind), [actor_name(run, f"teacher-{number}") for number in range(count)]
+    return [remote.options(name=name, **options).remote(*arguments) for name in names]
 
 
 def resources_of(pool: PoolSpec) -> dict[str, Any]:

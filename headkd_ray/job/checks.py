@@ -338,7 +338,7 @@ def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
     source = "predictions" if kind == "predictions" else "checkpoint"
     if get(f"teacher.{source}") is None:
         yield f"teacher.{source}", f"missing; a teacher of kind {kind} needs it"
-    if kind != "transformers":
+    if kind in ("ours", "predictions"):
         return
     layers = list(get("teacher.layers") or ())
     if layers != sorted(set(layers)):
@@ -397,7 +397,7 @@ def _pkd(get: Get) -> Iterator[tuple[str, str]]:
 
 def _class_weights(get: Get) -> Iterator[tuple[str, str]]:
     weights = get("losses.class_weights")
-    if weights is not None and get("student.kind") == "transformers":
+    if weights is not None and not issubclass(SPECS[get("student.kind")], PyramidDetectorSpec):
         yield "losses.class_weights", "a detector of transformers computes its losses itself, without them; remove the key"
     if weights != "effective_number" and get("losses.effective_beta") != LossesSpec().effective_beta:
         yield (
