@@ -59,10 +59,14 @@ class Machines:
     def kill(self, node: Any) -> None:
         """Kill all processes of a node with SIGKILL."""
         below = processes("", raylet_of(node))
-        next(nodes for nodes in self.nodes.values() if node in nodes).remove(node)
+        self.replace(node)
         self.cluster.remove_node(node, allow_graceful=False)
         for pid in below:  # they end with their raylet, but not at once
             kill(pid)
+
+    def replace(self, node: Any) -> None:
+        """Count a node that is being drained no longer, so that ``have`` starts another."""
+        next(nodes for nodes in self.nodes.values() if node in nodes).remove(node)
 
     def hosts(self, title: str, kind: str) -> list[Any]:
         """Return the nodes of a kind on which a process with this title runs."""

@@ -25,6 +25,7 @@ KILLED = 128
 COMMANDS = {
     "quickstart": "run the whole method, on drawn data or your own photos",
     "prepare": "check a COCO, YOLO or Pascal VOC data set and pack it into shards",
+    "doctor": "check a job's data, teacher, sizes and machine before a night is spent on it",
     "train": "train what a job file says",
     "tune": "search hyperparameters",
     "analyze": "report on a search",

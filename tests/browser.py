@@ -114,7 +114,11 @@ class Browser:
         events = [(event.get("method"), event.get("params", {})) for event in self.events]
         said = [
             *(json.dumps(each["args"])[:300] for name, each in events if name == "Runtime.consoleAPICalled"),
-            *(json.dumps(each["exceptionDetails"])[:300] for name, each in events if name == "Runtime.exceptionThrown"),
+            *(
+                str(each["exceptionDetails"].get("exception", each))
+                for name, each in events
+                if name == "Runtime.exceptionThrown"
+            ),
             *(each["entry"]["text"] for name, each in events if name == "Log.entryAdded"),
         ]
         asked = [each["request"]["url"] for name, each in events if name == "Network.requestWillBeSent"]

@@ -18,7 +18,7 @@ from headkd_ray.teacher.verify import open_builder
 Unit = tuple[int, int]
 
 
-class _Teacher:
+class CacheTeacher:
     """An actor that builds units of the cache."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -45,7 +45,8 @@ def build_on_ray(job: Job, units: list[Unit], done: Callable[[Unit, int], None])
         if not pool.gpus and ray.cluster_resources().get("GPU"):
             print("warning: teacher.pool.gpus is 0: the teacher runs on CPUs while GPUs are idle", file=sys.stderr)
         units = list(units)
-        actors = actors_of(_Teacher, pool, min(pool.actors[1], len(units)), with_absolute_paths(job).model_dump(mode="json"))
+        count = min(pool.actors[1], len(units))
+        actors = actors_of(CacheTeacher, job.run.name, pool, count, with_absolute_paths(job).model_dump(mode="json"))
         waiting = units[::-1]
         running: dict[Any, tuple[Any, Unit | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
         try:

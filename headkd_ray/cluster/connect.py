@@ -24,9 +24,6 @@ OWN_CLUSTER = {
 }
 """Environment of a cluster that we start for one run."""
 
-# Workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-
 
 @contextmanager
 def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
@@ -36,8 +33,8 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
 
     Which cluster was joined is said on standard error: on a machine that others use, too, it may be theirs.
 
-    ``dashboard``: a started cluster has one. Where Tune stops trials with train workers it is needed: through it Ray finds the
-    reservations that they leave behind.
+    ``dashboard``: a started cluster has one even if ``spec.dashboard`` does not ask for it. Where Tune stops trials with train
+    workers it is needed: through it Ray finds the reservations that they leave behind.
 
     Raises:
         ClusterError: no cluster answers at the address, or none can be started here.
@@ -47,10 +44,11 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
         return
     before = dict(os.environ)
     address = _address(spec.address)
-    if address is None:
-        _start(dashboard)
-    else:
-        _join(address)
+    # Unless asked for, workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
+    output: dict[str, Any] = {"log_to_driver": spec.log_to_driver, "logging_level": logging.WARNING}
+    context = _start(dashboard or spec.dashboard, output) if address is None else _join(address, output)
+    if spec.dashboard and context.dashboard_url:
+        print(f"Ray's dashboard: http://{context.dashboard_url}", file=sys.stderr)
     try:
         with watched():
             yield
@@ -91,9 +89,9 @@ def _running_here() -> str | None:
     return address if address is not None and unanswered(address) is None else None  # else it is a dead one's
 
 
-def _join(address: str) -> None:
+def _join(address: str, output: dict[str, Any]) -> Any:
     try:
-        ray.init(address=address, **QUIET)
+        context = ray.init(address=address, **output)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"the Ray cluster at {address} cannot be joined: {error}") from None
     has = ray.cluster_resources()
@@ -102,16 +100,17 @@ def _join(address: str) -> None:
         "GPUs (RAY_ADDRESS=local starts one for this command alone)",
         file=sys.stderr,
     )
+    return context
 
 
-def _start(dashboard: bool) -> None:
+def _start(dashboard: bool, output: dict[str, Any]) -> Any:
     for name, value in OWN_CLUSTER.items():
         os.environ.setdefault(name, value)
     # It advises to switch the new cluster's authentication off.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         # It ends with this process, and has no dashboard unless asked: its start costs more than a small job's training.
-        ray.init(address="local", include_dashboard=dashboard, **QUIET)
+        return ray.init(address="local", include_dashboard=dashboard, **output)
     except Exception as error:  # of many kinds, the bare Exception among them: a node that does not come up in time
         if not isinstance(error, OSError) or isinstance(error, ConnectionError):
             raise ClusterError(f"Ray cannot start a cluster on this machine: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +23,9 @@ from headkd_ray.errors import UserError
 
 
 @contextmanager
-def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
+def forwarded(run: str, tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
     """Yield a queue whose records a thread of this process passes to ``tell``; on leaving, it is emptied first."""
-    queue = Queue(actor_options=_here())
+    queue = Queue(actor_options={"name": actor_name(run, "log"), **_here()})
     done = threading.Event()
 
     def pump() -> None:
@@ -44,12 +45,16 @@ def forwarded(tell: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
         queue.shutdown()
 
 
-class _StopSign:
-    """An actor with which the driver tells the workers to stop, and a worker tells restarted ones that retrying is useless."""
+class StopSign:
+    """An actor with which the driver tells the workers to stop, and a worker tells restarted ones that retrying is useless.
+
+    It also keeps where each rank writes its output, for when a rank cannot tell any more.
+    """
 
     def __init__(self) -> None:
         self.up = asyncio.Event()
         self.hopeless: UserError | None = None
+        self.output: dict[int, str] = {}
 
     async def wait(self) -> None:
         await self.up.wait()
@@ -60,14 +65,19 @@ class _StopSign:
     async def give_up(self, error: UserError) -> None:
         self.hopeless = error
 
-    async def given_up(self) -> UserError | None:
+    async def enter(self, rank: int, output: str) -> UserError | None:
+        """Called by a worker that starts; returns why it should not."""
+        self.output[rank] = output
         return self.hopeless
+
+    async def outputs(self) -> dict[int, str]:
+        return self.output
 
 
 @contextmanager
-def stop_sign(asked: Callable[[], bool]) -> Iterator[Any]:
+def stop_sign(run: str, asked: Callable[[], bool]) -> Iterator[Any]:
     """Yield an actor whose ``wait`` returns in the workers soon after ``asked()`` becomes True in this process."""
-    sign = ray.remote(_StopSign).options(**_here()).remote()
+    sign = ray.remote(StopSign).options(name=actor_name(run, "stop-sign"), **_here()).remote()
     done = threading.Event()
 
     def watch() -> None:
@@ -84,6 +94,11 @@ def stop_sign(asked: Callable[[], bool]) -> Iterator[Any]:
         done.set()
         thread.join()
         ray.kill(sign)
+
+
+def actor_name(*parts: str) -> str:
+    """Return a name for an actor in Ray's lists and dashboard; its end makes it unique, as Ray requires."""
+    return "-".join([*parts, uuid.uuid4().hex[:8]])
 
 
 def _here() -> dict[str, Any]:

@@ -31,11 +31,15 @@ from typing import Any
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+try:
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+except ImportError:  # Ray has no public way to slow its loop down; without this one, training is only slower
+    ExecutionCallback = object
 
 from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, Row, decoded, encode
 from headkd_ray.cluster.teacher_actors import teacher_actors, with_teachers
-from headkd_ray.cluster.teacher_process import set_up, within_memory
+from headkd_ray.cluster.teacher_process import resources_of, set_up, within_memory
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker
 from headkd_ray.data.epoch_order import Window
@@ -56,11 +60,13 @@ WINDOWS_PER_BLOCK = 16
 """Windows per read task: if its node is lost, this many are read again."""
 
 
-def decode_on_ray(cluster: ClusterSpec, teacher_job: Job | None = None) -> Decode:
+def decode_on_ray(cluster: ClusterSpec, teacher_job: Job | None = None, run: str = "headkd") -> Decode:
     """Return a ``Decode`` function that uses Ray tasks with at most ``cluster.data_cpus`` CPUs per rank. Needs ``ray.init``.
 
     With ``teacher_job`` the training batches have the soft targets of that job's teacher, which runs in separate processes; or,
     if the student chooses the RoIs, a ``TeacherHandle``, which computes the teacher's features of them.
+
+    ``run``: what the Datasets are called in Ray's dashboard, with train or val.
     """
 
     @contextmanager
@@ -73,7 +79,10 @@ def decode_on_ray(cluster: ClusterSpec, teacher_job: Job | None = None) -> Decod
         asked = teacher_job if maker.train else None
         chosen_here = asked is not None and asked.distill.rois == "student"
         teaching = None if chosen_here else asked
-        batches = _batches(chain([first], planned), lambda rows: _dataset(rows, shards, maker, cluster.data_cpus, teaching))
+        name = f"{run}_{'train' if maker.train else 'val'}"
+        batches = _batches(
+            chain([first], planned), lambda rows: _dataset(name, rows, shards, maker, cluster.data_cpus, teaching)
+        )
         try:
             if asked is None or not chosen_here:
                 yield batches
@@ -87,14 +96,17 @@ def decode_on_ray(cluster: ClusterSpec, teacher_job: Job | None = None) -> Decod
     return decode
 
 
-def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, teacher_job: Job | None) -> ray.data.Dataset:
+def _dataset(
+    name: str, rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, teacher_job: Job | None
+) -> ray.data.Dataset:
     pool = teacher_job.teacher.pool if teacher_job is not None and teacher_job.teacher is not None else None
     least, most = pool.actors if pool else (0, 0)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # every row, that is every chunk, becomes its own block and is decoded by its own task
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Unhurried]
+    if ExecutionCallback is not object and hasattr(context, "custom_execution_callback_classes"):
+        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Unhurried]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
         cpu=cpus + (most * pool.cpus if pool else 0.0),
@@ -103,6 +115,7 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
     )
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // WINDOWS_PER_BLOCK))
+        dataset.set_name(name)
         # Different num_cpus keep Ray from fusing the stages, which would make each window a single task.
         chunks = dataset.flat_map(ReadWindow(shards, maker), compute=TaskPoolStrategy(size=1), num_cpus=0)
         if pool is None or teacher_job is None:
@@ -110,12 +123,10 @@ def _dataset(rows: list[Row], shards: ShardSet, maker: BatchMaker, cpus: float, 
         # A thousandth less, so that it differs from the teacher's CPUs: Ray would fuse stages that ask for the same.
         decoded = chunks.map(DecodeChunk(maker), num_cpus=min(1.0, cpus) - 0.001)
         return decoded.map(
-            Teaching,
+            TeachChunk,
             fn_constructor_kwargs={"job": teacher_job.model_dump(mode="json"), "classes": shards.meta.classes},
             compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            resources=pool.resources,
+            **resources_of(pool),
         )
 
 
@@ -134,7 +145,7 @@ class _Unhurried(ExecutionCallback):
         self.last = time.monotonic()
 
 
-class Teaching:
+class TeachChunk:
     """A Ray Data actor that adds soft targets to batches.
 
     It runs the teacher on one training batch at a time, as an inline teacher does: a larger batch would round differently.

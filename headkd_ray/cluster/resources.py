@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
@@ -14,8 +16,9 @@ from headkd_ray.job import ClusterSpec, Job, PoolSpec
 
 GROWS = "HEADKD_RAY_NODES"
 """Environment variable with which a cluster file lists the nodes that its autoscaler may add to the head, as JSON, for example
-[{"count": 2, "CPU": 48, "GPU": 4}]. Ray does not report them, and no job would fit while only the head is running. If it is
-unset, only the nodes that are running count."""
+[{"count": 2, "CPU": 48, "GPU": 4, "labels": {"pool": "trainer"}}]. Ray does not report them, and no job would fit while only
+the head is running. Labels and kinds of GPU that are not listed are taken to be those that a job selects. If it is unset, only
+the nodes that are running count."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,11 @@ def check_resources(job: Job) -> Resources:
     Raises ClusterError, which says what was requested and what exists.
     """
     spec, workers = job.cluster, job.cluster.fewest_workers
-    nodes, has = _nodes()
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    found, has = _nodes()
+    if problem := _selects_nothing("cluster", spec, found):
+        raise ClusterError(problem)
+    nodes = [node.resources for node in found if node.suits(spec)]
+    cpus = sum(node.resources.get("CPU", 0.0) for node in found)  # data tasks run anywhere
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     wants_gpu = spec.gpus_per_worker
     gpus_per_worker = wants_gpu if wants_gpu is not None else float(gpus >= workers > 0)
@@ -72,7 +78,7 @@ def check_resources(job: Job) -> Resources:
     if job.teacher is not None and job.teacher.placement == "pool":
         count = grown * job.teacher.pool.actors[0]  # the minimum for each worker
         beside = {"CPU": grown * each, "GPU": grown * gpus_per_worker}
-        problems += _pool_problems(job.teacher.pool, nodes, count, beside)
+        problems += _pool_problems(job.teacher.pool, found, count, beside)
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
@@ -86,9 +92,9 @@ def room_for(job: Job) -> int:
     spec = job.cluster
     nodes, _ = _nodes()
     if spec.workers == 0:
-        return sum(_places(node, spec.cpus_per_worker, gpus_of_process(job)) for node in nodes)
+        return sum(_places(node.resources, spec.cpus_per_worker, gpus_of_process(job)) for node in nodes)
     gpus = check_resources(job).gpus_per_worker
-    places = sum(_places(node, spec.cpus_per_worker + spec.data_cpus, gpus) for node in nodes)
+    places = sum(_places(node.resources, spec.cpus_per_worker + spec.data_cpus, gpus) for node in nodes if node.suits(spec))
     return max(1, places // spec.most_workers)
 
 
@@ -96,7 +102,7 @@ def gpus_of_process(job: Job) -> float:
     """Return the GPUs of a training in one process: cluster.gpus_per_worker, or by default one if the cluster has any."""
     nodes, _ = _nodes()
     wants = job.cluster.gpus_per_worker
-    return wants if wants is not None else float(any(node.get("GPU", 0.0) for node in nodes))
+    return wants if wants is not None else float(any(node.resources.get("GPU", 0.0) for node in nodes))
 
 
 def check_pool(job: Job) -> None:
@@ -115,9 +121,9 @@ def check_predictors(spec: ClusterSpec) -> float:
     """
     count, cpus = spec.fewest_workers, spec.cpus_per_worker
     nodes, has = _nodes()
-    there = sum(node.get("GPU", 0.0) for node in nodes)
+    there = sum(node.resources.get("GPU", 0.0) for node in nodes)
     gpus = float(there >= count) if spec.gpus_per_worker is None else spec.gpus_per_worker
-    places = sum(_places(node, cpus, gpus) for node in nodes)
+    places = sum(_places(node.resources, cpus, gpus) for node in nodes)
     if places < count:
         asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         raise ClusterError(
@@ -127,26 +133,71 @@ def check_predictors(spec: ClusterSpec) -> float:
     return gpus
 
 
-def _nodes() -> tuple[list[dict[str, float]], str]:
-    """Return each node's resources, including nodes that an autoscaler may start, and the verb for messages about them."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+@dataclass(frozen=True)
+class _Node:
+    resources: dict[str, float]
+    labels: dict[str, str] | None
+    """None: an autoscaler's node whose labels are not known."""
+
+    @property
+    def accelerators(self) -> list[str]:
+        """Kinds of GPU."""
+        return [kind for name in self.resources for key, _, kind in [name.partition(":")] if key == "accelerator_type"]
+
+    def suits(self, spec: ClusterSpec | PoolSpec) -> bool:
+        """Return whether the node has the labels and the kind of GPU that ``spec`` selects, as far as is known."""
+        kind = spec.accelerator_type is None or spec.accelerator_type in self.accelerators
+        if self.labels is None:
+            return kind or not self.accelerators
+        return kind and all(_matches(self.labels.get(key), wanted) for key, wanted in spec.labels.items())
+
+
+def _matches(value: str | None, wanted: str) -> bool:
+    """Return whether a node's label has a value of a selector: value, in(a, b), or either with ! in front."""
+    negated, wanted = wanted.startswith("!"), wanted.removeprefix("!")
+    several = re.fullmatch(r"in\((.*)\)", wanted)
+    options = [option.strip() for option in several[1].split(",")] if several else [wanted]
+    return (value in options) is not negated
+
+
+def _selects_nothing(section: str, spec: ClusterSpec | PoolSpec, nodes: list[_Node]) -> str | None:
+    """Return that no node has what ``spec`` selects, and what they have; None if one does."""
+    if not nodes or any(node.suits(spec) for node in nodes):
+        return None
+    asked: Mapping[str, object] = {"labels": spec.labels, "accelerator_type": spec.accelerator_type}
+    keys = " and ".join(f"{section}.{key} {value}" for key, value in asked.items() if value)
+    has: list[dict[str, str]] = []
+    for node in nodes:
+        labels = {key: value for key, value in (node.labels or {}).items() if key != "ray.io/node-id"}
+        kind = {"accelerator_type": ", ".join(node.accelerators)} if node.accelerators else {}
+        has += [] if {**labels, **kind} in has else [{**labels, **kind}]
+    return f"{keys}: no node of the cluster has this; the nodes have {has}; select others, or start such a node"
+
+
+def _nodes() -> tuple[list[_Node], str]:
+    """Return the nodes, including those that an autoscaler may start, and the verb for messages about them."""
+    alive = [_Node(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"]]
     if not os.environ.get(GROWS):
         return alive, "has"
     try:
         groups = [dict(group) for group in json.loads(os.environ[GROWS])]
-        started = [group for group in groups for _ in range(group.pop("count"))]
+        started = [_Node(group, group.pop("labels", None)) for group in groups for _ in range(group.pop("count"))]
     except (ValueError, TypeError, KeyError):
         raise ClusterError(f'{GROWS}={os.environ[GROWS]!r} is not a JSON list like [{{"count": 2, "CPU": 48}}]') from None
-    return [node for node in alive if "node:__internal_head__" in node] + started, "may grow to"
+    return [node for node in alive if "node:__internal_head__" in node.resources] + started, "may grow to"
 
 
-def _pool_problems(pool: PoolSpec, nodes: list[dict[str, float]], count: int, beside: dict[str, float]) -> list[str]:
+def _pool_problems(pool: PoolSpec, found: list[_Node], count: int, beside: dict[str, float]) -> list[str]:
     """Return why ``count`` teacher processes cannot start while train workers take ``beside``; empty if they can."""
+    if problem := _selects_nothing("teacher.pool", pool, found):
+        return [problem]
+    nodes = [node.resources for node in found]
     each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
     asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
-    able = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
+    suitable = [node.resources for node in found if node.suits(pool)]
+    able = [node for node in suitable if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
     if not able:
-        has = [{name: node.get(name, 0.0) for name in each} for node in nodes]
+        has = [{name: node.get(name, 0.0) for name in each} for node in suitable]
         return [
             f"teacher.pool: no node has what a process requests ({asked}); nodes: {has}; request less, or start such a node"
         ]

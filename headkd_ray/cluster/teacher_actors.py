@@ -72,7 +72,7 @@ def teacher_actors(job: Job, classes: tuple[str, ...]) -> Iterator[list[Any]]:
     """Start the minimum number of teachers in the job's pool; they end with the context. One that dies is restarted."""
     assert job.teacher is not None
     pool = job.teacher.pool
-    actors = actors_of(TeacherActor, pool, pool.actors[0], job.model_dump(mode="json"), classes)
+    actors = actors_of(TeacherActor, job.run.name, pool, pool.actors[0], job.model_dump(mode="json"), classes)
     try:
         yield actors
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 
+from headkd_ray.cluster.driver import actor_name
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job, PoolSpec
 from headkd_ray.memory import enough_memory
@@ -16,11 +17,17 @@ PATIENCE = 300.0
 """Seconds without an answer after which a teacher is given up: it may first have to be restarted on another node."""
 
 
-def actors_of(kind: type, pool: PoolSpec, count: int, *arguments: Any) -> list[Any]:
+def actors_of(kind: type, run: str, pool: PoolSpec, count: int, *arguments: Any) -> list[Any]:
     """Start ``count`` actors of class ``kind`` with the pool's resources. Ray restarts one that dies and repeats its calls."""
+    remote = ray.remote(kind).options(**resources_of(pool), max_restarts=-1, max_task_retries=-1)
+    return [remote.options(name=actor_name(run, f"teacher-{number}")).remote(*arguments) for number in range(count)]
+
+
+def resources_of(pool: PoolSpec) -> dict[str, Any]:
+    """Return the resources of a teacher process, as options of a Ray task or actor."""
     options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources}
-    remote = ray.remote(kind).options(**options, max_restarts=-1, max_task_retries=-1)
-    return [remote.remote(*arguments) for _ in range(count)]
+    chosen = {"label_selector": pool.labels, "accelerator_type": pool.accelerator_type}
+    return options | {option: value for option, value in chosen.items() if value}
 
 
 def set_up(job: Job) -> torch.device:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray import train as ray_train
-from ray.exceptions import RayActorError
-from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
+from headkd_ray.cluster.gauges import Gauges
 from headkd_ray.cluster.listing import drop_unusable
 from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.cluster.resources import Resources, check_resources
-from headkd_ray.cluster.restarts import with_restarts
+from headkd_ray.cluster.restarts import FAILURES, PreemptedError, was_preempted, with_restarts
+from headkd_ray.cluster.stop_requests import StopRequests
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.training_set import training_set
 from headkd_ray.engine.checkpoint import SCORE, check
@@ -54,14 +55,15 @@ def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
     """Connect to the job's cluster and yield the function that trains there.
 
     It returns the result record, and its argument receives the log records in this process. It raises ClusterError if the
-    workers fail more than cluster.max_failures times, and TrainingError, CheckpointError, StoppedError, DataError, CacheError,
-    DeviceMemoryError and DiskError as ``fit`` does.
+    workers fail more than cluster.max_failures times, or are preempted more than cluster.max_preemption_failures times, and
+    TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError and DiskError as ``fit`` does.
 
     Raises:
         ClusterError: the cluster is missing or too small.
     """
     # This interval (2 s by default) also limits how soon a report is taken.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     with connected(job.cluster):
         resources = check_resources(job)
         yield lambda tell: _train(job, resources, tell)
@@ -69,21 +71,29 @@ def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
 
 def _train(job: Job, resources: Resources, tell: Sink) -> Record:
     run = open_run(job)
-    notes = Notes(tell)
+    name, notes = job.run.name, Notes(tell)
     for problem in drop_unusable(run):
         notes(problem)
-    with stop_signals() as asked_to_stop, stop_sign(asked_to_stop) as sign, forwarded(notes.record) as queue:
+    with stop_signals() as asked_to_stop, stop_sign(name, asked_to_stop) as sign, forwarded(name, notes.record) as queue:
         driver = {"queue": queue, "stop": sign}
         try:
-            result = with_restarts(lambda: _trainer(job, resources, driver).fit(), job.cluster.max_failures, notes)
-        except (TrainingFailedError, RayActorError) as error:
-            raise ClusterError(f"training failed for good: {_cause(error)}") from error
+            result = with_restarts(lambda: _train_once(job, resources, driver), job.cluster, notes)
+        except FAILURES as error:
+            raise ClusterError(_given_up(job, error, sign)) from error
         outcome = result.return_value
         if "error" in outcome:
             raise outcome["error"]
     ranking = sorted(result.best_checkpoints, key=lambda entry: entry[1][SCORE], reverse=True)
     folders = [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
     return finish(run, folders, outcome["last"], outcome["data"], tell)
+
+
+def _train_once(job: Job, resources: Resources, driver: dict[str, Any]) -> Result:
+    """Run Ray Train until the training ends. Raises PreemptedError if it ended early because nodes are taken away."""
+    result = _trainer(job, resources, driver).fit()
+    if result.return_value.get("leaving"):
+        raise PreemptedError(result.return_value["leaving"])
+    return result
 
 
 class Notes:
@@ -119,6 +129,8 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             num_workers=resources.workers,
             elastic_resize_monitor_interval_s=job.cluster.resize_seconds,
             use_gpu=resources.gpus_per_worker > 0,
+            label_selector=job.cluster.labels or None,
+            accelerator_type=job.cluster.accelerator_type,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
                 **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
@@ -128,7 +140,14 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
             name=job.run.name,
             storage_path=storage.path,
             storage_filesystem=storage.fs,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # with_restarts counts
+            failure_config=FailureConfig(
+                # with_restarts counts all three. relax_collectives_on_preemption stays off: a worker on a drained node takes
+                # part in the last step and the checkpoint, and if Ray no longer waited for it, ours would wait for ever.
+                max_failures=0,
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                preemption_grace_s=job.cluster.preemption_grace_s,
+            ),
             # Keep the two best by AP, as one may be damaged; Ray always keeps the latest too.
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),
         ),
@@ -165,28 +184,25 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     Errors that a restart would only meet again are returned instead of raised: at once if all ranks meet them alike, otherwise
     after the restart that ends the other ranks.
     """
-    stop = config["stop"]
-    if (error := ray.get(stop.given_up.remote())) is not None:
+    stop, context = config["stop"], ray_train.get_context()
+    if (error := ray.get(stop.enter.remote(context.get_world_rank(), _output()))) is not None:
         return {"error": error}
     job = Job.model_validate(config["job"])
     torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
-    context = ray_train.get_context()
     distributed = Distributed(context.get_world_rank(), context.get_world_size(), get_device())
     teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None
     sets = training_set(job), ShardSet.open(job.data.val)
-    streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job))
+    streams = Streams(job, distributed, *sets, decode_on_ray(job.cluster, teacher_job, job.run.name))
 
     with run_log(run_folder(job), job, config["queue"].put) as open_sink:
-        up = stop.wait.remote()
-
-        def asked_to_stop() -> bool:
-            return bool(ray.wait([up], timeout=0)[0])
-
+        requests, gauges = StopRequests(stop, distributed), Gauges(job, distributed.rank)
         try:
             store = store_of(job, run_folder(job), streams.val_set)
-            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, asked_to_stop, store)
+            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, requests, store, gauges)
             return {"last": last, "data": data_fingerprints(streams)}
-        except (TrainingError, CheckpointError, StoppedError) as error:
+        except StoppedError as error:
+            return {"leaving": requests.leaving} if requests.leaving and not requests.asked else {"error": error}
+        except (TrainingError, CheckpointError) as error:
             return {"error": error}
         except (DataError, CacheError, DeviceMemoryError, DiskError) as error:
             ray.get(stop.give_up.remote(error))
@@ -226,9 +242,27 @@ class RayCheckpoints:
         )
 
 
-def _cause(error: TrainingFailedError | RayActorError) -> str:
+def _output() -> str:
+    """Return where Ray keeps what this process prints."""
+    context = ray.get_runtime_context()
+    logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    return f"{logs}/worker-{context.get_worker_id()}-*.err on {ray.util.get_node_ip_address()}"
+
+
+def _given_up(job: Job, error: BaseException, sign: Any) -> str:
+    """Return why training cannot go on, and where the failed workers' output is, if the driver's stop sign can still tell."""
+    outputs: dict[int, str] = {}
+    with suppress(RayError):
+        outputs = ray.get(sign.outputs.remote(), timeout=10)
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    key = "max_preemption_failures" if was_preempted(error) else "max_failures"
+    cause = f"{_cause(list(failures.values()) or [error])} (cluster.{key}: {getattr(job.cluster, key)})"
+    seen = [f"rank {rank}: {outputs[rank]}" for rank in sorted(failures) if rank in outputs]
+    return f"training failed for good: {cause}" + (f"; what the worker printed: {', '.join(seen[:3])}" if seen else "")
+
+
+def _cause(failures: list[BaseException]) -> str:
     """Return a worker's UserError in full if there is one, else the last line of the first worker's error."""
-    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
     raised = (getattr(failure, "_base_exc", failure) for failure in failures)  # Ray wraps what the worker raised
     mistake = next((failure for failure in raised if isinstance(failure, UserError)), None)
     return str(mistake) if mistake is not None else str(failures[0]).strip().splitlines()[-1]

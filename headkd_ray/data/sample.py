@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +95,41 @@ def samples_of(table: pa.Table, wanted: Sequence[int], expected: Expected, class
         mine = mine[whole[mine]]
         size = (int(expected.height[row]), int(expected.width[row]))
         yield Sample(int(expected.image_id[row]), images[row].as_py(), boxes[mine], labels[mine], size, reading)
+
+
+class Annotations(NamedTuple):
+    """Boxes of several images that are not crowds."""
+
+    rows: NDArray[np.int64]
+    """Row of the index of each box's image, int64 (n,), ascending."""
+    labels: NDArray[np.int64]
+    """int64 (n,), contiguous."""
+    boxes: NDArray[np.float32]
+    """float32 (n, 4): x1 y1 x2 y2 in pixels of the stored image."""
+
+
+def annotations_of(table: pa.Table, expected: Expected, classes: int, start: int) -> Annotations:
+    """Return the boxes of a shard that are not crowds.
+
+    Args:
+        table: the columns ``boxes``, ``labels`` and ``crowd``.
+        expected: what the index says about the images.
+        start: number of the first row.
+
+    Raises:
+        ValueError: a row contradicts the index or itself.
+    """
+    column = _filled(table["boxes"])
+    lengths = np.asarray(column.value_lengths(), dtype=np.int64)
+    boxes = _filled(_filled(column.flatten()).flatten()).to_numpy().reshape(-1, 4)
+    labels = _filled(_filled(table["labels"]).flatten()).to_numpy().astype(np.int64)
+    crowd = _filled(_filled(table["crowd"]).flatten()).to_numpy(zero_copy_only=False)
+    if table.num_rows != len(expected.image_id) or not len(boxes) == len(labels) == len(crowd):
+        raise ValueError("its boxes are not those that the index counts")
+    first = np.concatenate([[0], np.cumsum(lengths)])
+    _check_boxes(boxes, labels, crowd, first, expected, classes)
+    rows, whole = np.repeat(np.arange(table.num_rows), lengths), ~crowd
+    return Annotations(start + rows[whole], labels[whole], boxes[whole])
 
 
 def labels_of(

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from headkd_ray.data.meta import Meta
-from headkd_ray.data.sample import COLUMNS, Expected, Sample, labels_of, samples_of
+from headkd_ray.data.sample import COLUMNS, Annotations, Expected, Sample, annotations_of, labels_of, samples_of
 from headkd_ray.data.truth import read_truth
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
@@ -205,6 +205,27 @@ class ShardSet:
             found = list(pool.map(self._labels_of, range(len(self.meta.shards))))
         rows, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return rows, labels
+
+    def annotations(self) -> Iterator[Annotations]:
+        """Yield the boxes of each shard, in the order of the shards, without reading its images.
+
+        Raises DataError as ``read_group`` does.
+        """
+        for shard in range(len(self.meta.shards)):
+            try:
+                with self._open(shard) as file:
+                    table = file.read(columns=["boxes", "labels", "crowd"], use_threads=False)
+                start = int(np.searchsorted(self.index.shard, shard))
+                expected = self._expected(shard, 0, self.meta.shards[shard].images)
+                yield annotations_of(table, expected, len(self.meta.classes), start)
+            except (OSError, ValueError, TypeError) as error:
+                raise self._unreadable(shard, error) from error
+
+    def sample_at(self, row: int) -> Sample:
+        """Return the image at a row of the index. Raises DataError as ``read_group`` does."""
+        shard, place = int(self.index.shard[row]), int(self.index.row[row])
+        (sample,) = self.read_group(shard, place // self.index.row_group, [place])
+        return sample
 
     def _labels_of(self, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         try:

@@ -16,7 +16,13 @@ from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
 from headkd_ray.detectors.ops.fixed_size import constant
-from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum, mean_over_workers
+from headkd_ray.detectors.ops.losses import (
+    binary_cross_entropy_sum,
+    focal_loss_sum,
+    iou_sum,
+    mean_over_workers,
+    weighed_by_class,
+)
 from headkd_ray.detectors.ops.matching import gather_rows, match_points, row_weights
 from headkd_ray.detectors.ops.proposals import Found, best_pairs, flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -102,7 +108,8 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         idle = not self.training  # a process without images in this step runs in eval mode
         positives = mean_over_workers(positive.sum().float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1e-6)
-        cls = focal_loss_sum(logits, target_labels, certain, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights)
+        by_class = weighed_by_class(certain, target_labels, self.class_weights)
+        cls = focal_loss_sum(logits, target_labels, by_class, self.spec.focal_alpha, self.spec.focal_gamma)
         return {
             "loss_cls": cls / positives,
             "loss_box": iou_sum(predicted, target_boxes, weights * certain, self.spec.box_loss) / weight,

@@ -30,6 +30,8 @@ class StepWindow:
 
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
+        self.own: Record = {}
+        """What the last record says of the machine, of this rank alone: images_per_second, data_wait and memory_mib."""
         self.reset()
 
     def reset(self) -> None:
@@ -66,9 +68,9 @@ class StepWindow:
         seconds = time.perf_counter() - self.started
         on_gpu = self.distributed.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.distributed.device) / 2**20 if on_gpu else host_peak_mib()
-        numbers = [self.steps, self.images / seconds, self.waited / seconds, peak, self.restarts]
-        own = torch.tensor(numbers, device=self.distributed.device)
-        means = self.distributed.mean(torch.cat([torch.stack([self.sums[name] for name in names]), own]))
+        self.own = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds, "memory_mib": peak}
+        numbers = torch.tensor([self.steps, *self.own.values(), self.restarts], device=self.distributed.device)
+        means = self.distributed.mean(torch.cat([torch.stack([self.sums[name] for name in names]), numbers]))
         *sums, steps, rate, wait, memory, restarts = means.tolist()
         self.reset()
         lost = {"teacher_restarts": round(restarts * self.distributed.size)} if restarts else {}

@@ -58,6 +58,7 @@ def fit(
     open_sink: Callable[[int], Sink],
     asked_to_stop: Callable[[], bool] = lambda: False,
     store: Store | None = None,
+    observe: Sink = lambda record: None,
 ) -> Record:
     """Train to the end, resuming from the latest checkpoint if any; return the last evaluation's metrics. Collective.
 
@@ -68,6 +69,8 @@ def fit(
         open_sink: called on rank 0 with the step from which training resumes (0 = new run); the sink receives the log records.
         asked_to_stop: polled at every step; if it is True on any rank, training ends with that step and a checkpoint of it.
         store: called on rank 0 with the detections of each evaluation, before its record.
+        observe: called on every rank with the log records of steps and evaluations, in which images_per_second, data_wait and
+            memory_mib are those of the rank alone.
 
     Raises:
         TrainingError: the loss is not finite, or torch.compile does not work here.
@@ -152,6 +155,7 @@ def fit(
                 record = {**place, "workers": distributed.size, "lr": lr, **window.record()}
                 check_finite(record)
                 sink(record)
+                observe({**record, **window.own})
             if not checkpoint_due:
                 continue
             scored = None
@@ -159,7 +163,9 @@ def fit(
                 scored = validate(job, distributed, streams, state.student, keep_found)
                 last = {"step": state.step, **scored.as_dict()}
                 state.patience.see(scored.AP, epoch)
-                sink({"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()})
+                evaluated = {"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()}
+                sink(evaluated)
+                observe(evaluated)
             keep(state, job, distributed, streams, checkpoints, scored)
             if last_one and state.step < total_steps and not state.patience.exhausted:
                 raise StoppedError(

@@ -14,7 +14,7 @@ from headkd_ray.job.augment_spec import AugmentSpec
 from headkd_ray.job.detector_spec import DetectorSpec, RetinaNetSpec
 from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import Method
-from headkd_ray.job.module_specs import Spec, Text
+from headkd_ray.job.module_specs import Labels, Spec, Text
 from headkd_ray.job.numbers import (
     Batch,
     Boxes,
@@ -33,6 +33,7 @@ from headkd_ray.job.numbers import (
     Rate,
     Restarts,
     Seconds,
+    SecondsOrNone,
     Seed,
     Share,
     Steps,
@@ -295,12 +296,27 @@ class ClusterSpec(Spec):
     """GPUs per worker: 1 trains on a GPU, 0 on the CPU; null = 1 if the cluster has GPUs for all workers, else 0."""
     cpus_per_worker: Share = 1.0
     """CPUs that Ray reserves per worker."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels that the nodes of train workers must have, for example {market: on-demand}; a value may also be !spot,
+    in(a100, h100) or !in(...). Data tasks may run on any node."""
+    accelerator_type: Text | None = None
+    """Kind of GPU that train workers need, by the name that Ray gives it, such as A10G, L4, A100 or H100; null = any."""
     data_cpus: Share = 1.0
     """CPUs left free for each worker's data tasks (decoding and augmentation), one CPU per task."""
     threads_per_worker: Threads | None = None
     """PyTorch CPU threads per worker; null = cpus_per_worker (without Ray: PyTorch's own choice)."""
     max_failures: Restarts = 3
-    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up."""
+    """Restarts from the last checkpoint, after the loss of a worker or of Ray Train's controller, before the run gives up.
+    Nodes that Ray knows to be taken away do not count here."""
+    max_preemption_failures: Restarts | None = None
+    """Restarts because a node of a worker was drained, as a spot machine is before its cloud takes it back; null = no limit. A
+    drain is announced, so the workers write a checkpoint at once and no step is repeated."""
+    preemption_grace_s: SecondsOrNone = 0.0
+    """Seconds beyond the deadline of a drain for which the workers on other nodes may go on writing that checkpoint."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a cluster that the command starts for itself, and print its address."""
+    log_to_driver: bool = False
+    """Also print what the processes of the run write to their standard output and error, which Ray keeps in its logs."""
     resize_seconds: Seconds = 60.0
     """With a range of workers: seconds between checks whether there is room for more. Each change resumes from the last
     checkpoint."""

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from typing_extensions import Self
 
 from headkd_ray.job.backbone_kwargs import check_kwargs
+from headkd_ray.job.labels import check_label
 from headkd_ray.job.numbers import Boxes, Channels, Deviation, Factor, Fraction, Layers, Length, Mean, Octaves, Ratio, Scale
 
 
@@ -46,6 +47,8 @@ class Spec(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Labels = dict[Text, Annotated[str, AfterValidator(check_label)]]
+"""A label selector of Ray: the labels that a node must have; a value may also be !value, in(a, b) or !in(a, b)."""
 Stds = tuple[Deviation, Deviation, Deviation, Deviation]
 
 

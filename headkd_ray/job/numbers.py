@@ -42,6 +42,7 @@ Steps = Annotated[int, Field(gt=0, le=10**9)]
 StepsOrNone = Annotated[int, Field(ge=0, le=10**9)]
 Restarts = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(gt=0.0, le=1e9)]
+SecondsOrNone = Annotated[float, Field(ge=0.0, le=1e9)]
 
 Pixels = Annotated[int, Field(gt=0, le=32_768)]
 """A side of an image."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from headkd_ray.job.module_specs import Spec, Text
+from headkd_ray.job.module_specs import Labels, Spec, Text
 from headkd_ray.job.numbers import Batch, Fraction, Layers, Logits, Part, Processes, Scale, ShareOrNone
 
 
@@ -22,6 +22,10 @@ class PoolSpec(Spec):
     """GPUs per process, possibly a fraction of one; 0 = run on the CPU."""
     resources: dict[str, Scale] = Field(default_factory=dict)
     """Custom Ray resources per process, for example {teacher: 1} on nodes that were started with them."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels that the nodes of these processes must have, as in cluster.labels."""
+    accelerator_type: Text | None = None
+    """Kind of GPU that these processes need, as in cluster.accelerator_type; null = any."""
 
 
 class CacheSpec(Spec):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from machines import Machines, logged_steps, wait_for
+from machines import ENVIRONMENT, Machines, logged_steps, wait_for
+from metadata_server import MetadataServer
 
+from headkd_ray.cluster.spot_watch import ENDPOINT
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
 from headkd_ray.train import train
@@ -102,4 +108,49 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(
     assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1))
     phases = [workers for workers, _ in groupby(record["workers"] for record in records)]
     assert phases == [2, 1, 2]
+    assert not machines.left_over()
+
+
+def test_a_spot_notice_costs_no_step_and_is_no_failure(
+    machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS announces the end of one of two trainers; the run writes a checkpoint at once and goes on with another node."""
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    machines.have("trainer", 2, cpus=2)
+    job = micro_job(
+        tmp_path,
+        drawn_splits,
+        optim={"epochs": 1000, "milestones": []},  # the run is stopped after its restart
+        eval={"every_epochs": 1000},
+        cluster={"workers": 2, "cpus_per_worker": 1.5, "data_cpus": 0.5, "threads_per_worker": 1, "max_failures": 0},
+    )
+    file, folder, output = tmp_path / "job.yaml", run_folder(job), tmp_path / "output"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    driver = machines.train(file, output)
+    wait_for(lambda: len(logged_steps(folder)) >= 3, driver)
+    leaving = machines.nodes["trainer"][-1]
+    watch = [sys.executable, "-m", "headkd_ray.cluster.spot_watch"]
+    with MetadataServer() as server:
+        environment = {**os.environ, **ENVIRONMENT, ENDPOINT: server.url}
+        watcher = subprocess.Popen(
+            [*watch, "--address", machines.cluster.address, "--node-id", leaving.node_id],
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
+        end = datetime.now(timezone.utc) + timedelta(seconds=600)
+        server.answers = [server.notice("terminate", f"{end:%Y-%m-%dT%H:%M:%SZ}")]
+        told, _ = watcher.communicate(timeout=HANGS)
+    assert watcher.returncode == 0 and f"Ray node {leaving.node_id} is being drained" in told.decode()
+    wait_for(lambda: "preemption 1)" in output.read_text(), driver)
+    steps = len(logged_steps(folder))
+    assert folder.has(f"step_{steps:08d}/training_state.pt"), "the checkpoint is that of the last step"
+    machines.replace(leaving)
+    machines.have("trainer", 2, cpus=2)
+    wait_for(lambda: len(logged_steps(folder)) > steps + 2, driver)
+    driver.terminate()
+    assert driver.wait(HANGS) == 143, output.read_text()
+    records = logged_steps(folder)
+    assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1))
+    trained = [int(line.split("step ")[1].split("/")[0]) for line in output.read_text().splitlines() if "images/s" in line]
+    assert trained == sorted(set(trained)), "a step was repeated"
     assert not machines.left_over()

@@ -54,6 +54,20 @@ def test_kuberay_s_crds_take_the_file_and_no_typo(kuberay: dict[str, dict[str, A
             check("RayCluster", spec)
 
 
+def test_the_job_that_resumes_by_itself_has_the_same_cluster(kuberay: dict[str, dict[str, Any]]) -> None:
+    """KubeRay tries it again in a new cluster; it would delete one that the job selects."""
+    account, job = yaml.safe_load_all((CLUSTER / "rayjob.yaml").read_text(encoding="utf-8"))
+    fields = json.loads(Path(__file__).with_name("kuberay_fields.json").read_text(encoding="utf-8"))
+    jsonschema.validate(job["spec"], {**fields, "$ref": "#/$defs/RayJob"})
+    assert job["spec"]["backoffLimit"] > 0 and job["spec"]["shutdownAfterJobFinishes"]
+    assert account == kuberay["ServiceAccount"] and job["spec"]["rayClusterSpec"] == kuberay["RayCluster"]["spec"]
+    selecting = kuberay["RayJob"]["spec"]
+    assert {key: job["spec"][key] for key in ("runtimeEnvYAML", "entrypoint")} == {
+        key: selecting[key] for key in ("runtimeEnvYAML", "entrypoint")
+    }
+    assert "backoffLimit" not in selecting
+
+
 def test_ray_s_autoscaler_reads_the_groups(kuberay: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own function for reading a RayCluster sees what each pod requests of Kubernetes, and the job fits."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr

@@ -18,7 +18,10 @@ Check = Callable[..., resources.Resources]
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """Return a function that checks a job with given keys of its cluster section, on two nodes with 2 CPUs each."""
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 2.0, f"accelerator_type:{gpu}": 1.0}, "Labels": {"market": market}}
+        for market, gpu in (("spot", "L4"), ("on-demand", "A10G"))
+    ]
     monkeypatch.setattr(resources.ray, "nodes", lambda: nodes)
 
     def check(**keys: Any) -> resources.Resources:
@@ -40,3 +43,38 @@ def test_as_many_workers_as_find_room_must_leave_some_to_data_tasks(check: Check
     with pytest.raises(ClusterError, match=r"cluster\.workers \[1, 8\]: the 4 that fit would leave 4 - 4 x"):
         check(workers=(1, 8), cpus_per_worker=1, data_cpus=1)
     assert check(workers=(1, 2), cpus_per_worker=1, data_cpus=1).workers == (1, 2)
+
+
+def test_only_nodes_with_the_labels_and_the_gpu_count_for_workers(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data tasks may run on the others. What an autoscaler's nodes do not say is taken to fit."""
+    half = {"cpus_per_worker": 1, "data_cpus": 1}
+    for chosen in ({"labels": {"market": "spot"}}, {"labels": {"market": "!in(spot, other)"}}, {"accelerator_type": "L4"}):
+        assert check(workers=2, **half, **chosen).workers == 2
+        with pytest.raises(ClusterError, match=r"cluster\.workers 2: only 1 fit on nodes with"):
+            check(workers=2, cpus_per_worker=1.5, data_cpus=0.5, **chosen)
+    with pytest.raises(ClusterError) as caught:
+        check(workers=1, labels={"market": "none"}, accelerator_type="H100")
+    assert str(caught.value).startswith(
+        "cluster.labels {'market': 'none'} and cluster.accelerator_type H100: no node of the cluster"
+    )
+    assert "the nodes have [{'market': 'spot', 'accelerator_type': 'L4'}, " in str(caught.value)
+    monkeypatch.setenv(resources.GROWS, '[{"count": 2, "CPU": 8}]')
+    assert check(workers=2, labels={"market": "none"}, accelerator_type="H100").workers == 2
+    monkeypatch.setenv(resources.GROWS, '[{"count": 2, "CPU": 8, "labels": {"market": "spot"}, "accelerator_type:L4": 1}]')
+    assert check(workers=2, labels={"market": "spot"}, accelerator_type="L4").workers == 2
+    with pytest.raises(ClusterError, match="no node of the cluster has this"):
+        check(workers=1, labels={"market": "spot"}, accelerator_type="H100")
+
+
+def test_a_teacher_pool_is_checked_on_the_nodes_that_it_selects(tmp_path: Path, check: Check) -> None:
+    def problems(**pool: Any) -> str:
+        teacher = {"checkpoint": "t", "placement": "pool", "pool": {"cpus": 0.5, **pool}}
+        job = micro_job(tmp_path, {"train": "a", "val": "b"}, method="head", teacher=teacher, cluster={"workers": 1})
+        with pytest.raises(ClusterError) as caught:
+            resources.check_resources(job)
+        return str(caught.value)
+
+    assert "teacher.pool.labels {'pool': 'teacher'}: no node of the cluster has this" in problems(labels={"pool": "teacher"})
+    assert "4 processes of 0.6 CPU requested, the nodes have room for 3" in problems(
+        accelerator_type="L4", cpus=0.6, actors=[4, 4]
+    )

@@ -19,7 +19,7 @@ import yaml
 from machines import processes
 from ray.cloudpickle import register_pickle_by_value
 from ray.exceptions import ActorDiedError
-from ray.train import CheckpointConfig
+from ray.train import CheckpointConfig, PreemptionError, PreemptionInfo
 from ray.train.v2._internal.exceptions import (
     CheckpointManagerInitializationError,
     WorkerGroupStartupFailedError,
@@ -31,9 +31,10 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from headkd_ray.cluster import trainer as ray_train
 from headkd_ray.cluster.listing import SNAPSHOT, drop_unusable
-from headkd_ray.cluster.restarts import with_restarts
+from headkd_ray.cluster.restarts import PreemptedError, with_restarts
 from headkd_ray.engine.checkpoint import STATE_FILE, seal
 from headkd_ray.errors import CheckpointError, ClusterError
+from headkd_ray.job import ClusterSpec
 from headkd_ray.storage import Folder
 from headkd_ray.train import train
 from tests.support import HANGS, assert_same_weights, micro_job, start_training, student_weights, wait_for_lines
@@ -62,17 +63,33 @@ def test_every_loss_counts_once_and_waiting_for_a_node_does_not(ray_cluster: Non
     controller = ActorDiedError()
     losses = [in_training, at_its_start, starting_again, controller]
     notes: list[str] = []
-    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), 4, notes.append) == "done"
+    assert with_restarts(Fit(*losses, *[waiting] * 9, "done"), ClusterSpec(max_failures=4), notes.append) == "done"
     assert [text.partition("(")[2] for text in notes] == [f"{number} of 4 times)" for number in (1, 2, 3, 4)]
     for loss in losses:
         with pytest.raises(type(loss)):
-            with_restarts(Fit(loss, loss, "done"), 1, notes.append)
+            with_restarts(Fit(loss, loss, "done"), ClusterSpec(max_failures=1), notes.append)
+
+
+def test_a_preemption_is_no_failure_and_has_a_limit_of_its_own(ray_cluster: None) -> None:
+    """Announced in time, known to Ray but too late for a checkpoint, or only seen by the death of a worker."""
+    died = ActorDiedError()
+    died._preempted = True
+    late = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"ab": [0]}), drain_timed_out=True)
+    ends = [PreemptedError(["ab" * 28]), late, WorkerGroupError("lost", {0: died, 1: RuntimeError("connection reset")})]
+    notes: list[str] = []
+    assert with_restarts(Fit(*ends, *ends, "done"), ClusterSpec(max_failures=0), notes.append) == "done"
+    assert [text.partition("(")[2] for text in notes] == [f"preemption {number})" for number in range(1, 7)]
+    assert "with a checkpoint of this step" in notes[0] and "before there was a checkpoint" in notes[1]
+    for end in ends:
+        with pytest.raises(type(end)):
+            with_restarts(Fit(end, end, "done"), ClusterSpec(max_failures=9, max_preemption_failures=1), notes.append)
+    assert notes[-1].endswith("(preemption 1 of 1)")
 
 
 def test_what_a_restart_would_meet_again_is_not_tried_again(ray_cluster: None) -> None:
     fit = Fit(ControllerError(CheckpointManagerInitializationError("damaged")), "done")
     with pytest.raises(ControllerError, match="damaged"):
-        with_restarts(fit, 3, lambda text: None)
+        with_restarts(fit, ClusterSpec(max_failures=3), lambda text: None)
     assert fit.ends == ["done"]
 
 

@@ -100,6 +100,15 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
     assert mistakes(write(MINIMAL), f"student.{key}") == [f"override student.{key}: {message}"]
 
 
+def test_label_selectors_are_those_of_ray(write):
+    for value in ("spot", "!spot", "in(spot)", "in(a100, h100)", "!in(a,b)", "v1.2_x-y"):
+        job = load_job(write(MINIMAL + f'cluster: {{labels: {{market: "{value}"}}}}\n'))
+        assert job.cluster.labels == {"market": value}
+    for value in ("in(spot", "a b", "", "!!spot", "in()", "in(a;b)", "-a"):
+        (told,) = mistakes(write(MINIMAL + f'cluster: {{labels: {{market: "{value}"}}}}\n'))
+        assert f"cluster.labels.market: {value!r} does not select labels; it must be a label's value" in told
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -123,6 +132,7 @@ def test_misspelt_key_in_the_student_shows_no_trace_of_the_union(write, key, mes
         ("data.pad=100000", "100000 must be at most 4096"),
         ("data.eval_short_side=1000000", "1000000 must be at most 32768"),
         ("cluster.threads_per_worker=100000000", "100000000 must be at most 4096"),
+        ("cluster.preemption_grace_s=-1", "-1 must be at least 0"),
         ("student.head.convs=10000000", "10000000 must be at most 100"),
         ("student.pixels.std=[1, 0, 1]", "0 must be at least 1e-06"),
         (
