@@ -16,13 +16,7 @@ from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
 from headkd_ray.detectors.ops.fixed_size import constant
-from headkd_ray.detectors.ops.losses import (
-    binary_cross_entropy_sum,
-    focal_loss_sum,
-    iou_sum,
-    mean_over_workers,
-    weighed_by_class,
-)
+from headkd_ray.detectors.ops.losses import binary_cross_entropy_sum, focal_loss_sum, iou_sum, mean_over_workers
 from headkd_ray.detectors.ops.matching import gather_rows, match_points, row_weights
 from headkd_ray.detectors.ops.proposals import Found, best_pairs, flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -108,8 +102,7 @@ class FCOSHead(DenseHead[FCOSOutputs]):
         idle = not self.training  # a process without images in this step runs in eval mode
         positives = mean_over_workers(positive.sum().float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1e-6)
-        by_class = weighed_by_class(certain, target_labels, self.class_weights)
-        cls = focal_loss_sum(logits, target_labels, by_class, self.spec.focal_alpha, self.spec.focal_gamma)
+        cls = focal_loss_sum(logits, target_labels, certain, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights)
         return {
             "loss_cls": cls / positives,
             "loss_box": iou_sum(predicted, target_boxes, weights * certain, self.spec.box_loss) / weight,

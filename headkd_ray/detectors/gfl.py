@@ -17,13 +17,7 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances, paired_iou
-from headkd_ray.detectors.ops.losses import (
-    distribution_focal_loss_sum,
-    iou_sum,
-    mean_over_workers,
-    quality_focal_loss_sum,
-    weighed_by_class,
-)
+from headkd_ray.detectors.ops.losses import distribution_focal_loss_sum, iou_sum, mean_over_workers, quality_focal_loss_sum
 from headkd_ray.detectors.ops.matching import at_least_one_each, gather_rows, match_adaptive, row_weights
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -100,8 +94,7 @@ class GFLHead(DenseHead[GFLOutputs]):
         idle = not self.training  # a process without images in this step runs in eval mode
         positives = mean_over_workers(at_least_one_each(positive, truth).float(), idle).clamp(min=1)
         weight = mean_over_workers(weights.sum(), idle).clamp(min=1)
-        by_class = weighed_by_class(certain, target_labels, self.class_weights)
-        cls = quality_focal_loss_sum(logits, target_labels, quality, by_class, spec.quality_beta)
+        cls = quality_focal_loss_sum(logits, target_labels, quality, certain, spec.quality_beta, self.class_weights)
         weights = weights * certain
         dfl = distribution_focal_loss_sum(bins, distances.clamp(0, spec.reg_max - LARGEST), weights.unsqueeze(-1)) / 4
         return {

@@ -19,7 +19,7 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import AnchorGrid, Anchors
 from headkd_ray.detectors.ops.boxes import decode_distances, encode_distances
-from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum, weighed_by_class
+from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum
 from headkd_ray.detectors.ops.matching import at_least_one_each, gather_rows, match, match_nearest, row_weights
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -133,8 +133,8 @@ class RepPointsHead(DenseHead[RepPointsOutputs]):
 
         target_labels = gather_rows(truth.labels, matched).masked_fill(matched < 0, -1)
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
-        by_class = weighed_by_class(row_weights(matched, truth), target_labels, self.class_weights)
-        cls = focal_loss_sum(logits, target_labels, by_class, spec.focal_alpha, spec.focal_gamma)
+        weights = row_weights(matched, truth)
+        cls = focal_loss_sum(logits, target_labels, weights, spec.focal_alpha, spec.focal_gamma, self.class_weights)
         return {
             "loss_cls": cls / at_least_one_each(matched >= 0, truth),
             "loss_init": spec.init_weight * self._point_loss(initial, nearest, truth, grid),

@@ -14,7 +14,7 @@ from headkd_ray.detectors.dense import STRIDES, DenseDetector
 from headkd_ray.detectors.ground_truth import GroundTruth
 from headkd_ray.detectors.ops.anchors import Anchors
 from headkd_ray.detectors.ops.boxes import decode, encode
-from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum, weighed_by_class
+from headkd_ray.detectors.ops.losses import focal_loss_sum, l1_sum
 from headkd_ray.detectors.ops.matching import at_least_one_each, gather_rows, match, row_weights
 from headkd_ray.detectors.ops.proposals import flatten_cells
 from headkd_ray.detectors.towers import init_dense_head, tower
@@ -74,8 +74,7 @@ class RetinaHead(DenseHead[RetinaOutputs]):
         logits = torch.cat(flatten_cells(outputs.logits, self.num_classes), dim=1)
         deltas = torch.cat(flatten_cells(outputs.deltas, 4), dim=1)
         normaliser = at_least_one_each(positive, truth)
-        by_class = weighed_by_class(weights, target_labels, self.class_weights)
-        cls = focal_loss_sum(logits, target_labels, by_class, self.spec.focal_alpha, self.spec.focal_gamma)
+        cls = focal_loss_sum(logits, target_labels, weights, self.spec.focal_alpha, self.spec.focal_gamma, self.class_weights)
         return {"loss_cls": cls / normaliser, "loss_box": l1_sum(deltas, target_deltas, weights * positive) / normaliser}
 
     def box_maps(self, outputs: RetinaOutputs) -> list[Tensor]:

@@ -9,7 +9,6 @@ from headkd_ray.detectors.ops.losses import (
     l1_sum,
     mean_squared_error,
     quality_focal_loss_sum,
-    weighed_by_class,
 )
 
 
@@ -48,20 +47,21 @@ def test_class_weights_multiply_what_each_row_costs() -> None:
     rows, roi_labels = torch.randn(80, 5), torch.randint(-1, 5, (80,))
 
     def focal(which: Tensor, weights: Tensor | None = None) -> Tensor:
-        return focal_loss_sum(logits, labels, weighed_by_class(which, labels, weights), 0.25, 2.0)
+        return focal_loss_sum(logits, labels, which, 0.25, 2.0, weights)
 
     def of_quality(which: Tensor, weights: Tensor | None = None) -> Tensor:
-        return quality_focal_loss_sum(logits, labels, quality, weighed_by_class(which, labels, weights), 2.0)
+        return quality_focal_loss_sum(logits, labels, quality, which, 2.0, weights)
 
     for loss in (focal, of_quality):
         assert torch.equal(loss(counted, torch.ones(5)), loss(counted))
         parts = [float(loss(counted & (labels == label))) * float(weights[label]) for label in range(-1, 4)]
         assert float(loss(counted, weights)) == pytest.approx(sum(parts), rel=1e-5)
-    known, alike = roi_labels >= 0, (roi_labels >= 0).float()
-    plain = cross_entropy_mean(rows, roi_labels, alike)
-    assert torch.equal(cross_entropy_mean(rows, roi_labels, alike, torch.ones(5)), plain)
+    whole = (roi_labels >= 0).float()
+    alike = cross_entropy_mean(rows, roi_labels, whole, torch.ones(5))
+    assert torch.equal(alike, cross_entropy_mean(rows, roi_labels, whole))
+    known = roi_labels >= 0
     each = -rows.log_softmax(1)[known, roi_labels[known]] * weights[roi_labels[known]]
-    torch.testing.assert_close(cross_entropy_mean(rows, roi_labels, alike, weights), each.mean())
+    torch.testing.assert_close(cross_entropy_mean(rows, roi_labels, whole, weights), each.mean())
 
 
 def test_focal_loss_survives_extreme_logits() -> None:

@@ -20,20 +20,22 @@ def weighted_sum(price: Tensor, weights: Tensor) -> Tensor:
     return (price.masked_fill(weights == 0, 0.0) * weights).sum()
 
 
-def weighed_by_class(weights: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Multiply ``weights`` (B, N) by that of each row's class: ``class_weights`` (C + 1,), background last, for which
-    ``labels`` (B, N) int64 have -1. None = all classes weigh the same."""
+def _with_classes(weights: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Return ``weights`` (B, N), each times the weight of its class in ``labels`` (B, N), of which -1 is the last weight."""
     return weights if class_weights is None else weights * class_weights[labels]
 
 
-def focal_loss_sum(logits: Tensor, labels: Tensor, weights: Tensor, alpha: float, gamma: float) -> Tensor:
+def focal_loss_sum(
+    logits: Tensor, labels: Tensor, weights: Tensor, alpha: float, gamma: float, class_weights: Tensor | None = None
+) -> Tensor:
     """Sum the sigmoid focal loss: -alpha (1-p)^gamma log p for targets, -(1-alpha) p^gamma log(1-p) for the rest.
 
-    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``weights`` (B, N).
-    All entries are first summed as background; then the one target in each row is corrected. This saves a one-hot target
-    and a second pass over B x N x C.
+    ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background; ``weights`` (B, N); ``class_weights`` (C + 1,) multiply the
+    rows of each class, background last. All entries are first summed as background; then the one target in each row is
+    corrected. This saves a one-hot target and a second pass over B x N x C.
     """
     logits = logits.float()
+    weights = _with_classes(weights, labels, class_weights)
     background = (1 - alpha) * _power(logits.sigmoid(), gamma) * F.softplus(logits)
     total = weighted_sum(background.sum(-1), weights)
     target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -46,13 +48,17 @@ def _power(value: Tensor, exponent: float) -> Tensor:
     return value * value if exponent == 2 else value.pow(exponent)
 
 
-def quality_focal_loss_sum(logits: Tensor, labels: Tensor, quality: Tensor, weights: Tensor, beta: float) -> Tensor:
+def quality_focal_loss_sum(
+    logits: Tensor, labels: Tensor, quality: Tensor, weights: Tensor, beta: float, class_weights: Tensor | None = None
+) -> Tensor:
     """Sum the quality focal loss (GFL): |q - p|^beta times the cross entropy of p with q.
 
     q is ``quality`` (B, N) in 0..1 at a target and 0 elsewhere. ``logits`` (B, N, C); ``labels`` (B, N) int64, -1 = background;
-    ``weights`` (B, N). As in :func:`focal_loss_sum`, the one target in each row is corrected afterwards.
+    ``weights`` (B, N); ``class_weights`` as in :func:`focal_loss_sum`, where also the one target in each row is corrected
+    afterwards.
     """
     logits = logits.float()
+    weights = _with_classes(weights, labels, class_weights)
     background = _power(logits.sigmoid(), beta) * F.softplus(logits)
     total = weighted_sum(background.sum(-1), weights)
     target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -124,7 +130,10 @@ def mean_squared_error(student: Tensor, target: Tensor) -> Tensor:
 
 def cross_entropy_mean(logits: Tensor, labels: Tensor, weights: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Sum the softmax cross entropy of ``logits`` (R, C+1) with ``labels`` (R,) int64 and ``weights`` (R,), and divide it by
-    the number of rows with weight; 0 if there are none. ``class_weights`` (C + 1,) multiply the rows of each class as well."""
-    counted = labels.masked_fill(weights == 0, -1)
-    price = F.cross_entropy(logits.float(), counted, class_weights, reduction="none", ignore_index=-1)
+    the number of rows with weight; 0 if there are none.
+
+    ``class_weights`` (C + 1,) multiply the rows of each class; the mean is over the number of rows, not over their weights.
+    """
+    known = labels.masked_fill(weights == 0, -1)
+    price = F.cross_entropy(logits.float(), known, class_weights, reduction="none", ignore_index=-1)
     return weighted_sum(price, weights) / (weights > 0).sum().clamp(min=1)
