@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.errors import CacheError
 from headkd_ray.job import Job, load_job
-from headkd_ray.report.terminal import Terminal
+from headkd_ray.report.terminal import progress_bar
 from headkd_ray.text import printable
 
 if TYPE_CHECKING:
@@ -73,10 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _build(job: Job) -> int:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     builder = _builder(job)
     started, sizes = time.perf_counter(), list[int]()
-    with Progress(*columns, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("running the teacher", total=len(builder.cache.units()))
 
         def done(unit: tuple[int, int], size: int) -> None:

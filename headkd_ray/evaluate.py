@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from rich.progress import track
-
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.batch_stream import BatchMaker, local_stream
 from headkd_ray.data.epoch_order import eval_windows
@@ -31,7 +29,7 @@ from headkd_ray.pictures import mistakes
 from headkd_ray.report.detector_page import detector_page
 from headkd_ray.report.plots import need_matplotlib
 from headkd_ray.report.tables import print_metrics
-from headkd_ray.report.terminal import Terminal
+from headkd_ray.report.terminal import tracked
 from headkd_ray.storage import Folder
 from headkd_ray.text import printable
 
@@ -125,9 +123,7 @@ def detect_split(
     batches = local_stream(shards, windows, BatchMaker(view_spec(loaded.meta), seed=0, train=False))
     total = sum(len(window.batches) for window in windows)
     with closing(batches):
-        shown = track(
-            batches, "evaluating", total, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()
-        )
+        shown = tracked(batches, "evaluating", total)
         with enough_memory(f"evaluating {checkpoint}", f"lower --batch-size ({batch_size})"):
             found = predict(loaded.detector.to(distributed.device), shown, distributed.device, scoring.category_ids)
     results = [entry for entries in found.values() for entry in entries]

@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.progress import track
 
 import headkd_ray
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
@@ -36,7 +35,7 @@ from headkd_ray.detectors.weights import LoadedDetector
 from headkd_ray.engine.inference import batch_of
 from headkd_ray.errors import ExportError, UserError
 from headkd_ray.report.export_table import export_table
-from headkd_ray.report.terminal import Terminal
+from headkd_ray.report.terminal import Terminal, tracked
 from headkd_ray.storage import Folder
 from headkd_ray.text import warn as print_warning
 
@@ -252,7 +251,7 @@ def _progress(what: str, shards: ShardSet, limit: int | None) -> Track:
     total = min(limit or len(shards.index), len(shards.index))
 
     def shown(samples: Iterable[Sample]) -> Iterable[Sample]:
-        return track(samples, what, total, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        return tracked(samples, what, total)
 
     return shown
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from headkd_ray.data.shards import Sample, ShardSet
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.detectors.weights.fetch import fetch_detector
 from headkd_ray.diagnosis.detector_diagnosis import Diagnosis
 from headkd_ray.engine.inference import detect_images, view_spec
@@ -119,7 +119,7 @@ def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Shown]) -
     meta = shards.meta
     names, _ = drawable(dict(enumerate(meta.classes)))
     known = {id_: names[label] for label, id_ in enumerate(meta.category_ids)}
-    sample = _sample(shards, image_id)
+    sample = shards.sample_at(int(np.flatnonzero(shards.index.image_id == image_id)[0]))
     pixels = sample.pixels()
     factor = min(1.0, LONGEST_SIDE / max(pixels.shape[-2:]))
     if factor < 1:
@@ -137,10 +137,3 @@ def _beside_truth(shards: ShardSet, image_id: int, detectors: Sequence[Shown]) -
         gap = torch.full((3, tiles[0].shape[1], GAP), 255, dtype=torch.uint8)
         tiles += [gap, draw_found(pixels, smaller, known, 0.0, TILE)]
     return torch.cat(tiles, dim=2)
-
-
-def _sample(shards: ShardSet, image_id: int) -> Sample:
-    (place,) = np.flatnonzero(shards.index.image_id == image_id)
-    shard, row = int(shards.index.shard[place]), int(shards.index.row[place])
-    (sample,) = shards.read_group(shard, row // shards.index.row_group, [row])
-    return sample

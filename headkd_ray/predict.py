@@ -20,7 +20,6 @@ from types import FrameType
 from typing import get_args
 
 from pydantic import ValidationError
-from rich.progress import Progress
 
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.deploy.predictor import Predictor, load
@@ -31,7 +30,7 @@ from headkd_ray.predicting.part_files import Format, problems_in, unfinished
 from headkd_ray.predicting.part_plan import PartsRequest, make_plan
 from headkd_ray.predicting.video import why_no_videos
 from headkd_ray.predicting.whole import Predicted, predict_here
-from headkd_ray.report.terminal import Terminal
+from headkd_ray.report.terminal import progress_bar
 from headkd_ray.storage import Folder, locked
 from headkd_ray.text import printable
 
@@ -111,7 +110,7 @@ def predict_parts(
         if parts:
             if len(parts) < plan.parts:
                 print(f"note: {plan.parts - len(parts)} of {plan.parts} parts are finished", file=sys.stderr)
-            with _bar() as bar:
+            with progress_bar() as bar:
                 made = make_on_ray(cluster, plan, folder.address, batch_size, parts)
                 for _ in bar.track(made, total=len(parts), description="detecting, in parts"):
                     pass
@@ -133,10 +132,6 @@ def _strings(places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     if isinstance(places, str | os.PathLike):
         places = [places]
     return (os.fspath(place) for place in places)
-
-
-def _bar() -> Progress:
-    return Progress(console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def main(arguments: list[str] | None = None) -> int:

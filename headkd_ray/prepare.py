@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from headkd_ray.cli import callable_as, command_parser, positive, user_errors
 from headkd_ray.data.images import MAX_PIXELS
 from headkd_ray.data.packing import prepare_split, prepare_splits
@@ -28,7 +26,7 @@ from headkd_ray.data.shards import META, ShardSet
 from headkd_ray.data.sources import is_source
 from headkd_ray.data.voc import Pixels
 from headkd_ray.errors import DataError
-from headkd_ray.report.terminal import Terminal
+from headkd_ray.report.terminal import progress_bar
 from headkd_ray.text import printable
 
 SHOWN = 20
@@ -96,8 +94,7 @@ def prepare_parts(
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar, and give the function that moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("reading annotations", total=None)
 
         def show(done: int, total: int) -> None:

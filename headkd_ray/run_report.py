@@ -69,7 +69,7 @@ def reporting(job: Job, run: Folder, tell: Sink, show: Show) -> Iterator[Sink]:
 
         report = RunReport(job, run, tell, show_all)
         yield report
-        report.finish()
+        report.update()
 
 
 class RunReport:
@@ -92,10 +92,6 @@ class RunReport:
         enough = time.monotonic() - self.ended >= self.cost / SHARE
         if "val" in record and enough and record["step"] != record["steps"]:  # the end has a page in any case
             self.update()
-
-    def finish(self) -> None:
-        """Write the page of a run that has ended."""
-        self.update()
 
     def update(self) -> None:
         """Write the page and show the samples of the last evaluation, unless the report has failed before."""
@@ -165,7 +161,7 @@ class RunReport:
 
 
 def _summary(job: Job) -> str:
-    teacher = "" if job.teacher is None else f", taught by {masked(str(job.teacher.checkpoint))}"
+    teacher = "" if job.teacher is None else f", taught by {masked(job.teacher.source[1])}"
     return f"{job.student.kind}, method {job.method}{teacher}, on {job.data.train}."
 
 

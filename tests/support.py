@@ -1,4 +1,4 @@
-"""Helpers for several tests: a tiny drawn data set, a job on it, and a teacher with random weights."""
+"""Helpers for several tests: a job on the drawn data set, a teacher with random weights, commands that refuse."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from headkd_ray.data.packing import prepare_split
 from headkd_ray.detectors import build_detector
 from headkd_ray.detectors.weights import save_detector
 from headkd_ray.job import FasterRCNNSpec, Job
@@ -149,3 +152,26 @@ def micro_predictions(split: str, scores: Sequence[float] = (0.9, 0.4, 0.1)) -> 
     records = ShardSet.open(split).ground_truth()["annotations"]
     keys = ("image_id", "category_id", "bbox")
     return [{**{key: own[key] for key in keys}, "score": scores[place % len(scores)]} for place, own in enumerate(records)]
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], arguments: list[str]) -> str:
+    """Return the last message of a command that refuses its input."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error[error.rindex("error: ") :]
+
+
+def other_split(tmp_path: Path, classes: list[str], name: str = "other") -> str:
+    """Return a prepared split of one image with boxes of other classes."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.jpg")
+    coco = {
+        "images": [{"id": 1, "file_name": f"{name}.jpg", "width": 64, "height": 64}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 32, 32], "area": 1024, "iscrowd": 0}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+    }
+    (tmp_path / f"{name}.json").write_text(json.dumps(coco))
+    prepare_split(str(tmp_path / f"{name}.json"), str(tmp_path), str(tmp_path / name))
+    return str(tmp_path / name)

@@ -92,7 +92,7 @@ def test_a_page_waits_until_pages_are_a_small_share_of_the_time(
     before = len(written)
     report({"step": 9, "steps": 9, "epoch": 1, "val": {}})
     assert len(written) == before, "the page of the end follows"
-    report.finish()
+    report.update()
     assert len(written) == before + 1
 
 

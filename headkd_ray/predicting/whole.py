@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from rich.progress import Progress
-
 from headkd_ray.deploy.description import Description
 from headkd_ray.deploy.predictor import Predictor
 from headkd_ray.errors import DataError, StorageError
@@ -22,7 +20,7 @@ from headkd_ray.predicting.reading import read_ahead, read_pixels
 from headkd_ray.predicting.video import Frame, VideoReader, VideoWriter
 from headkd_ray.report.draw import Scores, draw_found
 from headkd_ray.report.fonts import drawable
-from headkd_ray.report.terminal import Terminal
+from headkd_ray.report.terminal import progress_bar
 from headkd_ray.storage import Folder
 from headkd_ray.text import printable
 
@@ -74,7 +72,7 @@ def predict_here(
         DeviceMemoryError: a batch needs more memory than is available.
         StorageError: ``out`` cannot be written.
     """
-    with CocoWriter() as coco, Progress(console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with CocoWriter() as coco, progress_bar() as bar:
         out.create()
         run = _Run(predictor, out, score, batch_size, coco, inputs)
         try:

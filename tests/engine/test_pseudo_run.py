@@ -54,13 +54,14 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_remembers_its_predictions(tmp_path: Path, job_with: Callable[..., Job], predictions: Path) -> None:
     """In the log, in the student, and in the result: with other predictions the run is another one."""
-    result = train(job_with())
+    result = train(job_with().replace({"log.report": True}))
     images = len(train_rows(training_set(job_with()).index, False))
     assert result["last"]["step"] == -(-images // 4)
     told = [record["note"] for record in records(tmp_path / "run") if "note" in record]
     assert any(" pseudo labels (score from 0.5) on " in note for note in told)
     meta = json.loads((Path(result["student"]) / "model.json").read_text())["meta"]["teacher"]
     assert meta["predictions"] == str(predictions) and len(meta["fingerprint"]) == 64
+    assert f"taught by {predictions}" in (tmp_path / "run" / "report.html").read_text()
     assert result["data"]["teacher.predictions"] == meta["fingerprint"] and "data.unlabelled" in result["data"]
     predictions.write_text(predictions.read_text() + " ")
     with pytest.raises(UserError, match=r"teacher\.predictions: the run .* has ended, and learned from different predictions"):

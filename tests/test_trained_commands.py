@@ -1,257 +1,31 @@
-"""The commands train, evaluate and predict as a user runs them: what they refuse, and what they write."""
+"""What the commands evaluate, predict and train make of a trained student, as a user runs them."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from headkd_ray import evaluate, predict, train
 from headkd_ray.data.images import decode
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.detectors import build_detector
-from headkd_ray.detectors.weights import load_checkpoint, save_detector
-from headkd_ray.job import Job, load_job
+from headkd_ray.detectors.weights import load_checkpoint
 from headkd_ray.storage import Folder
-from tests.support import MICRO_STUDENT, MICRO_TEACHER, micro_job
+from tests.support import MICRO_STUDENT, micro_job, other_split, refused
 
 KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
 """A student that detects something on every image, however little it has learnt."""
 ONE_EPOCH = {"epochs": 1, "milestones": []}
-
-Write = Callable[[Job], str]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Return a function that writes a job file."""
-
-    def write(job: Job) -> str:
-        path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
-        return str(path)
-
-    return write
-
-
-def refused(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], arguments: list[str]) -> str:
-    """Return the last message of a command that refuses its input."""
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error[error.rindex("error: ") :]
-
-
-# --- train: what it refuses ---
-
-
-def test_print_config_is_a_job_that_loads_to_the_same(
-    tmp_path: Path, drawn_splits: dict[str, str], write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    storage = tmp_path / "runs"
-    job = micro_job(storage, drawn_splits)
-    assert train.main([write(job), "optim.lr=0.125", "--print-config"]) == 0
-    printed = tmp_path / "printed.yaml"
-    printed.write_text(capsys.readouterr().out)
-    assert load_job(printed) == job.replace({"optim.lr": 0.125})
-    assert not storage.exists()
-
-
-def _other_split(tmp_path: Path, classes: list[str], name: str = "other") -> str:
-    """Return a prepared split of one image with boxes of other classes."""
-    Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.jpg")
-    coco = {
-        "images": [{"id": 1, "file_name": f"{name}.jpg", "width": 64, "height": 64}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 32, 32], "area": 1024, "iscrowd": 0}],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
-    }
-    (tmp_path / f"{name}.json").write_text(json.dumps(coco))
-    prepare_split(str(tmp_path / f"{name}.json"), str(tmp_path), str(tmp_path / name))
-    return str(tmp_path / name)
-
-
-def _without_boxes(split: str, out: Path) -> str:
-    """Return the same prepared split with an index that counts no boxes, which prepare itself would refuse to write."""
-    shutil.copytree(split, out)
-    table = pq.read_table(out / "index.parquet")
-    column = table.schema.get_field_index("boxes")
-    none = np.zeros(len(table), np.int32)
-    pq.write_table(table.set_column(column, table.schema.field(column), [none]), out / "index.parquet")
-    meta = json.loads((out / "meta.json").read_text())
-    (out / "meta.json").write_text(json.dumps({**meta, "boxes": 0}))
-    return str(out)
-
-
-def _detector(folder: Path, kind: dict[str, Any], classes: tuple[str, ...], splits: dict[str, str]) -> str:
-    """Save a checkpoint with random weights."""
-    method = micro_job(folder, splits, student=kind)
-    save_detector(folder, build_detector(method.student, len(classes)), classes)
-    return str(folder)
-
-
-def _taught_by(checkpoint: str) -> dict[str, Any]:
-    return {"method": "head", "teacher": {"checkpoint": checkpoint}}
-
-
-def _missing_split(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    return {"data": {"train": str(tmp_path / "nowhere")}}, [
-        f"{tmp_path}/nowhere: the data set is missing or empty",
-        "headkd_ray.prepare",
-    ]
-
-
-def _unprepared_folder(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "1.jpg").write_bytes(b"")
-    return {"data": {"val": str(tmp_path / "photos")}}, [f"{tmp_path}/photos: the data set is not completely prepared"]
-
-
-def _other_classes_in_val(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    return {"data": {"val": _other_split(tmp_path, ["cat", "dog"])}}, ["Class lists disagree", "data.val", "'cat', 'dog'"]
-
-
-def _empty_training_split(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    return {"data": {"train": _without_boxes(splits["train"], tmp_path / "empty")}}, ["/empty: no image has a box to train on"]
-
-
-def _teacher_of_other_classes(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    teacher = _detector(tmp_path / "teacher", MICRO_TEACHER, ("cat", "dog"), splits)
-    return _taught_by(teacher), [
-        f"teacher ({teacher}) has 2 classes",
-        "'cat', 'dog'",
-        "must know at least one class of the data",
-    ]
-
-
-def _teacher_of_the_wrong_kind(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    classes = ShardSet.open(splits["train"]).meta.classes
-    teacher = _detector(tmp_path / "teacher", MICRO_TEACHER, classes, splits)
-    return {**_taught_by(teacher), "method": "fitnet"}, ["needs a retinanet teacher", "faster_rcnn"]
-
-
-def _teacher_of_another_architecture(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The folder has model.json of one detector and model.safetensors of another."""
-    classes = ShardSet.open(splits["train"]).meta.classes
-    teacher = _detector(tmp_path / "teacher", MICRO_TEACHER, classes, splits)
-    _detector(tmp_path / "other", MICRO_STUDENT, classes, splits)
-    shutil.copy(tmp_path / "other" / "model.safetensors", teacher)
-    return _taught_by(teacher), ["roi.fcs.0.weight", "head."]
-
-
-def _missing_teacher(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    return _taught_by(str(tmp_path / "gone")), [f"{tmp_path}/gone: no such folder or file"]
-
-
-def _folder_that_is_no_checkpoint(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    _detector(tmp_path / "run" / "student", MICRO_TEACHER, ("cat",), splits)
-    return _taught_by(str(tmp_path / "run")), [f"{tmp_path}/run: no checkpoint here", f"did you mean {tmp_path}/run/student"]
-
-
-def _start_of_another_architecture(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    classes = ShardSet.open(splits["train"]).meta.classes
-    start = _detector(tmp_path / "start", {**MICRO_STUDENT, "neck": {"channels": 24}}, classes, splits)
-    student = {**MICRO_STUDENT, "checkpoint": start}
-    return {"student": student}, ["student.neck.channels: 16 in the job, 24 in the checkpoint", "set student.neck.channels=24"]
-
-
-def _missing_start_and_teacher(tmp_path: Path, splits: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    start, teacher = (f"{tmp_path}/{name}" for name in ("gone", "lost"))
-    gone = "no such folder or file"
-    student = {**MICRO_STUDENT, "checkpoint": start}
-    return {"student": student, **_taught_by(teacher)}, [
-        f"student.checkpoint: {start}: {gone}",
-        f"teacher.checkpoint: {teacher}: {gone}",
-    ]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        _missing_split,
-        _unprepared_folder,
-        _other_classes_in_val,
-        _empty_training_split,
-        _teacher_of_other_classes,
-        _teacher_of_the_wrong_kind,
-        _teacher_of_another_architecture,
-        _missing_teacher,
-        _folder_that_is_no_checkpoint,
-        _start_of_another_architecture,
-        _missing_start_and_teacher,
-    ],
-    ids=lambda case: case.__name__.strip("_"),
-)
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_input_is_refused_before_anything_starts_or_is_written(
-    case: Callable[[Path, dict[str, str]], tuple[dict[str, Any], list[str]]],
-    workers: int,
-    tmp_path: Path,
-    drawn_splits: dict[str, str],
-    write: Write,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "headkd_ray.cluster.trainer", None)  # importing it would be too late to report an error
-    sections, causes = case(tmp_path, drawn_splits)
-    storage = tmp_path / "runs"
-    message = refused(capsys, train.main, [write(micro_job(storage, drawn_splits, **sections, cluster={"workers": workers}))])
-    assert all(cause in message for cause in causes), message
-    assert not storage.exists()
-
-
-def test_storage_that_cannot_be_written(
-    tmp_path: Path, drawn_splits: dict[str, str], write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("kept")
-    job = micro_job(tmp_path / "file" / "runs", drawn_splits)
-    message = refused(capsys, train.main, [write(job)])
-    assert f"run.storage: {tmp_path}/file/runs/run: not writable" in message
-    assert (tmp_path / "file").read_text() == "kept"
-    message = refused(capsys, train.main, [write(job), "run.storage=nosuch://bucket/runs"])
-    assert "nosuch://bucket/runs: no filesystem for this URI" in message
-
-
-def test_all_problems_are_reported_at_once(
-    tmp_path: Path, drawn_splits: dict[str, str], write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    job = micro_job(
-        tmp_path / "file", {"train": str(tmp_path / "no1"), "val": str(tmp_path / "no2")}, **_taught_by(str(tmp_path / "no3"))
-    )
-    message = refused(capsys, train.main, [write(job)])
-    assert message.startswith("error: run run cannot start:\n")
-    assert all(cause in message for cause in ("/no1: ", "/no2: ", "/no3: ", "run.storage: ")), message
-    assert len(message.strip().splitlines()) == 5
-
-
-def test_exit_code_and_last_words_of_the_process(tmp_path: Path, drawn_splits: dict[str, str], write: Write) -> None:
-    job = write(micro_job(tmp_path / "runs", {**drawn_splits, "val": str(tmp_path / "nowhere")}))
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-m", "headkd_ray.train", job], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/nowhere: the data set is missing")
-    assert "Traceback" not in done.stderr
-
-
-# --- a trained student: evaluate and predict ---
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +130,7 @@ def test_evaluate_counts_as_many_detections_as_asked_for(trained: dict[str, Any]
 def test_evaluate_refuses_other_classes_and_unwritable_output_before_the_work(
     trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = _other_split(tmp_path, ["cat", "dog"])
+    other = other_split(tmp_path, ["cat", "dog"])
     assert "Class lists disagree" in refused(capsys, evaluate.main, [trained["student"], other])
     (tmp_path / "file").touch()
     message = refused(
