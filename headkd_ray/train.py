@@ -34,13 +34,13 @@ def train(
     Args:
         job: a job, or the path of a job file.
         tell: receives the log records.
-        note: receives a sentence about the run if it has already ended.
+        note: receives a sentence about the run: if it has already ended, and which batch size it found.
         extend: train a run longer than it was started for: ``optim.epochs`` may be more, ``optim.milestones`` may have further
             ones, and ``eval.patience`` may be another.
     """
     # Imported late, because torch, timm and Ray take ten seconds: mistakes in the job file are reported before that.
     from headkd_ray.engine.preflight import preflight
-    from headkd_ray.engine.run import extend_run, finished, only_one, run_folder
+    from headkd_ray.engine.run import extend_run, finished, is_started, only_one, run_folder
     from headkd_ray.run_report import report_problems, reporting
     from headkd_ray.trackers import tracker_problems, tracking
 
@@ -58,15 +58,19 @@ def train(
             "trained now; to train again, choose another run.name, or --extend epochs=N to train it longer"
         )
         return result
-    with only_one(run), _machine(job) as train_there, tracking(job, run, tell) as trackers:
-        with reporting(job, run, trackers, trackers.show) as sink:
-            result = train_there(sink)
-        if trackers:
-            from headkd_ray.data.shards import ShardSet
-            from headkd_ray.pictures import compare
+    with only_one(run), _machine(job) as (find_batch_size, train_there):
+        if job.data.max_batch_size is not None and not is_started(job):
+            job = job.replace({"data.batch_size": find_batch_size(job)})
+            note(f"data.batch_size: {job.data.batch_size} is used, the largest up to data.max_batch_size that was found to fit")
+        with tracking(job, run, tell) as trackers:
+            with reporting(job, run, trackers, trackers.show) as sink:
+                result = train_there(job, sink)
+            if trackers:
+                from headkd_ray.data.shards import ShardSet
+                from headkd_ray.pictures import compare
 
-            picture, _ = compare(ShardSet.open(job.data.val), {job.run.name: result})
-            trackers.finish(result, picture)
+                picture, _ = compare(ShardSet.open(job.data.val), {job.run.name: result})
+                trackers.finish(result, picture)
     return result
 
 
@@ -80,17 +84,21 @@ def _length_key(given: str) -> str:
 
 
 @contextmanager
-def _machine(job: Job) -> Iterator[Callable[[Sink], Record]]:
-    """Yield the function that trains where ``job.cluster`` says, which is known to have room; it takes the sink of the log."""
+def _machine(job: Job) -> Iterator[tuple[Callable[[Job], int], Callable[[Job, Sink], Record]]]:
+    """Yield two functions that work where ``job.cluster`` says, which is known to have room.
+
+    One finds the largest batch size of the job, the other trains the job and takes the sink of the log.
+    """
     if job.cluster.workers == 0:
         from headkd_ray.engine.local import train_here
+        from headkd_ray.profiling.batch_size import largest_batch_size_here
 
-        yield lambda tell: train_here(job, tell)
+        yield largest_batch_size_here, train_here
     else:
         from headkd_ray.cluster.trainer import on_ray  # workers: 0 must run where Ray is not installed
 
-        with on_ray(job) as train_there:
-            yield train_there
+        with on_ray(job) as there:
+            yield there
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.exceptions import RayError
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from headkd_ray.cluster.batch_trials import largest_batch_size_of
 from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.gauges import Gauges
@@ -51,10 +53,10 @@ from headkd_ray.storage import Folder
 
 
 @contextmanager
-def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
-    """Connect to the job's cluster and yield the function that trains there.
+def on_ray(job: Job) -> Iterator[tuple[Callable[[Job], int], Callable[[Job, Sink], Record]]]:
+    """Connect to the job's cluster and yield the functions that find the largest batch size there, and that train there.
 
-    It returns the result record, and its argument receives the log records in this process. It raises ClusterError if the
+    The latter returns the result record, and its sink receives the log records in this process. It raises ClusterError if the
     workers fail more than cluster.max_failures times, or are preempted more than cluster.max_preemption_failures times, and
     TrainingError, CheckpointError, StoppedError, DataError, CacheError, DeviceMemoryError and DiskError as ``fit`` does.
 
@@ -66,10 +68,14 @@ def on_ray(job: Job) -> Iterator[Callable[[Sink], Record]]:
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     with connected(job.cluster):
         resources = check_resources(job)
-        yield lambda tell: _train(job, resources, tell)
+        yield partial(_largest_batch_size, resources=resources), partial(_train, resources=resources)
 
 
-def _train(job: Job, resources: Resources, tell: Sink) -> Record:
+def _largest_batch_size(job: Job, resources: Resources) -> int:
+    return largest_batch_size_of(with_absolute_paths(job), resources)
+
+
+def _train(job: Job, tell: Sink, resources: Resources) -> Record:
     run = open_run(job)
     name, notes = job.run.name, Notes(tell)
     for problem in drop_unusable(run):

@@ -29,7 +29,14 @@ RESULT_FILE = "result.json"
 # (Some changes of cluster.workers are still refused: below, and in loop.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Other keys that may change likewise: they decide where or how fast something is computed, not what it is.
-FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path", "optim.compile")
+FREE_KEYS = (
+    "teacher.pool.",
+    "teacher.batch_size",
+    "teacher.placement",
+    "teacher.cache.path",
+    "optim.compile",
+    "data.max_batch_size",  # data.batch_size is what it led to
+)
 _MEND = "restore it, or choose another run.name"
 UPLOAD_SECONDS = 60
 """Seconds between uploads of the log while no checkpoint is due."""
@@ -48,14 +55,18 @@ def is_started(job: Job) -> bool:
 
 
 def whole_job(job: Job) -> Job:
-    """Return the job with the architecture that its student takes from ``student.checkpoint``, if it takes one.
+    """Return the job with what it leaves open, as far as that is known before training.
 
-    A run that was started before has recorded it, and does not need the checkpoint again.
+    This is the architecture of a student that takes it from ``student.checkpoint`` and, with ``data.max_batch_size``, the batch
+    size that was found when the run started. A run that was started before has recorded both.
 
     Raises:
         CheckpointError: the checkpoint is unreadable, or not a detector whose architecture can be taken over.
         StorageError: the run's own files are damaged.
     """
+    if job.data.max_batch_size is not None and is_started(job):
+        with suppress(ValidationError):  # it was started by another version
+            job = job.replace({"data.batch_size": Job.model_validate(_recorded(run_folder(job))).data.batch_size})
     if not takes_architecture(job) or not is_started(job):
         return with_architecture(job)
     with suppress(ValidationError):  # it was started by another version

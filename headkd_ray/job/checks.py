@@ -427,6 +427,7 @@ CHECKS: tuple[Check, ...] = (
     _eval_short_side,
     data_checks.augment,
     data_checks.sampling,
+    data_checks.max_batch_size,
     _max_detections,
     _random_weights_must_learn,
     _start,

@@ -1,4 +1,4 @@
-"""Check the rules across keys of ``data`` that concern augmentation and sampling; see ``checks.py``."""
+"""Check the rules across keys of ``data`` that concern augmentation, sampling and the batch size; see ``checks.py``."""
 
 from __future__ import annotations
 
@@ -42,3 +42,25 @@ def sampling(get: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     cached = get("teacher") is not None and get("teacher.placement") == "cache"
     if kind != "all" and cached and get("data.views") is None:
         yield "data.views", f"data.sampling {kind} shows repeated images in further views; a cache needs a number of them"
+
+
+def max_batch_size(get: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Yield a search for the batch size that has nothing to try, no GPU, or no learning rate that follows."""
+    most, size = get("data.max_batch_size"), get("data.batch_size")
+    if most is None:
+        return
+    if most < size:
+        yield (
+            "data.max_batch_size",
+            f"{most} is less than data.batch_size ({size}), the smallest size; raise it, or set null",
+        )
+    if get("cluster.gpus_per_worker") == 0:
+        yield (
+            "data.max_batch_size",
+            "is for GPUs, and cluster.gpus_per_worker is 0; set it to null, and data.batch_size to what you want",
+        )
+    if get("optim.lr_batch") is None:
+        yield (
+            "optim.lr_batch",
+            "null would keep optim.lr whatever data.max_batch_size leads to; give the global batch that lr is meant for",
+        )

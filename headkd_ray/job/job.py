@@ -79,6 +79,9 @@ class DataSpec(Spec):
     """Folder or URI of the prepared validation split. A relative path is resolved against the command's current folder."""
     batch_size: Batch = 2
     """Images per worker and forward pass."""
+    max_batch_size: Batch | None = None
+    """Before a run starts on GPUs, find the largest multiple of batch_size, at most this, whose training steps fit into a GPU,
+    and train with it; the learning rate follows (optim.lr_batch). The run keeps it when it resumes. null = batch_size."""
     short_side: tuple[Pixels, Pixels] = (640, 800)
     """Short side of training views, in pixels: drawn uniformly from this closed range."""
     long_side: Pixels = 1333

@@ -253,6 +253,12 @@ def _unfit(search: Search) -> Iterator[Problem]:
             f"{kind} judges trials while they train, but the job evaluates only at its end (eval.every_epochs "
             f"{base.eval.every_epochs} of {base.optim.epochs} epochs); override eval.every_epochs, or use none",
         )
+    if base.data.max_batch_size is not None:
+        yield Problem(
+            ("job",),
+            "data.max_batch_size would give trials different batch sizes, so that they could not be compared; override it with "
+            "null, and data.batch_size with the size that one run has found",
+        )
     if search.spec.objective.cost == "onnx_latency" and not isinstance(base.student, PyramidDetectorSpec):
         yield Problem(("objective", "cost"), f"a student of kind {base.student.kind} cannot be exported to ONNX; use latency")
     if kind == "pbt":

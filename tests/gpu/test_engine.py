@@ -28,7 +28,9 @@ from headkd_ray.errors import DeviceMemoryError
 from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from headkd_ray.predict import predict
+from headkd_ray.profiling.batch_size import largest_batch_size
 from headkd_ray.teacher.verify import open_builder, verify
+from headkd_ray.train import train
 from tests.support import micro_job, micro_teacher, start_training, student_weights, wait_for_lines
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +96,16 @@ def test_a_run_tells_the_gpu_memory_that_it_takes(cuda: torch.device, tmp_path: 
     torch.cuda.reset_peak_memory_stats(cuda)
     train_here(job_on(cuda, tmp_path, drawn_splits, "run", optim={"epochs": 1, "milestones": []}), records.append)
     assert 1 < records[0]["memory_mib"] < 300
+
+
+def test_the_largest_batch_is_found_on_the_gpu(cuda: torch.device, tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """A run takes the most that it may have, as that fits; in a hundredth of the GPU, which is real, less fits."""
+    sections: dict[str, Any] = {"data": {"batch_size": 4, "max_batch_size": 16}, "optim": {"lr_batch": 4}}
+    train(job_on(cuda, tmp_path, drawn_splits, "found", **sections))
+    assert json.loads((tmp_path / "found" / "job.json").read_text())["data"]["batch_size"] == 16
+    large = {"data.short_side": (512, 512), "data.long_side": 512, "data.batch_size": 1, "data.max_batch_size": 42}
+    job = job_on(cuda, tmp_path, drawn_splits, "narrow", **sections).replace(large)
+    assert 1 <= largest_batch_size(job, share=0.01) < largest_batch_size(job) == 42
 
 
 def test_checkpoints_go_from_the_gpu_to_the_cpu_and_back(

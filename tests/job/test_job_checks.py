@@ -116,6 +116,21 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "has no effect without data.augment.crop or data.augment.mosaic",
         ),
         (
+            {"data": {"train": "a", "val": "b", "batch_size": 4, "max_batch_size": 2}},
+            "data.max_batch_size",
+            "2 is less than data.batch_size (4), the smallest size",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "max_batch_size": 8}, "cluster": {"gpus_per_worker": 0}},
+            "data.max_batch_size",
+            "is for GPUs, and cluster.gpus_per_worker is 0",
+        ),
+        (
+            {"data": {"train": "a", "val": "b", "max_batch_size": 8}, "optim": {"lr_batch": None}},
+            "optim.lr_batch",
+            "null would keep optim.lr whatever data.max_batch_size leads to",
+        ),
+        (
             {"data": {"train": "a", "val": "b", "repeat_threshold": 0.1}},
             "data.repeat_threshold",
             "has no effect with data.sampling all; use repeat_factor, or remove the key",

@@ -192,6 +192,11 @@ def test_two_objectives_need_every_trial_whole(here: Path) -> None:
     load(SEARCH, "objective.cost=params")
 
 
+def test_trials_have_one_batch_size(here: Path) -> None:
+    (found,) = mistakes(SEARCH + "overrides: {data.max_batch_size: 64}\n")
+    assert found.startswith("search.yaml:2: job: data.max_batch_size would give trials different batch sizes")
+
+
 def test_pbt_changes_only_what_may_change_in_training(here: Path) -> None:
     problems = mistakes(SEARCH + "  student.head.convs: {choice: [2, 4]}\n", "scheduler.kind=pbt")
     assert [problem.split(": ", 1)[1][:40] for problem in problems] == [
