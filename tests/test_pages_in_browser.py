@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from headkd_ray import analyze, compare, evaluate
 from headkd_ray.train import train
 from tests.browser import NAMES, VARIABLE, Browser, browser, chromium
+from tests.checkup.test_doctor import examined as examined  # the command's output for data with faults, a fixture
+from tests.checkup.test_doctor import faulty as faulty
 from tests.support import micro_job
 from tests.tuning.test_analysis import folder as folder  # a search's files, a fixture
 from tests.tuning.test_analysis import searched
@@ -52,6 +55,12 @@ def test_the_pages_of_runs(opened: Browser, tmp_path: Path, drawn_splits: dict[s
     check(opened, tmp_path / "slow" / "report.html", pictures=True)
     check(opened, tmp_path / "student.html", pictures=True)
     check(opened, tmp_path / "compared" / "compare.html", pictures=None)
+
+
+def test_the_page_of_the_doctor(opened: Browser, examined: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "doctor.html"
+    page.write_text(examined["page"])
+    check(opened, page, pictures=True)
 
 
 def test_the_page_of_a_search(opened: Browser, folder: object) -> None:
