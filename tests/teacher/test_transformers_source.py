@@ -69,12 +69,15 @@ def test_detections_are_those_of_the_processor_s_own_pipeline(kind: str, drawn_s
     model = read_hf_model(str(hf_folder(tmp_path / kind, kind, NAMES)))
     source = source_of(model)
     targets, logits, classes = source.with_logits(batch, source.num_logits)
+    answered = model.probabilities(source._run(batch).logits).amax(-1)
     for row, view in enumerate(views):
         image = Image.fromarray(view.image.transpose(1, 2, 0))
         inputs = model.processor(images=image, return_tensors="pt")
         with torch.no_grad():
             output = model.module(**inputs)
         (found,) = model.processor.post_process_object_detection(output, threshold=0.0, target_sizes=[view.image.shape[1:]])
+        if model.softmax:  # its scores are of queries, in their order
+            torch.testing.assert_close(answered[row], found["scores"], rtol=1e-5, atol=1e-6)
         best = found["scores"].argsort(descending=True)[:10]
         for score, label, box in zip(*(found[name][best] for name in ("scores", "labels", "boxes")), strict=True):
             height, width = view.image.shape[1:]
