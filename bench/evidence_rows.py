@@ -86,13 +86,19 @@ def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
 
 
 def augmented() -> Iterator[tuple[str, Row]]:
-    """Yield the baseline and HEAD with augmented views, to be read beside those with the paper's."""
-    keys = (
-        "'data.augment={mosaic: 0.25, mosaic_epochs: 8, crop: 0.4, crop_side: [0.5, 1.0], zoom_out: 0.4, "
-        "zoom_out_side: [1.0, 2.0], brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.02}'"
-    )
-    yield "baseline_augment", Row("retinanet", keys, lr_of="baseline")
-    yield "head_augment", Row("retinanet", f"method=head {keys}", ("baseline_augment",), "teacher", "head")
+    """Yield the baseline and HEAD with augmented views, to be read beside those with the paper's; the baseline longer, too."""
+
+    def keys(mosaics: int) -> str:
+        return (
+            f"'data.augment={{mosaic: 0.25, mosaic_epochs: {mosaics}, crop: 0.4, crop_side: [0.5, 1.0], zoom_out: 0.4, "
+            "zoom_out_side: [1.0, 2.0], brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.02}'"
+        )
+
+    yield "baseline_augment", Row("retinanet", keys(8), lr_of="baseline")
+    yield "head_augment", Row("retinanet", f"method=head {keys(8)}", ("baseline_augment",), "teacher", "head")
+    longer = "optim.epochs=36 optim.milestones=[24,33] eval.every_epochs=36"
+    yield "baseline_long", Row("retinanet", longer, lr_of="baseline")
+    yield "baseline_augment_long", Row("retinanet", f"{longer} {keys(24)}", lr_of="baseline")
 
 
 def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
@@ -128,6 +134,18 @@ def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
     )
 
 
+def detr(heads: Heads) -> Iterator[tuple[str, Row]]:
+    """Yield a DETR of the package ``transformers``, and the rows whose assistant compares itself with its decoder's states.
+
+    A DETR knows the boxes of its own queries only, and has no head that could be copied.
+    """
+    yield "detr_teacher", Row("detr_teacher")
+    asked = "teacher.kind=transformers distill.rois=teacher distill.copy_head=false distill.distance=pearson"
+    keys = f"{asked} distill.roi_budget={heads.rois} 'distill.assistant={heads.sampling(heads.rois)}'"
+    yield "akd_detr", Row("retinanet", f"method=akd {keys}", ("baseline", "assist"), "detr_teacher", "akd")
+    yield "head_detr", Row("retinanet", f"method=head {keys}", ("baseline", "assist", "akd_detr"), "detr_teacher", "head")
+
+
 def predictions() -> Iterator[tuple[str, Row]]:
     """Yield rows that learn from a teacher's detections: on the labelled photos, and on a half whose labels nobody has seen.
 
@@ -158,7 +176,7 @@ def pretrained(heads: Heads) -> dict[str, Row]:
 
 def _tier(heads: Heads) -> dict[str, Row]:
     teachers = {"teacher": Row("teacher"), "retina_teacher": Row("retina_teacher")}
-    return teachers | dict([*ladder(heads, "retinanet"), *others(heads), *standardised(heads), *caches(heads)])
+    return teachers | dict([*ladder(heads, "retinanet"), *others(heads), *standardised(heads), *caches(heads), *detr(heads)])
 
 
 MICRO = Heads(

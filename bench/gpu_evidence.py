@@ -20,8 +20,11 @@ from revision import ROOT
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.synthetic import draw_dataset
 
-ROWS = ("baseline", "head", "akd", "assist", "tf_head")
-"""Rows besides the teacher, in this order."""
+ROWS = (
+    *("baseline", "head_pearson", "head", "akd_pearson", "akd", "tf_head_pearson", "tf_head", "assist"),
+    *("head_detr", "akd_detr"),
+)
+"""Rows besides the teachers, in this order."""
 SEEDS = ("0", "1", "2")
 START = 20
 """Seconds that ``bench/evidence.py`` needs to start and stop."""
