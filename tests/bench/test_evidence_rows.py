@@ -51,7 +51,7 @@ def test_every_promised_row_is_there(tier: str):
             "tf_head_rcnn_quarter",
             "tf_head_quarter",
             "tf_head_rcnn_warm",
-            *("baseline_augment", "head_augment", "baseline_long", "baseline_augment_long"),
+            *("baseline_augment", "head_augment", "baseline_long", "baseline_crop_long"),
             *("pseudo", "teacher_half", "baseline_half", "baseline_half_long", "pseudo_unlabelled"),
         ],
         "standard": [f"{row}_mnv2" for row in LADDER],
@@ -93,7 +93,7 @@ def test_rows_are_the_methods_that_they_are_called(tier: Bench):
     methods = dict.fromkeys(
         (
             *("teacher", "retina_teacher", "detr_teacher"),
-            *("baseline", "fcos_baseline", "baseline_views", "baseline_augment", "baseline_long", "baseline_augment_long"),
+            *("baseline", "fcos_baseline", "baseline_views", "baseline_augment", "baseline_long", "baseline_crop_long"),
         ),
         "supervised",
     )
