@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "RAY_worker_niceness": "0",  # at Ray's 15, workers hardly run beside what else is running on this machine
     "OMP_NUM_THREADS": "1",
 }
 RAYS_OWN = ("_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor", "TrainStateActor")
