@@ -35,7 +35,7 @@ from headkd_ray.tuning.trial_records import SearchFolder, Trial
 Record = dict[str, Any]
 IMAGES, SHARD_IMAGES = 80, 16
 SMALL = """
-    data.batch_size=4 optim.warmup_steps=10 eval.every_epochs=1 log.every_steps=1 log.report=false checkpoint.every_steps=5
+    data.batch_size=4 optim.warmup_steps=10 eval.every_epochs=2 log.every_steps=1 log.report=false checkpoint.every_steps=5
     cluster.threads_per_worker=1 cluster.max_failures=9
 """
 """Overrides that make the jobs of jobs/small small enough to be killed often."""
@@ -53,7 +53,7 @@ class Inputs:
 
     def prepare(self) -> None:
         """Make them; what is learnt does not matter here."""
-        drawn = draw_dataset(self.folder / "drawn", train=IMAGES, val=32)
+        drawn = draw_dataset(self.folder / "drawn", train=IMAGES, val=8)
         for split, coco in (("train", drawn.train), ("val", drawn.val)):
             prepare_split(str(coco), str(drawn.images), str(self.folder / split), shard_images=SHARD_IMAGES)
         classes = ShardSet.open(str(self.folder / "train")).meta.classes
@@ -123,8 +123,9 @@ class Training(Command):
 
     title = "training"
     nodes: ClassVar = {"trainer": 1, "teacher": 2}
-    total, period = 100, 20
-    KEYS = "distill.warmup_steps=20 optim.epochs=5 optim.milestones=[4]"
+    total, period = 80, 20
+    FILE = "head.yaml"
+    KEYS = "distill.warmup_steps=20 optim.epochs=4 optim.milestones=[3]"
     THERE = "teacher.placement=pool teacher.pool.cpus=0 'teacher.pool.resources={teacher: 1}'"
 
     def __init__(self, inputs: Inputs, name: str) -> None:
@@ -134,11 +135,11 @@ class Training(Command):
         self.read = 0
 
     def job_of(self, inputs: Inputs, name: str) -> Job:
-        return inputs.job("head.yaml", name, f"{self.KEYS} {self.THERE}")
+        return inputs.job(self.FILE, name, f"{self.KEYS} {self.THERE}")
 
     @classmethod
     def expected(cls, inputs: Inputs) -> Record:
-        job = inputs.job("head.yaml", "expected-training", f"{cls.KEYS} cluster.workers=0")
+        job = inputs.job(cls.FILE, f"expected-{cls.__name__}", f"{cls.KEYS} cluster.workers=0")
         return student_of(train(job, lambda record: None))
 
     def arguments(self, again: bool) -> Sequence[str]:
@@ -161,9 +162,12 @@ class Training(Command):
 
 
 class TrainingOnS3(Training):
-    """The same with the run on S3: all that is needed to go on comes from there."""
+    """A training without a teacher whose run is on S3: all that is needed to go on comes from there."""
 
     title = "training, its run on S3"
+    nodes: ClassVar = {"trainer": 1, "teacher": 0}
+    FILE, THERE = "baseline.yaml", ""
+    KEYS = "optim.epochs=4 optim.milestones=[3]"
 
     def job_of(self, inputs: Inputs, name: str) -> Job:
         from tests.s3 import uri
@@ -176,17 +180,15 @@ class ElasticTraining(Training):
 
     title = "training with 1 to 2 workers"
     nodes: ClassVar = {"trainer": 2, "teacher": 0}
-    total, period = 100, 10
-    KEYS = "optim.epochs=10 optim.milestones=[8]"
+    total, period = 80, 10
+    FILE = "baseline.yaml"
+    KEYS = "optim.epochs=8 optim.milestones=[6] optim.optimizer=sgd optim.lr=0.01"
     THERE = "cluster.workers=[1,2] cluster.cpus_per_worker=1.5 cluster.data_cpus=0.5 cluster.resize_seconds=2"
-
-    def job_of(self, inputs: Inputs, name: str) -> Job:
-        return inputs.job("baseline.yaml", name, f"{self.KEYS} {self.THERE}")
 
     @classmethod
     def expected(cls, inputs: Inputs) -> Record:
         """One process does the work of both workers in turn."""
-        job = inputs.job("baseline.yaml", "expected-elastic", f"{cls.KEYS} cluster.workers=2")
+        job = inputs.job(cls.FILE, "expected-elastic", f"{cls.KEYS} cluster.workers=2")
         return cls._ended(job, train_here(job, lambda record: None))
 
     def ended(self) -> Record:

@@ -76,11 +76,11 @@ def test_repeated_steps_are_seen_in_what_the_command_prints(tmp_path: Path) -> N
     with command.output.open("w") as output:
         for step in (12, 13, 11):
             print(
-                f"head  step {step}/100  epoch 0.6  loss 2 (cls 2)  lr 0.1  8.1 images/s  data wait 0%", file=output, flush=True
+                f"head  step {step}/80  epoch 0.6  loss 2 (cls 2)  lr 0.1  8.1 images/s  data wait 0%", file=output, flush=True
             )
             if step == 12:
                 assert list(command.positions()) == [11, 12]
-        print("head  step 20/100  epoch 1  val  AP 0.1\nhead  step 14/1", end="", file=output)
+        print("head  step 20/80  epoch 1  val  AP 0.1\nhead  step 14/1", end="", file=output)
     assert list(command.positions()) == [12, 13, 10, 11]
 
 
