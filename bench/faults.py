@@ -136,14 +136,14 @@ def run_faults(plan: Iterator[tuple[int, str, list[str]]], scratch: Path) -> Non
 @contextmanager
 def _inputs(scratch: Path) -> Iterator[Inputs]:
     """Prepare the inputs and an S3 server."""
-    import boto3
+    from pyarrow.fs import S3FileSystem
 
     from tests.s3 import moto_server, nobody
 
     os.environ.update(nobody())
     with moto_server(scratch, nobody()) as url:
-        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="bucket")
         inputs = Inputs(scratch, url.removeprefix("http://"))
+        S3FileSystem(endpoint_override=inputs.s3, scheme="http", allow_bucket_creation=True).create_dir("bucket")
         inputs.prepare()
         yield inputs
 

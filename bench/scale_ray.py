@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -81,9 +81,10 @@ class CpuTimes:
 
     def spent(self) -> Record:
         """Return the seconds since the start, of processes that still exist."""
-        spent: Counter[str] = Counter()
-        for pid, (group, seconds) in self._now().items():
-            spent[self.before.get(pid, (group, 0.0))[0]] += seconds - self.before.get(pid, (group, 0.0))[1]
+        spent: dict[str, float] = {}
+        for pid, (named_now, seconds) in self._now().items():
+            group, before = self.before.get(pid, (named_now, 0.0))
+            spent[group] = spent.get(group, 0.0) + seconds - before
         return {group: round(seconds, 3) for group, seconds in spent.items()}
 
     @staticmethod
@@ -207,7 +208,7 @@ def _steps_table(records: Sequence[Record]) -> str:
     for group in [*GROUPS, OTHER]:
         spent = [(r["cpu"].get(group, 0.0), r) for r in records]
         lines.append(_row(group, [f"{1e3 * cpu / r['steps']:.1f} ({cpu / r['seconds']:.1%})" for cpu, r in spent]))
-    others = {
+    others: dict[str, Callable[[Record], str]] = {
         "put into the object stores a step": lambda r: f"{r['created_bytes'] / r['steps'] / 1e3:.0f} kB",
         "most in the object stores": lambda r: f"{r['most_bytes'] / 1e6:.1f} MB",
         "steps a second, all on one core": lambda r: f"{r['steps'] / r['seconds']:.1f}",
@@ -217,17 +218,11 @@ def _steps_table(records: Sequence[Record]) -> str:
 
 
 def _trials_table(records: Sequence[Record]) -> str:
-    counts = sorted({int(count) for record in records for count in record["proposals"]})
-    rows = {
+    rows: dict[str, Callable[[Record], str]] = {
         "the driver in all: CPU s": lambda r: f"{r['driver']['seconds']:.0f}",
         "the driver a trial: CPU s": lambda r: f"{r['driver']['seconds'] / r['trials']:.2f}",
         "the driver: peak MB": lambda r: f"{r['driver']['peak_mb']:,}",
-        **{
-            f"a proposal after {count} trials: CPU s": lambda r, count=count: (
-                f"{r['proposals'].get(str(count), float('nan')):.2f}"
-            )
-            for count in counts
-        },
+        "a proposal after so many trials: CPU s": lambda r: ", ".join(f"{n}: {s:.2f}" for n, s in r["proposals"].items()),
         "`analyze`: CPU s": lambda r: f"{r['analysis']['seconds']:.0f}",
         "`analyze`: peak MB": lambda r: f"{r['analysis']['peak_mb']:,}",
         "its page: MB": lambda r: f"{r['page_bytes'] / 1e6:.2f}",
