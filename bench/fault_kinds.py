@@ -19,7 +19,7 @@ from metadata_server import MetadataServer
 
 from headkd_ray.cluster.spot_watch import ENDPOINT
 
-PATIENCE = 600.0
+PATIENCE = 1200.0
 """Longest wait for anything, in seconds."""
 REPLACED_AFTER = 5.0
 """Seconds until a killed node is replaced."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,7 +57,18 @@ class Machines:
         nodes = self.nodes.setdefault(kind, [])
         while len(nodes) < count:
             own = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "object_store_memory": STORE}
-            nodes.append(self.cluster.add_node(**own))
+            nodes.append(self._started(own))
+
+    def _started(self, own: dict[str, Any], tries: int = 3) -> Any:
+        """Start a node; again if its agent missed Ray's limit of 15 s, as it may on a busy machine, and its raylet ended."""
+        before = set(self.cluster.worker_nodes)
+        for _ in range(tries - 1):
+            with suppress(Exception):  # of many kinds
+                return self.cluster.add_node(**own)
+            for node in set(self.cluster.worker_nodes) - before:
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+                self.cluster.worker_nodes.remove(node)
+        return self.cluster.add_node(**own)
 
     def kill(self, node: Any) -> None:
         """Kill all processes of a node with SIGKILL."""
