@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ BEGIN, END = "<!-- ray: begin (python bench/scale_ray.py table) -->", "<!-- ray:
 IMAGES = 64
 KEYS = """
     data.batch_size=1 data.short_side=[32,32] data.long_side=48 data.eval_short_side=32 data.pad=16
-    student.backbone.kwargs={stem_width:4,channels:[8,8,16,16]} student.neck.channels=8
+    'student.backbone.kwargs={stem_width: 4, channels: [8, 8, 16, 16]}' student.neck.channels=8
     student.head.channels=8 student.head.convs=1 optim.warmup_steps=0 log.report=false cluster.threads_per_worker=1
 """
 """Overrides that make the step of jobs/small/baseline.yaml trivial."""
@@ -184,7 +185,8 @@ def _job(folder: Path, name: str, keys: str) -> Job:
             prepare_split(str(coco), str(drawn.images), str(splits[split]), shard_images=16)
     own = [f"data.{split}={path}" for split, path in splits.items()]
     return load_job(
-        ROOT / "jobs/small/baseline.yaml", [*KEYS.split(), *keys.split(), *own, f"run.name={name}", f"run.storage={folder}"]
+        ROOT / "jobs/small/baseline.yaml",
+        [*shlex.split(KEYS), *keys.split(), *own, f"run.name={name}", f"run.storage={folder}"],
     )
 
 
