@@ -142,10 +142,12 @@ def spot_notice(run: Run, random: Random) -> Callable[[], None]:
             environment = {**os.environ, **ENVIRONMENT, ENDPOINT: server.url}
             subprocess.run([*watch, "--node-id", leaving.node_id], env=environment, stdout=subprocess.DEVNULL, check=True)
         run.machines.have("trainer", len(run.machines.nodes["trainer"]) + 1, **NODES["trainer"])
-        run.wait(lambda: b"(preemption " in run.command.output.read_bytes())
-        last = run.position
-        run.wait(lambda: run.position > last)
-        run.machines.kill(leaving)
+        try:
+            run.wait(lambda: b"(preemption " in run.command.output.read_bytes())
+            last = run.position
+            run.wait(lambda: run.position > last)
+        finally:
+            run.machines.kill(leaving)
 
     return hit
 
