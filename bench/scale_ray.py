@@ -44,7 +44,7 @@ RESULTS, DOCUMENT = ROOT / "docs/scale_ray.jsonl", ROOT / "docs/scale.md"
 BEGIN, END = "<!-- ray: begin (python bench/scale_ray.py table) -->", "<!-- ray: end -->"
 IMAGES = 64
 KEYS = """
-    data.batch_size=1 data.short_side=[32,32] data.long_side=48 data.eval_short_side=32 data.pad=16
+    data.batch_size=2 data.short_side=[64,64] data.long_side=96 data.eval_short_side=64 data.pad=16
     'student.backbone.kwargs={stem_width: 4, channels: [8, 8, 16, 16]}' student.neck.channels=8
     student.head.channels=8 student.head.convs=1 optim.warmup_steps=0 log.report=false cluster.threads_per_worker=1
 """
