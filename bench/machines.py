@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "RAY_worker_niceness": "0",  # at Ray's 15, workers hardly run beside what else is running on this machine
     "OMP_NUM_THREADS": "1",
 }
 RAYS_OWN = ("_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor", "TrainStateActor")
@@ -55,7 +57,18 @@ class Machines:
         nodes = self.nodes.setdefault(kind, [])
         while len(nodes) < count:
             own = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "object_store_memory": STORE}
-            nodes.append(self.cluster.add_node(**own))
+            nodes.append(self._started(own))
+
+    def _started(self, own: dict[str, Any], tries: int = 3) -> Any:
+        """Start a node; again if its agent missed Ray's limit of 15 s, as it may on a busy machine, and its raylet ended."""
+        before = set(self.cluster.worker_nodes)
+        for _ in range(tries - 1):
+            with suppress(Exception):  # of many kinds
+                return self.cluster.add_node(**own)
+            for node in set(self.cluster.worker_nodes) - before:
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+                self.cluster.worker_nodes.remove(node)
+        return self.cluster.add_node(**own)
 
     def kill(self, node: Any) -> None:
         """Kill all processes of a node with SIGKILL."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headkd_ray.cluster import ray_stream
+from headkd_ray.cluster import ray_stream, unhurried
 from headkd_ray.cluster.connect import connected
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
@@ -30,11 +30,11 @@ STEP = 0.05
 
 @contextmanager
 def pace(seconds: float) -> Iterator[None]:
-    before, ray_stream.STEP_SECONDS = ray_stream.STEP_SECONDS, seconds
+    before, unhurried.STEP_SECONDS = unhurried.STEP_SECONDS, seconds
     try:
         yield
     finally:
-        ray_stream.STEP_SECONDS = before
+        unhurried.STEP_SECONDS = before
 
 
 def busy_share(streams: Streams, warm: int, batches: int) -> float:
@@ -69,7 +69,7 @@ def main() -> int:
         )
         train, val = (ShardSet.open(path) for path in splits.values())
         streams = Streams(job, Distributed.alone(use_gpu=False), train, val, ray_stream.decode_on_ray(job.cluster))
-        for way, seconds in (("paced", ray_stream.STEP_SECONDS), ("as Ray does", 0.0)) * 2:
+        for way, seconds in (("paced", unhurried.STEP_SECONDS), ("as Ray does", 0.0)) * 2:
             with pace(seconds):
                 print(f"{way}: {busy_share(streams, warm, options.batches):.2f} CPU seconds per second", flush=True)
     return 0

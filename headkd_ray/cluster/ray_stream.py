@@ -20,7 +20,6 @@ local stream, because Ray does not carry an exception's cause from a task to the
 from __future__ import annotations
 
 import pickle
-import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,14 +31,10 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 
-try:
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-except ImportError:  # Ray has no public way to slow its loop down; without this one, training is only slower
-    ExecutionCallback = object
-
 from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, Row, decoded, encode
 from headkd_ray.cluster.teacher_actors import teacher_actors, with_teachers
 from headkd_ray.cluster.teacher_process import resources_of, set_up, within_memory
+from headkd_ray.cluster.unhurried import slow_down
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker
 from headkd_ray.data.epoch_order import Window
@@ -52,8 +47,6 @@ from headkd_ray.teacher.loading import teacher_of
 
 STORE_BYTES = 512 << 20
 """Limit on the object store memory of one rank's Dataset; lower if the cluster has less."""
-STEP_SECONDS = 0.02
-"""Minimum time between steps of Ray's scheduling loop, in seconds."""
 WINDOWS_PER_DATASET = 4096
 """Windows of one Dataset: a million images at the usual 256 per window, whose plan is 10 MB."""
 WINDOWS_PER_BLOCK = 16
@@ -105,8 +98,7 @@ def _dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # every row, that is every chunk, becomes its own block and is decoded by its own task
-    if ExecutionCallback is not object and hasattr(context, "custom_execution_callback_classes"):
-        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Unhurried]
+    slow_down(context)
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
         cpu=cpus + (most * pool.cpus if pool else 0.0),
@@ -128,21 +120,6 @@ def _dataset(
             compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
             **resources_of(pool),
         )
-
-
-class _Unhurried(ExecutionCallback):
-    """A callback that slows down Ray's scheduling loop, which is a thread of the train worker.
-
-    While the loop waits for training to take batches it spins (Ray 2.60). That occupies a core and, worse, the GIL, for which
-    every torch call of the training thread must then wait. ``bench/stream_wait.py`` measures the former.
-    """
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def on_execution_step(self, executor: object) -> None:
-        time.sleep(max(0.0, self.last + STEP_SECONDS - time.monotonic()))
-        self.last = time.monotonic()
 
 
 class TeachChunk:

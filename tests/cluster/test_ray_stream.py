@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,10 +17,13 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray import cloudpickle
+from ray.data import DataContext
 
 from headkd_ray.cluster import ray_stream
-from headkd_ray.cluster.decoding import decoded, encode
+from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, decoded, encode
 from headkd_ray.cluster.ray_stream import decode_on_ray
+from headkd_ray.cluster.unhurried import slow_down
 from headkd_ray.data.batch import TENSORS, Batch
 from headkd_ray.data.batch_stream import BatchMaker, PendingBatch, local_stream
 from headkd_ray.data.epoch_order import Window, eval_windows, steps_per_epoch, train_rows, train_windows
@@ -136,6 +141,15 @@ def test_closing_early_ends_tasks_and_threads(shards: ShardSet) -> None:
     wait_until(lambda: ray.available_resources().get("CPU") == 4)
     with DECODE(shards, windows(shards), BatchMaker(SPEC, 1, train=True)) as batches:
         assert len(list(batches)) == 20, "a new stream after it"
+
+
+def test_a_process_that_decodes_does_without_detectors(shards: ShardSet) -> None:
+    """torchvision and timm would take each of them five more seconds of a CPU to start, and hundreds of megabytes."""
+    context, maker = DataContext.get_current().copy(), BatchMaker(SPEC, 1, train=True)
+    slow_down(context)
+    sent = cloudpickle.dumps([context, ReadWindow(shards, maker), DecodeChunk(maker)])
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); print({'torch', 'torchvision', 'timm'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout == b"{'torch'}\n"
 
 
 @dataclass(frozen=True)
