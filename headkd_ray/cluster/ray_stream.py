@@ -38,8 +38,9 @@ except ImportError:  # Ray has no public way to slow its loop down; without this
     ExecutionCallback = object
 
 from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, Row, decoded, encode
+from headkd_ray.cluster.resources import resources_of
 from headkd_ray.cluster.teacher_actors import teacher_actors, with_teachers
-from headkd_ray.cluster.teacher_process import resources_of, set_up, within_memory
+from headkd_ray.cluster.teacher_process import set_up, within_memory
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker
 from headkd_ray.data.epoch_order import Window

@@ -29,7 +29,7 @@ RESULT_FILE = "result.json"
 # (Some changes of cluster.workers are still refused: below, and in loop.restore.)
 FREE_SECTIONS = ("cluster", "log", "checkpoint")
 # Other keys that may change likewise: they decide where or how fast something is computed, not what it is.
-FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path", "optim.compile")
+FREE_KEYS = ("teacher.pool.", "teacher.batch_size", "teacher.placement", "teacher.cache.path", "optim.compile", "eval.task.")
 _MEND = "restore it, or choose another run.name"
 UPLOAD_SECONDS = 60
 """Seconds between uploads of the log while no checkpoint is due."""
