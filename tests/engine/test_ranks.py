@@ -27,10 +27,9 @@ from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from tests.detectors.micro import BACKBONE, batch, fcos_spec, whole
 from tests.engine.ranks import on_ranks
-from tests.support import MICRO_STUDENT, micro_job, student_weights
+from tests.support import KEEN_STUDENT, micro_job, student_weights
 
 CLASSES = 3
-KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
 
 
 class Nowhere:
