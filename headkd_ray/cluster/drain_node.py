@@ -2,8 +2,8 @@
 
     python -m headkd_ray.cluster.drain_node [--seconds 110] [--address HOST:6379] [--node-id ID]
 
-Ray Train tells a run's workers of a drain; they write a checkpoint at once and go on elsewhere. Neither Ray nor KubeRay drains a
-node because its pod is about to be deleted, as it is when a spot machine is taken back. So the worker pods of
+Ray Train tells a run's workers of a drain; they write a checkpoint at once and go on elsewhere. Neither Ray nor KubeRay drains
+a node because its pod is about to be deleted, as it is when a spot machine is taken back. So the worker pods of
 ``cluster/kuberay.yaml`` run this command as their preStop hook. A node without work ends by itself once it is drained, and with
 it the pod; otherwise the pod ends with this command.
 """
@@ -30,6 +30,8 @@ PATIENCE = 15.0
 class RayNode(NamedTuple):
     """A Ray node."""
 
+    cluster: str
+    """Address of its cluster, host:port."""
     id: str
     host: str
     port: int
@@ -45,14 +47,16 @@ class RayNode(NamedTuple):
         return True
 
 
-def drain(why: str, end: float, patience: float, address: str, node_id: str | None, tell: Callable[[str], None]) -> RayNode:
+def drain(
+    why: str, end: float, patience: float, address: str | None, node_id: str | None, tell: Callable[[str], None]
+) -> RayNode:
     """Tell Ray that a node will end; repeated until Ray accepts it.
 
     Args:
         why: what takes the node away, for Ray's logs and ``tell``.
         end: when, in seconds since 1970.
         patience: seconds for which it is repeated.
-        address: the cluster's, as of ``ray.init``.
+        address: the cluster's, host:port; None = that of this machine's node.
         node_id: the node's id; None = that of the Ray node on this machine.
 
     Raises:
@@ -64,30 +68,38 @@ def drain(why: str, end: float, patience: float, address: str, node_id: str | No
         left = max(0, int(end - time.time()))
         try:
             node = find_node(address, node_id)
-            asked = ["--address", address, "--node-id", node.id, "--deadline-remaining-seconds", str(left)]
+            asked = ["--address", node.cluster, "--node-id", node.id, "--deadline-remaining-seconds", str(left)]
             done = subprocess.run([*command, *asked, "--reason-message", why], capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 tell(f"{why} in {left} s: Ray node {node.id} is being drained")
                 return node
             refusal = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ClusterError) as error:
             refusal = str(error).strip().splitlines()[:1]
         if time.time() - started > patience:
-            raise ClusterError(f"Ray's node on this machine cannot be drained: {' '.join(refusal)}")
+            raise ClusterError(f"the Ray node cannot be drained: {' '.join(refusal)}")
         tell(f"Ray does not accept the drain ({' '.join(refusal)}); trying again")
         time.sleep(1)
 
 
-def find_node(address: str, node_id: str | None) -> RayNode:
-    """Return the node with this id, or the one on this machine. Raises ConnectionError or RuntimeError if there is none."""
+def find_node(address: str | None, node_id: str | None) -> RayNode:
+    """Return the node with this id, or the one on this machine. Raises RuntimeError or ClusterError if none is."""
     import ray  # late: a program that waits for days for a notice needs no memory for it
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    from headkd_ray.cluster.alive import unanswered
+    from headkd_ray.cluster.connect import running_here
+
+    there = address or running_here()
+    reason = "none runs here, or its head has gone" if there is None else unanswered(there)  # ray.init would take minutes
+    if reason is not None:
+        raise ClusterError(f"no Ray cluster answers {'on this machine' if there is None else f'at {there}'} ({reason})")
+    assert there is not None
+    ray.init(address=there, log_to_driver=False, logging_level="ERROR")
     try:
         wanted = node_id or ray.get_runtime_context().get_node_id()
         for node in ray.nodes():
             if node["NodeID"] == wanted and node["Alive"]:
-                return RayNode(wanted, node["NodeManagerAddress"], node["NodeManagerPort"])
+                return RayNode(there, wanted, node["NodeManagerAddress"], node["NodeManagerPort"])
     finally:
         ray.shutdown()
     raise RuntimeError(f"the cluster has no node {wanted}")
@@ -95,7 +107,7 @@ def find_node(address: str, node_id: str | None) -> RayNode:
 
 def add_node_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which node is drained."""
-    parser.add_argument("--address", default="auto", help="the Ray cluster's address; by default that of this machine's node")
+    parser.add_argument("--address", help="the Ray cluster's address; by default that of this machine's node")
     parser.add_argument("--node-id", help="the Ray node to drain; by default the one on this machine")
 
 
