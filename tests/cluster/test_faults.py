@@ -160,7 +160,7 @@ def test_a_spot_notice_costs_no_step_and_is_no_failure(
 def test_a_pod_s_end_within_an_evaluation_costs_no_step_and_the_evaluation_is_made_up(
     machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The preStop hook of cluster/kuberay.yaml drains the node, and ends when the worker has left, long before its time is up."""
+    """The preStop hook of cluster/kuberay.yaml drains the node, and ends when the worker has left, before its time is up."""
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     machines.have("trainer", 1, cpus=2)
     job = micro_job(
