@@ -30,7 +30,7 @@ from headkd_ray.engine.scratch import Scratch
 from headkd_ray.engine.stored_detections import store_of
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.engine.validation import validate
-from headkd_ray.errors import CheckpointError
+from headkd_ray.errors import CheckpointError, DiskError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
@@ -128,16 +128,23 @@ def evaluate_waiting(request: Request, device: torch.device) -> CocoMetrics:
     The detections are kept as those of an evaluation by the run's own processes.
 
     Raises:
-        CheckpointError: the student is damaged.
-        DataError, DeviceMemoryError, DiskError: as ``loop.fit``.
+        DiskError: the student is damaged, or there is no space.
+        DataError, DeviceMemoryError: as ``loop.fit``.
     """
     job, run = request.job, run_folder(request.job)
     streams = Streams(job, Distributed(0, 1, device), ShardSet.open(job.data.train), ShardSet.open(job.data.val), decode_here)
     scratch = Scratch()
     try:
         copy, draft = scratch.folder(), scratch.folder()
-        Folder.open(copy).copy_from(run / WAITING / _name(request.step) / STUDENT_FOLDER)
-        loaded = load_detector(copy)
+        waiting = run / WAITING / _name(request.step)
+        Folder.open(copy).copy_from(waiting / STUDENT_FOLDER)
+        try:
+            loaded = load_detector(copy)
+        except CheckpointError as error:
+            raise DiskError(
+                f"{waiting.uri}: the student that waits here for its evaluation is damaged ({error}); restore it, or delete "
+                "this folder, and the same command leaves this evaluation out"
+            ) from error
         assert loaded.classes is not None
         student = loaded.detector.to(device).to(memory_format=torch.channels_last)  # as in training
         store = store_of(job, run, streams.val_set)

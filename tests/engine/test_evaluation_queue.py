@@ -19,7 +19,7 @@ from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import finish, open_run, run_folder, run_log
 from headkd_ray.engine.stored_detections import BEST, LAST, stored_detections
 from headkd_ray.engine.streams import Streams, decode_here
-from headkd_ray.errors import StoppedError
+from headkd_ray.errors import DiskError, StoppedError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 from tests.support import KEEN_STUDENT, assert_same_weights, micro_job, student_weights
@@ -69,7 +69,13 @@ def test_metrics_and_student_are_those_of_evaluation_in_place(tmp_path: Path, dr
     run, records = run_folder(beside), list[dict[str, Any]]()
     with pytest.raises(StoppedError, match="at step 13 of 33"):
         train_with(beside, lambda request: lambda: None, records, stop_at=13)
-    assert (tmp_path / "beside" / WAITING / "step_00000011").is_dir() and not [each for each in records if "val" in each]
+    waiting = tmp_path / "beside" / WAITING / "step_00000011"
+    assert waiting.is_dir() and not [each for each in records if "val" in each]
+    weights = (waiting / "student" / "model.safetensors").read_bytes()
+    (waiting / "student" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(DiskError, match=f"{waiting}: the student that waits here for its evaluation is damaged"):
+        evaluate_waiting(Request(beside, 11, 1, 0.0), torch.device("cpu"))
+    (waiting / "student" / "model.safetensors").write_bytes(weights)
     result = train_with(beside, slowly, records)
 
     scored = [(record["step"], record["val"]) for record in records if "val" in record]
