@@ -42,10 +42,10 @@ from headkd_ray.distill.assistant_loss import AssistantLoss
 from headkd_ray.distill.step_forward import StepForward
 from headkd_ray.distill.student import StudentForward
 from headkd_ray.engine.distributed import Distributed
-from headkd_ray.engine.loop import validate
 from headkd_ray.engine.optim import lr_factor
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.streams import Streams, decode_here
+from headkd_ray.engine.validation import validate
 from headkd_ray.teacher.loading import load_teacher
 
 EVERY = 100

@@ -88,7 +88,8 @@ class RunReport:
 
     def __call__(self, record: Record) -> None:
         self.tell(record)
-        self.place = {name: record.get(name, before) for name, before in self.place.items()}
+        if "val" not in record:  # else perhaps of a step that training has left behind
+            self.place = {name: record.get(name, before) for name, before in self.place.items()}
         enough = time.monotonic() - self.ended >= self.cost / SHARE
         if "val" in record and enough and record["step"] != record["steps"]:  # the end has a page in any case
             self.update()

@@ -34,6 +34,8 @@ MICRO_STUDENT: dict[str, Any] = {
     "neck": {"channels": 16},
     "head": {"convs": 1, "channels": 16, "proposals": {"pre_nms": 50, "post_nms": 20}},
 }
+KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
+"""One that detects something in every image, trained or not."""
 MICRO_TEACHER: dict[str, Any] = {
     "kind": "faster_rcnn",
     "backbone": MICRO_BACKBONE,

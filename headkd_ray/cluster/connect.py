@@ -64,7 +64,7 @@ def _address(asked: str | None) -> str | None:
     if address == "local":
         return None
     if not address or address == "auto":  # the one that runs on this machine, if any
-        here = _running_here()
+        here = running_here()
         if here is None and address == "auto":
             raise ClusterError(f"{name}=auto: no Ray cluster answers on this machine; start one (ray start --head)")
         return here
@@ -77,7 +77,8 @@ def _address(asked: str | None) -> str | None:
     return address
 
 
-def _running_here() -> str | None:
+def running_here() -> str | None:
+    """Return the address of the cluster that this machine is a node of; None if there is none, or its head does not answer."""
     with_environment = os.environ.pop("RAY_ADDRESS", None)  # "auto" or empty
     try:
         address = get_ray_address_from_environment("auto", None)

@@ -57,13 +57,13 @@ class Gauges:
 
 def values_of(record: Record) -> Iterator[tuple[str, float, str]]:
     """Yield the name of a gauge, its value, and the value of its further tag if it has one, for all numbers of a record."""
-    for key in ("step", "steps", "epoch"):
-        yield f"headkd_{key}", record[key], ""
-    if "val" in record:
+    if "val" in record:  # perhaps of a step that training has left behind
         for metric, value in record["val"].items():
             if metric.startswith("AP") and isinstance(value, int | float):
                 yield "headkd_ap_percent", value, metric
         return
+    for key in ("step", "steps", "epoch"):
+        yield f"headkd_{key}", record[key], ""
     for loss, value in record["losses"].items():
         yield "headkd_loss", value, loss
     yield "headkd_workers", record["workers"], ""

@@ -32,8 +32,9 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 
 from headkd_ray.cluster.decoding import DecodeChunk, ReadWindow, Row, decoded, encode
+from headkd_ray.cluster.resources import resources_of
 from headkd_ray.cluster.teacher_actors import teacher_actors, with_teachers
-from headkd_ray.cluster.teacher_process import resources_of, set_up, within_memory
+from headkd_ray.cluster.teacher_process import set_up, within_memory
 from headkd_ray.cluster.unhurried import slow_down
 from headkd_ray.data.batch import Batch
 from headkd_ray.data.batch_stream import BatchMaker

@@ -8,11 +8,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from headkd_ray.errors import ClusterError
-from headkd_ray.job import ClusterSpec, Job, PoolSpec
+from headkd_ray.job import ClusterSpec, Job, PoolSpec, ProcessSpec
 
 GROWS = "HEADKD_RAY_NODES"
 """Environment variable with which a cluster file lists the nodes that its autoscaler may add to the head, as JSON, for example
@@ -75,10 +76,13 @@ def check_resources(job: Job) -> Resources:
             f"cluster.cpus_per_worker {spec.cpus_per_worker:g} CPUs to data tasks, which need {grown} x cluster.data_cpus "
             f"{spec.data_cpus:g}; lower the maximum, or raise cpus_per_worker so that fewer workers fit on a node"
         )
+    beside = {"CPU": grown * each, "GPU": grown * gpus_per_worker}
     if job.teacher is not None and job.teacher.placement == "pool":
-        count = grown * job.teacher.pool.actors[0]  # the minimum for each worker
-        beside = {"CPU": grown * each, "GPU": grown * gpus_per_worker}
-        problems += _pool_problems(job.teacher.pool, found, count, beside)
+        pool, count = job.teacher.pool, grown * job.teacher.pool.actors[0]  # the minimum for each worker
+        problems += _process_problems("teacher.pool", pool, found, count, beside)
+        beside = {"CPU": beside["CPU"] + count * pool.cpus, "GPU": beside["GPU"] + count * pool.gpus}
+    if job.eval.placement == "task":
+        problems += _process_problems("eval.task", job.eval.task, found, 1, beside)
     if problems:
         raise ClusterError(problems)
     return Resources(spec.workers, spec.cpus_per_worker, gpus_per_worker)
@@ -109,7 +113,7 @@ def check_pool(job: Job) -> None:
     """Raise ClusterError if the teacher processes that build a cache do not all fit the cluster."""
     assert job.teacher is not None
     nodes, _ = _nodes()
-    problems = _pool_problems(job.teacher.pool, nodes, job.teacher.pool.actors[1], beside={})
+    problems = _process_problems("teacher.pool", job.teacher.pool, nodes, job.teacher.pool.actors[1], beside={})
     if problems:
         raise ClusterError(problems)
 
@@ -133,6 +137,13 @@ def check_predictors(spec: ClusterSpec) -> float:
     return gpus
 
 
+def resources_of(spec: ProcessSpec) -> dict[str, Any]:
+    """Return the resources of a process, as options of a Ray task or actor."""
+    options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "resources": spec.resources}
+    chosen = {"label_selector": spec.labels, "accelerator_type": spec.accelerator_type}
+    return options | {option: value for option, value in chosen.items() if value}
+
+
 @dataclass(frozen=True)
 class _Node:
     resources: dict[str, float]
@@ -144,7 +155,7 @@ class _Node:
         """Kinds of GPU."""
         return [kind for name in self.resources for key, _, kind in [name.partition(":")] if key == "accelerator_type"]
 
-    def suits(self, spec: ClusterSpec | PoolSpec) -> bool:
+    def suits(self, spec: ClusterSpec | ProcessSpec) -> bool:
         """Return whether the node has the labels and the kind of GPU that ``spec`` selects, as far as is known."""
         kind = spec.accelerator_type is None or spec.accelerator_type in self.accelerators
         if self.labels is None:
@@ -160,7 +171,7 @@ def _matches(value: str | None, wanted: str) -> bool:
     return (value in options) is not negated
 
 
-def _selects_nothing(section: str, spec: ClusterSpec | PoolSpec, nodes: list[_Node]) -> str | None:
+def _selects_nothing(section: str, spec: ClusterSpec | ProcessSpec, nodes: list[_Node]) -> str | None:
     """Return that no node has what ``spec`` selects, and what they have; None if one does."""
     if not nodes or any(node.suits(spec) for node in nodes):
         return None
@@ -187,30 +198,35 @@ def _nodes() -> tuple[list[_Node], str]:
     return [node for node in alive if "node:__internal_head__" in node.resources] + started, "may grow to"
 
 
-def _pool_problems(pool: PoolSpec, found: list[_Node], count: int, beside: dict[str, float]) -> list[str]:
-    """Return why ``count`` teacher processes cannot start while train workers take ``beside``; empty if they can."""
-    if problem := _selects_nothing("teacher.pool", pool, found):
+def _process_problems(
+    section: str, spec: ProcessSpec, found: list[_Node], count: int, beside: Mapping[str, float]
+) -> list[str]:
+    """Return why ``count`` processes cannot start while others take ``beside``; empty if they can.
+
+    ``section``: that of the processes' keys.
+    """
+    if problem := _selects_nothing(section, spec, found):
         return [problem]
     nodes = [node.resources for node in found]
-    each = {name: amount for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items() if amount}
+    each = {name: amount for name, amount in {"CPU": spec.cpus, "GPU": spec.gpus, **spec.resources}.items() if amount}
     asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
-    suitable = [node.resources for node in found if node.suits(pool)]
+    suitable = [node.resources for node in found if node.suits(spec)]
     able = [node for node in suitable if all(node.get(name, 0.0) >= amount for name, amount in each.items())]
     if not able:
         has = [{name: node.get(name, 0.0) for name in each} for node in suitable]
-        return [
-            f"teacher.pool: no node has what a process requests ({asked}); nodes: {has}; request less, or start such a node"
-        ]
+        return [f"{section}: no node has what a process requests ({asked}); nodes: {has}; request less, or start such a node"]
+    key = f"{section}.actors: {count} processes" if isinstance(spec, PoolSpec) else f"{section}: a process"
     fits = [min(node[name] / amount for name, amount in each.items()) if each else math.inf for node in able]
     places = sum(math.floor(min(number, count) + 1e-9) for number in fits)
     if places < count:
-        return [f"teacher.pool.actors: {count} processes of {asked} requested, the nodes have room for {places}; request less"]
-    for name, taken in beside.items():  # train workers may take theirs from any node
+        return [f"{key} of {asked} requested, the nodes have room for {places}; request less"]
+    for name, taken in beside.items():  # the others may take theirs from any node
         there = sum(node.get(name, 0.0) for node in nodes)
         if name in each and there < count * each[name] + taken:
+            ones = " each" if count > 1 else ""
             return [
-                f"teacher.pool.actors: {count} processes of {each[name]:g} {name} each requested, besides {taken:g} for the "
-                f"train workers, the nodes have {there:g}; request less"
+                f"{key} of {each[name]:g} {name}{ones} requested, besides {taken:g} for the train workers, the nodes have "
+                f"{there:g}; request less"
             ]
     return []
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from datetime import datetime, timezone
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from headkd_ray.cluster.drain_node import add_node_options, drain, say
 from headkd_ray.errors import ClusterError
 
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
@@ -120,72 +120,25 @@ def read_notice(text: str) -> Notice:
         return Notice("unknown action", time.time() + NOTICE_SECONDS)
 
 
-def drain(notice: Notice, address: str, node_id: str | None, tell: Callable[[str], None]) -> None:
-    """Tell Ray that the node ends when the notice says; repeated until Ray accepts it or the node is gone.
-
-    Args:
-        address: the cluster's, as of ``ray.init``.
-        node_id: the node's id; None = that of the Ray node on this machine.
-
-    Raises:
-        ClusterError: Ray has not accepted it before the end.
-    """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    while True:
-        left = max(0, int(notice.end - time.time()))
-        try:
-            node_id = node_id or node_here(address)
-            asked = ["--address", address, "--node-id", node_id, "--deadline-remaining-seconds", str(left)]
-            done = subprocess.run(
-                [*command, *asked, "--reason-message", f"AWS spot notice: {notice.action}"], capture_output=True, text=True
-            )
-            if done.returncode == 0:
-                tell(f"AWS takes this machine back in {left} s ({notice.action}): Ray node {node_id} is being drained")
-                return
-            refusal = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        except (ConnectionError, RuntimeError) as error:
-            refusal = [str(error)]
-        if time.time() > notice.end:
-            raise ClusterError(f"Ray's node on this machine cannot be drained: {' '.join(refusal)}")
-        tell(f"Ray does not accept the drain ({' '.join(refusal)}); trying again")
-        time.sleep(1)
-
-
-def node_here(address: str) -> str:
-    """Return the id of the Ray node on this machine."""
-    import ray  # late: the program waits for days in the memory that it needs without Ray
-
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    try:
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
-    finally:
-        ray.shutdown()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m headkd_ray.cluster.spot_watch", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--address", default="auto", help="the Ray cluster's address; by default that of this machine's node")
-    parser.add_argument("--node-id", help="the Ray node to drain; by default the one on this machine")
+    add_node_options(parser)
     options = parser.parse_args(arguments)
     service = MetadataService(os.environ.get(ENDPOINT) or "http://169.254.169.254")
     try:
-        notice = wait_for_notice(service, _tell)
+        notice = wait_for_notice(service, say)
         if notice is None:
-            _tell("this machine is not a spot machine: nothing to wait for")
-        else:
-            drain(notice, options.address, options.node_id, _tell)
+            say("this machine is not a spot machine: nothing to wait for")
+        else:  # to the last: there is nothing else to do on this machine
+            why = f"AWS takes this machine back ({notice.action})"
+            drain(why, notice.end, notice.end - time.time(), options.address, options.node_id, say)
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _tell(text: str) -> None:
-    print(f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ} {text}", flush=True)
 
 
 if __name__ == "__main__":

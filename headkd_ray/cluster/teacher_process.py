@@ -1,4 +1,4 @@
-"""What all teacher processes share: the resources that Ray reserves for them, their start, and their errors."""
+"""What all teacher processes share: their start, and their errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import ray
 import torch
 
 from headkd_ray.cluster.driver import actor_name
+from headkd_ray.cluster.resources import resources_of
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job, PoolSpec
 from headkd_ray.memory import enough_memory
@@ -22,13 +23,6 @@ def actors_of(kind: type, run: str, pool: PoolSpec, count: int, *arguments: Any)
     options = {**resources_of(pool), "max_restarts": -1, "max_task_retries": -1}
     remote, names = ray.remote(kind), [actor_name(run, f"teacher-{number}") for number in range(count)]
     return [remote.options(name=name, **options).remote(*arguments) for name in names]
-
-
-def resources_of(pool: PoolSpec) -> dict[str, Any]:
-    """Return the resources of a teacher process, as options of a Ray task or actor."""
-    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": pool.resources}
-    chosen = {"label_selector": pool.labels, "accelerator_type": pool.accelerator_type}
-    return options | {option: value for option, value in chosen.items() if value}
 
 
 def set_up(job: Job) -> torch.device:

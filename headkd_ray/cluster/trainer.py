@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from headkd_ray.cluster.batch_trials import largest_batch_size_of
 from headkd_ray.cluster.connect import connected
 from headkd_ray.cluster.driver import forwarded, stop_sign
+from headkd_ray.cluster.evaluation_task import start_evaluation
 from headkd_ray.cluster.gauges import Gauges
 from headkd_ray.cluster.listing import drop_unusable
 from headkd_ray.cluster.ray_stream import decode_on_ray
@@ -30,6 +31,7 @@ from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.training_set import training_set
 from headkd_ray.engine.checkpoint import SCORE, check
 from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.evaluation_queue import EvaluationQueue, ranked
 from headkd_ray.engine.log import Record, Sink
 from headkd_ray.engine.loop import data_fingerprints, fit
 from headkd_ray.engine.run import finish, open_run, run_folder, run_log
@@ -89,9 +91,13 @@ def _train(job: Job, tell: Sink, resources: Resources) -> Record:
         outcome = result.return_value
         if "error" in outcome:
             raise outcome["error"]
+    return finish(run, ranked(run) or _ranked_by_ray(result), outcome["last"], outcome["data"], tell)
+
+
+def _ranked_by_ray(result: Result) -> list[Folder]:
+    """Return a run's checkpoints, the best first."""
     ranking = sorted(result.best_checkpoints, key=lambda entry: entry[1][SCORE], reverse=True)
-    folders = [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
-    return finish(run, folders, outcome["last"], outcome["data"], tell)
+    return [Folder(each.filesystem, each.path, each.path) for each, _ in ranking]
 
 
 def _train_once(job: Job, resources: Resources, driver: dict[str, Any]) -> Result:
@@ -110,7 +116,8 @@ class Notes:
         self.place = {"step": 0, "steps": None, "epoch": 0.0}
 
     def record(self, record: Record) -> None:
-        self.place = {name: record[name] for name in self.place}
+        if "val" not in record:  # else perhaps of a step that training has left behind
+            self.place = {name: record[name] for name in self.place}
         self.tell(record)
 
     def __call__(self, text: str) -> None:
@@ -204,10 +211,24 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         requests, gauges = StopRequests(stop, distributed), Gauges(job, distributed.rank)
         try:
             store = store_of(job, run_folder(job), streams.val_set)
-            last = fit(job, distributed, streams, RayCheckpoints(), open_sink, requests, store, gauges)
+            beside = job.eval.placement == "task" and distributed.rank == 0
+            queue = EvaluationQueue(job, start_evaluation) if beside else None
+            last = fit(
+                job,
+                distributed,
+                streams,
+                RayCheckpoints(),
+                open_sink,
+                requests,
+                store,
+                gauges,
+                requests.within_evaluation,
+                queue,
+            )
             return {"last": last, "data": data_fingerprints(streams)}
         except StoppedError as error:
-            return {"leaving": requests.leaving} if requests.leaving and not requests.asked else {"error": error}
+            leaving = requests.leaving()  # all ranks are here
+            return {"leaving": leaving} if leaving and not requests.asked else {"error": error}
         except (TrainingError, CheckpointError) as error:
             return {"error": error}
         except (DataError, CacheError, DeviceMemoryError, DiskError) as error:

@@ -16,7 +16,7 @@ from headkd_ray.errors import JobError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import Folder
 
-OWN_KEYS = ("run.", *(f"{section}." for section in FREE_SECTIONS), *FREE_KEYS)
+OWN_KEYS = ("run.", *(f"{section}." for section in FREE_SECTIONS), *FREE_KEYS, "eval.placement")
 """Keys in which the runs of one row may differ: they do not decide what a run learns, except for the seed."""
 
 

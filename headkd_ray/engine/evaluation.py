@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from headkd_ray.detectors import Detections, Detector
 from headkd_ray.engine.coco_metrics import CocoMetrics, coco_metrics
 from headkd_ray.engine.distributed import Distributed
 from headkd_ray.engine.scoring import Scoring
+
+
+class InterruptedEvaluationError(Exception):
+    """An evaluation was given up before its end, on all ranks."""
 
 
 @torch.inference_mode()
@@ -34,16 +39,18 @@ def predict(
     was_training = detector.training
     detector.eval()
     results: dict[int, list[dict[str, Any]]] = {}
-    for batch in batches:
-        if batch.idle:
-            continue
-        batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            found = detector.detect(detector.normalise(batch.images, batch.sizes), batch.sizes)
-        for image_id, entries in zip(batch.image_ids.tolist(), coco_results(found, batch, category_ids), strict=True):
-            assert image_id not in results, f"image {image_id} was evaluated twice"
-            results[image_id] = entries
-    detector.train(was_training)
+    try:
+        for batch in batches:
+            if batch.idle:
+                continue
+            batch = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                found = detector.detect(detector.normalise(batch.images, batch.sizes), batch.sizes)
+            for image_id, entries in zip(batch.image_ids.tolist(), coco_results(found, batch, category_ids), strict=True):
+                assert image_id not in results, f"image {image_id} was evaluated twice"
+                results[image_id] = entries
+    finally:
+        detector.train(was_training)
     return results
 
 
@@ -81,20 +88,30 @@ def evaluate(
     scoring: Scoring,
     precision: str = "fp32",
     keep: Callable[[CocoMetrics, list[dict[str, Any]]], None] = lambda metrics, results: None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> CocoMetrics:
     """Compute COCO metrics over all ranks' shares of the images, and return them on every rank. A collective call.
+
+    The ranks only meet at the end of their shares, so asking them to stop costs no communication: one that is ``interrupted``
+    brings none to that meeting.
 
     Args:
         ground_truth: COCO dictionary, needed on rank 0 only.
         scoring: which categories the detections are counted as, and how many count.
         keep: called on rank 0 with the metrics and the COCO results that they are of.
+        interrupted: asked by each rank before each batch; if it is True on any, the evaluation is given up on all of them.
 
     Raises:
+        InterruptedEvaluationError: it was given up.
         AssertionError: the ranks' shares overlap or miss an image of ``ground_truth``.
     """
-    shares = distributed.gather(predict(detector, batches, distributed.device, scoring.category_ids, precision))
+    share: dict[int, list[dict[str, Any]]] | None = None
+    with suppress(InterruptedEvaluationError):
+        share = predict(detector, _until(interrupted, batches), distributed.device, scoring.category_ids, precision)
+    gathered = distributed.gather(share)
     metrics = None
-    if shares is not None:
+    shares = [each for each in gathered or [] if each is not None]
+    if gathered is not None and len(shares) == len(gathered):
         assert ground_truth is not None
         image_ids = [image_id for share in shares for image_id in share]
         assert sorted(image_ids) == sorted(image["id"] for image in ground_truth["images"]), "ranks overlap or miss images"
@@ -102,5 +119,14 @@ def evaluate(
         metrics = coco_metrics(ground_truth, found, image_ids, scoring.max_detections)
         keep(metrics, found)
     metrics = distributed.broadcast(metrics)
-    assert metrics is not None
+    if metrics is None:
+        raise InterruptedEvaluationError
     return metrics
+
+
+def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches, or raise InterruptedEvaluationError instead of the next one."""
+    for batch in batches:
+        if interrupted():
+            raise InterruptedEvaluationError
+        yield batch

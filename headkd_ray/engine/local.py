@@ -24,6 +24,6 @@ def train_here(job: Job, tell: Sink) -> Record:
 
     with run_log(folder, job, tell) as open_sink, stop_signals() as asked_to_stop:
         store = store_of(job, folder, streams.val_set)
-        last = fit(job, distributed, streams, checkpoints, open_sink, asked_to_stop, store)
+        last = fit(job, distributed, streams, checkpoints, open_sink, asked_to_stop, store, interrupted=asked_to_stop)
     ranking = [checkpoints.folder / name for name in checkpoints.ranking()]
     return finish(folder, ranking, last, data_fingerprints(streams), tell)

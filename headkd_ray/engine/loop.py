@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import headkd_ray
 from headkd_ray.data.class_weights import class_weights_of, described
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.training_set import split_fingerprints
-from headkd_ray.detectors import Detector, weigh_classes
+from headkd_ray.detectors import weigh_classes
 from headkd_ray.detectors.weights.native import save_detector
 from headkd_ray.distill import build_training_model, load_start
 from headkd_ray.engine.checkpoint import (
@@ -34,7 +34,8 @@ from headkd_ray.engine.checkpoint import (
 from headkd_ray.engine.coco_metrics import CocoMetrics
 from headkd_ray.engine.compiling import Compilations, compile_modules
 from headkd_ray.engine.distributed import Distributed
-from headkd_ray.engine.evaluation import evaluate
+from headkd_ray.engine.evaluation import InterruptedEvaluationError
+from headkd_ray.engine.evaluation_queue import EvaluationQueue
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.optim import reset_lr
@@ -42,12 +43,16 @@ from headkd_ray.engine.run import teacher_key
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.stored_detections import Store
 from headkd_ray.engine.streams import Streams, in_order, on_device
+from headkd_ray.engine.validation import validate
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
 from headkd_ray.teacher import AnyTeacher, Cache, TeacherSource, open_cache, soft_teacher
 from headkd_ray.teacher.loading import load_teacher
 from headkd_ray.text import masked
+
+WAIT_SECONDS = 0.5
+"""Seconds between looks at the evaluations that a run which has trained to its end waits for."""
 
 
 def fit(
@@ -59,11 +64,15 @@ def fit(
     asked_to_stop: Callable[[], bool] = lambda: False,
     store: Store | None = None,
     observe: Sink = lambda record: None,
+    interrupted: Callable[[], bool] = lambda: False,
+    queue: EvaluationQueue | None = None,
 ) -> Record:
     """Train to the end, resuming from the latest checkpoint if any; return the last evaluation's metrics. Collective.
 
     On the CPU a run that was killed and resumed ends with the same weights, bit for bit, as one that was not: batches are a
     function of (seed, step), and so is every random number drawn in a step.
+
+    An evaluation that was due when training had to stop is made up when it resumes.
 
     Args:
         open_sink: called on rank 0 with the step from which training resumes (0 = new run); the sink receives the log records.
@@ -71,6 +80,9 @@ def fit(
         store: called on rank 0 with the detections of each evaluation, before its record.
         observe: called on every rank with the log records of steps and evaluations, in which images_per_second, data_wait and
             memory_mib are those of the rank alone.
+        interrupted: as ``asked_to_stop``, but polled during an evaluation, by each rank at its own pace; if it is True on any,
+            the evaluation is given up, and training ends with a checkpoint.
+        queue: on rank 0, where students wait for their evaluation with eval.placement: task.
 
     Raises:
         TrainingError: the loss is not finite, or torch.compile does not work here.
@@ -89,6 +101,7 @@ def fit(
     total_steps = steps_per_epoch * job.optim.epochs
     last: Record = {}
     notes: list[str] = []
+    beside = job.eval.placement == "task"
     with checkpoints.latest() as folder:
         start = load_start(job, classes) if folder is None else None
         torch.manual_seed(job.run.seed)  # again, so that initial weights do not depend on what was loaded
@@ -124,12 +137,52 @@ def fit(
     def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
 
+    def due() -> bool:
+        epoch, within_epoch = divmod(state.step, steps_per_epoch)
+        return within_epoch == 0 and epoch > 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs)
+
     def keep_found(scored: CocoMetrics, found: list[dict[str, Any]]) -> None:
         if store is not None:
             store(found, state.step, not scored.AP < state.patience.best)
 
+    def take(scored: CocoMetrics, step: int) -> None:
+        nonlocal last
+        last = {"step": step, **scored.as_dict()}
+        state.patience.see(scored.AP, step // steps_per_epoch)
+        evaluated = {"step": step, "steps": total_steps, "epoch": step // steps_per_epoch, "val": scored.as_dict()}
+        sink(evaluated)
+        observe(evaluated)
+
+    def evaluate_here() -> CocoMetrics | None:
+        """Evaluate the student; return None if that was interrupted."""
+        try:
+            scored = validate(job, distributed, streams, state.student, keep_found, interrupted)
+        except InterruptedEvaluationError:
+            return None
+        take(scored, state.step)
+        return scored
+
+    def stopped() -> StoppedError:
+        return StoppedError(
+            f"run {job.run.name}: stopped as requested at step {state.step} of {total_steps}, with a checkpoint; the "
+            "same command resumes from there"
+        )
+
+    def take_finished() -> None:
+        if queue is not None:
+            for step, scored in queue.finished():
+                take(scored, step)
+
     for note in notes:
         tell(note)
+
+    if queue is not None:
+        last = queue.resume(state.step, distributed.size)
+    elif due() and not last and not beside:
+        scored = evaluate_here()
+        if scored is None:
+            raise stopped()
+        keep(state, job, distributed, streams, checkpoints, scored, "_evaluated")  # Ray takes each name once
 
     state.ddp = DistributedDataParallel(model) if distributed.size > 1 else None
     ranks = [rank for _ in range(accumulate) for rank in streams.ranks]
@@ -146,7 +199,8 @@ def fit(
             if compiled is not None and (news := compiled.note(state.step)) is not None:
                 tell(news)
 
-            epoch, within_epoch = divmod(state.step, steps_per_epoch)
+            take_finished()
+            within_epoch = state.step % steps_per_epoch
             every = job.checkpoint.every_steps
             last_one = stopping()
             checkpoint_due = within_epoch == 0 or (every is not None and state.step % every == 0) or last_one
@@ -158,21 +212,18 @@ def fit(
                 observe({**record, **window.own})
             if not checkpoint_due:
                 continue
-            scored = None
-            if within_epoch == 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs):
-                scored = validate(job, distributed, streams, state.student, keep_found)
-                last = {"step": state.step, **scored.as_dict()}
-                state.patience.see(scored.AP, epoch)
-                evaluated = {"step": state.step, "steps": total_steps, "epoch": epoch, "val": scored.as_dict()}
-                sink(evaluated)
-                observe(evaluated)
-            keep(state, job, distributed, streams, checkpoints, scored)
-            if last_one and state.step < total_steps and not state.patience.exhausted:
-                raise StoppedError(
-                    f"run {job.run.name}: stopped as requested at step {state.step} of {total_steps}, with a checkpoint; the "
-                    "same command resumes from there"
-                )
+            here = due() and not beside
+            scored = evaluate_here() if here and not last_one else None
+            keep(state, job, distributed, streams, checkpoints, scored, waits=queue if due() else None)
+            unfinished = state.step < total_steps and not state.patience.exhausted
+            if (here and scored is None) or (last_one and unfinished):
+                raise stopped()
             window.reset()  # do not count evaluation as training time
+    while beside and distributed.broadcast(queue is not None and queue.busy):
+        if distributed.vote(asked_to_stop())():
+            raise stopped()
+        time.sleep(WAIT_SECONDS)
+        take_finished()
     if state.step < total_steps:
         place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
         sink({**place, "note": f"ended early, at step {state.step} of {total_steps} (eval.patience): {state.patience}"})
@@ -236,23 +287,6 @@ def data_fingerprints(streams: Streams) -> dict[str, str]:
     return {**split_fingerprints(streams.train_set), "data.val": streams.val_set.meta.fingerprint}
 
 
-def validate(
-    job: Job,
-    distributed: Distributed,
-    streams: Streams,
-    student: Detector,
-    keep: Callable[[CocoMetrics, list[dict[str, Any]]], None] = lambda metrics, results: None,
-) -> CocoMetrics:
-    """Compute COCO metrics on the validation split, and return them on every rank; ``keep`` as in ``evaluate``."""
-    distributed.share_buffers(student)  # rank 0's student is exported, so evaluate that one
-    truth = streams.val_set.ground_truth() if distributed.rank == 0 else None
-    smaller = f"lower eval.batch_size ({job.eval.batch_size}), data.eval_short_side or data.long_side"
-    # What is evaluated is the student as it is exported, and no graphs are made for the sizes of evaluation.
-    as_exported = torch.compiler.set_stance("force_eager") if job.optim.compile is not None else nullcontext()
-    with as_exported, enough_memory(f"run {job.run.name}, evaluation", smaller), streams.val() as batches:
-        return evaluate(student, batches, distributed, truth, streams.scoring, job.optim.precision, keep)
-
-
 def smaller_steps(job: Job) -> str:
     """Return, for an error message, what would make a training step of the job need less memory."""
     data, optim = job.data, job.optim
@@ -294,13 +328,24 @@ def check_finite(record: Record) -> None:
 
 
 def keep(
-    state: Learner, job: Job, distributed: Distributed, streams: Streams, checkpoints: Checkpoints, scored: CocoMetrics | None
+    state: Learner,
+    job: Job,
+    distributed: Distributed,
+    streams: Streams,
+    checkpoints: Checkpoints,
+    scored: CocoMetrics | None,
+    suffix: str = "",
+    waits: EvaluationQueue | None = None,
 ) -> None:
     """Write a checkpoint (rank 0) of the training state, the student and its metrics, and report it (all ranks).
 
+    Args:
+        suffix: end of its name, which otherwise is that of its step.
+        waits: also put the student into this queue, before a run could resume from the checkpoint.
+
     Raises DiskError if there is no space for it.
     """
-    name = f"step_{state.step:08d}"
+    name = f"step_{state.step:08d}{suffix}"
     metrics = {SCORE: UNSCORED if scored is None or math.isnan(scored.AP) else scored.AP, "step": state.step}
     if distributed.rank != 0:
         checkpoints.report(name, metrics, None)
@@ -329,6 +374,8 @@ def keep(
         if scored is not None:
             (folder / METRICS_FILE).write_text(json.dumps({"step": state.step, **scored.as_dict()}))
     seal(folder)
+    if waits is not None:
+        waits.add(state.step, folder / STUDENT_FOLDER)
     checkpoints.report(name, metrics, folder)
 
 

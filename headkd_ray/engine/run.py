@@ -35,6 +35,7 @@ FREE_KEYS = (
     "teacher.placement",
     "teacher.cache.path",
     "optim.compile",
+    "eval.task.",
     "data.max_batch_size",  # data.batch_size is what it led to
 )
 _MEND = "restore it, or choose another run.name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
+from itertools import chain
 
 import torch
 
@@ -70,15 +71,18 @@ class Streams:
             self.train_set, interleaved(windows), BatchMaker(self.job.data, view_seed(self.job), train=True, cache=cache)
         )
 
-    def val(self) -> AbstractContextManager[Iterator[Batch]]:
-        """Return this process's share of the validation images, each once."""
-        windows = eval_windows(
-            self.val_set.index,
-            rank=self.distributed.rank,
-            world_size=self.distributed.size,
-            batch_size=self.job.eval.batch_size,
+    def val(self, shares: int | None = None) -> AbstractContextManager[Iterator[Batch]]:
+        """Return this process's share of the validation images, each once.
+
+        ``shares``: return all images, as the batches into which that many processes divide them (padding depends on those).
+        """
+        places = [(rank, shares) for rank in range(shares)] if shares else [(self.distributed.rank, self.distributed.size)]
+        windows = (
+            eval_windows(self.val_set.index, rank=rank, world_size=size, batch_size=self.job.eval.batch_size)
+            for rank, size in places
         )
-        return self.decode(self.val_set, windows, BatchMaker(self.job.data, self.job.run.seed, train=False))
+        maker = BatchMaker(self.job.data, self.job.run.seed, train=False)
+        return self.decode(self.val_set, chain.from_iterable(windows), maker)
 
 
 def in_order(batches: Iterator[Batch], first: int, ranks: int) -> Iterator[Batch]:

@@ -42,6 +42,7 @@ from headkd_ray.job.module_specs import (
     Stds,
     WholeDetectorSpec,
 )
+from headkd_ray.job.process_spec import ProcessSpec
 from headkd_ray.job.render import render_job
 from headkd_ray.job.reppoints_spec import RepPointsFPNSpec, RepPointsHeadSpec, RepPointsSpec
 from headkd_ray.job.teacher_spec import CacheSpec, PoolSpec, TeacherSpec
@@ -98,6 +99,7 @@ __all__ = [
     "PooledFPNSpec",
     "PostprocessSpec",
     "Problem",
+    "ProcessSpec",
     "ProposalSpec",
     "PyramidDetectorSpec",
     "QueryPostprocessSpec",

@@ -18,6 +18,7 @@ from headkd_ray.job.keys import Path, sections
 from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import METHODS
 from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
+from headkd_ray.job.process_spec import ProcessSpec
 from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
 
@@ -368,6 +369,20 @@ def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
         yield key, f"keeps {get(key)} per image, but eval.max_detections counts {most}; set it to at least {most}"
 
 
+def _evaluation_task(get: Get) -> Iterator[tuple[str, str]]:
+    if get("eval.placement") == "trainers":
+        if ProcessSpec.model_validate(get("eval.task")) != ProcessSpec():
+            yield "eval.task", "has no effect with eval.placement trainers; set that to task, or remove this section"
+        return
+    if get("cluster.workers") == 0:
+        yield "eval.placement", "task needs Ray; use cluster.workers of at least 1, or placement trainers"
+    if get("eval.patience") is not None:
+        yield (
+            "eval.patience",
+            "would end training by metrics that are known only later with eval.placement task; use null, or placement trainers",
+        )
+
+
 def _workers(get: Get) -> Iterator[tuple[str, str]]:
     workers = get("cluster.workers")
     if not isinstance(workers, int) and workers[0] > workers[1]:
@@ -411,6 +426,7 @@ CHECKS: tuple[Check, ...] = (
     _idle_weights,
     _class_weights,
     _workers,
+    _evaluation_task,
     _method_and_teacher,
     _teacher_placement,
     _teacher_kind,

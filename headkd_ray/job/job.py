@@ -41,6 +41,7 @@ from headkd_ray.job.numbers import (
     Threads,
     Weight,
 )
+from headkd_ray.job.process_spec import ProcessSpec
 from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import RoIHeadSpec
 
@@ -253,6 +254,12 @@ class EvalSpec(Spec):
     """Detections per class and image that count, the best first; 100 is COCO's number. If images have more objects, set it to
     the largest number in one image, and the student's postprocess.max_detections (and a two-stage student's
     rpn.test_proposals.post_nms) to at least as many."""
+    placement: Literal["trainers", "task"] = "trainers"
+    """Who evaluates: trainers = the train workers, which train on when they have ended; task = a Ray task with resources of its
+    own, while they train on. The metrics and the exported student are the same; the log has them when they are known, and the
+    run ends when all are. Needs cluster.workers of at least 1 and patience null."""
+    task: ProcessSpec = ProcessSpec()
+    """What the task reserves, and where it may run (placement task). Evaluations are made one after the other."""
 
 
 class CheckpointSpec(Spec):

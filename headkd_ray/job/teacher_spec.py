@@ -6,26 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from headkd_ray.job.module_specs import Labels, Spec, Text
-from headkd_ray.job.numbers import Batch, Fraction, Layers, Logits, Part, Processes, Scale, ShareOrNone
+from headkd_ray.job.module_specs import Spec, Text
+from headkd_ray.job.numbers import Batch, Fraction, Layers, Logits, Part, Processes
+from headkd_ray.job.process_spec import ProcessSpec
 
 
-class PoolSpec(Spec):
+class PoolSpec(ProcessSpec):
     """The teacher processes next to the train workers (placement pool; they also build a cache on a cluster)."""
 
     actors: tuple[Processes, Processes] = (1, 1)
     """[fewest, most] teacher processes per train worker; Ray starts more while batches wait for a teacher (with rois: student,
     the number stays at the fewest). A cache is built by the largest number."""
-    cpus: ShareOrNone = 1.0
-    """CPUs that Ray reserves per process."""
-    gpus: ShareOrNone = 0.0
-    """GPUs per process, possibly a fraction of one; 0 = run on the CPU."""
-    resources: dict[str, Scale] = Field(default_factory=dict)
-    """Custom Ray resources per process, for example {teacher: 1} on nodes that were started with them."""
-    labels: Labels = Field(default_factory=dict)
-    """Labels that the nodes of these processes must have, as in cluster.labels."""
-    accelerator_type: Text | None = None
-    """Kind of GPU that these processes need, as in cluster.accelerator_type; null = any."""
 
 
 class CacheSpec(Spec):

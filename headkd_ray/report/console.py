@@ -44,8 +44,9 @@ class RunConsole:
         self.console.print(f"{self.name}  {text}", markup=False)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        self.progress.update(self.task, completed=record["step"], total=record["steps"])
-        self.place = f"after step {record['step']} of {record['steps']}"
+        if "val" not in record:  # else perhaps of a step that training has left behind
+            self.progress.update(self.task, completed=record["step"], total=record["steps"])
+            self.place = f"after step {record['step']} of {record['steps']}"
         self.note(record["note"] if "note" in record else line(record))
 
 

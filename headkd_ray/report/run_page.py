@@ -88,7 +88,7 @@ def _state(records: Sequence[Record]) -> str:
     if not records:
         return f"{made}."
     steps = [record for record in records if "losses" in record]
-    last = records[-1]
+    last = max(records, key=lambda record: record["step"])  # the last one may be of an evaluation that took its time
     text = f"Step {last['step']} of {last['steps']}, epoch {last['epoch']:g}; {made}."
     scores = [(record["val"]["AP"], record["epoch"]) for record in records if "val" in record]
     known = [score for score in scores if score[0] is not None]

@@ -261,6 +261,11 @@ def _unfit(search: Search) -> Iterator[Problem]:
         )
     if search.spec.objective.cost == "onnx_latency" and not isinstance(base.student, PyramidDetectorSpec):
         yield Problem(("objective", "cost"), f"a student of kind {base.student.kind} cannot be exported to ONNX; use latency")
+    if base.eval.placement == "task":
+        yield Problem(
+            ("overrides",),
+            "several trials could wait for each other's resources with eval.placement task; override it: trainers",
+        )
     if kind == "pbt":
         if base.cluster.workers != 0:
             yield Problem(("scheduler", "kind"), "pbt copies states between processes; override cluster.workers: 0")

@@ -54,3 +54,12 @@ def check_announced(text: str, types: dict[str, Any]) -> None:
             if {name: amount for name, amount in kind["resources"].items() if name in ("CPU", "GPU", "teacher")} == group
         ]
         assert found and set(found) == {count}, group
+
+
+def pre_stop_hooks() -> list[list[str]]:
+    """Return the command of each worker pod's preStop hook in kuberay.yaml."""
+    documents = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text(encoding="utf-8"))
+    (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
+    groups = cluster["spec"]["workerGroupSpecs"]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    return [container["lifecycle"]["preStop"]["exec"]["command"] for container in containers]

@@ -21,6 +21,7 @@ from headkd_ray.cluster.spot_watch import ENDPOINT
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.engine.run import run_folder
 from headkd_ray.train import train
+from tests.cluster.files import pre_stop_hooks
 from tests.support import HANGS, assert_same_weights, micro_job, micro_teacher, student_weights
 
 pytestmark = pytest.mark.slow
@@ -153,4 +154,44 @@ def test_a_spot_notice_costs_no_step_and_is_no_failure(
     assert [record["step"] for record in records] == list(range(1, records[-1]["step"] + 1))
     trained = [int(line.split("step ")[1].split("/")[0]) for line in output.read_text().splitlines() if "images/s" in line]
     assert trained == sorted(set(trained)), "a step was repeated"
+    assert not machines.left_over()
+
+
+def test_a_pod_s_end_within_an_evaluation_costs_no_step_and_the_evaluation_is_made_up(
+    machines: Machines, tmp_path: Path, drawn_splits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preStop hook of cluster/kuberay.yaml drains the node, and ends when the worker has left, before its time is up."""
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    machines.have("trainer", 1, cpus=2)
+    job = micro_job(
+        tmp_path,
+        {**drawn_splits, "val": drawn_splits["train"]},
+        data={"eval_short_side": 1600, "long_side": 2667},  # so that evaluations are long, and steps are not
+        eval={"every_epochs": 1, "batch_size": 1},
+        cluster={"workers": 1, "cpus_per_worker": 1.5, "data_cpus": 0.5, "threads_per_worker": 1, "max_failures": 0},
+    )
+    file, folder, output = tmp_path / "job.yaml", run_folder(job), tmp_path / "output"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    driver = machines.train(file, output)
+    wait_for(lambda: len(logged_steps(folder)) >= 11, driver)  # the last step of the first epoch
+    leaving = machines.nodes["trainer"][-1]
+    (hook,) = {tuple(pre_stop) for pre_stop in pre_stop_hooks()}
+    command = [sys.executable, *hook[1:-1], str(HANGS), "--address", machines.cluster.address, "--node-id", leaving.node_id]
+    told = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+    assert told.returncode == 0 and told.stdout.endswith("the node has ended\n"), told.stdout + told.stderr
+    assert f"Ray node {leaving.node_id} is being drained" in told.stdout
+    wait_for(lambda: "preemption 1)" in output.read_text(), driver)
+    assert folder.has("step_00000011/training_state.pt") and not folder.has("step_00000011/metrics.json")
+    assert [record["step"] for record in logged_steps(folder)] == list(range(1, 12))
+    machines.replace(leaving)
+    machines.have("trainer", 1, cpus=2)
+    assert driver.wait(HANGS) == 0, output.read_text()
+    log = [json.loads(line) for line in folder.read("log.jsonl").splitlines()]
+    order = [(record["step"], "val" in record) for record in log]
+    assert order == [
+        *((step, False) for step in range(1, 12)),
+        (11, True),
+        *((step, False) for step in range(12, 23)),
+        (22, True),
+    ]
     assert not machines.left_over()

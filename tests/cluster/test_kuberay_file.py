@@ -15,9 +15,9 @@ import pytest
 import ray
 import yaml
 
-from headkd_ray.cluster import resources
+from headkd_ray.cluster import drain_node, resources
 from headkd_ray.job import load_job
-from tests.cluster.files import CLUSTER, DOCS, ROOT, TEACHER, TRAIN_WORKER, check_announced, fits
+from tests.cluster.files import CLUSTER, DOCS, ROOT, TEACHER, TRAIN_WORKER, check_announced, fits, pre_stop_hooks
 
 
 @pytest.fixture
@@ -95,6 +95,19 @@ def test_ray_s_autoscaler_reads_the_groups(kuberay: dict[str, dict[str, Any]], m
     monkeypatch.setenv(resources.GROWS, nodes)
     _, job, *overrides = shlex.split(kuberay["RayJob"]["spec"]["entrypoint"].removeprefix("python -m "))
     resources.check_resources(load_job(job, overrides))
+
+
+def test_a_worker_pod_drains_its_node_before_it_ends(
+    kuberay: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``test_faults.py`` runs the hook under a training. Where no Ray runs any more, it ends at once, and the pod with it."""
+    (hook,) = {tuple(pre_stop) for pre_stop in pre_stop_hooks()}
+    assert hook[:3] == ("python", "-m", drain_node.__name__)
+    for group in kuberay["RayCluster"]["spec"]["workerGroupSpecs"]:
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= float(hook[hook.index("--seconds") + 1]) + 10
+    monkeypatch.setattr(drain_node, "PATIENCE", 0)
+    assert drain_node.main([*hook[3:], "--address", "127.0.0.1:1"]) == 2
+    assert "error: the Ray node cannot be drained: no Ray cluster answers at 127.0.0.1:1 (" in capsys.readouterr().err
 
 
 def test_kuberay_s_parts_fit_together(kuberay: dict[str, dict[str, Any]]) -> None:

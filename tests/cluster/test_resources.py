@@ -78,3 +78,26 @@ def test_a_teacher_pool_is_checked_on_the_nodes_that_it_selects(tmp_path: Path, 
     assert "4 processes of 0.6 CPU requested, the nodes have room for 3" in problems(
         accelerator_type="L4", cpus=0.6, actors=[4, 4]
     )
+
+
+def test_an_evaluation_s_task_must_fit_beside_the_workers(tmp_path: Path, check: Check) -> None:
+    """Otherwise it would wait until the workers have ended, and they wait for it."""
+
+    def fits(**task: Any) -> resources.Resources:
+        job = micro_job(
+            tmp_path,
+            {"train": "a", "val": "b"},
+            eval={"placement": "task", "task": task},
+            cluster={"workers": 2, "cpus_per_worker": 1, "data_cpus": 0.5},
+        )
+        return resources.check_resources(job)
+
+    assert fits().workers == 2 == fits(labels={"market": "spot"}, accelerator_type="L4").workers
+    with pytest.raises(
+        ClusterError, match=r"eval\.task: a process of 1\.5 CPU requested, besides 3 for the train workers, the n"
+    ):
+        fits(cpus=1.5)
+    with pytest.raises(ClusterError, match=r"eval\.task: no node has what a process requests \(1 CPU, 1 GPU\)"):
+        fits(gpus=1)
+    with pytest.raises(ClusterError, match=r"eval\.task\.labels {'market': 'none'}: no node of the cluster has this"):
+        fits(labels={"market": "none"})

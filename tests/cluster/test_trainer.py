@@ -15,10 +15,12 @@ import pytest
 from machines import processes
 
 from headkd_ray.cluster.trainer import with_absolute_paths
+from headkd_ray.engine.log import records_in
+from headkd_ray.engine.run import run_folder
 from headkd_ray.errors import ClusterError, DataError, TrainingError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.train import train
-from tests.support import MICRO_STUDENT, MICRO_TEACHER, TF_HEAD, assert_same_weights, micro_job, student_weights
+from tests.support import KEEN_STUDENT, MICRO_STUDENT, MICRO_TEACHER, TF_HEAD, assert_same_weights, micro_job, student_weights
 
 ON_RAY = {"workers": 1, "threads_per_worker": 1}
 IN_PROCESS = ClusterSpec(workers=0, threads_per_worker=1)
@@ -89,6 +91,49 @@ def test_killed_worker_resumes_bit_exact(workers: int, tmp_path: Path, drawn_spl
     assert victim.killed, "no worker was killed"
     assert victim.records_after_kill, "nothing was trained after the kill"
     assert_same_weights(student_weights(expected), student_weights(result))
+
+
+@pytest.mark.slow
+def test_evaluations_in_a_task_are_those_in_place(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    """The worker trains on meanwhile, and is killed; nothing is evaluated twice in the log, or left out."""
+    sections: dict[str, Any] = {
+        "student": KEEN_STUDENT,
+        "optim": {"epochs": 3, "milestones": []},
+        "checkpoint": {"every_steps": 2},
+    }
+    every: dict[str, Any] = {"every_epochs": 1, "batch_size": 2}
+    in_place: list[dict[str, Any]] = []
+    expected = train(micro_job(tmp_path, drawn_splits, "in_place", eval=every, **sections), in_place.append)
+    job = micro_job(tmp_path, drawn_splits, "beside", eval={**every, "placement": "task"}, cluster=ON_RAY, **sections)
+    killer, records = Killer(job, at_step=12), list[dict[str, Any]]()
+
+    def tell(record: dict[str, Any]) -> None:
+        records.append(record)
+        killer(record)
+
+    result = train(job, tell)
+    assert killer.killed, "no worker was killed"
+    assert {key: result[key] for key in ("best", "last", "data")} == {key: expected[key] for key in ("best", "last", "data")}
+    assert result["best"]["AP"] > 0
+    assert_same_weights(student_weights(result), student_weights(expected))
+    log = list(records_in(run_folder(job)))
+    assert [each["step"] for each in log if "losses" in each] == [each["step"] for each in in_place if "losses" in each]
+    scored = [(each["step"], each["val"]) for each in log if "val" in each]
+    assert scored == [(each["step"], each["val"]) for each in in_place if "val" in each]
+
+
+@pytest.mark.slow
+def test_an_error_of_an_evaluation_in_a_task_is_told(tmp_path: Path, drawn_splits: dict[str, str], ray_cluster: None) -> None:
+    shutil.copytree(drawn_splits["val"], tmp_path / "val")
+    shard = sorted((tmp_path / "val").glob("shard-*.parquet"))[-1]
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    shard.write_bytes(content)
+    cluster = {**ON_RAY, "data_cpus": 0.5}
+    job = micro_job(tmp_path, {**drawn_splits, "val": str(tmp_path / "val")}, eval={"placement": "task"}, cluster=cluster)
+    with pytest.raises(DataError, match=shard.name):
+        train(job, _quiet)
 
 
 class Killer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from headkd_ray.data.batch import idle_batch
 from headkd_ray.data.packing import prepare_split
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.detectors import build_detector
 from headkd_ray.distill import build_training_model
 from headkd_ray.engine.checkpoint import Checkpoints, LocalCheckpoints
 from headkd_ray.engine.distributed import Distributed
+from headkd_ray.engine.evaluation import InterruptedEvaluationError, evaluate
 from headkd_ray.engine.log import JsonLines, Sink
 from headkd_ray.engine.loop import fit
 from headkd_ray.engine.run import finish, open_run, run_folder
+from headkd_ray.engine.scoring import Scoring
 from headkd_ray.engine.step import build_learner, train_step
 from headkd_ray.engine.streams import Streams, decode_here
 from headkd_ray.errors import StoppedError
@@ -27,10 +32,9 @@ from headkd_ray.evaluate import evaluate_checkpoint
 from headkd_ray.job import Job
 from tests.detectors.micro import BACKBONE, batch, fcos_spec, whole
 from tests.engine.ranks import on_ranks
-from tests.support import MICRO_STUDENT, micro_job, student_weights
+from tests.support import KEEN_STUDENT, micro_job, student_weights
 
 CLASSES = 3
-KEEN_STUDENT = {**MICRO_STUDENT, "head": {**MICRO_STUDENT["head"], "postprocess": {"score": 0.0, "max_detections": 20}}}
 
 
 class Nowhere:
@@ -133,17 +137,60 @@ def steps_on(distributed: Distributed, job: Job) -> list[dict[str, torch.Tensor]
     return [step_on(distributed, job, [0, 1]), step_on(distributed, job, [0], share=1.0 if distributed.size > 1 else 0.5)]
 
 
-def test_a_step_of_two_workers_is_that_of_one_with_all_images(tmp_path: Path) -> None:
-    """FCOS's normalisers are means over the workers; the images have two objects and one. An idle worker does not count."""
-    frozen = {"backbone": {**BACKBONE, "norm_eval": True}}  # statistics of a batch would differ
-    job = micro_job(
-        tmp_path,
+def given_up_on(distributed: Distributed, job: Job) -> list[bool]:
+    """Return whether an evaluation of an image per rank is given up if the last rank, or none, is interrupted."""
+    detector = build_detector(job.student, CLASSES)
+    images = [replace(idle_batch(0, 64, 32), image_ids=torch.tensor([distributed.rank]), idle=False)]
+    ids = range(1, CLASSES + 1)
+    truth: dict[str, Any] = {
+        "images": [{"id": rank, "height": 64, "width": 64} for rank in range(distributed.size)],
+        "annotations": [],
+        "categories": [{"id": id_, "name": str(id_)} for id_ in ids],
+    }
+    found = []
+    for last_is in (True, False):
+        interrupted = last_is and distributed.rank == distributed.size - 1
+        try:
+            evaluate(detector, images, distributed, truth, Scoring(tuple(ids), 100, ()), interrupted=partial(bool, interrupted))
+            found.append(False)
+        except InterruptedEvaluationError:
+            found.append(True)
+    return found
+
+
+Measured = tuple[list[dict[str, torch.Tensor]], list[bool]]
+
+
+def measured_on(distributed: Distributed, job: Job) -> Measured:
+    return steps_on(distributed, job), given_up_on(distributed, job)
+
+
+@pytest.fixture(scope="module")
+def frozen_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Return a job whose BatchNorm layers do not change, as statistics of a batch would differ between ranks."""
+    frozen = {"backbone": {**BACKBONE, "norm_eval": True}}
+    return micro_job(
+        tmp_path_factory.mktemp("job"),
         {"train": "none", "val": "none"},
         student={**fcos_spec().model_dump(), **frozen},
         optim={"lr": 0.1, "warmup_steps": 0, "clip_norm": None, "milestones": []},
     )
-    alone = steps_on(Distributed.alone(use_gpu=False), job)
-    for rank in on_ranks(2, steps_on, job):
+
+
+@pytest.fixture(scope="module")
+def two_ranks(frozen_job: Job) -> list[Measured]:
+    """Return what two ranks find; they take seconds to start."""
+    return on_ranks(2, measured_on, frozen_job)
+
+
+def test_an_evaluation_that_one_rank_gives_up_is_given_up_by_all(two_ranks: list[Measured]) -> None:
+    assert [given_up for _, given_up in two_ranks] == [[True, False]] * 2
+
+
+def test_a_step_of_two_workers_is_that_of_one_with_all_images(frozen_job: Job, two_ranks: list[Measured]) -> None:
+    """FCOS's normalisers are means over the workers; the images have two objects and one. An idle worker does not count."""
+    alone = steps_on(Distributed.alone(use_gpu=False), frozen_job)
+    for rank, _ in two_ranks:
         for weights, expected in zip(rank, alone, strict=True):
             for name, tensor in weights.items():
                 torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)

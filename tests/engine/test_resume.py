@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from headkd_ray.data.shards import ShardSet
-from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, first_intact, seal
+from headkd_ray.engine.checkpoint import METRICS_FILE, STUDENT_FOLDER, UNSCORED, first_intact, load_state, seal
 from headkd_ray.engine.local import train_here
 from headkd_ray.engine.run import only_one, open_run, run_folder
 from headkd_ray.engine.scratch import Scratch
@@ -224,6 +224,41 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path, drawn_s
     text = str(caught.value)
     assert "step_00000006/student/model.safetensors: is damaged" in text and "step_00000004: is missing" in text
     assert f"delete {tmp_path}/both/checkpoints to train the run from the start" in text
+
+
+def test_a_stop_within_an_evaluation_is_met_at_once_and_the_evaluation_made_up(
+    tmp_path: Path, drawn_splits: dict[str, str]
+) -> None:
+    """Also within that of the last epoch. The run ends as one that was never stopped, and its log has each record once."""
+    sections: dict[str, Any] = {"eval": {"every_epochs": 1, "batch_size": 2, "patience": 5}}
+    job = micro_job(tmp_path, drawn_splits, **sections)
+    log: list[dict[str, Any]] = []
+    for end in (11, 22):
+
+        def stop(record: dict[str, Any], end: int = end) -> None:
+            log.append(record)
+            if record["step"] == end and "losses" in record:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(StoppedError, match=f"at step {end} of 22, with a checkpoint"):
+            train_here(job, stop)
+        assert log[-1]["step"] == end and "val" not in log[-1]
+        listed = json.loads((tmp_path / "run" / "checkpoints" / "checkpoints.json").read_text())
+        assert listed[-1]["name"] == f"step_{end:08d}" and listed[-1]["score"] == UNSCORED
+    result = train_here(job, log.append)
+    whole: list[dict[str, Any]] = []
+    undisturbed = train_here(micro_job(tmp_path, drawn_splits, "whole", **sections), whole.append)
+    assert [(record["step"], record.get("val")) for record in log] == [(record["step"], record.get("val")) for record in whole]
+    assert {key: result[key] for key in ("best", "last", "data")} == {key: undisturbed[key] for key in ("best", "last", "data")}
+    assert_same_weights(student_weights(result), student_weights(undisturbed))
+    states = [load_state(tmp_path / name / "checkpoints" / listed_last(tmp_path / name)) for name in ("run", "whole")]
+    assert states[0]["patience"] == states[1]["patience"]
+
+
+def listed_last(run: Path) -> str:
+    """Return the name of a run's latest checkpoint."""
+    name: str = json.loads((run / "checkpoints" / "checkpoints.json").read_text())[-1]["name"]
+    return name
 
 
 def damage(file: Path) -> None:

@@ -224,6 +224,21 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "pool needs Ray; use cluster.workers of at least 1",
         ),
         (
+            {"eval": {"placement": "task"}, "cluster": {"workers": 0}},
+            "eval.placement",
+            "task needs Ray; use cluster.workers of at least 1, or placement trainers",
+        ),
+        (
+            {"eval": {"placement": "task", "patience": 3}},
+            "eval.patience",
+            "would end training by metrics that are known only later with eval.placement task; use null",
+        ),
+        (
+            {"eval": {"task": {"gpus": 1}}},
+            "eval.task",
+            "has no effect with eval.placement trainers; set that to task, or remove this section",
+        ),
+        (
             {
                 "teacher": {"checkpoint": "t", "placement": "pool", "pool": {"actors": [3, 2]}},
                 "distill": {"rois": "teacher"},

@@ -197,6 +197,12 @@ def test_trials_have_one_batch_size(here: Path) -> None:
     assert found.startswith("search.yaml:2: job: data.max_batch_size would give trials different batch sizes")
 
 
+def test_trials_evaluate_their_own_students(here: Path) -> None:
+    """Workers of several trials, each of which waits for its evaluation, could take all that an evaluation needs."""
+    (problem,) = mistakes(SEARCH, "overrides.eval.placement=task", "overrides.cluster.workers=1")
+    assert "several trials could wait for each other's resources with eval.placement task; override it: trainers" in problem
+
+
 def test_pbt_changes_only_what_may_change_in_training(here: Path) -> None:
     problems = mistakes(SEARCH + "  student.head.convs: {choice: [2, 4]}\n", "scheduler.kind=pbt")
     assert [problem.split(": ", 1)[1][:40] for problem in problems] == [
