@@ -34,8 +34,8 @@ from headkd_ray.engine.checkpoint import (
 from headkd_ray.engine.coco_metrics import CocoMetrics
 from headkd_ray.engine.compiling import Compilations, compile_modules
 from headkd_ray.engine.distributed import Distributed
-from headkd_ray.engine.evaluation import InterruptedEvaluationError
 from headkd_ray.engine.evaluation_queue import EvaluationQueue
+from headkd_ray.engine.evaluations import Evaluations
 from headkd_ray.engine.files import writing
 from headkd_ray.engine.log import Record, Sink, StepWindow
 from headkd_ray.engine.optim import reset_lr
@@ -43,7 +43,6 @@ from headkd_ray.engine.run import teacher_key
 from headkd_ray.engine.step import Learner, build_learner, train_step
 from headkd_ray.engine.stored_detections import Store
 from headkd_ray.engine.streams import Streams, in_order, on_device
-from headkd_ray.engine.validation import validate
 from headkd_ray.errors import CheckpointError, StoppedError, TrainingError
 from headkd_ray.job import Job
 from headkd_ray.memory import enough_memory
@@ -101,7 +100,6 @@ def fit(
     total_steps = steps_per_epoch * job.optim.epochs
     last: Record = {}
     notes: list[str] = []
-    beside = job.eval.placement == "task"
     with checkpoints.latest() as folder:
         start = load_start(job, classes) if folder is None else None
         torch.manual_seed(job.run.seed)  # again, so that initial weights do not depend on what was loaded
@@ -137,49 +135,21 @@ def fit(
     def tell(note: str) -> None:
         sink({"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch, "note": note})
 
-    def due() -> bool:
-        epoch, within_epoch = divmod(state.step, steps_per_epoch)
-        return within_epoch == 0 and epoch > 0 and (epoch % job.eval.every_epochs == 0 or epoch == job.optim.epochs)
-
-    def keep_found(scored: CocoMetrics, found: list[dict[str, Any]]) -> None:
-        if store is not None:
-            store(found, state.step, not scored.AP < state.patience.best)
-
-    def take(scored: CocoMetrics, step: int) -> None:
-        nonlocal last
-        last = {"step": step, **scored.as_dict()}
-        state.patience.see(scored.AP, step // steps_per_epoch)
-        evaluated = {"step": step, "steps": total_steps, "epoch": step // steps_per_epoch, "val": scored.as_dict()}
-        sink(evaluated)
-        observe(evaluated)
-
-    def evaluate_here() -> CocoMetrics | None:
-        """Evaluate the student; return None if that was interrupted."""
-        try:
-            scored = validate(job, distributed, streams, state.student, keep_found, interrupted)
-        except InterruptedEvaluationError:
-            return None
-        take(scored, state.step)
-        return scored
-
     def stopped() -> StoppedError:
         return StoppedError(
             f"run {job.run.name}: stopped as requested at step {state.step} of {total_steps}, with a checkpoint; the "
             "same command resumes from there"
         )
 
-    def take_finished() -> None:
-        if queue is not None:
-            for step, scored in queue.finished():
-                take(scored, step)
-
     for note in notes:
         tell(note)
 
+    sinks = (sink, observe)
+    evaluations = Evaluations(job, distributed, streams, state, steps_per_epoch, sinks, store, interrupted, queue, last)
     if queue is not None:
-        last = queue.resume(state.step, distributed.size)
-    elif due() and not last and not beside:
-        scored = evaluate_here()
+        evaluations.last = queue.resume(state.step, distributed.size)
+    elif evaluations.due_here and not last:
+        scored = evaluations.here()
         if scored is None:
             raise stopped()
         keep(state, job, distributed, streams, checkpoints, scored, "_evaluated")  # Ray takes each name once
@@ -199,7 +169,7 @@ def fit(
             if compiled is not None and (news := compiled.note(state.step)) is not None:
                 tell(news)
 
-            take_finished()
+            evaluations.take_finished()
             within_epoch = state.step % steps_per_epoch
             every = job.checkpoint.every_steps
             last_one = stopping()
@@ -212,22 +182,21 @@ def fit(
                 observe({**record, **window.own})
             if not checkpoint_due:
                 continue
-            here = due() and not beside
-            scored = evaluate_here() if here and not last_one else None
-            keep(state, job, distributed, streams, checkpoints, scored, waits=queue if due() else None)
+            scored = evaluations.here() if evaluations.due_here and not last_one else None
+            keep(state, job, distributed, streams, checkpoints, scored, waits=queue if evaluations.due else None)
             unfinished = state.step < total_steps and not state.patience.exhausted
-            if (here and scored is None) or (last_one and unfinished):
+            if (evaluations.due_here and scored is None) or (last_one and unfinished):
                 raise stopped()
             window.reset()  # do not count evaluation as training time
-    while beside and distributed.broadcast(queue is not None and queue.busy):
+    while evaluations.outstanding():
         if distributed.vote(asked_to_stop())():
             raise stopped()
         time.sleep(WAIT_SECONDS)
-        take_finished()
+        evaluations.take_finished()
     if state.step < total_steps:
         place = {"step": state.step, "steps": total_steps, "epoch": state.step / steps_per_epoch}
         sink({**place, "note": f"ended early, at step {state.step} of {total_steps} (eval.patience): {state.patience}"})
-    return last
+    return evaluations.last
 
 
 def save(state: Learner, folder: Path, fixed: dict[str, Any]) -> None:
