@@ -123,7 +123,8 @@ def raylet_of(node: Any) -> int:
 
 def processes(title: str, root: int | None = None) -> list[int]:
     """Return the ids of processes below ``root`` (default: this process) whose command line starts with ``title``."""
-    import psutil  # a dependency of Ray
+    import ray  # noqa: F401  (it has a psutil of its own, which importing it puts on the path)
+    import psutil  # isort: skip
 
     found = []
     for process in psutil.Process(root).children(recursive=True):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -192,7 +191,7 @@ def test_a_job_s_own_packages_are_installed_with_uv(tmp_path: Path) -> None:
     job = micro_job(tmp_path, {"train": "none", "val": "none"})
     submit = ("--working-dir", str(working_dir_of(tmp_path / "work", job)), "--runtime-env", str(tmp_path / "runtime_env.yaml"))
     with started(str(thin_environment(tmp_path / "environment")), tmp_path) as head:
-        done = ray_job(head, "submit", *submit, "--", "python", "-c", shlex.quote(program))
+        done = ray_job(head, "submit", *submit, "--", "python", "-c", program)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"imported /\S+/runtime_resources/uv/\S+/only_in_this_job.py 120", done.stdout), done.stdout
 
