@@ -107,7 +107,7 @@ def stores(machines: Machines) -> tuple[int, int]:
     from ray._private.internal_api import node_stats
 
     nodes = [machines.cluster.head_node, *(node for nodes in machines.nodes.values() for node in nodes)]
-    found = [node_stats(node.raylet_ip_address, node.node_manager_port, False).store_stats for node in nodes]
+    found = [node_stats(node.node_ip_address, node.node_manager_port, False).store_stats for node in nodes]
     return sum(store.cumulative_created_bytes for store in found), sum(store.object_store_bytes_used for store in found)
 
 
