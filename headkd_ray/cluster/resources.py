@@ -137,11 +137,20 @@ def check_predictors(spec: ClusterSpec) -> float:
     return gpus
 
 
+def resources_of_worker(spec: ClusterSpec, found: Resources) -> dict[str, Any]:
+    """Return the resources of a train worker, as options of a Ray task or actor."""
+    return {"num_cpus": found.cpus_per_worker, "num_gpus": found.gpus_per_worker, **_nodes_of(spec)}
+
+
 def resources_of(spec: ProcessSpec) -> dict[str, Any]:
     """Return the resources of a process, as options of a Ray task or actor."""
-    options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "resources": spec.resources}
+    return {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "resources": spec.resources, **_nodes_of(spec)}
+
+
+def _nodes_of(spec: ClusterSpec | ProcessSpec) -> dict[str, Any]:
+    """Return the options of a Ray task or actor that select the nodes of ``spec``."""
     chosen = {"label_selector": spec.labels, "accelerator_type": spec.accelerator_type}
-    return options | {option: value for option, value in chosen.items() if value}
+    return {option: value for option, value in chosen.items() if value}
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def evaluate_waiting(request: Request, device: torch.device) -> CocoMetrics:
         Folder.open(copy).copy_from(waiting / STUDENT_FOLDER)
         try:
             loaded = load_detector(copy)
-        except CheckpointError as error:
+        except CheckpointError as error:  # as an error that one process meets, while all ranks meet that of a checkpoint
             raise DiskError(
                 f"{waiting.uri}: the student that waits here for its evaluation is damaged ({error}); restore it, or delete "
                 "this folder, and the same command leaves this evaluation out"

@@ -9,30 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from headkd_ray.job import data_checks, teacher_checks
+from headkd_ray.job import data_checks, student_checks, teacher_checks
 from headkd_ray.job.assistant_specs import AssistantsSpec
-from headkd_ray.job.detection_limits import below
 from headkd_ray.job.detector_spec import SPECS
-from headkd_ray.job.job import MAX_DETECTIONS, DistillSpec, Job, OptimSpec
-from headkd_ray.job.keys import Path, sections
+from headkd_ray.job.job import DistillSpec, Job, OptimSpec
+from headkd_ray.job.keys import Path
 from headkd_ray.job.losses_spec import LossesSpec
 from headkd_ray.job.method_terms import METHODS
-from headkd_ray.job.module_specs import DenseDetectorSpec, PixelSpec, PyramidDetectorSpec, Spec
+from headkd_ray.job.module_specs import PyramidDetectorSpec
 from headkd_ray.job.process_spec import ProcessSpec
-from headkd_ray.job.teacher_spec import TeacherSpec
 from headkd_ray.job.two_stage_specs import TwoStageDetectorSpec
-
-OF_TEACHERS = {
-    "checkpoint": ("ours", "transformers"),
-    "classes": ("ours", "transformers"),
-    "layers": ("transformers",),
-    "truth_iou": ("transformers",),
-    "predictions": ("predictions",),
-    "score_threshold": ("predictions",),
-    "ignore_threshold": ("predictions",),
-    "labelled_iou": ("predictions",),
-}
-"""Keys of the teacher that are only for some kinds, which read nothing else's."""
 
 Get = Callable[[str], Any]
 """Returns the value of a dotted key; a section is a dict. Raises UnreadableError."""
@@ -207,93 +193,6 @@ def _eval_short_side(get: Get) -> Iterator[tuple[str, str]]:
         yield "data.eval_short_side", f"{short_side} is above data.long_side ({long_side})"
 
 
-def _random_weights_must_learn(get: Get) -> Iterator[tuple[str, str]]:
-    if get("student.backbone.weights") != "none" or get("student.checkpoint") is not None:
-        return
-    frozen = get("student.backbone.frozen_stages")
-    remedy = "set student.backbone.weights (timm, or a file) or"
-    if frozen > 0:
-        yield "student.backbone.frozen_stages", f"{frozen} would freeze random initial weights; {remedy} frozen_stages: 0"
-    if get("student.backbone.norm_eval"):
-        yield "student.backbone.norm_eval", f"true would keep BatchNorm from learning its statistics; {remedy} norm_eval: false"
-
-
-def _start(get: Get) -> Iterator[tuple[str, str]]:
-    if get("student.checkpoint") is None:
-        if get("student.classes") is not None:
-            yield "student.classes", "names the outputs of student.checkpoint, which is not given; the data has its own names"
-        return
-    weights, method = get("student.backbone.weights"), get("method")
-    if weights != "none":
-        yield (
-            "student.backbone.weights",
-            f"{weights} and student.checkpoint both give the backbone's initial weights; use none here, or remove the other",
-        )
-    if method == "fitnet" and get("distill.copy_head"):
-        yield "distill.copy_head", "true would replace the head of student.checkpoint with the teacher's; use false"
-
-
-def _whole_network(get: Get) -> Iterator[tuple[str, str]]:
-    """Check that an architecture outside this package is given once: by its own keys, or by student.checkpoint."""
-    if issubclass(SPECS[get("student.kind")], PyramidDetectorSpec) or get("student.model") is not None:
-        return
-    if get("student.checkpoint") is None:
-        yield "student.model", "missing: name an architecture (rt_detr, ...), or give student.checkpoint, whose it then is"
-    elif PixelSpec.model_validate(get("student.pixels")) != PixelSpec():
-        yield "student.pixels", "comes with student.checkpoint; remove the key, or also give student.model"
-
-
-def _pyramid(get: Get) -> Iterator[tuple[str, str]]:
-    kind, extra = get("student.kind"), get("student.neck.extra")
-    if issubclass(SPECS[kind], DenseDetectorSpec) and extra == "pool":
-        yield "student.neck.extra", f"pool makes no P7; {kind} needs conv_c5 or conv_p5"
-    if issubclass(SPECS[kind], TwoStageDetectorSpec) and extra != "pool":
-        yield "student.neck.extra", f"{kind} needs pool, got {extra}"
-
-
-def _cascade_stages(get: Get) -> Iterator[tuple[str, str]]:
-    for section in _sections_with(get, "positive_ious"):
-        stages = len(get(f"{section}.positive_ious"))
-        for key in ("stds", "weights"):
-            given = len(get(f"{section}.{key}"))
-            if given != stages:
-                yield f"{section}.{key}", f"{given} values for the {stages} stages of {section}.positive_ious"
-
-
-def _regress_ranges(get: Get) -> Iterator[tuple[str, str]]:
-    for head in _sections_with(get, "regress_ranges"):
-        ranges = list(get(f"{head}.regress_ranges"))
-        if ranges != sorted(set(ranges)):
-            yield f"{head}.regress_ranges", f"{ranges} is not in ascending order"
-
-
-def _norm_groups(get: Get) -> Iterator[tuple[str, str]]:
-    for section in _sections_with(get, "norm_groups", "channels"):
-        groups, channels = get(f"{section}.norm_groups"), get(f"{section}.channels")
-        if groups and channels % groups and (section != "student.neck" or get("student.neck.norm") == "group"):
-            yield f"{section}.norm_groups", f"{groups} does not divide {section}.channels ({channels})"
-
-
-def _iou_thresholds(get: Get) -> Iterator[tuple[str, str]]:
-    for section in _sections_with(get, "negative_iou", "positive_iou"):
-        low, high = get(f"{section}.negative_iou"), get(f"{section}.positive_iou")
-        if low > high:
-            yield f"{section}.negative_iou", f"{low} is above positive_iou ({high})"
-
-
-def _sections_with(get: Get, *keys: str) -> Iterator[str]:
-    """Yield the sections of the student and of TF-HEAD's assistants that have all of ``keys``, whatever their kind."""
-    places: list[tuple[str, type[Spec]]] = [("student", SPECS[get("student.kind")])]
-    for name, field in AssistantsSpec.model_fields.items():
-        if get(f"distill.assistants.{name}") is not None:
-            places += [(f"distill.assistants.{name}", spec) for spec in sections(field)]
-    for place, spec in places:
-        for name, field in spec.model_fields.items():
-            for section in sections(field):
-                if all(key in section.model_fields for key in keys):
-                    yield f"{place}.{name}"
-
-
 def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
     if get("method") != "tf_head":
         return
@@ -304,69 +203,6 @@ def _tf_head_weights(get: Get) -> Iterator[tuple[str, str]]:
                 f"distill.{key}",
                 "is not used by method tf_head; its assistants have their own heads and weights",
             )
-
-
-def _teacher_placement(get: Get) -> Iterator[tuple[str, str]]:
-    method, rois = get("method"), get("distill.rois")
-    if rois == "teacher" and "akd" not in METHODS[method].terms:
-        yield "distill.rois", f"method {method} does not compare RoIs with a teacher; use student, or method akd or head"
-    if rois == "teacher" and issubclass(SPECS[get("student.kind")], TwoStageDetectorSpec):
-        yield "distill.rois", f"a {get('student.kind')} student uses its own RoIs; use student"
-    if get("teacher") is None or (placement := get("teacher.placement")) == "inline":
-        return
-    if "akd" not in METHODS[method].terms:
-        yield "teacher.placement", f"method {method} has no teacher queries that could run elsewhere; use inline"
-    elif rois == "student" and placement == "cache":
-        yield (
-            "teacher.placement",
-            "the student's RoIs change in every step, so no cache can hold the teacher's outputs for them; "
-            "use distill.rois: teacher, or placement inline",
-        )
-    if placement == "pool" and get("cluster.workers") == 0:
-        yield "teacher.placement", "pool needs Ray; use cluster.workers of at least 1, or placement inline or cache"
-    low, high = get("teacher.pool.actors")
-    if low > high:
-        yield "teacher.pool.actors", f"[{low}, {high}] is not [fewest, most]"
-
-
-def _teacher_kind(get: Get) -> Iterator[tuple[str, str]]:
-    if get("teacher") is None:
-        return
-    kind, method = get("teacher.kind"), get("method")
-    for key, kinds in OF_TEACHERS.items():
-        if kind not in kinds and get(f"teacher.{key}") != TeacherSpec.model_fields[key].default:
-            yield f"teacher.{key}", f"is for kind: {' or '.join(kinds)}; remove the key, or set teacher.kind"
-    source = "predictions" if kind == "predictions" else "checkpoint"
-    if get(f"teacher.{source}") is None:
-        yield f"teacher.{source}", f"missing; a teacher of kind {kind} needs it"
-    if kind in ("ours", "predictions"):
-        return
-    layers = list(get("teacher.layers") or ())
-    if layers != sorted(set(layers)):
-        yield "teacher.layers", f"{layers} is not in ascending order"
-    if "akd" not in METHODS[method].terms:
-        yield "teacher.kind", f"method {method} needs a teacher of ours, whose head or pyramid it reads; use method akd or head"
-        return
-    if issubclass(SPECS[get("student.kind")], TwoStageDetectorSpec):
-        yield (
-            "student.kind",
-            f"a two-stage student uses its own RoIs, of which a teacher of kind {kind} knows nothing; use a dense one",
-        )
-    elif get("distill.rois") != "teacher":
-        yield "distill.rois", f"a teacher of kind {kind} only knows the boxes of its own queries; use teacher"
-    if get("distill.copy_head"):
-        yield "distill.copy_head", f"a teacher of kind {kind} has no head that an assistant could start from; use false"
-    if "box" in get("distill.ckd_towers"):
-        yield "distill.ckd_towers", f"a teacher of kind {kind} has no box tower to imitate; use [cls]"
-    if get("distill.pkd_weight") > 0:
-        yield "distill.pkd_weight", f"a teacher of kind {kind} has no pyramid to imitate; remove the key"
-
-
-def _max_detections(get: Get) -> Iterator[tuple[str, str]]:
-    most = get("eval.max_detections")
-    keys = [".".join(("student", *path)) for path in below(get("student"), most)] if most > MAX_DETECTIONS else []
-    for key in keys:
-        yield key, f"keeps {get(key)} per image, but eval.max_detections counts {most}; set it to at least {most}"
 
 
 def _evaluation_task(get: Get) -> Iterator[tuple[str, str]]:
@@ -428,8 +264,8 @@ CHECKS: tuple[Check, ...] = (
     _workers,
     _evaluation_task,
     _method_and_teacher,
-    _teacher_placement,
-    _teacher_kind,
+    teacher_checks.placement,
+    teacher_checks.kind,
     teacher_checks.predictions,
     teacher_checks.unlabelled,
     _method_and_student,
@@ -444,13 +280,13 @@ CHECKS: tuple[Check, ...] = (
     data_checks.augment,
     data_checks.sampling,
     data_checks.max_batch_size,
-    _max_detections,
-    _random_weights_must_learn,
-    _start,
-    _whole_network,
-    _pyramid,
-    _cascade_stages,
-    _regress_ranges,
-    _norm_groups,
-    _iou_thresholds,
+    student_checks.max_detections,
+    student_checks.random_weights_must_learn,
+    student_checks.start,
+    student_checks.whole_network,
+    student_checks.pyramid,
+    student_checks.cascade_stages,
+    student_checks.regress_ranges,
+    student_checks.norm_groups,
+    student_checks.iou_thresholds,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import ckd_study
 import pytest
 import torch
+from common_states import common_share
 from evidence_plan import Bench, plan
 
 from headkd_ray.data.shards import ShardSet
@@ -73,3 +74,9 @@ def test_the_tables_give_shares_of_the_detection_loss_s_gradient() -> None:
     assert "| head | 21.2 |" in text
     assert "| ckd | first third | 3.00 | 1.00 | -0.50 | 1.00 | -0.50 |" in text
     assert "| ckd | last third | 3.00 | 4.00 | -0.50 | 4.00 | -0.50 |" in text
+
+
+def test_what_rows_have_in_common_is_measured() -> None:
+    apart, same = torch.randn(400, 64), torch.randn(1, 64).expand(400, 64)
+    assert common_share(apart) < 0.02 and common_share(same) == pytest.approx(1, abs=1e-3)
+    assert 0.3 < common_share(apart + same) < 0.7
