@@ -141,6 +141,7 @@ def _inputs(scratch: Path) -> Iterator[Inputs]:
     from tests.s3 import moto_server, nobody
 
     os.environ.update(nobody())
+    scratch.mkdir(parents=True, exist_ok=True)
     with moto_server(scratch, nobody()) as url:
         inputs = Inputs(scratch, url.removeprefix("http://"))
         S3FileSystem(endpoint_override=inputs.s3, scheme="http", allow_bucket_creation=True).create_dir("bucket")
