@@ -23,6 +23,8 @@ OWN_CLUSTER = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Environment of a cluster that we start for one run."""
+SINCE = {"preemption_grace_s": (2, 60)}
+"""Keys of ``cluster`` that an older Ray knows nothing of, and its first version that does."""
 
 
 @contextmanager
@@ -37,8 +39,9 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
     workers it is needed: through it Ray finds the reservations that they leave behind.
 
     Raises:
-        ClusterError: no cluster answers at the address, or none can be started here.
+        ClusterError: no cluster answers at the address, or none can be started here; or this Ray is too old for a key.
     """
+    _check_version(spec)
     if ray.is_initialized():
         yield
         return
@@ -56,6 +59,14 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
         ray.shutdown()
         for name in OWN_CLUSTER.keys() - before.keys():
             os.environ.pop(name, None)
+
+
+def _check_version(spec: ClusterSpec) -> None:
+    """Raise ClusterError for a key that has been set although this Ray is older than it."""
+    installed = tuple(int(number) for number in ray.__version__.split(".")[:2])
+    for key, (major, minor) in SINCE.items():
+        if installed < (major, minor) and getattr(spec, key) != type(spec).model_fields[key].default:
+            raise ClusterError(f"cluster.{key} needs Ray {major}.{minor}, and this is Ray {ray.__version__}: leave the key out")
 
 
 def _address(asked: str | None) -> str | None:

@@ -159,7 +159,7 @@ def _trainer(job: Job, resources: Resources, driver: dict[str, Any]) -> TorchTra
                 max_failures=0,
                 controller_failure_limit=0,
                 max_preemption_failures=0,
-                preemption_grace_s=job.cluster.preemption_grace_s,
+                **({"preemption_grace_s": grace} if (grace := job.cluster.preemption_grace_s) else {}),  # since Ray 2.60
             ),
             # Keep the two best by AP, as one may be damaged; Ray always keeps the latest too.
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"),

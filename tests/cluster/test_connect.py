@@ -68,6 +68,12 @@ def test_nobody_listens_at_the_environment_s_address(no_ray: None, monkeypatch: 
     assert text.startswith(f"RAY_ADDRESS={address}: no Ray cluster answers there (") and "Connection refused" in text
 
 
+def test_a_key_that_this_ray_is_too_old_for(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "__version__", "2.59.1")
+    text = refused(ClusterSpec(preemption_grace_s=5.0))
+    assert text == "cluster.preemption_grace_s needs Ray 2.60, and this is Ray 2.59.1: leave the key out"
+
+
 def test_a_cluster_answers(ray_cluster: None) -> None:
     assert unanswered(ray.get_runtime_context().gcs_address) is None
 
