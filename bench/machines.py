@@ -111,7 +111,8 @@ class Machines:
 
     def start(self, module: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
         """Start ``python -m`` with a module and its arguments on this cluster, appending what it prints to ``output``."""
-        environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": self.cluster.address, "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # where another Ray may lie
+        environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": self.cluster.address, "PYTHONPATH": path}
         with output.open("ab") as file:
             return subprocess.Popen([sys.executable, "-m", *module], env=environment, stdout=file, stderr=file)
 
