@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ OWN_CLUSTER = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Environment of a cluster that we start for one run."""
+ASKED = "RAY_API_SERVER_ADDRESS"
+"""Ray's variable for where a process asks about actors. Without it, a process in a cluster asks the latest cluster of its machine,
+which may be another. Ray Train's ``PlacementGroupCleaner`` does, and then nobody frees what a stopped trial had reserved."""
 SINCE = {"preemption_grace_s": (2, 60)}
 """Keys of ``cluster`` that an older Ray knows nothing of, and its first version that does."""
 
@@ -57,8 +61,10 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
-        for name in OWN_CLUSTER.keys() - before.keys():
+        for name in (*OWN_CLUSTER, ASKED):
             os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _check_version(spec: ClusterSpec) -> None:
@@ -102,8 +108,10 @@ def running_here() -> str | None:
 
 
 def _join(address: str, output: dict[str, Any]) -> Any:
+    # Not for a client of Ray's (ray://): that process is outside of the cluster, and so is its address.
+    environment = {} if "://" in address else {"runtime_env": {"env_vars": {ASKED: address}}}
     try:
-        context = ray.init(address=address, **output)
+        context = ray.init(address=address, **environment, **output)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"the Ray cluster at {address} cannot be joined: {error}") from None
     has = ray.cluster_resources()
@@ -118,11 +126,16 @@ def _join(address: str, output: dict[str, Any]) -> Any:
 def _start(dashboard: bool, output: dict[str, Any]) -> Any:
     for name, value in OWN_CLUSTER.items():
         os.environ.setdefault(name, value)
+    port = None
+    if dashboard:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        os.environ[ASKED] = f"http://127.0.0.1:{port}"  # the new cluster's processes inherit it
     # It advises to switch the new cluster's authentication off.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         # It ends with this process, and has no dashboard unless asked: its start costs more than a small job's training.
-        return ray.init(address="local", include_dashboard=dashboard, **output)
+        return ray.init(address="local", include_dashboard=dashboard, dashboard_port=port, **output)
     except Exception as error:  # of many kinds, the bare Exception among them: a node that does not come up in time
         if not isinstance(error, OSError) or isinstance(error, ConnectionError):
             raise ClusterError(f"Ray cannot start a cluster on this machine: {error}") from error

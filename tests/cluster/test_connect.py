@@ -139,3 +139,33 @@ def test_a_real_ray_that_dies_ends_the_command_with_a_sentence(number: int, told
     assert process.returncode == 2, errors
     assert told in errors.splitlines()[-1]
     assert errors.splitlines()[-1].startswith("error: ") and "Traceback" not in errors
+
+
+ASKS = """
+import os
+import ray
+from ray.util.state import list_actors
+from headkd_ray.cluster.connect import connected
+from headkd_ray.job import ClusterSpec
+
+@ray.remote(num_cpus=0)
+class Marker:
+    def asked(self, joined):
+        if joined:  # a cluster without a dashboard, which answers nobody
+            return os.environ["RAY_API_SERVER_ADDRESS"]
+        return len(list_actors(filters=[("class_name", "=", "Marker")]))
+
+with connected(ClusterSpec(), dashboard=True):
+    marker = Marker.remote()
+    print(ray.get(marker.asked.remote(os.environ["RAY_ADDRESS"] != "local")))
+assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://elsewhere:8265"
+"""
+
+
+def test_a_process_asks_its_own_cluster_about_actors_where_a_machine_has_several(ray_cluster: None) -> None:
+    """As Ray Train's PlacementGroupCleaner does: without an answer, what a stopped trial had reserved is never free again."""
+    here = ray.get_runtime_context().gcs_address
+    for address, answer in (("local", "1"), (here, here)):
+        environment = {**os.environ, "RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": "http://elsewhere:8265"}
+        asked = subprocess.run([sys.executable, "-c", ASKS], env=environment, stdout=subprocess.PIPE, timeout=HANGS)
+        assert asked.stdout.decode().strip() == answer
