@@ -25,7 +25,7 @@ OWN_CLUSTER = {
 }
 """Environment of a cluster that we start for one run."""
 ASKED = "RAY_API_SERVER_ADDRESS"
-"""Ray's variable for where a process asks about actors. Without it, a process in a cluster asks the latest cluster of its machine,
+"""Ray's variable for where a process asks about actors. Without it, one in a cluster asks the latest cluster of its machine,
 which may be another. Ray Train's ``PlacementGroupCleaner`` does, and then nobody frees what a stopped trial had reserved."""
 SINCE = {"preemption_grace_s": (2, 60)}
 """Keys of ``cluster`` that an older Ray knows nothing of, and its first version that does."""
