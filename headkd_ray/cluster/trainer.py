@@ -23,6 +23,7 @@ from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.evaluation_task import start_evaluation
 from headkd_ray.cluster.gauges import Gauges
 from headkd_ray.cluster.listing import drop_unusable
+from headkd_ray.cluster.lost_requests import REQUESTER, withdraw_former
 from headkd_ray.cluster.ray_stream import decode_on_ray
 from headkd_ray.cluster.resources import Resources, check_resources
 from headkd_ray.cluster.restarts import FAILURES, PreemptedError, was_preempted, with_restarts
@@ -102,7 +103,10 @@ def _ranked_by_ray(result: Result) -> list[Folder]:
 
 def _train_once(job: Job, resources: Resources, driver: dict[str, Any]) -> Result:
     """Run Ray Train until the training ends. Raises PreemptedError if it ended early because nodes are taken away."""
-    result = _trainer(job, resources, driver).fit()
+    trainer, run = _trainer(job, resources, driver), run_folder(job)
+    withdraw_former(run, trainer)
+    result = trainer.fit()
+    run.delete(REQUESTER)
     if result.return_value.get("leaving"):
         raise PreemptedError(result.return_value["leaving"])
     return result

@@ -18,8 +18,11 @@ import ray
 import yaml
 from machines import processes
 from ray.cloudpickle import register_pickle_by_value
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.exceptions import ActorDiedError
-from ray.train import CheckpointConfig, PreemptionError, PreemptionInfo
+from ray.train import CheckpointConfig, PreemptionError, PreemptionInfo, RunConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import (
     CheckpointManagerInitializationError,
     WorkerGroupStartupFailedError,
@@ -31,6 +34,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from headkd_ray.cluster import trainer as ray_train
 from headkd_ray.cluster.listing import SNAPSHOT, drop_unusable
+from headkd_ray.cluster.lost_requests import withdraw_former
 from headkd_ray.cluster.restarts import PreemptedError, with_restarts
 from headkd_ray.engine.checkpoint import STATE_FILE, seal
 from headkd_ray.errors import CheckpointError, ClusterError
@@ -53,6 +57,20 @@ class Fit:
         if isinstance(end, Exception):
             raise end
         return end
+
+
+def test_what_a_lost_controller_asked_for_is_free_for_the_next_one(ray_cluster: None, tmp_path: Path) -> None:
+    """Else the next one waits until Ray forgets it, for three minutes."""
+    coordinator = get_or_create_autoscaling_coordinator()
+    node = ray.get_runtime_context().get_node_id()
+    trainers = [TorchTrainer(print, run_config=RunConfig(name="run", storage_path=str(tmp_path))) for _ in range(3)]
+    names = [f"train-{trainer.train_run_context.run_id}" for trainer in trainers]
+    for trainer, name in zip(trainers, names, strict=True):
+        withdraw_former(Folder.open(tmp_path), trainer)
+        bundles = [{"CPU": 4}]
+        ray.get(coordinator.request_resources.remote(name, bundles, 180, priority=ResourceRequestPriority.HIGH))
+    assert [ray.get(coordinator.get_reserved_resources.remote(name)) for name in names] == [{}, {}, {node: {"CPU": 4}}]
+    ray.get(coordinator.cancel_request.remote(names[-1]))
 
 
 def test_every_loss_counts_once_and_waiting_for_a_node_does_not(ray_cluster: None) -> None:
