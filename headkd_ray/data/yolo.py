@@ -40,7 +40,7 @@ class YoloReader(Reader):
 
     def read(self, problems: Problems) -> Part:
         """List the images and read their label files. Boxes are in fractions of the upright images, whose sizes are unknown."""
-        content = read_yolo_names(self.uri) if self.uri.endswith(NAME_LISTS) else read_yolo_yaml(self.uri)
+        content = read_yolo_names(self.uri) if self.uri.lower().endswith(NAME_LISTS) else read_yolo_yaml(self.uri)
         split = self.split and OTHER_NAMES.get(self.split, self.split)
         if split is not None and split not in content.splits:
             raise DataError(f"{self.uri}: has no split {split!r}; it has {', '.join(content.splits)}")
