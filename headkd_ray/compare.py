@@ -18,13 +18,15 @@ from headkd_ray.comparison.figures_of_rows import Measured, RowFigures, figures_
 from headkd_ray.comparison.run_rows import FinishedRun, Row, differences, read_run, reference_of, rows_of
 from headkd_ray.comparison.tables_of_rows import markdown, page, rich_table
 from headkd_ray.data.shards import ShardSet
+from headkd_ray.diagnosis.detector_diagnosis import diagnose
+from headkd_ray.diagnosis.overlaps import overlaps
 from headkd_ray.diagnosis.resampling import resamples
 from headkd_ray.engine.checkpoint import STUDENT_FOLDER
 from headkd_ray.engine.coco_metrics import coco_metrics
 from headkd_ray.errors import UserError
 from headkd_ray.evaluate import detect_split
 from headkd_ray.job import load_job
-from headkd_ray.pictures import disagreements
+from headkd_ray.pictures import Findings, disagreements
 from headkd_ray.report.plots import need_matplotlib
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
@@ -98,8 +100,12 @@ def compare(
         for run in finished_runs
         if run.job.teacher is not None and run.job.teacher.checkpoint is not None
     )
+    findings = {row.name: _findings(next(iter(measured[row.name].values()))) for row in rows}
     for teacher in teachers:
-        notes.append(_teacher(teacher, shards, split, truth))
+        note, found = _teacher(teacher, shards, split, truth)
+        notes.append(note)
+        if found is not None:
+            findings["teacher" if len(teachers) == 1 else f"teacher {teacher}"] = found
     for note in notes:
         tell(note)
     if folder is not None:
@@ -108,8 +114,6 @@ def compare(
             f"{reference.name} are paired, seed by seed; their intervals come from {RESAMPLES} resamples of seeds and images; "
             "hours are those of training steps, times the workers."
         )
-        shown = {row.name: next(iter(measured[row.name].values())) for row in rows}
-        findings = {name: (each.diagnosis, each.results) for name, each in shown.items()}
         pictures = list(disagreements(shards, findings))
         folder.create()
         folder.write("compare.md", markdown(figures, summary, notes).encode())
@@ -141,14 +145,19 @@ def notes_on(rows: Sequence[Row], reference: Row) -> list[str]:
     return notes
 
 
-def _teacher(checkpoint: str, shards: ShardSet, split: str, truth: dict[str, Any]) -> str:
-    """Return a sentence on a teacher's AP on the split."""
+def _findings(measured: Measured) -> Findings:
+    return measured.diagnosis, measured.results
+
+
+def _teacher(checkpoint: str, shards: ShardSet, split: str, truth: dict[str, Any]) -> tuple[str, Findings | None]:
+    """Return a sentence on a teacher's AP on the split, and what it finds there; None if it cannot be evaluated."""
     try:
         found = detect_split(checkpoint, shards, split)
     except UserError as error:
-        return f"the teacher {checkpoint} could not be evaluated: {error}"
+        return f"the teacher {checkpoint} could not be evaluated: {error}", None
     metrics = coco_metrics(truth, found.results, found.image_ids, found.max_detections)
-    return f"the teacher {checkpoint} has AP {metrics.AP:.1f}"
+    diagnosis = diagnose(overlaps(truth, found.results, found.max_detections))
+    return f"the teacher {checkpoint} has AP {metrics.AP:.1f}", (diagnosis, found.results)
 
 
 def _detections(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,10 @@ def mistakes(shards: ShardSet, findings: Findings, most: int = 12) -> Iterator[t
     Yields:
         A caption and a JPEG file for each image.
     """
-    for image_id, count in list(findings[0].mistakes.items())[:most]:
-        yield f"image {image_id}: {_counted(count)}", jpeg(_beside_truth(shards, image_id, [_shown(findings)]))
+    worst = dict(list(findings[0].mistakes.items())[:most])
+    named = _named(shards, worst)
+    for image_id, count in worst.items():
+        yield f"{named[image_id]}: {_counted(count)}", jpeg(_beside_truth(shards, image_id, [_shown(findings)]))
 
 
 def disagreements(shards: ShardSet, detectors: Mapping[str, Findings], most: int = 8) -> Iterator[tuple[str, bytes]]:
@@ -88,12 +90,13 @@ def disagreements(shards: ShardSet, detectors: Mapping[str, Findings], most: int
     images = dict.fromkeys(image_id for each in counts for image_id in each)
     ranges = {image_id: [each.get(image_id, 0) for each in counts] for image_id in images}
     order = sorted(images, key=lambda image_id: max(ranges[image_id]) - min(ranges[image_id]), reverse=True)
+    named = _named(shards, order[:most])
     for image_id in order[:most]:
         if len(set(ranges[image_id])) == 1:
             return
         told = ", ".join(f"{name}: {_counted(count)}" for name, count in zip(detectors, ranges[image_id], strict=True))
         yield (
-            f"image {image_id}: ground truth, then {told}",
+            f"{named[image_id]}: ground truth, then {told}",
             jpeg(_beside_truth(shards, image_id, list(map(_shown, detectors.values())))),
         )
 
@@ -108,6 +111,12 @@ def samples(shards: ShardSet, image_ids: Sequence[int], shown: Shown) -> bytes:
 
 def _shown(findings: Findings) -> Shown:
     return findings[0].thresholds, findings[1]
+
+
+def _named(shards: ShardSet, image_ids: Iterable[int]) -> dict[int, str]:
+    """Return what captions call images: their file names and ids."""
+    rows = {int(np.flatnonzero(shards.index.image_id == image_id)[0]): image_id for image_id in image_ids}
+    return {rows[row]: f"{name} (image {rows[row]})" for row, name in shards.names_at(rows).items()}
 
 
 def _counted(mistakes: int) -> str:

@@ -16,6 +16,7 @@ from headkd_ray.cli import command_parser, positive, user_errors
 from headkd_ray.job import Job, load_job
 from headkd_ray.report.plan_tables import cost_table, plan_table
 from headkd_ray.report.terminal import Terminal
+from headkd_ray.text import rounded
 
 if TYPE_CHECKING:
     from headkd_ray.profiling.calibration import Calibration
@@ -75,7 +76,7 @@ def _notes(job: Job, work: Work, measured: Calibration, plans: list[Plan], gbps:
     ]
     if job.teacher is not None and job.distill.rois == "teacher" and measured.codec is not None:
         size = cache_bytes(work.distinct, work.views, job.distill.roi_budget, measured.codec)
-        built = f", whose building takes {plans[0].build_hours:.2g} of the hours" if work.placement == "cache" else ""
+        built = f", whose building takes {rounded(plans[0].build_hours)} of the hours" if work.placement == "cache" else ""
         dtype = measured.codec.dtype
         notes.append(f"A cache of {work.views} views per image: at most {size / 1e9:.3g} GB ({dtype}, uncompressed){built}.")
     if work.gpus and measured.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Make text from files and addresses safe to display: without terminal control characters and without secrets."""
+"""Make text for people: numbers of few digits; files' and addresses' text without terminal control characters and secrets."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ _SECRET = re.compile(
     r"sig$|signature|token|secret|passw|pwd|credential|policy|api[_-]?key|access[_-]?key|^(?:key|auth|code|sas)$"
 )
 """Secret parameters of signed addresses: X-Amz-Signature, X-Goog-Credential, sig (Azure), AWSAccessKeyId, access_token, ..."""
+
+
+def rounded(value: float) -> str:
+    """Return a number with two digits, from 10 on as a whole one: 0.0021, 1.5, 150."""
+    return f"{value:.0f}" if abs(value) >= 9.95 else f"{value:.2g}"
 
 
 def printable(text: str) -> str:

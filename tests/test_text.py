@@ -11,7 +11,7 @@ from rich.table import Table
 from headkd_ray.errors import DataError, StorageError
 from headkd_ray.report.terminal import Terminal
 from headkd_ray.storage import Folder
-from headkd_ray.text import masked, printable
+from headkd_ray.text import masked, printable, rounded
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,9 @@ def test_the_terminal_shows_what_it_must_not_obey() -> None:
     for text in ("[red]t[/]", "a[b]", "[bold]cat :smile: \\x1", "[red]photo.jpg \\x1b]0;title\\x1b"):
         assert text in shown
     assert "\x1b[2J" not in shown and "\x1b]0" not in shown and "\x1b[1m" in shown, "its own colours stay"
+
+
+def test_numbers_for_people_have_no_exponent() -> None:
+    """100 % of the boxes, 150 hours."""
+    shown = {100.0: "100", 150.2: "150", 9.96: "10", 37.5: "38", 1.54: "1.5", 0.00213: "0.0021", 0.0: "0", -120.0: "-120"}
+    assert {value: rounded(value) for value in shown} == shown

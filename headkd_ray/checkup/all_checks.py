@@ -68,7 +68,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 def as_json(findings: Sequence[Finding], subject: Subject) -> dict[str, Any]:
     """Return the findings as a JSON value."""
-    names = _file_names([each for finding in findings for each in finding.examples], subject)
+    names = file_names(findings, subject)
     return {
         "run": subject.job.run.name,
         "verdict": verdict(findings),
@@ -91,14 +91,15 @@ def verdict(findings: Sequence[Finding]) -> Level:
     return gravest([finding.level for finding in findings])
 
 
-def _file_names(examples: list[Example], subject: Subject) -> dict[tuple[str, int], str]:
+def file_names(findings: Sequence[Finding], subject: Subject) -> dict[tuple[str, int], str]:
     """Return the file name of each example's images, by split and row."""
+    examples = [example for finding in findings for example in finding.examples]
     shown = {each for example in examples for each in (example, example.beside) if each is not None}
-    found = dict[tuple[str, int], str]()
-    for split in sorted({each.split for each in shown}):
-        rows = {each.row for each in shown if each.split == split}
-        found |= {(split, row): name for row, name in enumerate(subject.split(split).file_names()) if row in rows}
-    return found
+    return {
+        (split, row): name
+        for split in sorted({each.split for each in shown})
+        for row, name in subject.split(split).names_at(each.row for each in shown if each.split == split).items()
+    }
 
 
 def _example(example: Example, subject: Subject, names: Mapping[tuple[str, int], str]) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rich.text import Text
 from torchvision.transforms.v2.functional import resize
 
-from headkd_ray.checkup.all_checks import CHECKS
+from headkd_ray.checkup.all_checks import CHECKS, file_names
 from headkd_ray.checkup.box_statistics import edges
 from headkd_ray.checkup.findings import LEVELS, Example, Finding, SplitName
 from headkd_ray.checkup.size_findings import MANY
@@ -82,20 +82,23 @@ def checkup_page(findings: Sequence[Finding], subject: Subject) -> str:
         for heading, figure in _figures(subject):
             parts.append(html("<h2>{}</h2><figure>{}</figure>", heading, Markup(svg(figure))))
     parts += _class_table(subject)
+    names = file_names(findings, subject)
     for each in findings:
         if each.examples:
             parts.append(html("<h2>{}</h2><p class=note>{}</p>", each.check.capitalize(), each.found))
-            pictures = Markup().join(_figure(example, subject) for example in each.examples)
+            pictures = Markup().join(_figure(example, subject, names) for example in each.examples)
             parts.append(html('<div style="display: flex; flex-wrap: wrap; gap: 0 1rem">{}</div>', pictures))
     return document(f"Check-up of {subject.job.run.name}", parts)
 
 
-def _figure(example: Example, subject: Subject) -> Markup:
+def _figure(example: Example, subject: Subject, names: Mapping[tuple[str, int], str]) -> Markup:
     """Return the example's picture with its caption, or the caption alone if an image cannot be read any more."""
+    shown = [names[each.split, each.row] for each in (example, example.beside) if each is not None]
+    caption = f"{example.caption} ({' beside '.join(shown)})"
     try:
-        return picture(example.caption, example_picture(example, subject))
+        return picture(caption, example_picture(example, subject))
     except (UserError, ValueError) as error:
-        return html("<figure><figcaption>{} (no picture: {})</figcaption></figure>", example.caption, error)
+        return html("<figure><figcaption>{} (no picture: {})</figcaption></figure>", caption, error)
 
 
 def example_picture(example: Example, subject: Subject) -> bytes:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from headkd_ray.text import rounded
+
 SplitName = Literal["train", "val"]
 Level = Literal["green", "yellow", "red", "skipped"]
 LEVELS: tuple[Level, ...] = ("skipped", "green", "yellow", "red")
@@ -57,4 +59,4 @@ def gravest(levels: Sequence[Level]) -> Level:
 
 def share(part: int, whole: int) -> str:
     """Return ``3 of 120 (2.5 %)``."""
-    return f"{part:,} of {whole:,}" + (f" ({100 * part / whole:.2g} %)" if part and whole else "")
+    return f"{part:,} of {whole:,}" + (f" ({rounded(100 * part / whole)} %)" if part and whole else "")

@@ -17,6 +17,7 @@ from headkd_ray.engine.run import run_folder
 from headkd_ray.errors import ClusterError, StorageError, UserError
 from headkd_ray.job import Job
 from headkd_ray.storage import OBJECT_STORES, Folder
+from headkd_ray.text import rounded
 
 LOCAL_PROBE, REMOTE_PROBE = 32 * 2**20, 8 * 2**20
 """Bytes that are written and read to time a storage."""
@@ -72,7 +73,7 @@ def check_reading(subject: Subject) -> Finding:
         seconds = trial.images * figures["train"]["bytes_per_image"] / figures["train"]["bytes_per_second"]
         if seconds > SLOW * trial.seconds:
             levels.append("yellow")
-            told.append(f"reading a batch takes {seconds:.2g} s, and a step {trial.seconds:.2g} s")
+            told.append(f"reading a batch takes {rounded(seconds)} s, and a step {rounded(trial.seconds)} s")
     mend = "Copy the splits to a disk of the machines that train, or to storage that is nearer."
     level = gravest(levels)
     return Finding("reading", level, "; ".join(told), mend if level != "green" else None, figures)

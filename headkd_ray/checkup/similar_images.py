@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headkd_ray.data.near_duplicates import BANDS, Fingerprint, fingerprint, groups, near_pairs
+from headkd_ray.data.near_duplicates import BANDS, Fingerprint, fingerprint, near_groups
 from headkd_ray.data.shards import READERS, ShardSet
 
 
@@ -61,7 +61,7 @@ def _print_of(image: bytes) -> Fingerprint | str:
 
 def similar_groups(prints: NDArray[np.uint16]) -> list[NDArray[np.int64]]:
     """Return the positions of each group of near-duplicates, the largest groups first."""
-    root = groups(len(prints), near_pairs(prints)) if len(prints) else np.zeros(0, dtype=np.int64)
+    root = near_groups(prints)
     order = np.argsort(root, kind="stable")
     found = np.split(order, np.flatnonzero(np.diff(root[order])) + 1)
     return sorted((each for each in found if len(each) > 1), key=len, reverse=True)

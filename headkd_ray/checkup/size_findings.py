@@ -14,6 +14,7 @@ from headkd_ray.detectors.ops.anchors import PAD, Anchors
 from headkd_ray.detectors.rpn import STRIDES as RPN_STRIDES
 from headkd_ray.job import AnchorSpec, Job
 from headkd_ray.profiling.step_trial import view_scales
+from headkd_ray.text import rounded
 
 GONE, BLURRED, SMALL = 2, 4, 8
 """Pixels of the view: below the first nothing of an object is left, below the last it is less than a cell of stride 8."""
@@ -36,7 +37,7 @@ def check_vanishing(subject: Subject) -> Finding:
         levels.append("red" if shares[GONE] >= 5 * MANY[GONE] else "yellow" if over else "green")
         if over:
             larger = max(larger, *(found.enlargement(side, MANY[side]) for side in over))
-        below = ", ".join(f"{100 * each:.2g} % below {side} px" for side, each in shares.items())
+        below = ", ".join(f"{rounded(100 * each)} % below {side} px" for side, each in shares.items())
         told.append(f"{name} at {view.short_side} px: {below}")
         figures[name] = {"short_side": view.short_side, "below_px": {str(side): count for side, count in counts.items()}}
     level = gravest(levels)
@@ -79,7 +80,7 @@ def check_anchors(subject: Subject) -> Finding:
     portion = missed / max(1, len(best))
     level: Level = "yellow" if portion >= MANY_UNREACHED else "green"
     figures = {"boxes": len(best), "missed": missed, "least_iou": rules.least_iou}
-    found = f"{100 * portion:.2g} % of {len(best):,} boxes of train have no anchor with an IoU of {rules.least_iou:g}"
+    found = f"{rounded(100 * portion)} % of {len(best):,} boxes of train have no anchor with an IoU of {rules.least_iou:g}"
     mend = (
         f"Fit {rules.key}: base_scale, octave_scales and ratios (--html shows the boxes' sides and aspects); or "
         "make the views larger, if the boxes are too small."

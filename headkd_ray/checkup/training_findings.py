@@ -16,6 +16,7 @@ from headkd_ray.engine.preflight import preflight
 from headkd_ray.errors import DeviceMemoryError, UserError
 from headkd_ray.job import Job, OptimSpec, warnings
 from headkd_ray.job.method_terms import terms_of
+from headkd_ray.text import rounded
 from headkd_ray.trackers import tracker_problems
 
 STRETCH = 8.0
@@ -114,8 +115,8 @@ def check_steps(subject: Subject) -> Finding:
     }
     place = "the GPU" if on_gpu else "this process (CPU)"
     found = (
-        f"{trial.images} images of {trial.size[1]} x {trial.size[0]} px with up to {trial.boxes} boxes: {trial.seconds:.2g} s "
-        f"a step, peak of {place} {gigabytes(peak)} of {gigabytes(trial.total_bytes)}"
+        f"{trial.images} images of {trial.size[1]} x {trial.size[0]} px with up to {trial.boxes} boxes: "
+        f"{rounded(trial.seconds)} s a step, peak of {place} {gigabytes(peak)} of {gigabytes(trial.total_bytes)}"
     )
     if trial.teacher_inside:
         found += ", with the teacher, which the job has in processes of its own"

@@ -15,6 +15,7 @@ from headkd_ray.comparison.run_rows import Row
 from headkd_ray.comparison.spread import Spread
 from headkd_ray.report.html import cell, document, html, picture
 from headkd_ray.report.plots import FAINT, axes_of, drawing, literal, svg
+from headkd_ray.text import rounded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ def cells_of(figures: RowFigures) -> list[tuple[str, float | None]]:
         (gain, None if figures.gain is None else figures.gain.mean),
         (between, None if figures.interval is None else figures.interval[0]),
         *((str(figures.metrics[name]), _known(figures.metrics[name])) for name in SHOWN_METRICS[1:]),
-        ("–" if math.isnan(figures.hours.mean) else f"{figures.hours.mean:.2g}", _known(figures.hours)),
+        ("–" if math.isnan(figures.hours.mean) else rounded(figures.hours.mean), _known(figures.hours)),
     ]
 
 

@@ -31,6 +31,11 @@ MEANINGS = {
 """Meaning of a key, which is spelled in lower case without ``_``, ``-`` and spaces."""
 
 
+FEW_CROWDS, MANY_CROWDS = 10, 0.1
+"""Number of crowds, and share of the annotations, above which they are told; COCO has 1 %."""
+MASKS = "CVAT marks each mask that is painted with a brush so: if they are single objects, set their 'iscrowd' to 0"
+
+
 class FlagError(Exception):
     """The value of a yes-or-no key is neither yes nor no."""
 
@@ -49,6 +54,7 @@ class Flags:
     """Whether difficult objects are to be ignored, as in Pascal VOC's own evaluation."""
     annotations: int = 0
     ignored: int = 0
+    crowds: int = 0
     _meanings: dict[str, str | None] = field(default_factory=dict)
     """Meanings of the keys met so far, by their spelling in the file."""
     _told: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -70,19 +76,26 @@ class Flags:
             elif (value not in (None, 1)) if meaning == SCORE else _says_something(value):
                 self._told[name, meaning] = self._told.get((name, meaning), 0) + 1
         self.ignored += ignored
+        self.crowds += crowd
         return ignored or crowd
 
     def warnings(self) -> list[str]:
-        """Return a line for each key whose meaning is lost, and one for the ignored annotations."""
+        """Return a line for each key whose meaning is lost, one for the ignored annotations and one for many crowds."""
         of = f"of {self.annotations} annotations"
         ignored = [
             f"{self.ignored} {of} are marked to be ignored: they are left out of training, and in evaluation a detection there "
             "counts as neither right nor wrong, as for a crowd"
         ]
-        return (ignored if self.ignored else []) + [
-            f"{name!r} is set in {count} {of}; {meaning.format(marked=self.marked)}"
-            for (name, meaning), count in self._told.items()
-        ]
+        crowds = [f"{self.crowds} {of} are crowds, which are left out of training; {MASKS}"]
+        many = self.crowds > max(FEW_CROWDS, MANY_CROWDS * self.annotations)
+        return (
+            (ignored if self.ignored else [])
+            + (crowds if many else [])
+            + [
+                f"{name!r} is set in {count} {of}; {meaning.format(marked=self.marked)}"
+                for (name, meaning), count in self._told.items()
+            ]
+        )
 
     def _meaningful(self, record: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
         """Yield (key as the user sees it, value, meaning) of the keys with a known meaning."""

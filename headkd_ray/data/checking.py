@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from headkd_ray.data.annotation_keys import MASKS
 from headkd_ray.data.box_checks import check_boxes
 from headkd_ray.data.box_forms import unreached
 from headkd_ray.data.checked_split import CheckedSplit
@@ -72,7 +73,8 @@ def checked(readers: Sequence[Reader], options: CheckOptions | None = None) -> C
         problems.add("the split has no images; check that this is the right source", name)
     elif options.labelled and all(part.annotations.crowd.all() for part in parts) and not problems:
         none = "no usable boxes: there are no annotations but crowds and ignored ones; there is nothing to learn or evaluate"
-        problems.add(none, name)
+        masks = any(len(part.annotations.crowd) and part.written_in == "JSON" for part in parts)
+        problems.add(f"{none} ({MASKS})" if masks else none, name)
     problems.check(f"{name} cannot be used:")
     folder, names = common_folder(parts)
     return Checked(joined(parts, names, tuple(fixes)), folder, partial(hint, parts, folder))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from headkd_ray.data.checked_split import CheckedSplit
 from headkd_ray.data.class_lists import listed
-from headkd_ray.data.near_duplicates import BANDS, Fingerprint, groups, near_pairs
+from headkd_ray.data.near_duplicates import BANDS, Fingerprint, groups, near_groups
 from headkd_ray.data.rng import key_permutation
 from headkd_ray.errors import DataError
 
@@ -58,9 +58,9 @@ def divided(
     near, position = np.array([*known.values()], dtype=np.uint16).reshape(-1, BANDS), np.array([*known], dtype=np.int64)
     names = split.images.names
     count = len(names)
-    by_name = groups(count, iter([_same_name(names, group_by)]))
-    by_look = groups(count, (position[pairs] for pairs in near_pairs(near))) if len(near) else np.arange(count)
-    group = groups(count, iter([_connections(by_name), _connections(by_look)]))
+    by_name, by_look = groups(count, _same_name(names, group_by)), np.arange(count)
+    by_look[position] = position[near_groups(near)]
+    group = groups(count, np.concatenate([_connections(by_name), _connections(by_look)]))
     part_of = _assigned(_classes_of(split, group), _sizes(group), fractions, _order(names, group, seed))
     part = np.array([part_of[root] for root in group.tolist()])
     empty = [PARTS[number] for number in range(len(fractions)) if not (part == number).any()]

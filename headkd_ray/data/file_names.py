@@ -105,7 +105,7 @@ def _stem(name: Parts) -> str:
 
 def _parts(name: str) -> Parts:
     name = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]+://[^/]*/([^?#]*).*$", r"\1", name.replace("\\", "/"), flags=re.DOTALL)
-    name = re.sub(r"^[A-Za-z]:", "", name)
+    name = re.sub(r"^[A-Za-z]:|^/data/local-files/\?d=", "", name)  # a drive; Label Studio's address of a local file
     parts: list[str] = []
     for part in unquote(name).split("/"):
         if part == "..":

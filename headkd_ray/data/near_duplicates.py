@@ -18,8 +18,8 @@ SIDE = 9
 BANDS = 8
 MOST = BANDS - 1
 """Bits that may differ. Of 8 bands of 16 bits, one is then equal, so that only images that share a band need to be compared."""
-ROWS = 2**12
-"""Images that are compared with others at a time, which bounds the memory."""
+AT_A_TIME = 2**22
+"""Pairs of images that are compared at a time, which bounds the memory."""
 
 Fingerprint = NDArray[np.uint16]
 
@@ -31,40 +31,58 @@ def fingerprint(data: bytes) -> Fingerprint:
     return np.packbits(bits).view(np.uint16)
 
 
-def near_pairs(fingerprints: NDArray[np.uint16]) -> Iterator[NDArray[np.int64]]:
-    """Yield pairs of positions of near-duplicates, int64 (m, 2), which connect every group of them.
+def near_groups(fingerprints: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Return for each image the first one of its group of near-duplicates, int64 (n,), as ``groups`` does.
 
     Args:
         fingerprints: uint16 (n, 8).
     """
     distinct, first, of = np.unique(fingerprints, axis=0, return_index=True, return_inverse=True)
-    of = of.reshape(-1)
-    same = np.flatnonzero(first[of] != np.arange(len(of)))
-    yield np.stack([first[of[same]], same], axis=1)
     halves = np.ascontiguousarray(distinct).view(np.uint64)
+    root, waiting, size = np.arange(len(distinct)), list[NDArray[np.int64]](), 0
+    for run in _sharing_a_band(distinct):
+        rows = max(1, AT_A_TIME // len(run))
+        for start in range(0, len(run) - 1, rows):
+            if (root[run] == root[run[0]]).all():  # the frames of a fixed camera, which share nearly all bands
+                break
+            some, others = run[start : start + rows], run[start:]
+            differing = np.bitwise_count(halves[some][:, None] ^ halves[others][None]).sum(-1, dtype=np.uint8)
+            one, other = np.nonzero(np.triu(differing <= MOST, 1))
+            waiting.append(np.stack([some[one], others[other]], axis=1))
+            size += some.size * others.size
+            if size >= AT_A_TIME:
+                _join(root, np.concatenate(waiting))
+                waiting, size = [], 0
+    _join(root, np.concatenate([np.zeros((0, 2), dtype=np.int64), *waiting]))
+    least = np.full(len(distinct), len(fingerprints), dtype=np.int64)
+    np.minimum.at(least, root, first)
+    return least[root][of.reshape(-1)]
+
+
+def _sharing_a_band(distinct: NDArray[np.uint16]) -> Iterator[NDArray[np.int64]]:
+    """Yield the positions of the fingerprints that have the same value in a band, for each band and value of several."""
     for band in range(BANDS):
         order = np.argsort(distinct[:, band], kind="stable")
-        values = distinct[order, band]
-        for run in np.split(order, np.flatnonzero(np.diff(values)) + 1):
-            for start in range(0, len(run) - 1, ROWS):
-                some = run[start : start + ROWS]
-                differing = np.bitwise_count(halves[some][:, None] ^ halves[run][None]).sum(-1)
-                one, other = np.nonzero(differing <= MOST)
-                later = one + start < other
-                yield first[np.stack([some[one[later]], run[other[later]]], axis=1)]
+        runs = np.split(order, np.flatnonzero(np.diff(distinct[order, band])) + 1)
+        yield from (run for run in runs if len(run) > 1)
 
 
-def groups(count: int, pairs: Iterator[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return for each of ``count`` positions the first position that is connected with it by ``pairs``, int64 (count,)."""
-    root = list(range(count))
+def groups(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of ``count`` positions the first position that ``pairs`` (m, 2) connect it with, int64 (count,)."""
+    root = np.arange(count)
+    _join(root, pairs)
+    return root
 
-    def find(position: int) -> int:
-        while root[position] != position:
-            root[position] = position = root[root[position]]
-        return position
 
-    for some in pairs:
-        for one, other in some.tolist():
-            low, high = sorted((find(one), find(other)))
-            root[high] = low
-    return np.array([find(position) for position in range(count)], dtype=np.int64)
+def _join(root: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+    """Connect ``pairs`` (m, 2) in ``root``, which has the first position of each position's group, in place."""
+    one, other = pairs.T
+    while True:
+        low, high = np.minimum(root[one], root[other]), np.maximum(root[one], root[other])
+        apart = low < high
+        if not apart.any():
+            return
+        one, other = one[apart], other[apart]
+        np.minimum.at(root, high[apart], low[apart])
+        while not np.array_equal(above := root[root], root):
+            root[:] = above

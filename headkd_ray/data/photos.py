@@ -14,7 +14,7 @@ from headkd_ray.storage import Folder
 
 Exif = Literal["apply", "ignore"]
 
-MISSING = "no such file; check IMAGES_DIR and 'file_name'"
+MISSING = "no such file; check the images' folder, and the name in the annotations"
 UNREADABLE = "cannot be read; check access"
 DAMAGED = "damaged; replace the file, or remove the image from the annotations"
 OTHER_FORMAT = "convert or replace the file, or remove the image from the annotations"

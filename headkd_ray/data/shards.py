@@ -10,7 +10,7 @@ Layout of the folder::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,6 +161,11 @@ class ShardSet:
             yield from file.read(columns=["file_name"], use_threads=False)["file_name"].to_pylist()
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder.named(INDEX)}: cannot be read ({error}); copy it again") from error
+
+    def names_at(self, rows: Iterable[int]) -> dict[int, str]:
+        """Return the file names of the images at some rows of the index, by row. Raises DataError as ``file_names`` does."""
+        wanted = set(rows)
+        return {row: name for row, name in enumerate(self.file_names()) if row in wanted} if wanted else {}
 
     def ground_truth(self) -> dict[str, Any]:
         """Return the COCO ground truth: ``images``, ``annotations`` (original category ids, no segmentation), ``categories``.

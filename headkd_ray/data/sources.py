@@ -12,6 +12,7 @@ from headkd_ray.data.meta import Meta
 from headkd_ray.data.part import Reader
 from headkd_ray.data.voc import XML_FOLDER, Pixels, VocReader
 from headkd_ray.data.yolo import YoloReader
+from headkd_ray.data.yolo_yaml import NAME_LISTS
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
 
@@ -81,18 +82,26 @@ def _reader(place: str, images: str | None, options: SourceOptions, classes: tup
             place, photos = (folder / ROBOFLOW).uri, photos or folder
         elif (folder / XML_FOLDER).exists or any(name.lower().endswith(".xml") for name in folder.files()):
             return VocReader(folder, photos, options.split, classes, options.voc_pixels, options.workers)
+        elif names := next(filter(folder.has, NAME_LISTS), None):
+            place = (folder / names).uri
         else:
+            inside = [name for name, is_folder in folder.entries() if is_folder and _has_source(folder / name)]
             raise DataError(
                 f"{place}: is a folder without {YAML}, {ROBOFLOW} or XML files; give a COCO JSON and the folder of its images, "
                 "a data.yaml (YOLO), or a folder in Pascal VOC's format"
+                + (f"; there are such in it: {listed([(folder / name).uri for name in inside])}" if inside else "")
             )
-    if place.lower().endswith((".yaml", ".yml")):
+    if place.lower().endswith((".yaml", ".yml", *NAME_LISTS)):
         if photos is not None:
             raise DataError(f"{place}: names the folders of its images itself; leave out {images}")
         return YoloReader(place, options.split, options.joined, options.workers)
     if photos is None:
         raise DataError(f"{place}: give the folder of its images, too: prepare {place} IMAGES_DIR --out OUT_DIR")
     return CocoReader(place, photos)
+
+
+def _has_source(folder: Folder) -> bool:
+    return any(map(folder.has, (YAML, ROBOFLOW, *NAME_LISTS)))
 
 
 def read_classes(place: str) -> tuple[str, ...]:

@@ -104,7 +104,10 @@ class VocReader(Reader):
         place = self.folder / SETS
         if not place.has(f"{self.split}.txt"):
             there = [posixpath.splitext(name)[0] for name in (place.names() if place.exists else []) if name.endswith(".txt")]
-            raise DataError(f"{place.named(self.split)}.txt: no such list of images; found {listed(sorted(there)) or 'none'}")
+            raise DataError(
+                f"{place.named(self.split)}.txt: no such list of images; found {listed(sorted(there)) or 'none'}"
+                + (f"; for the folder of that name give {own.uri}" if (own := self.folder / self.split).exists else "")
+            )
         lines = [line.split() for line in lines_of(place, f"{self.split}.txt")]
         if any(len(line) == 2 and line[1] in ("1", "-1", "0") for line in lines):
             raise DataError(

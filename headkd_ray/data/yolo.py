@@ -1,4 +1,4 @@
-"""Read a data set in YOLO's layout (Ultralytics, Roboflow): a data.yaml, folders of images, and a label file for each image."""
+"""Read a data set in YOLO's layout: a data.yaml (or a list of class names), folders of images, a label file for each image."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from headkd_ray.data.box_forms import misread_fractions, written_fractions
 from headkd_ray.data.checked_split import Images
+from headkd_ray.data.file_names import FileNames
 from headkd_ray.data.image_lists import counted, image_files, is_image, lines_of, names_in
 from headkd_ray.data.part import Annotations, Part, Reader
 from headkd_ray.data.problems import Problems
 from headkd_ray.data.yolo_labels import Labels
-from headkd_ray.data.yolo_yaml import SPLITS, YoloYaml, read_yolo_yaml
+from headkd_ray.data.yolo_yaml import NAME_LISTS, OTHER_NAMES, SPLITS, YoloYaml, read_yolo_names, read_yolo_yaml
 from headkd_ray.errors import DataError, StorageError
 from headkd_ray.storage import Folder, folder_at
 
@@ -26,9 +27,10 @@ NO_LABEL = "none of the {} images has a label file: that of {} would be {}; put 
 
 @dataclass(frozen=True)
 class YoloReader(Reader):
-    """Reads splits of a data.yaml."""
+    """Reads splits of a data set."""
 
     uri: str
+    """A data.yaml, or a text file of class names as ``read_yolo_names`` takes it."""
     split: str | None = None
     """Name of the split; None = the only one, or all if they may be ``joined``."""
     joined: bool = False
@@ -38,17 +40,18 @@ class YoloReader(Reader):
 
     def read(self, problems: Problems) -> Part:
         """List the images and read their label files. Boxes are in fractions of the upright images, whose sizes are unknown."""
-        content = read_yolo_yaml(self.uri)
-        if self.split is not None and self.split not in content.splits:
-            raise DataError(f"{self.uri}: has no split {self.split!r}; it has {', '.join(content.splits)}")
-        if self.split is None and not self.joined and len(content.splits) > 1:
+        content = read_yolo_names(self.uri) if self.uri.lower().endswith(NAME_LISTS) else read_yolo_yaml(self.uri)
+        split = self.split and OTHER_NAMES.get(self.split, self.split)
+        if split is not None and split not in content.splits:
+            raise DataError(f"{self.uri}: has no split {split!r}; it has {', '.join(content.splits)}")
+        if split is None and not self.joined and len(content.splits) > 1:
             raise DataError(
                 f"{self.uri}: has the splits {', '.join(content.splits)}; choose one with --split NAME, or divide all images "
                 "anew with --split 0.8 0.1 0.1"
             )
         start = Folder.of_file(self.uri, DataError)[0]
         warnings: list[str] = []
-        chosen = [self.split] if self.split else [split for split in SPLITS if split in content.splits]
+        chosen = [split] if split else [split for split in SPLITS if split in content.splits]
         paths = list(dict.fromkeys(path for split in chosen for path in self._images(start, content, split, warnings)))
         if not paths:
             raise DataError(f"{self.uri}: no images; check the folders under {', '.join(chosen)}")
@@ -139,11 +142,12 @@ class _LabelFiles:
         lines = ["the label files are beside the images, not in a folder 'labels' beside 'images'"] if self._beside else []
         beside = [posixpath.join(place, name) for place in self._folders for name in names_in(self._start.fs, place)]
         used = {label_path(path) for path in beside if is_image(path)}  # whichever split the images are in
+        others = (*NAME_LISTS, *(f"{split}.txt" for split in SPLITS))  # text files of another kind
         stray = [
             posixpath.join(place, name)
             for place in sorted({posixpath.dirname(path) for path in self._paths})
             for name in names_in(self._start.fs, place)
-            if name.endswith(".txt") and name != "classes.txt" and posixpath.join(place, name) not in used
+            if name.endswith(".txt") and name not in others and posixpath.join(place, name) not in used
         ]
         if stray and not self._beside:
             example = shown_path(self._start, stray[0])
@@ -190,7 +194,7 @@ def _images(start: Folder, content: YoloYaml, place: str, warnings: list[str]) -
         if folder.exists:
             found = image_files(folder, warnings)
         elif path.endswith(".txt") and folder_at(start, posixpath.dirname(path)).has(posixpath.basename(path)):
-            found = _listed(start, path, content)
+            found = _listed(start, path, content, warnings)
         else:
             continue
         if number:
@@ -216,12 +220,31 @@ def _candidates(start: Folder, root: str, place: str) -> Iterator[str]:
     yield from dict.fromkeys(paths)
 
 
-def _listed(start: Folder, path: str, content: YoloYaml) -> list[str]:
-    """Return the paths of the images that a text file lists, a line each, relative to itself or to data.yaml's ``path``."""
+def _listed(start: Folder, path: str, content: YoloYaml, warnings: list[str]) -> list[str]:
+    """Return the paths of the images that a text file lists, a line each, relative to itself or to data.yaml's ``path``.
+
+    Lines that lead elsewhere, as those of another machine or CVAT's ``data/images/…`` do, are looked for as a JSON's names are.
+
+    Raises:
+        DataError: none of the images is there.
+    """
     folder = folder_at(start, posixpath.dirname(path))
     lines = lines_of(folder, posixpath.basename(path))
     roots = list(dict.fromkeys([folder.path, posixpath.normpath(posixpath.join(start.path, content.path)), start.path]))
     whole = {root: [posixpath.normpath(posixpath.join(root, line)) for line in lines] for root in roots}
     # Every line is relative to the same folder: the one in which most are.
-    there = {root: Counter(_present(start, paths))[True] for root, paths in whole.items()}
-    return whole[max(roots, key=lambda root: there[root])] if lines else []
+    there = {root: _present(start, paths) for root, paths in whole.items()}
+    root = max(roots, key=lambda root: Counter(there[root])[True])
+    missing = [line for line, present in zip(lines, there[root], strict=True) if not present]
+    near = FileNames(folder_at(start, root)).near(missing) if missing else {}
+    name = shown_path(start, path)
+    if near:
+        example = next(f"{given!r} -> {found!r}" for given, found in near.items())
+        warnings.append(f"{len(near)} of {len(lines)} images are not where {name} says; they were found, for example {example}")
+    elif missing and len(missing) == len(lines):
+        raise DataError(
+            f"{name}: none of the {len(lines)} images that it lists is there, for example {lines[0]!r} (looked for "
+            f"{shown_path(start, whole[root][0])}); correct the list, or put the images there"
+        )
+    found = (posixpath.join(root, near[line]) if line in near else at for line, at in zip(lines, whole[root], strict=True))
+    return list(found)

@@ -1,4 +1,4 @@
-"""Read the data.yaml of a YOLO data set: its splits and the names of its classes."""
+"""Read the data.yaml of a YOLO data set, or what tools write in its place: its splits and the names of its classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 
 from headkd_ray.data.class_lists import listed
+from headkd_ray.data.image_lists import lines_of
 from headkd_ray.errors import DataError
 from headkd_ray.storage import Folder
 
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"valid": "val", "validation": "val"}
 """Keys that some tools write for a split."""
+NAME_LISTS = ("classes.txt", "obj.names")
+"""Text files with a class name a line, of tools that write no data.yaml: Label Studio and labelImg; CVAT (YOLO 1.1)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ def read_yolo_yaml(uri: str) -> YoloYaml:
     if problems:
         raise DataError([f"{uri}: {problem}" for problem in problems])
     return YoloYaml(str(path), splits, names, columns)
+
+
+def read_yolo_names(uri: str) -> YoloYaml:
+    """Read the list of class names at ``uri`` (path or URI), beside which are the splits' lists of images, or the images.
+
+    Raises DataError that lists all problems.
+    """
+    folder, name = Folder.of_file(uri, DataError)
+    problems: list[str] = []
+    names = _names({"names": lines_of(folder, name)}, problems)
+    if problems:
+        raise DataError([f"{uri}: {problem}" for problem in problems])
+    lists = {OTHER_NAMES.get(split, split): [f"{split}.txt"] for split in (*SPLITS, *OTHER_NAMES) if folder.has(f"{split}.txt")}
+    return YoloYaml("", lists or {"train": ["images" if (folder / "images").exists else "."]}, names, None)
 
 
 def _plain(node: yaml.Node | None, above: list[yaml.Node]) -> Any:

@@ -31,10 +31,14 @@ class Curve:
 
     @property
     def best(self) -> int | None:
-        """Index of the threshold with the highest F1, and of these the highest threshold; None if nothing right is found."""
+        """Index of the threshold with the highest F1, and of these the highest threshold; None if nothing right is found.
+
+        A threshold keeps all detections of its score, of which half precision gives many the same, so that only the last of
+        them counts.
+        """
         if not self.objects or not len(self.score) or not self.f1.max() > 0:
             return None
-        return int(np.argmax(self.f1))
+        return int(np.argmax(np.where(np.append(self.score[1:] < self.score[:-1], True), self.f1, 0.0)))
 
     @property
     def threshold(self) -> float | None:

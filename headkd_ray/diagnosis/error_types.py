@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headkd_ray.diagnosis.curves import curve
-from headkd_ray.diagnosis.overlaps import LEAST_IOU, Flags, Floats, Ints, Matches, Overlaps
+from headkd_ray.diagnosis.overlaps import LEAST_IOU, Boxes, Flags, Floats, Ints, Matches, Overlaps
 
 WELL = 0.5
 """IoU from which an object is covered well."""
@@ -21,6 +21,8 @@ KINDS = {
     "missed": "an object is not found, nor is there a class or location error for it",
 }
 """The kinds of errors. Below an IoU of ``LEAST_IOU`` nothing is covered."""
+SIZES = {"small": 0, "medium": 32**2, "large": 96**2}
+"""COCO's sizes, with the least area of each in square pixels of the stored image."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ErrorTypes:
     """AP at IoU 0.5, in [0, 1]."""
     count: Mapping[str, int]
     """How often each kind occurs."""
+    by_size: Mapping[str, Mapping[str, int]]
+    """The same by size (``SIZES``) of the object's box, or of the detection's where there is no object."""
     gain: Mapping[str, float]
     """By how much ``ap50`` rises if errors of this kind alone are mended, by kind. They do not add up to what is missing."""
 
@@ -81,7 +85,18 @@ def error_types(pairs: Overlaps, matches: Matches) -> ErrorTypes:
             mended = _ap50(pairs.score, label, right, kept & ~kinds[kind], counts)
         gain[kind] = mended - plain
     count = {kind: int((missed if kind == "missed" else kinds[kind]).sum()) for kind in KINDS}
-    return ErrorTypes(plain, count, gain)
+    of_objects, of_found = _sizes(pairs.objects), _sizes(pairs.found)
+    sizes = {"background": of_found[kinds["background"]], "missed": of_objects[missed]}
+    sizes |= {kind: of_objects[same[kinds[kind]]] for kind in ("location", "duplicate")}
+    sizes |= {kind: of_objects[other[kinds[kind]]] for kind in ("class", "both")}
+    counts_of = {kind: np.bincount(sizes[kind], minlength=len(SIZES)).tolist() for kind in KINDS}
+    by_size = {kind: dict(zip(SIZES, each, strict=True)) for kind, each in counts_of.items()}
+    return ErrorTypes(plain, count, by_size, gain)
+
+
+def _sizes(boxes: Boxes) -> Ints:
+    """Return which of ``SIZES`` each box has (N,)."""
+    return np.digitize(boxes.xywh[:, 2:].prod(axis=1), [*SIZES.values()][1:])
 
 
 def _closest(pairs: Overlaps, eligible: Flags) -> tuple[Ints, Floats]:

@@ -11,6 +11,8 @@ from headkd_ray.diagnosis.overlaps import Flags, Floats, Ints, Overlaps, matched
 IOUS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """COCO's IoU thresholds."""
 RECALLS = np.linspace(0, 1, 101)
+CELLS = 2**23
+"""Pairs of a resample and a detection that are counted at a time, which bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,21 @@ class _Class:
 
     def ap(self, weights: Ints) -> Floats:
         """Return AP (B, T) at each IoU threshold, for each row of ``weights`` (B, images); NaN where there is no object."""
+        rows = max(1, CELLS // max(1, len(self.image)))
+        return np.concatenate([self._ap(weights[start : start + rows]) for start in range(0, len(weights), rows)])
+
+    def _ap(self, weights: Ints) -> Floats:
         objects = weights @ self.objects
         values = np.full((len(weights), len(IOUS)), np.nan)
         each = weights[:, self.image]
+        so_far = np.cumsum(each, axis=1)
         for column, (right, counted) in enumerate(zip(self.right, self.counted, strict=True)):
-            hits = np.cumsum(each[:, right], axis=1)
-            seen = np.cumsum(each * counted, axis=1)[:, right]  # precision is best right after a hit
+            found, left_out = np.flatnonzero(right), np.flatnonzero(~counted)
+            hits = np.cumsum(each[:, found], axis=1)
+            seen = so_far[:, found]  # precision is best right after a hit
+            if len(left_out):
+                before = np.cumsum(np.pad(each[:, left_out], ((0, 0), (1, 0))), axis=1)
+                seen -= before[:, np.searchsorted(left_out, found)]
             precision = np.divide(hits, seen, out=np.zeros(hits.shape), where=seen > 0)
             envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             for row in np.flatnonzero(objects):

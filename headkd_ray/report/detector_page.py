@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from headkd_ray.diagnosis.curves import Curve
 from headkd_ray.diagnosis.detector_diagnosis import Diagnosis
-from headkd_ray.diagnosis.error_types import KINDS
+from headkd_ray.diagnosis.error_types import KINDS, SIZES
 from headkd_ray.report.console import number
 from headkd_ray.report.html import cell, document, html, picture
 from headkd_ray.report.plots import BEST, FAINT, axes_of, drawing, literal, svg
@@ -71,7 +71,8 @@ def detector_sections(metrics: Mapping[str, Any], diagnosis: Diagnosis, pictures
 
 NOTES = {
     "What errors cost": "How much AP at IoU 0.5 would rise if one kind of error alone were mended, in the manner of TIDE "
-    "(Bolya et al., 2020). The gains do not add up to what is missing.",
+    "(Bolya et al., 2020). The gains do not add up to what is missing. The size is that of the object's box, or of the "
+    "detection's where there is nothing: small is less than 32² pixels of the stored image, large is 96² or more.",
     "Precision and recall": "At IoU 0.5, the classes with the lowest AP in colour, the others grey.",
     "Which score threshold": "F1 balances precision and recall; the threshold of a class is where its F1 is highest. The table "
     "has precision and recall there. Click a heading to sort.",
@@ -120,10 +121,13 @@ def _errors(diagnosis: Diagnosis) -> Figure | None:
 def _error_table(diagnosis: Diagnosis) -> Markup:
     errors = diagnosis.errors
     rows = [
-        [_words(kind), _words(meaning), cell(str(errors.count[kind]), errors.count[kind]), _percent(errors.gain[kind])]
+        [
+            *(_words(kind), _words(meaning), _percent(errors.gain[kind])),
+            *(cell(str(count), count) for count in (errors.count[kind], *errors.by_size[kind].values())),
+        ]
         for kind, meaning in KINDS.items()
     ]
-    return _table(("error", "what it means", "times", "AP50 gained"), rows, text=2)
+    return _table(("error", "what it means", "AP50 gained", "times", *SIZES), rows, text=2)
 
 
 def _precision_recall(curves: Sequence[Curve]) -> Figure | None:

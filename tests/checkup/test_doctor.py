@@ -119,6 +119,7 @@ def test_the_faults_of_the_data_are_found(examined: dict[str, Any], faulty: dict
     tiny = _found(examined, "tiny boxes")["examples"][0]
     assert tiny["boxes"] == [pytest.approx([20, 30, 22, 31.5])] and tiny["split"] == "train"
     assert tiny["file_name"] == "train_00000.jpg" and tiny["caption"].endswith("2 x 2 px")
+    assert f"{tiny['caption']} (train_00000.jpg)" in examined["page"]
     assert len(_found(examined, "boxes of two classes")["examples"][0]["classes"]) == 2
     empty = _found(examined, "images without boxes")
     assert empty["figures"]["train"]["count"] >= 8 and "training leaves them out" in empty["found"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import headkd_ray
 from headkd_ray import compare
 from headkd_ray.comparison.figures_of_rows import figures_of, measure
 from headkd_ray.comparison.run_rows import Row, read_run, rows_of
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.diagnosis.resampling import resamples
 from headkd_ray.errors import UserError
 from tests.diagnosis.test_curves import split
@@ -61,6 +63,27 @@ def test_again_nothing_is_trained_and_no_image_is_read(
     assert compare.main(compared["arguments"]) == 0
     assert json.loads((compared["folder"] / "out" / "compare.json").read_text()) == before
     assert {path: path.read_bytes() for path in logs} == logs and "gains over supervised" in capsys.readouterr().out
+
+
+def test_the_teacher_s_detections_are_shown_beside_the_students(compared: dict[str, Any], tmp_path: Path) -> None:
+    runs = compared["folder"] / "runs"
+    taught, teacher = tmp_path / "taught", str(runs / "faster_s1" / "student")
+    shutil.copytree(runs / "plain_s0", taught)
+    job = json.loads((taught / "job.json").read_text())
+    (taught / "job.json").write_text(json.dumps({**job, "method": "akd", "teacher": {"checkpoint": teacher}}))
+    out = tmp_path / "out"
+    shutil.copytree(compared["folder"] / "out" / "detections", out / "detections")
+    (stored,) = (out / "detections").glob("plain_s0-*.json")  # which is read instead of evaluating again: a perfect student's
+    truth = ShardSet.open(job["data"]["val"]).ground_truth()["annotations"]
+    perfect = [{**each, "score": 0.9} for each in truth]
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "results": perfect}))
+    found = headkd_ray.compare([str(runs / "plain_s0"), str(taught)], out=str(out))  # type: ignore[operator]
+    assert found.notes[-1].startswith(f"the teacher {teacher} has AP ")
+    captions = re.findall("<figcaption>(.*)</figcaption>", (out / "compare.html").read_text())
+    told = re.compile(
+        r"val_\d+\.jpg \(image \d+\): ground truth, then supervised: 0 .*, akd: 0 .*, teacher: [1-9]\d* mistakes?"
+    )
+    assert captions and all(told.fullmatch(caption) for caption in captions)
 
 
 def test_what_cannot_be_compared_is_told_at_once(compared: dict[str, Any], tmp_path: Path) -> None:

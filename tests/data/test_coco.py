@@ -222,6 +222,23 @@ def test_what_is_to_be_ignored_leaves_training_and_is_a_crowd_in_evaluation(expo
     assert len(ignored) == (exporter not in ("OpenImages", "Datumaro"))
 
 
+def test_many_crowds_are_told_and_crowds_alone_are_refused_with_their_likely_cause(tmp_path: Path) -> None:
+    """CVAT writes masks painted with a brush as crowds: every one would be missing in training, and be background there."""
+    files = make_coco(tmp_path, images=60)
+    spread_boxes(files.data)
+    for k, annotation in enumerate(files.data["annotations"]):
+        annotation.update(iscrowd=int(k % 4 == 0), segmentation={"counts": [0, 3], "size": [24, 32]})
+    (warning,) = read_coco(files.save().json).warnings
+    assert warning == (
+        "19 of 75 annotations are crowds, which are left out of training; CVAT marks each mask that is painted with a brush "
+        "so: if they are single objects, set their 'iscrowd' to 0"
+    )
+    for annotation in files.data["annotations"]:
+        annotation["iscrowd"] = 1
+    with pytest.raises(DataError, match=r"no usable boxes: .* \(CVAT marks each mask .*, set their 'iscrowd' to 0\)"):
+        read_coco(files.save().json)
+
+
 def test_keys_whose_meaning_is_lost_are_told_once_with_their_count(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     for k, annotation in enumerate(files.data["annotations"]):
@@ -316,6 +333,8 @@ def test_sound_splits_are_not_taken_for_another_form() -> None:
 def test_boxes_that_reach_over_a_part_of_every_image_are_told(tmp_path: Path) -> None:
     files = make_coco(tmp_path, images=60)
     spread_boxes(files.data)
+    for annotation in files.data["annotations"]:
+        annotation["iscrowd"] = 0
     assert read_coco(files.save().json).warnings == ()
     (warning,) = read_coco(_rewritten(files, XYWH / 3).json).warnings
     assert warning.startswith("no box of 75 reaches beyond 33% of its image's width or height")

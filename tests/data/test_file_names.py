@@ -23,6 +23,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     "absolute": lambda name: f"/home/me/photos/{name}",
     "a drive": lambda name: f"D:\\photos\\{name}".replace("/", "\\"),
     "a URL": lambda name: f"https://host.example/photos/{name.replace(' ', '%20')}?size=full#top",
+    "Label Studio": lambda name: f"/data/local-files/?d=photos%2F{name.replace('/', '%2F')}",
     "the folder once more": lambda name: f"photos/{name}",
     "from the JSON's folder": lambda name: f"../photos/{name}",
     "a folder too few": lambda name: name.split("/")[-1],

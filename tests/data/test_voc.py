@@ -195,6 +195,9 @@ def test_a_list_of_image_sets(tmp_path: Path) -> None:
         read(folder, split="ant_val")
     with pytest.raises(DataError, match=r"test.txt: no such list of images; found 'ant_val', 'more', 'val'"):
         read(folder, split="test")
+    make_voc(tmp_path / "test", [voc_xml(0, ANT)])
+    with pytest.raises(DataError, match=rf"found 'ant_val', 'more', 'val'; for the folder of that name give {folder}/test"):
+        read(folder, split="test")
     with pytest.raises(DataError, match=r"7.xml: no such file; correct the list"):
         read(folder, split="more")
 

@@ -196,6 +196,59 @@ def test_images_are_found_where_data_yaml_means_them(place: str, tmp_path: Path)
     assert [warning.endswith("/set/images/train") for warning in split.warnings] == [True] * moved
 
 
+LISTED = {
+    "CVAT": "data/images/train/{}.jpg",
+    "Windows": "C:\\me\\set\\images\\train\\{}.jpg",
+    "another machine": "/content/set/images/train/{}.jpg",
+    "another letter case": "images/train/{}.JPG",
+}
+
+
+@pytest.mark.parametrize("line", LISTED)
+def test_lines_of_a_list_that_lead_elsewhere_are_looked_for(line: str, tmp_path: Path) -> None:
+    yaml = make_yolo(tmp_path, [BOX, None, BOX], yaml="train: train.txt\nnames: [ant]\n")
+    (tmp_path / "train.txt").write_text("\r\n".join(LISTED[line].format(number) for number in range(3)))
+    split = read(yaml)
+    assert split.images.names == ["0.jpg", "1.jpg", "2.jpg"] and np.diff(split.first).tolist() == [1, 0, 1]
+    given = LISTED[line].format(0).replace("\\", "/")
+    told = (
+        f"3 of 3 images are not where {tmp_path}/train.txt says; they were found, for example '{given}' -> 'images/train/0.jpg'"
+    )
+    assert split.warnings[0] == told
+
+
+def test_a_list_of_which_no_image_is_there(tmp_path: Path) -> None:
+    yaml = make_yolo(tmp_path, [BOX], yaml="train: train.txt\nnames: [ant]\n")
+    (tmp_path / "train.txt").write_text("images/train/7.jpg\nimages/train/8.jpg")
+    with pytest.raises(DataError, match=r"train.txt: none of the 2 images that it lists is there, for example 'images/train/7"):
+        read(yaml)
+
+
+def test_class_names_without_a_data_yaml(tmp_path: Path) -> None:
+    """Label Studio writes classes.txt beside images and labels, labelImg all into one folder, and CVAT (YOLO 1.1) a list."""
+    expected = read(make_yolo(tmp_path / "set", [BOX, "1 0.5 0.5 0.5 0.5", None]))
+    folder = tmp_path / "set"
+    (folder / "data.yaml").unlink()
+    (folder / "classes.txt").write_text("\ufeffant\r\nbee\r\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"or a folder in Pascal VOC's format; there are such in it: '{folder}'"):
+        prepare_split(str(tmp_path), None, str(tmp_path / "out"))
+    assert prepare_split(str(folder), None, str(tmp_path / "out")).meta.classes == ("ant", "bee")
+    beside = tmp_path / "beside"
+    shutil.copytree(folder / "images" / "train", beside)
+    shutil.copytree(folder / "labels" / "train", beside, dirs_exist_ok=True)
+    shutil.copy(folder / "classes.txt", beside)
+    cvat = tmp_path / "cvat"
+    shutil.copytree(beside, cvat / "obj_train_data", ignore=shutil.ignore_patterns("classes.txt"))
+    shutil.copy(folder / "classes.txt", cvat / "obj.names")
+    (cvat / "valid.txt").write_text("".join(f"data/obj_train_data/{number}.jpg\n" for number in range(3)))
+    for names, split in ((folder / "classes.txt", "train"), (beside / "classes.txt", None), (cvat / "obj.names", "valid")):
+        found = read(str(names), split)
+        assert found.bbox.tolist() == expected.bbox.tolist() and found.classes == expected.classes
+    (folder / "classes.txt").write_text("ant\nant\n")
+    with pytest.raises(DataError, match=r"classes.txt: names: 'ant' stands there twice"):
+        read(str(folder / "classes.txt"))
+
+
 def test_lists_of_one_folder_do_not_call_each_other_s_labels_stray(tmp_path: Path) -> None:
     yaml = make_yolo(tmp_path, [BOX, BOX, BOX], yaml="train: train.txt\nval: val.txt\nnames: [ant]\n")
     (tmp_path / "train.txt").write_text("images/train/0.jpg\r\nimages/train/1.jpg\r\n")
@@ -230,7 +283,7 @@ def test_several_splits_and_photos_of_one_folder_or_two(tmp_path: Path) -> None:
     (tmp_path / "labels" / "val" / "0.txt").write_text(BOX)
     split = read(yaml, None)
     assert split.images.names == ["train/0.jpg", "val/0.jpg"] and "the split test is left out" in split.warnings[0]
-    assert read(yaml, "val").images.names == ["0.jpg"]
+    assert read(yaml, "val").images.names == read(yaml, "valid").images.names == ["0.jpg"]
     with pytest.raises(DataError, match=r"has the splits train, val, test; choose one with --split NAME, or divide"):
         prepare_split(yaml, None, str(tmp_path / "out"))
 

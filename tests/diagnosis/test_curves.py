@@ -90,6 +90,22 @@ def test_thresholds_by_hand() -> None:
     assert fox.objects == 0 and fox.threshold is None and math.isnan(fox.ap50)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_threshold_has_a_higher_f1_with_all_detections_that_it_keeps(seed: int) -> None:
+    """Scores of half precision are often equal, and a threshold keeps all or none of them."""
+    pairs = overlaps(*split(seed))
+    matches, ignored = matched(pairs)
+    for label, each in enumerate(curves(pairs)):
+        mine = (pairs.found.label == label) & ~ignored
+        f1 = {
+            float(score): 2 * (matches[kept] >= 0).sum() / (each.objects + kept.sum())
+            for score in np.unique(pairs.score[mine])
+            for kept in [mine & (pairs.score >= score)]
+        }
+        assert each.threshold in f1 and f1[each.threshold] == pytest.approx(max(f1.values()))
+        assert each.best is not None and each.f1[each.best] == pytest.approx(max(f1.values()))
+
+
 def test_confusion_by_hand() -> None:
     pairs = overlaps(TRUTH, RESULTS)
     assert matched(pairs)[1].sum() == 1

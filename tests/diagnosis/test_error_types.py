@@ -46,6 +46,23 @@ def test_one_error_of_each_kind(kind: str, wrong: dict[str, Any] | None, kept: l
     assert errors.gain[kind] > 0 or kind == "duplicate"
 
 
+def test_errors_are_counted_by_the_size_of_the_object_or_else_of_the_detection() -> None:
+    """A large dog is missed, a medium cat is found as a dog and at the wrong place; a small detection has no object."""
+    boxes = {"large": [0, 0, 96, 96], "medium": [200, 200, 32, 32], "small": [400, 400, 31, 33]}
+    objects = [
+        {"id": id_, "image_id": 1, "category_id": category, "bbox": boxes[size], "area": 1, "iscrowd": 0}
+        for id_, (category, size) in enumerate({2: "large", 1: "medium"}.items(), start=1)
+    ]
+    results = [(2, boxes["medium"]), (1, [200, 200, 32, 100]), (1, boxes["small"])]
+    errors = found(
+        *({"image_id": 1, "category_id": category, "bbox": box, "score": 0.5} for category, box in results), objects=objects
+    )
+    told = {kind: [size for size, count in sizes.items() if count] for kind, sizes in errors.by_size.items()}
+    assert told == {
+        "class": ["medium"], "location": ["medium"], "both": [], "duplicate": [], "background": ["small"], "missed": ["large"]
+    }  # fmt: skip
+
+
 def test_a_mended_detection_of_an_object_that_is_found_already_is_one_too_many() -> None:
     """The surer one stays: here the wrong one, so that the object is found at its score, before the false one."""
     errors = found(record(1, 1, 0, score=0.5), record(1, 1, 4, score=0.9), record(1, 1, 60, score=0.7), RIGHT[1])
@@ -62,6 +79,7 @@ def test_ap_is_coco_s_and_every_wrong_detection_has_a_kind(seed: int) -> None:
     expected = coco_metrics(truth, results, [image["id"] for image in truth["images"]]).AP50
     assert 100 * errors.ap50 == pytest.approx(expected, abs=1e-9)
     assert all(gain >= -1e-12 for gain in errors.gain.values())
+    assert {kind: sum(sizes.values()) for kind, sizes in errors.by_size.items()} == errors.count
 
 
 def test_without_objects() -> None:

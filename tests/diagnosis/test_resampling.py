@@ -38,6 +38,14 @@ def test_ap_of_repeated_images(seed: int) -> None:
         assert value == pytest.approx(coco_metrics(again, found, list(range(12))).AP, abs=1e-9)
 
 
+def test_few_resamples_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory does not grow with the number of resamples and detections."""
+    measure, weights = ResampledAP(overlaps(*split(0))), resamples(12, 7)
+    whole = measure(weights)
+    monkeypatch.setattr("headkd_ray.diagnosis.resampling.CELLS", 50)
+    assert measure(weights).tolist() == whole.tolist()
+
+
 def test_classes_without_an_object_in_a_resample_do_not_count() -> None:
     truth, results = split(1)
     none = np.zeros((1, 12), dtype=np.int64)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.diagnosis.detector_diagnosis import diagnose
+from headkd_ray.diagnosis.error_types import KINDS
 from headkd_ray.diagnosis.overlaps import overlaps
 from headkd_ray.engine.coco_metrics import coco_metrics
 from headkd_ray.errors import UserError
@@ -70,14 +71,16 @@ def test_the_page_shows_each_mistake(drawn_splits: dict[str, str], tmp_path: Pat
     assert "<b>" not in text and "A &lt;detector&gt;" in text
     page = Page(text)
     assert page.open == []
-    counts = {row[0]: row[2] for row in page.rows if len(row) == 4}
-    assert (counts["class"], counts["missed"], counts["background"], counts["location"]) == ("1", "1", "0", "0")
+    counts = {row[0]: row[3:] for row in page.rows if row[1] == KINDS.get(row[0])}
+    assert [counts[kind][0] for kind in ("class", "missed", "background", "location")] == ["1", "1", "0", "0"]
+    assert all(int(times) == sum(map(int, by_size)) for times, *by_size in counts.values())
     assert [row[2] for row in page.rows if len(row) == 3 and row[0].startswith("<b>")] == ["1"], "the classes confused"
     classes = [row for row in page.rows if len(row) == 7 and row[0].startswith("<b>")]
     assert len(classes) == len(truth["categories"]) and {row[4] for row in classes} <= {"0.500", "–"}
 
     places = {truth["annotations"][0]["image_id"], results[0]["image_id"]}
-    assert {int(re.findall(r"\d+", caption)[0]) for caption, _ in pictures} == places
+    names = {image["id"]: image["file_name"] for image in truth["images"]}
+    assert {caption.split(": ")[0] for caption, _ in pictures} == {f"{names[each]} (image {each})" for each in places}
     (tmp_path / "picture.jpg").write_bytes(base64.b64decode(re.findall(r"data:image/jpeg;base64,([^\"]+)", text)[0]))
     with Image.open(tmp_path / "picture.jpg") as picture:
         assert picture.width > 2 * 384 - 1, "two images side by side"
