@@ -243,6 +243,7 @@ def test_a_node_that_does_not_see_the_run_or_its_data_is_told(tmp_path: Path, dr
     ]
 
 
+@pytest.mark.slow
 def test_ray_data_starts_no_actor_that_stays_on_a_worker_s_node(ray_cluster: None) -> None:
     """Once they run on the driver's node; elsewhere they would keep a node from being drained, or removed by an autoscaler."""
 
@@ -263,6 +264,9 @@ def test_ray_data_starts_no_actor_that_stays_on_a_worker_s_node(ray_cluster: Non
     for actor in ray.util.list_named_actors(all_namespaces=True):  # of earlier tests
         with suppress(ValueError):
             ray.kill(ray.get_actor(**actor))
+    deadline = time.monotonic() + 60
+    while lasting() and time.monotonic() < deadline:
+        time.sleep(0.05)
     keep_data_actors_here(pool=True)
     before = lasting()
     assert ray.get(use.remote(Same)) == 1
