@@ -238,8 +238,8 @@ def test_a_node_that_does_not_see_the_run_or_its_data_is_told(tmp_path: Path, dr
     with pytest.raises(ClusterError) as caught:
         check_shared(elsewhere, "10.0.0.2", patience=0)
     assert [line.partition(";")[0] for line in caught.value.problems] == [
-        f"run.storage: node 10.0.0.2 does not see the command's folder {tmp_path}/other/run",
-        f"data.train: node 10.0.0.2 does not see the command's folder {tmp_path}/train",
+        f"run.storage: the node 10.0.0.2 does not see the command's folder {tmp_path}/other/run",
+        f"data.train: the node 10.0.0.2 does not see the command's folder {tmp_path}/train",
     ]
 
 
