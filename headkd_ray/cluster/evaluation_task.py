@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from headkd_ray.cluster.resources import resources_of
+from headkd_ray.cluster.resources import options_of
 from headkd_ray.engine.coco_metrics import CocoMetrics
 from headkd_ray.engine.evaluation_queue import Pending, Request, evaluate_waiting
 from headkd_ray.errors import UserError
@@ -21,9 +21,8 @@ from headkd_ray.errors import UserError
 
 def start_evaluation(request: Request) -> Pending:
     """Start an evaluation in a Ray task with the resources of ``eval.task``; Ray repeats it if its process or node is lost."""
-    # DEFAULT: not within the placement group of the train worker that starts it.
-    options = {**resources_of(request.job.eval.task), "scheduling_strategy": "DEFAULT"}
-    call = ray.remote(_evaluate).options(name=f"{request.job.run.name}-evaluation-{request.step}", **options).remote(request)
+    name, options = f"{request.job.run.name}-evaluation-{request.step}", options_of(request.job.eval.task)
+    call = ray.remote(_evaluate).options(name=name, **options).remote(request)
 
     def metrics() -> CocoMetrics | None:
         if not ray.wait([call], timeout=0)[0]:

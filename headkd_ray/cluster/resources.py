@@ -76,12 +76,9 @@ def check_resources(job: Job) -> Resources:
             f"cluster.cpus_per_worker {spec.cpus_per_worker:g} CPUs to data tasks, which need {grown} x cluster.data_cpus "
             f"{spec.data_cpus:g}; lower the maximum, or raise cpus_per_worker so that fewer workers fit on a node"
         )
-    beside = {"CPU": grown * each, "GPU": grown * gpus_per_worker}
-    if job.teacher is not None and job.teacher.placement == "pool":
-        pool, count = job.teacher.pool, grown * job.teacher.pool.actors[0]  # the minimum for each worker
-        problems += _process_problems("teacher.pool", pool, found, count, beside)
-        beside = {"CPU": beside["CPU"] + count * pool.cpus, "GPU": beside["GPU"] + count * pool.gpus}
+    problems += _pool_problems(job, found, grown, gpus_per_worker)
     if job.eval.placement == "task":
+        beside = _taken(job, grown, gpus_per_worker, with_pool=True)
         problems += _process_problems("eval.task", job.eval.task, found, 1, beside)
     if problems:
         raise ClusterError(problems)
@@ -99,7 +96,15 @@ def room_for(job: Job) -> int:
         return sum(_places(node.resources, spec.cpus_per_worker, gpus_of_process(job)) for node in nodes)
     gpus = check_resources(job).gpus_per_worker
     places = sum(_places(node.resources, spec.cpus_per_worker + spec.data_cpus, gpus) for node in nodes if node.suits(spec))
-    return max(1, places // spec.most_workers)
+    most = max(1, places // spec.most_workers)
+    while most > 1 and _pool_problems(job, nodes, most * spec.most_workers, gpus):  # else their teachers would wait for ever
+        most -= 1
+    return most
+
+
+def has_pool(job: Job) -> bool:
+    """Return whether each train worker has teacher processes of its own."""
+    return job.teacher is not None and job.teacher.placement == "pool"
 
 
 def gpus_of_process(job: Job) -> float:
@@ -145,6 +150,15 @@ def resources_of_worker(spec: ClusterSpec, found: Resources) -> dict[str, Any]:
 def resources_of(spec: ProcessSpec) -> dict[str, Any]:
     """Return the resources of a process, as options of a Ray task or actor."""
     return {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "resources": spec.resources, **_nodes_of(spec)}
+
+
+def options_of(spec: ProcessSpec) -> dict[str, Any]:
+    """Return the options of a Ray task or actor that is a process.
+
+    It gets resources of its own. In a search Ray would otherwise place it within the reservation of the train worker that
+    starts it, which the worker itself fills.
+    """
+    return {**resources_of(spec), "scheduling_strategy": "DEFAULT"}
 
 
 def _nodes_of(spec: ClusterSpec | ProcessSpec) -> dict[str, Any]:
@@ -205,6 +219,23 @@ def _nodes() -> tuple[list[_Node], str]:
     except (ValueError, TypeError, KeyError):
         raise ClusterError(f'{GROWS}={os.environ[GROWS]!r} is not a JSON list like [{{"count": 2, "CPU": 48}}]') from None
     return [node for node in alive if "node:__internal_head__" in node.resources] + started, "may grow to"
+
+
+def _pool_problems(job: Job, found: list[_Node], workers: int, gpus_per_worker: float) -> list[str]:
+    """Return why the teacher processes of so many train workers cannot start beside them; empty if they can."""
+    if job.teacher is None or not has_pool(job):
+        return []
+    pool = job.teacher.pool
+    return _process_problems("teacher.pool", pool, found, workers * pool.actors[0], _taken(job, workers, gpus_per_worker))
+
+
+def _taken(job: Job, workers: int, gpus_per_worker: float, with_pool: bool = False) -> dict[str, float]:
+    """Return what so many train workers and their data tasks take and, ``with_pool``, the fewest teacher processes for them."""
+    cpus, gpus = job.cluster.cpus_per_worker + job.cluster.data_cpus, gpus_per_worker
+    if with_pool and job.teacher is not None and has_pool(job):
+        pool = job.teacher.pool
+        cpus, gpus = cpus + pool.actors[0] * pool.cpus, gpus + pool.actors[0] * pool.gpus
+    return {"CPU": workers * cpus, "GPU": workers * gpus}
 
 
 def _process_problems(

@@ -51,6 +51,7 @@ def with_restarts(fit: Callable[[], T], spec: ClusterSpec, note: Callable[[str],
         TrainingFailedError, RayActorError, PreemptedError: the last one, or what a restart would meet again.
     """
     losses = preemptions = 0
+    waiting = False
     while True:
         reserved = _reservations()
         try:
@@ -59,7 +60,11 @@ def with_restarts(fit: Callable[[], T], spec: ClusterSpec, note: Callable[[str],
             _release(_reservations() - reserved)
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             if isinstance(cause, WorkerGroupStartupTimeoutError):  # which is no loss: a node is still to come
+                if not waiting:
+                    note("the cluster has no room for the train workers yet; they start as soon as it has")
+                waiting = True
                 continue
+            waiting = False
             if was_preempted(error):
                 preemptions += 1
                 most = spec.max_preemption_failures

@@ -9,18 +9,19 @@ import ray
 import torch
 
 from headkd_ray.cluster.driver import actor_name
-from headkd_ray.cluster.resources import resources_of
+from headkd_ray.cluster.resources import options_of
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job, PoolSpec
 from headkd_ray.memory import enough_memory
 
-PATIENCE = 300.0
-"""Seconds without an answer after which a teacher is given up: it may first have to be restarted on another node."""
+PATIENCE = 900.0
+"""Seconds without an answer after which a teacher is given up: an autoscaler may first have to start a node for it, which then
+installs PyTorch."""
 
 
 def actors_of(kind: type, run: str, pool: PoolSpec, count: int, *arguments: Any) -> list[Any]:
     """Start ``count`` actors of class ``kind`` with the pool's resources. Ray restarts one that dies and repeats its calls."""
-    options = {**resources_of(pool), "max_restarts": -1, "max_task_retries": -1}
+    options = {**options_of(pool), "max_restarts": -1, "max_task_retries": -1}
     remote, names = ray.remote(kind), [actor_name(run, f"teacher-{number}") for number in range(count)]
     return [remote.options(name=name, **options).remote(*arguments) for name in names]
 

@@ -19,14 +19,16 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from headkd_ray.cluster.batch_trials import largest_batch_size_of
 from headkd_ray.cluster.connect import connected
+from headkd_ray.cluster.data_actors import keep_data_actors_here
 from headkd_ray.cluster.driver import forwarded, stop_sign
 from headkd_ray.cluster.evaluation_task import start_evaluation
 from headkd_ray.cluster.gauges import Gauges
 from headkd_ray.cluster.listing import drop_unusable
 from headkd_ray.cluster.lost_requests import REQUESTER, withdraw_former
 from headkd_ray.cluster.ray_stream import decode_on_ray
-from headkd_ray.cluster.resources import Resources, check_resources
+from headkd_ray.cluster.resources import Resources, check_resources, has_pool
 from headkd_ray.cluster.restarts import FAILURES, PreemptedError, was_preempted, with_restarts
+from headkd_ray.cluster.shared_paths import check_shared
 from headkd_ray.cluster.stop_requests import StopRequests
 from headkd_ray.data.shards import ShardSet
 from headkd_ray.data.training_set import training_set
@@ -71,6 +73,7 @@ def on_ray(job: Job) -> Iterator[tuple[Callable[[Job], int], Callable[[Job, Sink
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     with connected(job.cluster):
         resources = check_resources(job)
+        keep_data_actors_here(pool=has_pool(job))
         yield partial(_largest_batch_size, resources=resources), partial(_train, resources=resources)
 
 
@@ -205,6 +208,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     if (error := ray.get(stop.enter.remote(context.get_world_rank(), _output()))) is not None:
         return {"error": error}
     job = Job.model_validate(config["job"])
+    try:
+        check_shared(job, ray.util.get_node_ip_address())
+    except ClusterError as error:
+        ray.get(stop.give_up.remote(error))
+        raise
     torch.set_num_threads(job.cluster.threads_per_worker or max(1, int(job.cluster.cpus_per_worker)))
     distributed = Distributed(context.get_world_rank(), context.get_world_size(), get_device())
     teacher_job = job if job.teacher is not None and job.teacher.placement == "pool" else None

@@ -223,6 +223,12 @@ def _workers(get: Get) -> Iterator[tuple[str, str]]:
     workers = get("cluster.workers")
     if not isinstance(workers, int) and workers[0] > workers[1]:
         yield "cluster.workers", f"[{workers[0]}, {workers[1]}] is not [fewest, most]"
+    share, most = get("cluster.gpus_per_worker"), workers if isinstance(workers, int) else workers[1]
+    if share is not None and 0 < share <= 0.5 and most > 1:
+        yield (
+            "cluster.gpus_per_worker",
+            f"with {share:g}, train workers would share a GPU, which NCCL refuses; use 1, or cluster.workers: 1",
+        )
 
 
 def _idle_weights(get: Get) -> Iterator[tuple[str, str]]:

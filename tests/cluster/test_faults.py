@@ -183,6 +183,7 @@ def test_a_pod_s_end_within_an_evaluation_costs_no_step_and_the_evaluation_is_ma
     assert [record["step"] for record in logged_steps(folder)] == list(range(1, 12))
     said, _ = told.communicate(timeout=HANGS)
     assert told.returncode == 0 and f"Ray node {leaving.node_id} is being drained" in said, said
+    assert "the node has ended" in said, "something of the run was left on the node"
     machines.kill(leaving)
     machines.have("trainer", 1, cpus=2)
     assert driver.wait(HANGS) == 0, output.read_text()

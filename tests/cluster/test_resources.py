@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headkd_ray.cluster import resources
 from headkd_ray.errors import ClusterError
+from headkd_ray.job import PoolSpec
 from tests.support import micro_job
 
 Check = Callable[..., resources.Resources]
@@ -101,3 +105,35 @@ def test_an_evaluation_s_task_must_fit_beside_the_workers(tmp_path: Path, check:
         fits(gpus=1)
     with pytest.raises(ClusterError, match=r"eval\.task\.labels {'market': 'none'}: no node of the cluster has this"):
         fits(labels={"market": "none"})
+
+
+def test_trials_with_teacher_processes_leave_them_room(tmp_path: Path, check: Check) -> None:
+    """Otherwise the workers of several trials would fill the cluster, and wait for ever for their teachers."""
+
+    def room(**pool: Any) -> int:
+        keys: dict[str, Any] = {"cluster": {"workers": 1, "cpus_per_worker": 0.5, "data_cpus": 0.5}}
+        if pool:
+            keys |= {"method": "head", "teacher": {"checkpoint": "teacher", "placement": "pool", "pool": pool}}
+            keys |= {"distill": {"rois": "student"}}
+        return resources.room_for(micro_job(tmp_path, {"train": "train", "val": "val"}, **keys))
+
+    assert room() == 4
+    assert room(actors=[1, 1], cpus=1) == 2
+    assert room(actors=[1, 2], cpus=1, labels={"market": "spot"}) == 2
+    assert room(actors=[1, 1], cpus=2) == 1
+
+
+def test_a_process_takes_nothing_from_the_reservation_of_the_one_that_starts_it(ray_cluster: None) -> None:
+    """In a search Ray keeps what a train worker starts within its reservation, where a teacher's process would find no room."""
+
+    @ray.remote(num_cpus=0)
+    def start(options: dict[str, Any]) -> bool:
+        call = ray.remote(lambda: ray.util.get_current_placement_group() is None).options(**options).remote()
+        return ray.get(call, timeout=60)  # type: ignore[no-any-return]
+
+    group = placement_group([{"CPU": 0.5}])
+    within = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    try:
+        assert ray.get(start.options(scheduling_strategy=within).remote(resources.options_of(PoolSpec(cpus=1))))
+    finally:
+        remove_placement_group(group)

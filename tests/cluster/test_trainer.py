@@ -7,16 +7,20 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from machines import processes
 
+from headkd_ray.cluster.data_actors import keep_data_actors_here
+from headkd_ray.cluster.shared_paths import check_shared
 from headkd_ray.cluster.trainer import with_absolute_paths
 from headkd_ray.engine.log import records_in
-from headkd_ray.engine.run import run_folder
+from headkd_ray.engine.run import open_run, run_folder
 from headkd_ray.errors import ClusterError, DataError, TrainingError
 from headkd_ray.job import ClusterSpec, Job
 from headkd_ray.train import train
@@ -223,3 +227,47 @@ def test_a_job_s_relative_paths_are_those_of_the_command(tmp_path: Path, monkeyp
     assert kept == [str(tmp_path / name) for name in ("runs", "a", "start", "r.pth", "t.pth", "cache")]
     assert job.data.val == "s3://b"
     assert with_absolute_paths(job.replace({"student.backbone.weights": "timm"})).student.backbone.weights == "timm"
+
+
+def test_a_node_that_does_not_see_the_run_or_its_data_is_told(tmp_path: Path, drawn_splits: dict[str, str]) -> None:
+    """A worker on it would train until its first checkpoint, and then again after each restart."""
+    job = micro_job(tmp_path, {**drawn_splits, "val": "s3://bucket/val?endpoint_override=127.0.0.1:1"})
+    open_run(job)
+    check_shared(job, "10.0.0.2", patience=0)
+    elsewhere = job.replace({"run.storage": str(tmp_path / "other"), "data.train": str(tmp_path / "train")})
+    with pytest.raises(ClusterError) as caught:
+        check_shared(elsewhere, "10.0.0.2", patience=0)
+    assert [line.partition(";")[0] for line in caught.value.problems] == [
+        f"run.storage: the node 10.0.0.2 does not see the command's folder {tmp_path}/other/run",
+        f"data.train: the node 10.0.0.2 does not see the command's folder {tmp_path}/train",
+    ]
+
+
+@pytest.mark.slow
+def test_ray_data_starts_no_actor_that_stays_on_a_worker_s_node(ray_cluster: None) -> None:
+    """Once they run on the driver's node; elsewhere they would keep a node from being drained, or removed by an autoscaler."""
+
+    def lasting() -> set[str]:
+        return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+
+    @ray.remote(num_cpus=0)
+    def use(callable_class: type) -> int:
+        import ray.data
+
+        one = ray.data.from_items([0], override_num_blocks=1)
+        return one.map(callable_class, num_cpus=0.5, compute=ray.data.ActorPoolStrategy(size=1)).count()
+
+    class Same:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return row
+
+    for actor in ray.util.list_named_actors(all_namespaces=True):  # of earlier tests
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(**actor))
+    deadline = time.monotonic() + 60
+    while lasting() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    keep_data_actors_here(pool=True)
+    before = lasting()
+    assert ray.get(use.remote(Same)) == 1
+    assert lasting() == before

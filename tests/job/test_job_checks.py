@@ -247,6 +247,11 @@ def found(**changes: Any) -> list[tuple[str, str]]:
             "[3, 2] is not [fewest, most]",
         ),
         (
+            {"cluster": {"workers": [1, 2], "gpus_per_worker": 0.5}},
+            "cluster.gpus_per_worker",
+            "with 0.5, train workers would share a GPU, which NCCL refuses; use 1, or cluster.workers: 1",
+        ),
+        (
             {"method": "akd", "distill": {"ckd_conv": 2}},
             "distill.ckd_conv",
             "method akd has no CKD; remove the key, or use method head",

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from machines import Machines, processes, raylet_of
 
+from headkd_ray.data.shards import ShardSet
 from headkd_ray.tuning.trial_records import SearchFolder
-from tests.support import HANGS, micro_job
+from tests.support import HANGS, micro_job, micro_teacher
 from tests.tuning.test_search_on_ray import STUDENT
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,26 @@ def test_halving_gives_back_what_stopped_trials_had_reserved(
     assert trials[0].state == "finished" and len(trials) == 4
     assert [trial.state for trial in trials[1:]] == ["stopped"] * 3, (tmp_path / "output").read_text()
     assert not machines.left_over(), "placement groups or actors of stopped trials"
+
+
+def test_trials_whose_teacher_has_processes_of_its_own(
+    machines: Machines, tmp_path: Path, drawn_splits: dict[str, str]
+) -> None:
+    """A trial takes half of the CPUs, its teacher's included, so that two run at a time and none waits for another's."""
+    teacher = micro_teacher(tmp_path / "teacher", ShardSet.open(drawn_splits["train"]).meta.classes)
+    job = {
+        "method": "head",
+        "teacher": {"checkpoint": teacher, "placement": "pool", "pool": {"actors": [1, 1], "cpus": 1}},
+        "distill": {"rois": "student"},
+        "cluster": {"workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 0.5, "data_cpus": 0.5, "threads_per_worker": 1},
+        "optim": {"epochs": 1, "milestones": []},
+    }
+    command = write_search(tmp_path, drawn_splits, job, space={"optim.lr": {"choice": [0.01, 0.02, 0.03]}})
+    driver = machines.start(command, tmp_path / "output")
+    assert driver.wait(HANGS) == 0, (tmp_path / "output").read_text()
+    trials = SearchFolder.open(str(tmp_path / "search")).trials()
+    assert [(trial.state, trial.cause) for trial in trials] == [("finished", None)] * 3
+    assert not machines.left_over()
 
 
 def test_trials_share_a_gpu(machines: Machines, tmp_path: Path, drawn_splits: dict[str, str]) -> None:

@@ -19,7 +19,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from headkd_ray.cluster.connect import connected
-from headkd_ray.cluster.resources import gpus_of_process, room_for
+from headkd_ray.cluster.data_actors import keep_data_actors_here
+from headkd_ray.cluster.resources import gpus_of_process, has_pool, room_for
 from headkd_ray.errors import ClusterError
 from headkd_ray.job import Job
 from headkd_ray.text import warn
@@ -67,6 +68,8 @@ def search_on_ray(
         state = SearchState(search, folder, tell, earlier)
         if state.complete:
             return list(state.trials.values())
+        if base.cluster.workers != 0:
+            keep_data_actors_here(pool=has_pool(base))
         context = TrialContext(search, folder, train, os.getcwd(), state.population)
         scratch = folder.folder / "tune"
         scratch.remove()
