@@ -28,7 +28,10 @@ def section(records: Sequence[Record]) -> str:
                 lost = _spread([hit["seconds"] for hit in good if hit["seconds"] is not None])
                 cells = [COMMANDS[command].title, title, len(hits), len(good), repeated, lost]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
-    made = ", ".join(dict.fromkeys(f"Ray {r['ray']}, torch {r['torch']}, {r['date']}, {r['revision']}" for r in records))
+    made = "; ".join(
+        f"{title} {', '.join(dict.fromkeys(record[key] for record in records))}"
+        for title, key in {"Ray": "ray", "torch": "torch", "made on": "date", "with revision": "revision"}.items()
+    )
     faults = sum(len(record["hits"]) for record in records)
     runs = f"{sum(map(survived, records))} of {len(records)} runs, with {faults} faults, survived"
     return "\n".join([*lines, "", f"{runs}; median (least to greatest). {made}."])
