@@ -200,7 +200,10 @@ def section(records: Sequence[Record]) -> str:
     parts = [_steps_table([steps[workers] for workers in sorted(steps)])] if steps else []
     parts += [_trials_table([trials[count] for count in sorted(trials)])] if trials else []
     shown = [*steps.values(), *trials.values()]
-    made = ", ".join(dict.fromkeys(f"Ray {r['ray']}, {r['date']}, {r['revision']}" for r in shown))
+    made = "; ".join(
+        f"{title} {', '.join(dict.fromkeys(record[key] for record in shown))}"
+        for title, key in {"Ray": "ray", "made on": "date", "with revision": "revision"}.items()
+    )
     return "\n\n".join([*parts, f"{made}."]) if parts else "There are no figures yet: `python bench/scale_ray.py steps`."
 
 
