@@ -88,8 +88,8 @@ def ablations(heads: Heads) -> Iterator[tuple[str, Row]]:
 def augmented() -> Iterator[tuple[str, Row]]:
     """Yield the baseline and HEAD with augmented views, to be read beside those with the paper's; the baseline longer, too.
 
-    The longer one is without mosaics and zooming out, which leave little to see of objects in photos of 128 px. So is the last,
-    of a larger model that learns half of the photos by heart; it is to be read beside ``teacher_half``.
+    The longer one is without mosaics and zooming out, which leave little to see of objects in photos of 128 px. So are the last
+    two, of a model of the teacher's size that learns half of the photos by heart.
     """
     colours = "brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.02"
     shrinking = "mosaic: 0.25, mosaic_epochs: 8, zoom_out: 0.4, zoom_out_side: [1.0, 2.0]"
@@ -100,7 +100,9 @@ def augmented() -> Iterator[tuple[str, Row]]:
     cropped = f"'data.augment={{crop: 0.5, crop_side: [0.5, 1.0], {colours}}}'"
     yield "baseline_long", Row("retinanet", longer, lr_of="baseline")
     yield "baseline_crop_long", Row("retinanet", f"{longer} {cropped}", lr_of="baseline")
-    yield "teacher_half_crop", Row("teacher", cropped, lr_of="teacher_half", train="halves/train")
+    longest, half = "optim.epochs=48 optim.milestones=[32,44] eval.every_epochs=48", "halves/train"
+    yield "large_half_long", Row("teacher", longest, lr_of="teacher", train=half)
+    yield "large_half_crop_long", Row("teacher", f"{longest} {cropped}", lr_of="teacher", train=half)
 
 
 def standardised(heads: Heads) -> Iterator[tuple[str, Row]]:
