@@ -53,10 +53,10 @@ def connected(spec: ClusterSpec, dashboard: bool = False) -> Iterator[None]:
     address = _address(spec.address)
     # Unless asked for, workers' output stays in Ray's logs: the run's own records reach the driver through their queue.
     output: dict[str, Any] = {"log_to_driver": spec.log_to_driver, "logging_level": logging.WARNING}
-    context = _start(dashboard or spec.dashboard, output) if address is None else _join(address, output)
-    if spec.dashboard and context.dashboard_url:
-        print(f"Ray's dashboard: http://{context.dashboard_url}", file=sys.stderr)
     try:
+        context = _start(dashboard or spec.dashboard, output) if address is None else _join(address, output)
+        if spec.dashboard and context.dashboard_url:
+            print(f"Ray's dashboard: http://{context.dashboard_url}", file=sys.stderr)
         with watched():
             yield
     finally:
